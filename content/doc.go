@@ -1,0 +1,40 @@
+// Package content holds the ids and types that everything below it speaks of.
+//
+// # The flow, one way
+//
+//	blob --decompress--> tar --archive--> entries --layer--> tree   (layers/)
+//	          |                              \-- payloads --> objects (objects/)
+//	          \--sha256--> diffID
+//	trees of a chain --tree.Merge--> nodes --erofs--> chain image (chains/)
+//
+// # Words
+//
+//   - blob: a compressed layer as the registry serves it.
+//   - diffID: sha256 of the uncompressed layer tar.
+//   - chainID: OCI's identity of a stack of diffIDs.
+//   - entry: one normalised tar member.
+//   - object: the bytes of one regular file, stored once, named by their sha256.
+//   - tree: the sorted entries of one layer, whiteouts included.
+//   - layer: a tree plus the objects it names; named by the sha256 of its canonical encoding.
+//   - payload digest: sha256 of the canonical tree without mtime, uid and gid.
+//   - chain image: one read-only EROFS image with the merged metadata of a chain.
+//   - ingest: turning a tar or a directory into a layer.
+//
+// # Invariants
+//
+//   - A layer is visible only when its tree and all objects it names are durable.
+//   - An object is never written again once it is visible.
+//   - Nothing in content knows containerd's snapshotter API, gRPC or Prometheus.
+//
+// # On disk
+//
+//	<root>/
+//	  format                     layout version
+//	  metadata.db                snapshots (owned by package snapshotter)
+//	  index.db                   diffID -> layer, payload digest -> layers; rebuildable
+//	  objects/<2 hex>/<62 hex>   payloads
+//	  layers/<64 hex>            trees
+//	  chains/<64 hex>.erofs      chain images; a cache
+//	  snapshots/<id>/{fs,work}   active snapshots
+//	  ingest/                    staging; emptied at start
+package content
