@@ -39,15 +39,12 @@ const (
 	// Implied, on a Dir: no archive member named it, only something below it. A
 	// directory of the layers below keeps its metadata.
 	Implied
-	// PySource, on a Regular: the .py of a canonical CPython pair. Mtime stays as
-	// in the image; a chain shows the canonical timestamp (package tree).
-	PySource
-	// PycPaired, on a Regular: the .pyc of a canonical pair; Object names the
-	// payload with the canonical timestamp in its header, PycTime is the
-	// timestamp that the image recorded there.
+	// PycPaired, on a Regular: the .pyc of a CPython pair that is valid in this layer.
+	// Its payload carries the canonical timestamp in its header; PycTime is
+	// the one that the image recorded there.
 	PycPaired
-	// PycLone, on a Regular: a timestamp .pyc whose source is not in this layer. Object
-	// names its exact bytes and PycCanonical those with the canonical timestamp.
+	// PycLone, on a Regular: a timestamp .pyc whose source is not in this layer. Its
+	// payload is exact; PycCanonical names the same bytes with the canonical timestamp.
 	PycLone
 )
 
@@ -85,7 +82,8 @@ type Entry struct {
 	Object ObjectID
 	// PycTime is the source mtime that a .pyc recorded (PycPaired, PycLone).
 	PycTime uint32
-	// PycCanonical: see PycLone.
+	// PycCanonical is set for a PycLone whose payload is an object; that of
+	// one with inline Data is derived from Data.
 	PycCanonical ObjectID
 }
 

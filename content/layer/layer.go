@@ -1,14 +1,43 @@
 // Package layer is the deep module: it turns blobs and directories into layers,
 // keeps them durable, finds them again, and frees what nothing names any more.
+//
+// # How a layer comes to be
+//
+// An ingest puts payloads into the object store while the tar streams by, then
+// encodes the tree into ingest/, syncs the file system once, and renames the
+// tree into layers/. The rename is the commit: before it a crash leaves objects that no
+// tree names, which the next Open sweeps; after it the layer is whole.
+//
+// # What is in memory
+//
+// diffID -> layer, blob -> layer, payload digest -> layers and the reference counts
+// of objects are read from the trees' headers at Open. There is no index on
+// disk that could be lost, or disagree with the trees.
+//
+// # How it ends
+//
+// Holds keep layers alive. Release of the last one removes the tree first and
+// then the objects that no other layer names, in the background.
 package layer
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
@@ -56,7 +85,7 @@ type Usage struct {
 // Facts are what the store knows of a layer without reading its tree.
 type Facts struct {
 	ID       content.LayerID
-	Fidelity content.Fidelity
+	Fidelity content.Fidelity // exact or python
 	Payload  content.PayloadDigest
 	DiffIDs  []content.DiffID
 	Entries  int64
@@ -67,46 +96,367 @@ type Facts struct {
 // Store holds layers. Every LayerID that a method returns carries one hold, which
 // keeps the layer alive until Release; holds are counted, in memory. Safe for
 // concurrent use.
-type Store struct{}
+type Store struct {
+	root     string
+	rootFd   int
+	fidelity content.Fidelity
+	objects  *object.Store
+	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	flights  flights
+	gc       sync.WaitGroup
+	closed   sync.Once
+
+	// factsMu serialises changes of a tree file's header.
+	factsMu sync.Mutex
+
+	mu       sync.RWMutex // guards what follows, and renames and unlinks in layers/
+	layers   map[content.LayerID]*state
+	diffs    map[diffKey]content.LayerID
+	blobs    map[blobKey]tree.Tar
+	payloads map[content.PayloadDigest][]content.LayerID
+}
+
+type (
+	diffKey struct {
+		fidelity content.Fidelity
+		diffID   content.DiffID
+	}
+	blobKey struct {
+		fidelity content.Fidelity
+		blob     digest.Digest
+	}
+	// state is one durable layer.
+	state struct {
+		facts tree.Facts
+		holds int
+	}
+)
+
+const (
+	dirObjects = "objects"
+	dirLayers  = "layers"
+	dirIngest  = "ingest"
+	// fileClean exists while no daemon is running and the last one stopped cleanly.
+	fileClean = "clean"
+	// memoryLimit bounds the payload bytes that wait for hashing and writing.
+	memoryLimit = 128 << 20
+)
 
 // Open opens or creates the store below opts.Root. live names every layer that a
 // snapshot refers to, once per reference: each gets one hold, every other layer is
 // removed.
-func Open(ctx context.Context, opts Options, live []content.LayerID) (*Store, error) { panic("TBD") }
+func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, err error) {
+	switch opts.Fidelity {
+	case "":
+		opts.Fidelity = content.Python
+	case content.Exact, content.Python, content.Normalized:
+	default:
+		return nil, fmt.Errorf("fidelity %q: want exact, python or normalized", opts.Fidelity)
+	}
+	s := &Store{
+		root:     opts.Root,
+		rootFd:   -1,
+		fidelity: opts.Fidelity,
+		memory:   semaphore.NewWeighted(memoryLimit),
+		layers:   map[content.LayerID]*state{},
+		diffs:    map[diffKey]content.LayerID{},
+		blobs:    map[blobKey]tree.Tar{},
+		payloads: map[content.PayloadDigest][]content.LayerID{},
+	}
+	s.flights.init()
+	defer func() {
+		if err != nil {
+			s.closeFiles()
+		}
+	}()
+	if err := s.openDirs(); err != nil {
+		return nil, err
+	}
+	clean, err := s.markRunning()
+	if err != nil {
+		return nil, err
+	}
+	holds := map[content.LayerID]int{}
+	for _, id := range live {
+		holds[id]++
+	}
+	complete, dropped, err := s.load(ctx, holds)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case !complete:
+		log.G(ctx).Warn("layers are damaged: unreferenced objects are kept until they are repaired")
+	case !clean || dropped:
+		n, err := s.objects.Sweep()
+		if err != nil {
+			return nil, err
+		}
+		log.G(ctx).WithField("objects", n).Info("removed what no layer names")
+	}
+	return s, nil
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.root}, elem...)...)
+}
+
+func (s *Store) treePath(id content.LayerID) string { return s.path(dirLayers, id.Hex()) }
+
+func (s *Store) openDirs() error {
+	if err := os.RemoveAll(s.path(dirIngest)); err != nil {
+		return fmt.Errorf("empty staging directory: %w", err)
+	}
+	for _, d := range []string{dirIngest, dirLayers, dirObjects} {
+		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+			return fmt.Errorf("create store: %w", err)
+		}
+	}
+	fd, err := unix.Open(s.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open store %s: %w", s.root, err)
+	}
+	s.rootFd = fd
+	s.objects, err = object.Open(s.path(dirObjects))
+	return err
+}
+
+func (s *Store) closeFiles() {
+	if s.objects != nil {
+		_ = s.objects.Close()
+	}
+	if s.rootFd >= 0 {
+		_ = unix.Close(s.rootFd)
+	}
+}
+
+// markRunning takes the mark of a clean stop away and reports whether it was there.
+func (s *Store) markRunning() (clean bool, err error) {
+	err = os.Remove(s.path(fileClean))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("mark store as running: %w", err)
+	}
+	return true, unix.Fsync(s.rootFd)
+}
+
+// load reads the headers of all trees. complete is false when the tree of a live layer
+// cannot be read, dropped is true when a layer that nothing refers to was removed.
+func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (complete, dropped bool, err error) {
+	dir, err := os.ReadDir(s.path(dirLayers))
+	if err != nil {
+		return false, false, fmt.Errorf("list layers: %w", err)
+	}
+	complete = true
+	for _, d := range dir {
+		sum, err := content.ParseSum(d.Name())
+		id := content.LayerID{Sum: sum}
+		if err != nil || holds[id] == 0 {
+			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
+				return false, false, fmt.Errorf("remove unused layer: %w", err)
+			}
+			dropped = true
+			continue
+		}
+		facts, objects, err := tree.ReadFacts(s.treePath(id))
+		if err != nil {
+			log.G(ctx).WithError(err).Errorf("layer %s is damaged", id)
+			complete = false
+			continue
+		}
+		s.objects.Load(objects)
+		s.insert(id, facts, holds[id])
+		delete(holds, id)
+	}
+	for id, n := range holds {
+		if n > 0 && s.layers[id] == nil {
+			complete = false
+			log.G(ctx).Errorf("layer %s is missing or damaged: snapshots that use it cannot be mounted", id)
+		}
+	}
+	return complete, dropped, nil
+}
+
+// insert makes a layer visible. Under mu, or before the store is shared.
+func (s *Store) insert(id content.LayerID, facts tree.Facts, holds int) {
+	s.layers[id] = &state{facts: facts, holds: holds}
+	s.payloads[facts.Payload] = append(s.payloads[facts.Payload], id)
+	for _, t := range facts.Tars {
+		s.insertTar(id, t)
+	}
+}
+
+func (s *Store) insertTar(id content.LayerID, t tree.Tar) {
+	s.diffs[diffKey{t.Fidelity, t.DiffID}] = id
+	for _, b := range t.Blobs {
+		s.blobs[blobKey{t.Fidelity, b}] = t
+	}
+}
 
 // Close waits for background work. Holds end with it.
-func (s *Store) Close() error { panic("TBD") }
+func (s *Store) Close() (err error) {
+	s.closed.Do(func() {
+		s.flights.wait()
+		s.gc.Wait()
+		if err = unix.Syncfs(s.rootFd); err == nil {
+			err = os.WriteFile(s.path(fileClean), nil, 0o600)
+		}
+		s.closeFiles()
+	})
+	return err
+}
 
 // ObjectsDir is the data-only lower layer of every mount.
-func (s *Store) ObjectsDir() string { panic("TBD") }
-
-// IngestBlob stores a blob as a layer and returns it, held, once all of it is
-// durable. The same blob asked for twice at the same time is ingested once; a
-// caller whose ctx ends does not harm the others who wait. A blob that the store already
-// knows is not opened at all.
-func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) { panic("TBD") }
-
-// IngestDir stores a directory as a layer and returns it, held, once durable.
-func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) { panic("TBD") }
+func (s *Store) ObjectsDir() string { return s.objects.Dir() }
 
 // Lookup finds the layer of a diffID under the store's fidelity and holds it.
-func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) { panic("TBD") }
+func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id, ok := s.diffs[diffKey{s.fidelity, d}]
+	if ok {
+		s.layers[id].holds++
+	}
+	return id, ok
+}
 
 // Infer finds the known diffID for which parent.Chain(diffID) == chain.
-func (s *Store) Infer(parent, chain content.ChainID) (content.DiffID, bool) { panic("TBD") }
+func (s *Store) Infer(parent, chain content.ChainID) (content.DiffID, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if parent.IsZero() {
+		d := content.DiffID(chain)
+		_, ok := s.diffs[diffKey{s.fidelity, d}]
+		return d, ok
+	}
+	for k := range s.diffs {
+		if k.fidelity == s.fidelity && parent.Chain(k.diffID) == chain {
+			return k.diffID, true
+		}
+	}
+	return content.DiffID{}, false
+}
 
 // Hold adds a hold to a layer that the caller already holds.
-func (s *Store) Hold(id content.LayerID) { panic("TBD") }
+func (s *Store) Hold(id content.LayerID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if st := s.layers[id]; st != nil {
+		st.holds++
+	}
+}
 
 // Release gives a hold back. A layer without holds is removed in the background,
 // with every object that no other layer names.
-func (s *Store) Release(id content.LayerID) { panic("TBD") }
+func (s *Store) Release(id content.LayerID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.layers[id]
+	if st == nil {
+		return // a damaged layer has no holds
+	}
+	if st.holds--; st.holds > 0 {
+		return
+	}
+	s.gc.Go(func() {
+		if err := s.remove(id); err != nil {
+			log.L.WithError(err).Errorf("remove layer %s", id)
+		}
+	})
+}
+
+// remove removes a layer that still has no holds.
+func (s *Store) remove(id content.LayerID) error {
+	objects, err := s.unlink(id)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, o := range objects {
+		errs = append(errs, s.objects.Unref(o, 1))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.layers[id]
+	if st == nil || st.holds > 0 {
+		return nil, nil
+	}
+	_, objects, err := tree.ReadFacts(s.treePath(id))
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(s.treePath(id)); err != nil {
+		return nil, err
+	}
+	delete(s.layers, id)
+	for _, t := range st.facts.Tars {
+		delete(s.diffs, diffKey{t.Fidelity, t.DiffID})
+		for _, b := range t.Blobs {
+			delete(s.blobs, blobKey{t.Fidelity, b})
+		}
+	}
+	same := s.payloads[st.facts.Payload]
+	for i := range same {
+		if same[i] == id {
+			same = append(same[:i:i], same[i+1:]...)
+			break
+		}
+	}
+	if s.payloads[st.facts.Payload] = same; len(same) == 0 {
+		delete(s.payloads, st.facts.Payload)
+	}
+	return objects, nil
+}
 
 // Facts returns what is known of a layer.
-func (s *Store) Facts(id content.LayerID) (Facts, error) { panic("TBD") }
+func (s *Store) Facts(id content.LayerID) (Facts, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	st := s.layers[id]
+	if st == nil {
+		return Facts{}, fmt.Errorf("layer %s: %w", id, fs.ErrNotExist)
+	}
+	f := Facts{
+		ID:       id,
+		Fidelity: st.facts.Fidelity,
+		Payload:  st.facts.Payload,
+		Entries:  st.facts.Entries,
+		Bytes:    st.facts.Bytes,
+		Usage:    Usage{Bytes: st.facts.UsedBytes, Inodes: st.facts.UsedInodes},
+	}
+	for _, t := range st.facts.Tars {
+		f.DiffIDs = append(f.DiffIDs, t.DiffID)
+	}
+	return f, nil
+}
 
 // Merge reads the trees of a chain, base first, and merges them. The empty
 // chain is an empty root directory.
 func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	panic("TBD")
+	trees := make([][]*content.Entry, len(chain))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(2)
+	for i, id := range chain {
+		g.Go(func() (err error) {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			_, trees[i], err = tree.Read(s.treePath(id), id)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, fmt.Errorf("read chain: %w", err)
+	}
+	n, err := tree.Merge(trees...)
+	if err != nil {
+		return nil, fmt.Errorf("merge chain: %w", err)
+	}
+	return n, nil
 }

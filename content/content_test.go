@@ -1,0 +1,95 @@
+package content
+
+import (
+	"slices"
+	"testing"
+)
+
+func TestComparePaths(t *testing.T) {
+	want := []string{"", "a", "a/b", "a/b/c", "a/b.c", "a\x01", "a.b", "a0", "b"}
+	got := slices.Clone(want)
+	slices.Reverse(got)
+	slices.SortFunc(got, ComparePaths)
+	if !slices.Equal(got, want) {
+		t.Errorf("%q", got)
+	}
+}
+
+// The vector is of the OCI image spec's formula, computed with sha256sum.
+func TestChain(t *testing.T) {
+	a, err := ParseSum("sha256:ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var none ChainID
+	one := none.Chain(DiffID{a})
+	if one.Sum != a {
+		t.Errorf("chainID of a base layer is %s", one)
+	}
+	const want = "d76fa7fcc3c98373e78d03a76c1447a1bec04bf49a44cb1f098bd84523f8450f"
+	if got := one.Chain(DiffID{a}).Hex(); got != want {
+		t.Errorf("chainID %s", got)
+	}
+}
+
+func TestPycSource(t *testing.T) {
+	for path, want := range map[string]string{
+		"a/__pycache__/m.cpython-311.pyc":       "a/m.py",
+		"a/__pycache__/m.cpython-39.opt-1.pyc":  "a/m.py",
+		"a/__pycache__/m.cpython-313.opt-2.pyc": "a/m.py",
+		"__pycache__/m.cpython-311.pyc":         "m.py",
+		"a/__pycache__/m.n.cpython-311.pyc":     "a/m.n.py",
+		"a/m.pyc":                               "a/m.py",
+		"m.pyc":                                 "m.py",
+		"a/__pycache__/m.pyc":                   "",
+		"a/__pycache__/.pyc":                    "",
+		"a/.pyc":                                "",
+		"a/m.py":                                "",
+	} {
+		if got, ok := PycSource(path); got != want || ok != (want != "") {
+			t.Errorf("%s: %q, %v", path, got, ok)
+		}
+	}
+}
+
+func TestParsePyc(t *testing.T) {
+	good := []byte{0xa7, 0x0d, '\r', '\n', 0, 0, 0, 0, 1, 2, 3, 4, 9, 0, 0, 0}
+	h, ok := ParsePyc(good)
+	if !ok || h.Mtime != 0x04030201 || h.Size != 9 {
+		t.Errorf("%+v %v", h, ok)
+	}
+	for name, change := range map[string]func([]byte) []byte{
+		"short":              func(b []byte) []byte { return b[:15] },
+		"hash-based":         func(b []byte) []byte { b[4] = 1; return b },
+		"checked hash-based": func(b []byte) []byte { b[4] = 3; return b },
+		"python 2.7":         func(b []byte) []byte { b[0], b[1] = 0x03, 0xf3; return b },
+		"python 3.6":         func(b []byte) []byte { b[0], b[1] = 0x33, 0x0d; return b },
+		"no newline":         func(b []byte) []byte { b[2] = 0; return b },
+	} {
+		if _, ok := ParsePyc(change(slices.Clone(good))); ok {
+			t.Errorf("%s: taken for a timestamp .pyc", name)
+		}
+	}
+}
+
+func FuzzPyc(f *testing.F) {
+	f.Add("a/__pycache__/m.cpython-311.pyc", []byte{0xa7, 0x0d, '\r', '\n', 0, 0, 0, 0, 1, 2, 3, 4, 9, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, path string, b []byte) {
+		if src, ok := PycSource(path); ok && (len(src) < 4 || src[len(src)-3:] != ".py") {
+			t.Errorf("%q is the source of %q", src, path)
+		}
+		h, ok := ParsePyc(b)
+		if !ok {
+			return
+		}
+		c := slices.Clone(b)
+		SetPycTime(c, PycTime)
+		if h2, ok := ParsePyc(c); !ok || h2.Size != h.Size || h2.Mtime != PycTime {
+			t.Error("the canonical header does not parse")
+		}
+		SetPycTime(c, h.Mtime)
+		if !slices.Equal(b, c) {
+			t.Error("the exact bytes do not come back")
+		}
+	})
+}

@@ -1,0 +1,300 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// IngestBlob stores a blob as a layer and returns it, held, once all of it is
+// durable. The same blob asked for twice at the same time is ingested once; a
+// caller whose ctx ends does not harm the others who wait. A blob that the store already
+// knows is not opened at all.
+func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
+	if in, ok := s.knownBlob(b); ok {
+		return in, nil
+	}
+	return s.flights.do(ctx, b.Digest, func(ctx context.Context) (Ingested, error) {
+		if in, ok := s.knownBlob(b); ok {
+			return in, nil
+		}
+		in, err := s.ingestBlob(ctx, b)
+		if err != nil {
+			return Ingested{}, fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err))
+		}
+		return in, nil
+	}, func(in Ingested, callers int) {
+		for range callers - 1 {
+			s.Hold(in.Layer)
+		}
+		if callers == 0 {
+			s.Release(in.Layer)
+		}
+	})
+}
+
+func (s *Store) knownBlob(b Blob) (Ingested, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t, ok := s.blobs[blobKey{s.fidelity, b.Digest}]
+	if !ok {
+		return Ingested{}, false
+	}
+	id := s.diffs[diffKey{t.Fidelity, t.DiffID}]
+	s.layers[id].holds++
+	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size}, true
+}
+
+// explain adds what to do to errors of the disk.
+func (s *Store) explain(err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("%w (free space or inodes on the file system of %s, or remove images)", err, s.root)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w (the file system of %s has become read-only: check the kernel log)", err, s.root)
+	}
+	return err
+}
+
+func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
+	src, err := b.Open(ctx)
+	if err != nil {
+		return Ingested{}, err
+	}
+	defer src.Close()
+	plain, err := archive.Decompress(src)
+	if err != nil {
+		return Ingested{}, err
+	}
+	defer plain.Close()
+
+	ss := s.newSession(ctx)
+	st := newStream(plain)
+	entries, err := archive.ReadTar(ss.ctx, st, ss)
+	err = st.finish(err)
+	if werr := ss.wait(); werr != nil {
+		err = werr
+	}
+	if err != nil {
+		return Ingested{}, errors.Join(err, ss.end(nil))
+	}
+	t := tree.Tar{DiffID: st.diffID, Fidelity: s.fidelity, Size: st.size}
+	if b.Digest != "" {
+		t.Blobs = append(t.Blobs, b.Digest)
+	}
+	id, added, err := s.finish(ss, entries, &t)
+	if err != nil {
+		return Ingested{}, err
+	}
+	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size, Added: added}, nil
+}
+
+// IngestDir stores a directory as a layer and returns it, held, once durable.
+func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
+	ss := s.newSession(ctx)
+	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
+	if werr := ss.wait(); werr != nil {
+		err = werr
+	}
+	if err != nil {
+		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil))))
+	}
+	id, added, err := s.finish(ss, entries, nil)
+	if err != nil {
+		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err))
+	}
+	return Ingested{Layer: id, Added: added}, nil
+}
+
+// finish turns a session's entries into a durable, visible layer with one hold. It ends
+// the session. t is nil for a directory.
+func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar) (content.LayerID, Usage, error) {
+	canonical, err := ss.settlePython(entries)
+	if err != nil {
+		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
+	}
+	form := s.fidelity
+	if form == content.Normalized {
+		form = content.Python // a tree of its own is the same under both
+	}
+	enc := tree.Encode(form, entries)
+	facts := tree.Facts{
+		Fidelity: form,
+		Payload:  tree.PayloadDigest(entries, canonical),
+		Entries:  int64(len(entries)),
+	}
+	for _, e := range entries {
+		facts.Bytes += e.Size
+	}
+	if t != nil {
+		facts.Tars = []tree.Tar{*t}
+	}
+	if id, ok, err := s.reuse(enc.ID, facts); ok || err != nil {
+		return id, Usage{}, errors.Join(err, ss.end(nil))
+	}
+	added, err := s.publish(ss, enc, facts)
+	if errors.Is(err, errRaced) {
+		id, _, err := s.reuse(enc.ID, facts)
+		return id, Usage{}, errors.Join(err, ss.end(nil))
+	}
+	if err != nil {
+		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
+	}
+	if err := ss.end(enc.Objects()); err != nil {
+		return content.LayerID{}, Usage{}, err
+	}
+	return enc.ID, added, nil
+}
+
+// reuse finds a layer that serves for the new one: the same tree, or under
+// normalized the same payload. It holds it and notes the new tar.
+func (s *Store) reuse(id content.LayerID, facts tree.Facts) (content.LayerID, bool, error) {
+	s.mu.Lock()
+	st := s.layers[id]
+	if st == nil && s.fidelity == content.Normalized {
+		for _, same := range s.payloads[facts.Payload] {
+			if s.layers[same].facts.Fidelity == facts.Fidelity {
+				id, st = same, s.layers[same]
+				break
+			}
+		}
+	}
+	if st == nil {
+		s.mu.Unlock()
+		return content.LayerID{}, false, nil
+	}
+	st.holds++
+	s.mu.Unlock()
+	for _, t := range facts.Tars {
+		if err := s.addTar(id, t); err != nil {
+			s.Release(id)
+			return content.LayerID{}, false, err
+		}
+	}
+	return id, true, nil
+}
+
+// addTar notes another tar, or another blob of a known tar, in a held layer.
+func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
+	s.factsMu.Lock()
+	defer s.factsMu.Unlock()
+	s.mu.RLock()
+	facts := s.layers[id].facts
+	s.mu.RUnlock()
+
+	facts.Tars = slices.Clone(facts.Tars)
+	i := slices.IndexFunc(facts.Tars, func(o tree.Tar) bool { return o.DiffID == t.DiffID && o.Fidelity == t.Fidelity })
+	switch {
+	case i < 0:
+		facts.Tars = append(facts.Tars, t)
+	case len(t.Blobs) == 0 || slices.Contains(facts.Tars[i].Blobs, t.Blobs[0]):
+		return nil
+	default:
+		facts.Tars[i].Blobs = append(slices.Clone(facts.Tars[i].Blobs), t.Blobs...)
+		t = facts.Tars[i]
+	}
+	old, err := os.ReadFile(s.treePath(id))
+	if err != nil {
+		return fmt.Errorf("note tar of layer: %w", err)
+	}
+	file, err := tree.WithFacts(old, facts)
+	if err != nil {
+		return fmt.Errorf("note tar of layer %s: %w", id, err)
+	}
+	tmp, err := s.writeStaged("facts-", file, true)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := os.Rename(tmp, s.treePath(id)); err != nil {
+		return fmt.Errorf("note tar of layer: %w", err)
+	}
+	s.layers[id].facts = facts
+	s.insertTar(id, t)
+	return nil
+}
+
+// writeStaged writes a file into ingest/ and returns its path.
+func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, error) {
+	f, err := os.CreateTemp(s.path(dirIngest), prefix)
+	if err != nil {
+		return "", fmt.Errorf("stage file: %w", err)
+	}
+	_, err = f.Write(data)
+	if err == nil && sync {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return "", errors.Join(fmt.Errorf("stage file: %w", err), os.Remove(f.Name()))
+	}
+	return f.Name(), nil
+}
+
+// publish makes all that a layer consists of durable, then the layer visible.
+func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts) (Usage, error) {
+	used := ss.added
+	size := func(n int) int64 { return int64(n+blockSize-1) &^ (blockSize - 1) }
+	file, err := enc.Marshal(facts)
+	if err != nil {
+		return Usage{}, fmt.Errorf("encode tree: %w", err)
+	}
+	used.Bytes += size(len(file))
+	used.Inodes++
+	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
+	if file, err = tree.WithFacts(file, facts); err != nil {
+		return Usage{}, fmt.Errorf("encode tree: %w", err)
+	}
+	tmp, err := s.writeStaged("tree-", file, false)
+	if err != nil {
+		return Usage{}, err
+	}
+	// One sync covers the objects that this session wrote, those of others that it
+	// relies on, and the tree.
+	if err := unix.Syncfs(s.rootFd); err != nil {
+		return Usage{}, errors.Join(fmt.Errorf("sync %s: %w", s.root, err), os.Remove(tmp))
+	}
+	if err := s.commit(enc.ID, tmp, facts); err != nil {
+		return Usage{}, err
+	}
+	return used, nil
+}
+
+func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if st := s.layers[id]; st != nil {
+		return errors.Join(errRaced, os.Remove(tmp))
+	}
+	if err := os.Rename(tmp, s.treePath(id)); err != nil {
+		return fmt.Errorf("commit layer %s: %w", id, err)
+	}
+	if err := syncDir(s.path(dirLayers)); err != nil {
+		return fmt.Errorf("commit layer %s: %w", id, err)
+	}
+	s.insert(id, facts, 1)
+	return nil
+}
+
+// errRaced means that another ingest committed the same tree a moment earlier.
+var errRaced = errors.New("the same layer was committed by another ingest")
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,290 @@
+package tree
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// A tree file, layers/<layer id>:
+//
+//	zstd skippable frame   header: length of the object frame (u32), Facts
+//	                       (protobuf), crc32c over both (u32)
+//	zstd frame             the objects field of the Tree message
+//	zstd frame             its other fields
+//
+// `zstd -dc FILE | sha256sum` prints the file's name. The header is outside
+// of the name, since facts (another diffID of the same tree) come to be known later.
+const (
+	skippableMagic = 0x184D2A5D
+	frameHeader    = 8 // magic and length of a skippable frame
+	// A tree with its decompressed bytes must fit in memory; an image with more
+	// metadata than this is no image.
+	maxDecoded = 4 << 30
+)
+
+var crcTable = crc32.MakeTable(crc32.Castagnoli)
+
+// Facts are what is known of a layer beside its tree.
+type Facts struct {
+	Fidelity content.Fidelity // that the tree was encoded with
+	Payload  content.PayloadDigest
+	Tars     []Tar
+	Entries  int64
+	Bytes    int64 // sum of the regular files' sizes
+	// Usage is what the layer's ingest added to the disk.
+	UsedBytes, UsedInodes int64
+}
+
+// Tar is one uncompressed tar that has the layer's tree.
+type Tar struct {
+	DiffID content.DiffID
+	// Fidelity is the setting under which the diffID stands for this layer.
+	Fidelity content.Fidelity
+	Size     int64           // of the tar, in bytes
+	Blobs    []digest.Digest // compressed forms of it that were ingested
+}
+
+// Field numbers of message Facts and Facts.Tar.
+const (
+	factsPayload    protowire.Number = 1
+	factsTar        protowire.Number = 2
+	factsEntries    protowire.Number = 3
+	factsBytes      protowire.Number = 4
+	factsUsedBytes  protowire.Number = 5
+	factsUsedInodes protowire.Number = 6
+	factsFidelity   protowire.Number = 7
+
+	tarDiffID   protowire.Number = 1
+	tarSize     protowire.Number = 2
+	tarBlob     protowire.Number = 3
+	tarFidelity protowire.Number = 4
+)
+
+// Marshal returns the bytes of a tree file.
+func (enc Encoded) Marshal(f Facts) ([]byte, error) {
+	w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return nil, fmt.Errorf("zstd encoder: %w", err)
+	}
+	defer w.Close()
+	var objects []byte
+	if len(enc.objects) > 0 {
+		objects = w.EncodeAll(enc.objects, nil)
+	}
+	out := header(f, len(objects))
+	out = append(out, objects...)
+	return w.EncodeAll(enc.entries, out), nil
+}
+
+func header(f Facts, objectFrame int) []byte {
+	body := binary.LittleEndian.AppendUint32(nil, uint32(objectFrame))
+	body = appendFacts(body, f)
+	body = binary.LittleEndian.AppendUint32(body, crc32.Checksum(body, crcTable))
+	out := binary.LittleEndian.AppendUint32(nil, uint32(skippableMagic))
+	out = binary.LittleEndian.AppendUint32(out, uint32(len(body)))
+	return append(out, body...)
+}
+
+// WithFacts returns the bytes of a tree file with its facts replaced.
+func WithFacts(file []byte, f Facts) ([]byte, error) {
+	_, objectFrame, rest, err := splitHeader(file)
+	if err != nil {
+		return nil, err
+	}
+	return append(header(f, objectFrame), rest...), nil
+}
+
+func splitHeader(file []byte) (f Facts, objectFrame int, rest []byte, err error) {
+	if len(file) < frameHeader || binary.LittleEndian.Uint32(file) != skippableMagic {
+		return f, 0, nil, fmt.Errorf("%w: no header", errMalformed)
+	}
+	n := int64(binary.LittleEndian.Uint32(file[4:]))
+	if n < 8 || n > int64(len(file)-frameHeader) {
+		return f, 0, nil, fmt.Errorf("%w: header is cut off", errMalformed)
+	}
+	body := file[frameHeader : frameHeader+n]
+	rest = file[frameHeader+n:]
+	crc := binary.LittleEndian.Uint32(body[n-4:])
+	if crc32.Checksum(body[:n-4], crcTable) != crc {
+		return f, 0, nil, fmt.Errorf("%w: header checksum does not match", errMalformed)
+	}
+	objectFrame = int(binary.LittleEndian.Uint32(body))
+	f, err = decodeFacts(body[4 : n-4])
+	return f, objectFrame, rest, err
+}
+
+// Read reads a whole tree file and verifies it against its id.
+func Read(path string, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return "", nil, err
+	}
+	_, _, rest, err := splitHeader(file)
+	if err != nil {
+		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	raw, err := decompress(rest)
+	if err != nil {
+		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	if sum := sha256.Sum256(raw); sum != id.Sum {
+		return "", nil, fmt.Errorf("tree of layer %s is damaged: its sha256 is %x", id, sum)
+	}
+	f, entries, err := decodeTree(raw)
+	if err != nil {
+		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	return f, entries, nil
+}
+
+// ReadFacts reads a tree file's facts and the ids of its objects, not its entries.
+// The objects are covered by no checksum but zstd's own.
+func ReadFacts(path string) (Facts, []content.ObjectID, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return Facts{}, nil, err
+	}
+	defer file.Close()
+	head := make([]byte, 4096)
+	n, err := file.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return Facts{}, nil, err
+	}
+	head = head[:n]
+	if n >= frameHeader {
+		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
+			head = make([]byte, want)
+			if _, err := file.ReadAt(head, 0); err != nil {
+				return Facts{}, nil, fmt.Errorf("read header of %s: %w", path, err)
+			}
+		}
+	}
+	f, objectFrame, rest, err := splitHeader(head)
+	if err != nil {
+		return Facts{}, nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if objectFrame == 0 {
+		return f, nil, nil
+	}
+	frame := make([]byte, objectFrame)
+	if _, err := file.ReadAt(frame, int64(len(head)-len(rest))); err != nil {
+		return Facts{}, nil, fmt.Errorf("read objects of %s: %w", path, err)
+	}
+	raw, err := decompress(frame)
+	if err != nil {
+		return Facts{}, nil, fmt.Errorf("objects of %s: %w", path, err)
+	}
+	ids, err := decodeObjects(raw)
+	if err != nil {
+		return Facts{}, nil, fmt.Errorf("objects of %s: %w", path, err)
+	}
+	return f, ids, nil
+}
+
+// Objects returns the ids that a Tree names, sorted, each once.
+func (enc Encoded) Objects() []content.ObjectID {
+	ids, _ := decodeObjects(enc.objects)
+	return ids
+}
+
+func decodeObjects(raw []byte) ([]content.ObjectID, error) {
+	var ids []content.ObjectID
+	err := eachField(raw, func(n protowire.Number, _ uint64, b []byte) error {
+		const l = len(content.Sum{})
+		if n != treeObjects || len(b)%l != 0 {
+			return fmt.Errorf("%w: object list", errMalformed)
+		}
+		ids = make([]content.ObjectID, len(b)/l)
+		for i := range ids {
+			copy(ids[i].Sum[:], b[i*l:])
+		}
+		return nil
+	})
+	return ids, err
+}
+
+func decompress(frames []byte) ([]byte, error) {
+	r, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxDecoded))
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return r.DecodeAll(frames, nil)
+}
+
+func appendFacts(b []byte, f Facts) []byte {
+	b = appendString(b, factsPayload, string(f.Payload.Sum[:]))
+	for _, t := range f.Tars {
+		var m []byte
+		m = appendString(m, tarDiffID, string(t.DiffID.Sum[:]))
+		m = appendUint(m, tarSize, uint64(t.Size))
+		for _, d := range t.Blobs {
+			m = appendString(m, tarBlob, d.String())
+		}
+		m = appendString(m, tarFidelity, string(t.Fidelity))
+		b = protowire.AppendTag(b, factsTar, protowire.BytesType)
+		b = protowire.AppendBytes(b, m)
+	}
+	b = appendUint(b, factsEntries, uint64(f.Entries))
+	b = appendUint(b, factsBytes, uint64(f.Bytes))
+	b = appendUint(b, factsUsedBytes, uint64(f.UsedBytes))
+	b = appendUint(b, factsUsedInodes, uint64(f.UsedInodes))
+	return appendString(b, factsFidelity, string(f.Fidelity))
+}
+
+func decodeFacts(raw []byte) (f Facts, err error) {
+	err = eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
+		switch n {
+		case factsPayload:
+			copy(f.Payload.Sum[:], b)
+		case factsTar:
+			t, err := decodeTar(b)
+			f.Tars = append(f.Tars, t)
+			return err
+		case factsEntries:
+			f.Entries = int64(v)
+		case factsBytes:
+			f.Bytes = int64(v)
+		case factsUsedBytes:
+			f.UsedBytes = int64(v)
+		case factsUsedInodes:
+			f.UsedInodes = int64(v)
+		case factsFidelity:
+			f.Fidelity = content.Fidelity(b)
+		}
+		return nil
+	})
+	return f, err
+}
+
+func decodeTar(raw []byte) (t Tar, err error) {
+	err = eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
+		switch n {
+		case tarDiffID:
+			copy(t.DiffID.Sum[:], b)
+		case tarSize:
+			t.Size = int64(v)
+		case tarBlob:
+			d, err := digest.Parse(string(b))
+			if err != nil {
+				return fmt.Errorf("%w: blob digest: %v", errMalformed, err)
+			}
+			t.Blobs = append(t.Blobs, d)
+		case tarFidelity:
+			t.Fidelity = content.Fidelity(b)
+		}
+		return nil
+	})
+	return t, err
+}

@@ -1,0 +1,111 @@
+package tree
+
+import (
+	"slices"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// resolvePython decides which timestamp each Python source of the merged tree shows.
+//
+// A PycPaired .pyc carries the canonical timestamp, so it is valid for Python
+// exactly when its source shows that timestamp too. The source shows it when
+// a paired .pyc was compiled from it (PycTime is the mtime that the image gave the
+// source), and its image mtime otherwise. That keeps what crosses layers right:
+//
+//   - A source replaced above its pair has another mtime than the .pyc recorded, or a
+//     pair of its own. If both a fresh and a stale pair hang on one source, it shows its image mtime:
+//     Python then recompiles, but never runs the stale one.
+//   - A PycLone (compiled in a layer above its source) was compiled against the
+//     image mtime: it is shown with its canonical payload when the source shows the canonical
+//     timestamp, and as it is when not.
+//   - A .pyc that was compiled in a container of ours has recorded the canonical
+//     timestamp itself. It counts as stale when its source came in a later layer.
+//
+// Sources with several hard links keep their image mtime, since the other names'
+// bytecode could disagree.
+func (m *merger) resolvePython() { m.pythonDir(m.root) }
+
+func (m *merger) pythonDir(dir *Node) {
+	cache := dir.child("__pycache__")
+	var paired bool
+	for _, holder := range []*Node{dir, cache} {
+		if holder == nil {
+			continue
+		}
+		for _, c := range holder.Children {
+			paired = paired || c.Entry.Flags&content.PycPaired != 0
+		}
+	}
+	if paired {
+		m.pythonSources(dir, cache)
+	}
+	for _, c := range dir.Children {
+		if c.Entry.Kind == content.Dir {
+			m.pythonDir(c)
+		}
+	}
+}
+
+// pythonSources handles the sources of one directory that has paired bytecode.
+func (m *merger) pythonSources(dir, cache *Node) {
+	type compiled struct{ fresh, stale, lone []*Node }
+	bySource := map[*Node]*compiled{}
+	collect := func(holder *Node, prefix string) {
+		if holder == nil {
+			return
+		}
+		for _, c := range holder.Children {
+			if c.Entry.Flags&(content.PycPaired|content.PycLone) == 0 {
+				continue
+			}
+			name, ok := content.PycSource(prefix + c.Name)
+			if !ok {
+				continue
+			}
+			src := dir.child(name)
+			if src == nil || src.Entry.Kind != content.Regular {
+				continue
+			}
+			k := bySource[src]
+			if k == nil {
+				k = &compiled{}
+				bySource[src] = k
+			}
+			fresh := c.Entry.PycTime == uint32(src.Entry.Mtime.Sec)
+			switch {
+			case c.Entry.Flags&content.PycPaired != 0 && fresh:
+				k.fresh = append(k.fresh, c)
+			case c.Entry.Flags&content.PycPaired != 0,
+				c.Entry.PycTime == content.PycTime && c.layer < src.layer:
+				k.stale = append(k.stale, c)
+			case fresh:
+				k.lone = append(k.lone, c)
+			}
+		}
+	}
+	collect(dir, "")
+	collect(cache, "__pycache__/")
+	for src, k := range bySource {
+		if len(k.fresh) == 0 || len(k.stale) > 0 || m.shared[src.Entry] {
+			continue
+		}
+		shown := *src.Entry
+		shown.Mtime = content.Time{Sec: content.PycTime}
+		src.Entry = &shown
+		for _, c := range k.lone {
+			c.Entry = canonicalLone(c.Entry)
+		}
+	}
+}
+
+func canonicalLone(e *content.Entry) *content.Entry {
+	c := *e
+	if len(e.Data) >= content.PycHeaderLen {
+		c.Data = slices.Clone(e.Data)
+		content.SetPycTime(c.Data, content.PycTime)
+	} else {
+		c.Object = e.PycCanonical
+	}
+	return &c
+}

@@ -1,0 +1,292 @@
+package tree
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+func object(s string) content.ObjectID {
+	sum, err := content.ParseSum(digest.FromString(s).String())
+	if err != nil {
+		panic(err)
+	}
+	return content.ObjectID{Sum: sum}
+}
+
+func torture() []*content.Entry {
+	return []*content.Entry{
+		{Kind: content.Dir, Mode: 0o755},
+		{Path: "a", Kind: content.Dir, Mode: 0o1777, UID: 1 << 31, GID: 70000, Flags: content.Opaque, Mtime: content.Time{Sec: -5, Nsec: 999999999}},
+		{Path: "a/\xff\xfe", Kind: content.Regular, Mode: 0o4755, Size: 5, Data: []byte("hello"),
+			Xattrs: []content.Xattr{{Name: "security.capability", Value: []byte{1, 0, 2}}, {Name: "user.empty"}}},
+		{Path: "a/big", Kind: content.Regular, Mode: 0o644, Size: 1 << 40, Object: object("big")},
+		{Path: "a/big2", Kind: content.Hardlink, Target: "a/big"},
+		{Path: "a.b", Kind: content.Symlink, Mode: 0o777, Target: "../\xff"},
+		{Path: "dev", Kind: content.Char, Major: 5, Minor: 300},
+		{Path: "gone", Kind: content.Whiteout},
+		{Path: "low", Kind: content.LowerLink, Target: "etc/x", Mode: 0o600},
+		{Path: "z.pyc", Kind: content.Regular, Size: 9000, Object: object("zc"), Flags: content.PycLone, PycTime: 7, PycCanonical: object("zcc")},
+	}
+}
+
+func TestTreeFileRoundTrip(t *testing.T) {
+	entries := torture()
+	facts := Facts{
+		Fidelity: content.Python, Payload: PayloadDigest(entries, nil), Entries: 10, Bytes: 1 << 40, UsedBytes: 8192, UsedInodes: 3,
+		Tars: []Tar{{DiffID: content.DiffID(object("d")), Fidelity: content.Python, Size: 10240, Blobs: []digest.Digest{digest.FromString("blob")}}},
+	}
+	enc := Encode(content.Python, entries)
+	file, err := enc.Marshal(facts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), enc.ID.Hex())
+	if err := os.WriteFile(path, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fidelity, got, err := Read(path, enc.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fidelity != content.Python {
+		t.Errorf("fidelity %q", fidelity)
+	}
+	if d := cmp.Diff(entries, got); d != "" {
+		t.Error(d)
+	}
+	gotFacts, ids, err := ReadFacts(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(facts, gotFacts); d != "" {
+		t.Error(d)
+	}
+	if d := cmp.Diff(enc.Objects(), ids); d != "" || len(ids) != 3 {
+		t.Errorf("%d objects: %s", len(ids), d)
+	}
+
+	facts.Tars = append(facts.Tars, Tar{DiffID: content.DiffID(object("e")), Fidelity: content.Normalized})
+	if file, err = WithFacts(file, facts); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, got, err = Read(path, enc.ID); err != nil || len(got) != len(entries) {
+		t.Fatal(len(got), err)
+	}
+	if gotFacts, _, err = ReadFacts(path); err != nil || cmp.Diff(facts, gotFacts) != "" {
+		t.Fatal(err, cmp.Diff(facts, gotFacts))
+	}
+}
+
+// Every flipped bit of a tree file is noticed, by Read or (in the header) by both.
+func TestDamagedTreeFile(t *testing.T) {
+	enc := Encode(content.Exact, torture())
+	file, err := enc.Marshal(Facts{Fidelity: content.Exact, Entries: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "tree")
+	for i := range file {
+		bad := slices.Clone(file)
+		bad[i] ^= 1 << (i % 8)
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, entries, err := Read(path, enc.ID); err == nil && len(cmp.Diff(torture(), entries)) > 0 {
+			t.Fatalf("bit flip at byte %d of %d goes unnoticed", i, len(file))
+		}
+	}
+	for n := range file {
+		if err := os.WriteFile(path, file[:n], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := Read(path, enc.ID); err == nil {
+			t.Fatalf("truncation to %d of %d bytes goes unnoticed", n, len(file))
+		}
+	}
+}
+
+// The formats are pinned: a change here is a format break.
+func TestFormatVectors(t *testing.T) {
+	entries := torture()
+	if got, want := Encode(content.Exact, entries).ID.Hex(), vectorLayer; got != want {
+		t.Errorf("layer id %s, want %s", got, want)
+	}
+	if got, want := PayloadDigest(entries, nil).Hex(), vectorPayload; got != want {
+		t.Errorf("payload digest %s, want %s", got, want)
+	}
+}
+
+func TestPayloadDigestIgnoresTimeAndOwner(t *testing.T) {
+	a, b := torture(), torture()
+	for _, e := range b {
+		e.UID, e.GID, e.Mtime = 42, 43, content.Time{Sec: 99}
+	}
+	if PayloadDigest(a, nil) != PayloadDigest(b, nil) {
+		t.Error("mtime, uid or gid changes the payload digest")
+	}
+	b[2].Mode = 0o755
+	if PayloadDigest(a, nil) == PayloadDigest(b, nil) {
+		t.Error("mode does not change the payload digest")
+	}
+	c := torture()
+	c[3].Object = object("small")
+	if PayloadDigest(a, nil) == PayloadDigest(c, nil) {
+		t.Error("a payload does not change the payload digest")
+	}
+}
+
+// show prints a merged tree, one line a node.
+func show(n *Node) string {
+	var b strings.Builder
+	var rec func(n *Node, path string)
+	rec = func(n *Node, path string) {
+		for _, c := range n.Children {
+			p := path + "/" + c.Name
+			fmt.Fprintf(&b, "%s %d %o %d %s%s\n", p, c.Entry.Kind, c.Entry.Mode, c.Entry.Mtime.Sec, c.Entry.Data, c.Entry.Target)
+			rec(c, p)
+		}
+	}
+	rec(n, "")
+	return b.String()
+}
+
+func dir(path string, mtime int64, flags content.Flags) *content.Entry {
+	return &content.Entry{Path: path, Kind: content.Dir, Mode: 0o755, Mtime: content.Time{Sec: mtime}, Flags: flags}
+}
+
+func file(path, data string, mtime int64) *content.Entry {
+	return &content.Entry{Path: path, Kind: content.Regular, Mode: 0o644, Size: int64(len(data)), Data: []byte(data), Mtime: content.Time{Sec: mtime}}
+}
+
+func TestMerge(t *testing.T) {
+	base := []*content.Entry{
+		dir("", 0, 0), dir("d", 1, 0), file("d/a", "a1", 1), file("d/b", "b1", 1), dir("d/sub", 1, 0), file("d/sub/x", "x", 1),
+		dir("e", 1, 0), file("e/f", "f", 1), {Path: "l", Kind: content.Symlink, Target: "d"}, {Path: "lib", Kind: content.Symlink, Target: "/usr/lib"},
+		dir("usr", 1, 0), {Path: "usr/lib", Kind: content.Dir, Mode: 0o711, Mtime: content.Time{Sec: 4}},
+	}
+	for _, row := range []struct {
+		name  string
+		layer []*content.Entry
+		want  string
+	}{
+		{"whiteout", []*content.Entry{dir("d", 2, 0), {Path: "d/a", Kind: content.Whiteout}, {Path: "d/sub", Kind: content.Whiteout}, {Path: "e", Kind: content.Whiteout}, {Path: "nothing", Kind: content.Whiteout}},
+			"/d 1 755 2 \n/d/b 2 644 1 b1\n/l 3 0 0 d\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+		{"opaque", []*content.Entry{dir("d", 2, content.Opaque), file("d/n", "n", 2)},
+			"/d 1 755 2 \n/d/n 2 644 2 n\n/e 1 755 1 \n/e/f 2 644 1 f\n/l 3 0 0 d\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+		{"implied keeps metadata", []*content.Entry{dir("d", 0, content.Implied), file("d/a", "a2", 2), dir("lib", 0, content.Implied), file("lib/so", "s", 2)},
+			"/d 1 755 1 \n/d/a 2 644 2 a2\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 1 755 1 \n/e/f 2 644 1 f\n/l 3 0 0 d\n/lib 1 711 4 \n/lib/so 2 644 2 s\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+		{"dir over file, file over dir", []*content.Entry{dir("d", 2, 0), dir("d/a", 2, 0), file("d/a/in", "i", 2), file("e", "e", 2), file("l", "l", 2)},
+			"/d 1 755 2 \n/d/a 1 755 2 \n/d/a/in 2 644 2 i\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 2 644 2 e\n/l 2 644 2 l\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n, err := Merge(base, append([]*content.Entry{dir("", 0, content.Implied)}, row.layer...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(row.want, show(n)); d != "" {
+				t.Error(d)
+			}
+		})
+	}
+}
+
+func TestMergeHardlinks(t *testing.T) {
+	root := dir("", 0, 0)
+	base := []*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"}, file("c", "c", 1)}
+	n, err := Merge(base, []*content.Entry{root, {Path: "a", Kind: content.Whiteout},
+		{Path: "l", Kind: content.LowerLink, Target: "a", Mode: 0o600, Mtime: content.Time{Sec: 9}}, {Path: "m", Kind: content.Hardlink, Target: "l"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, l, m := n.child("b"), n.child("l"), n.child("m")
+	if n.child("a") != nil || b.Entry != l.Entry || l.Entry != m.Entry || string(l.Entry.Data) != "one" || l.Entry.Mode != 0o600 || l.Entry.Mtime.Sec != 9 {
+		t.Error(show(n))
+	}
+	if _, err := Merge(base, []*content.Entry{root, {Path: "l", Kind: content.LowerLink, Target: "nope"}}); err == nil || !strings.Contains(err.Error(), "nope") {
+		t.Error(err)
+	}
+}
+
+const orig = 1700000000
+
+func py(path string, mtime int64) *content.Entry { return file(path, "src", mtime) }
+
+func pyc(path string, flags content.Flags, recorded uint32) *content.Entry {
+	data := make([]byte, content.PycHeaderLen)
+	stamp := recorded
+	if flags&content.PycPaired != 0 {
+		stamp = content.PycTime
+	}
+	content.SetPycTime(data, stamp)
+	return &content.Entry{Path: path, Kind: content.Regular, Size: int64(len(data)), Data: data, Flags: flags, PycTime: recorded}
+}
+
+// The rule: Python may recompile, it must never run stale code; in the usual ways of
+// building images it does not recompile.
+func TestMergePython(t *testing.T) {
+	root, cache := dir("", 0, 0), dir("__pycache__", 1, 0)
+	const p311, p311o1, p39 = "__pycache__/m.cpython-311.pyc", "__pycache__/m.cpython-311.opt-1.pyc", "__pycache__/m.cpython-39.pyc"
+	pair := []*content.Entry{root, cache, pyc(p311, content.PycPaired, orig), py("m.py", orig)}
+	for _, row := range []struct {
+		name   string
+		layers [][]*content.Entry
+		source int64           // mtime that m.py shows
+		valid  map[string]bool // whether Python would use each .pyc
+	}{
+		{"pair", [][]*content.Entry{pair}, content.PycTime, map[string]bool{p311: true}},
+		{"source without bytecode", [][]*content.Entry{{root, py("m.py", orig)}}, orig, nil},
+		{"bytecode whited out", [][]*content.Entry{pair, {root, cache, {Path: p311, Kind: content.Whiteout}}}, orig, nil},
+		{"source replaced above its pair", [][]*content.Entry{pair, {root, py("m.py", orig+1)}}, orig + 1, map[string]bool{p311: false}},
+		{"source copied above its pair, same mtime", [][]*content.Entry{pair, {root, py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true}},
+		{"compiled above its source", [][]*content.Entry{{root, py("m.py", orig)}, {root, cache, pyc(p311, content.PycLone, orig)}}, orig, map[string]bool{p311: true}},
+		{"optimised above a pair", [][]*content.Entry{pair, {root, cache, pyc(p311o1, content.PycLone, orig)}}, content.PycTime, map[string]bool{p311: true, p311o1: true}},
+		{"stale bytecode above a pair", [][]*content.Entry{pair, {root, cache, pyc(p39, content.PycLone, orig-7)}}, content.PycTime, map[string]bool{p311: true, p39: false}},
+		{"new pair over an old pair of another version", [][]*content.Entry{
+			{root, cache, pyc(p39, content.PycPaired, orig), py("m.py", orig)},
+			{root, cache, pyc(p311, content.PycPaired, orig+5), py("m.py", orig+5)}}, orig + 5, map[string]bool{p39: false, p311: false}},
+		{"compiled in a container, then a new pair", [][]*content.Entry{pair,
+			{root, cache, pyc(p311o1, content.PycLone, content.PycTime)},
+			{root, cache, pyc(p311, content.PycPaired, orig+5), py("m.py", orig+5)}}, orig + 5, map[string]bool{p311: false, p311o1: false}},
+		{"hardlinked source", [][]*content.Entry{
+			{root, cache, pyc(p311, content.PycPaired, orig), py("m.py", orig)},
+			{root, {Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: content.Time{Sec: orig}}}}, orig, map[string]bool{p311: false}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			n, err := Merge(row.layers...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := n.child("m.py").Entry.Mtime.Sec; got != row.source {
+				t.Errorf("m.py shows mtime %d, want %d", got, row.source)
+			}
+			got := map[string]bool{}
+			if c := n.child("__pycache__"); c != nil {
+				for _, f := range c.Children {
+					h, ok := content.ParsePyc(append([]byte{0x0b + 0x90, 0x0d, '\r', '\n'}, f.Entry.Data[4:]...))
+					if !ok {
+						t.Fatal("test bytecode does not parse")
+					}
+					got["__pycache__/"+f.Name] = h.Mtime == uint32(n.child("m.py").Entry.Mtime.Sec)
+				}
+			}
+			if row.valid == nil {
+				row.valid = map[string]bool{}
+			}
+			if d := cmp.Diff(row.valid, got); d != "" {
+				t.Error(d)
+			}
+		})
+	}
+}
