@@ -1,12 +1,141 @@
-// Package erofs writes chain images: read-only EROFS file systems with the
-// merged metadata of a chain, whose larger files are data-less and redirect to objects.
+// Package erofs writes chain images: read-only EROFS file systems with the merged
+// metadata of a chain. Small files lie in the image; every larger file is an
+// inode without data whose overlayfs xattrs name its object.
+//
+// # The image
+//
+//	block 0   0      nothing (1 KiB for boot sectors)
+//	          1024   superblock, 128 bytes, crc32c over the rest of block 0
+//	          1152   root inode (nid 36 or soon after: the superblock has 16 bits for it)
+//	                 shared xattrs: entries that several inodes refer to
+//	                 all other inodes, a directory's children next to one another
+//	block n   data   full directory blocks; tails that do not fit behind their inode
+//	end              zeros up to a whole block
+//
+//	inode            at a multiple of 32 bytes; nid = offset / 32, as the metadata area
+//	                 begins at block 0
+//	  header         32 bytes (compact) or 64 (extended)
+//	  xattrs         12 bytes header, ids of shared xattrs, own xattrs
+//	  payload        one of
+//	    tail         directory, symlink or file bytes (layout "inline")
+//	    chunk index  8 bytes a chunk, all null: a file that is one hole (layout "chunk")
+//	    nothing      empty file, device, or bytes in data blocks (layout "plain")
+//
+// The feature set is that of Linux 5.15 (chunk-based files being the newest of it).
+// Images are a cache, rebuilt from trees, so the layout has no version of its own:
+// the superblock's feature bits say all that a reader needs.
+//
+// # Invariants
+//
+//   - The same tree gives the same bytes, the uuid included.
+//   - Header, xattrs and tail of an inline inode lie in one block: all kernels
+//     refuse a tail that crosses blocks, and a symlink whose xattrs do.
+//   - Only this package writes trusted.overlay.* xattrs: whoever can choose one can
+//     make a file show any object. An entry that has one is an error, and so is
+//     a 0/0 character device, which overlayfs takes for a whiteout.
+//
+// It does not look at objects and does not merge trees.
 package erofs
 
 import (
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
 	"io"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
+const (
+	blockBits = 12
+	blockSize = 1 << blockBits
+	slotSize  = 32 // inodes begin at multiples of it
+
+	superOffset = 1024
+	superSize   = 128
+	superMagic  = 0xe0f5e1e2
+
+	compatChecksum   = 1 << 0
+	compatMtime      = 1 << 1 // inode times are mtimes
+	incompatChunked  = 1 << 2
+	superChecksumOff = 4
+	superUUIDOff     = 48
+)
+
+var le = binary.LittleEndian
+
+// image is one image being written: scan fills inodes and refs, place gives each
+// inode its offset, encode makes the bytes.
+type image struct {
+	inodes []inode // the root is first
+	// refs holds the inodes of all directory children, directory by directory.
+	refs   []int32
+	epoch  content.Time // the mtime of all compact inodes
+	shared sharedXattrs
+	ents   []dirent // scratch of dirents
+	length int64    // of the image in bytes; a multiple of blockSize
+}
+
 // Write writes the image of root to w and returns its length in bytes.
-func Write(w io.Writer, root *tree.Node) (int64, error) { panic("TBD") }
+//
+// Nodes that share an Entry are one inode, except directories: each of those has
+// its own. Write holds the image in memory (some 250 bytes an entry) and hands it to
+// w in one piece. An error about an entry names its path; nothing was written then.
+//
+// Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
+// number, link target or size that EROFS or Linux cannot hold; an entry
+// that would steer overlayfs (see Invariants).
+func Write(w io.Writer, root *tree.Node) (int64, error) {
+	var im image
+	if err := im.scan(root); err != nil {
+		return 0, fmt.Errorf("build chain image: %w", err)
+	}
+	if err := im.place(); err != nil {
+		return 0, fmt.Errorf("build chain image: %w", err)
+	}
+	n, err := w.Write(im.encode())
+	if err != nil {
+		return int64(n), fmt.Errorf("write chain image: %w", err)
+	}
+	return int64(n), nil
+}
+
+// encode returns the bytes of a placed image.
+func (im *image) encode() []byte {
+	b := make([]byte, im.length)
+	im.shared.encode(b)
+	chunked := false
+	for i := range im.inodes {
+		im.encodeInode(b, int32(i))
+		chunked = chunked || im.inodes[i].layout == layoutChunk
+	}
+	im.encodeSuper(b, chunked)
+	return b
+}
+
+// encodeSuper comes last: the uuid is made from all other bytes, and the checksum
+// covers the inodes that share block 0.
+func (im *image) encodeSuper(b []byte, chunked bool) {
+	sb := b[superOffset:blockSize]
+	le.PutUint32(sb[0:], superMagic)
+	le.PutUint32(sb[8:], compatChecksum|compatMtime)
+	sb[12] = blockBits
+	le.PutUint16(sb[14:], uint16(im.inodes[0].nid()))
+	le.PutUint64(sb[16:], uint64(len(im.inodes)))
+	le.PutUint64(sb[24:], uint64(im.epoch.Sec))
+	le.PutUint32(sb[32:], im.epoch.Nsec)
+	le.PutUint32(sb[36:], uint32(im.length/blockSize))
+	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
+	if chunked {
+		le.PutUint32(sb[80:], incompatChunked)
+	}
+	sum := sha256.Sum256(b)
+	uuid := sb[superUUIDOff : superUUIDOff+16]
+	copy(uuid, sum[:])
+	uuid[6] = uuid[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of our own
+	uuid[8] = uuid[8]&0x3f | 0x80
+	// The kernel's crc32c leaves out the last inversion.
+	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+}

@@ -1,0 +1,112 @@
+# Needs Go, git and make; what else a target needs it installs (as root, with apt-get) or
+# names. Outputs go to bin/ and out/, caches to $DEDUP_CACHE, else
+# ${XDG_CACHE_HOME:-~/.cache}/dedup-snapshotter.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+GO ?= go
+export GOFLAGS ?= -buildvcs=false
+COMMANDS := $(notdir $(patsubst %/,%,$(wildcard cmd/*/)))
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+TIMEOUT ?= 20m
+RUNS ?= 3
+FUZZTIME ?= 30s
+BENCHTIME ?= 1s
+
+# Where install puts things; DESTDIR is for packagers.
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+UNITDIR ?= $(SYSCONFDIR)/systemd/system
+BINDIR = $(DESTDIR)$(PREFIX)/bin
+CONFDIR = $(DESTDIR)$(SYSCONFDIR)/containerd-dedup-grpc
+
+# Packages whose tests run once more under the race detector, where there is a C compiler.
+RACE ?= ./content/... ./snapshotter/... ./cmd/...
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: build
+build: ## the binaries, into bin/
+	@mkdir -p bin
+	@for name in $(COMMANDS); do \
+		echo "building bin/$$name"; \
+		CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-X main.version=$(VERSION)" -o "bin/$$name" "./cmd/$$name"; \
+	done
+
+.PHONY: demo
+demo: build ## pull two builds of one app with overlayfs and with dedup, and compare (root)
+	bin/dedup-bench demo --out out --runs $(RUNS)
+
+.PHONY: setup
+setup: build ## install and build what the tests need, or say what is missing
+	bin/dedup-bench setup
+
+.PHONY: gcc
+gcc:
+	@if ! command -v gcc >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing gcc and libc6-dev for the race detector"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install -qy --no-install-recommends gcc libc6-dev >/dev/null 2>&1 || \
+		{ apt-get update -q >/dev/null && apt-get install -qy --no-install-recommends gcc libc6-dev >/dev/null; } || true; \
+	fi
+
+.PHONY: test
+test: setup gcc ## vet and all tests; those that need root or a kernel feature skip by name without
+	$(GO) vet ./...
+	@if command -v gcc >/dev/null; then \
+		echo "$(GO) test -race $(RACE)"; \
+		CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) $$(for p in $(RACE); do d=$${p%/...}; [ -d "$$d" ] && echo "$$p"; done); \
+	else \
+		echo "no gcc: the tests run without -race"; \
+	fi
+	$(GO) test -timeout $(TIMEOUT) ./...
+
+.PHONY: lint
+lint: ## gofmt and vet
+	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
+	if [ -n "$$unformatted" ]; then echo "not gofmt'ed:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+
+.PHONY: fuzz
+fuzz: ## every fuzz test for FUZZTIME (default 30s)
+	@for pkg in $$($(GO) list ./...); do \
+		for name in $$($(GO) test -list '^Fuzz' "$$pkg" | grep '^Fuzz' || true); do \
+			echo "$$pkg $$name"; \
+			$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$pkg"; \
+		done; \
+	done
+
+.PHONY: bench
+bench: ## Go benchmarks of the hot paths, comparable with benchstat, into out/bench.txt
+	@mkdir -p out
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -timeout 60m ./content/... ./snapshotter/... | tee out/bench.txt
+
+.PHONY: install
+install: build ## binaries, config and systemd unit (PREFIX, SYSCONFDIR, UNITDIR, DESTDIR)
+	install -d "$(BINDIR)"
+	install -m 0755 $(addprefix bin/,$(filter-out dedup-bench,$(COMMANDS))) "$(BINDIR)/"
+	@if [ -f deploy/config.toml ]; then \
+		install -d "$(CONFDIR)"; \
+		if [ -e "$(CONFDIR)/config.toml" ]; then echo "keeping $(CONFDIR)/config.toml"; \
+		else install -m 0600 deploy/config.toml "$(CONFDIR)/config.toml"; fi; \
+	fi
+	@for unit in $(wildcard deploy/*.service); do \
+		install -d "$(DESTDIR)$(UNITDIR)"; \
+		sed 's|/usr/local/bin|$(PREFIX)/bin|g' "$$unit" > "$(DESTDIR)$(UNITDIR)/$$(basename "$$unit")"; \
+		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$(basename "$$unit")"; \
+	done
+
+.PHONY: uninstall
+uninstall: ## what install put there; configuration and stored layers stay
+	rm -f $(addprefix "$(BINDIR)"/,$(filter-out dedup-bench,$(COMMANDS)))
+	rm -f $(addprefix "$(DESTDIR)$(UNITDIR)"/,$(notdir $(wildcard deploy/*.service)))
+
+.PHONY: clean
+clean: ## bin/ and out/ (the cache stays)
+	rm -rf bin out

@@ -1,0 +1,149 @@
+package archive
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+)
+
+// maxZstdWindow bounds what one zstd frame makes the decoder allocate. 128 MiB is
+// what `zstd -d` accepts without being asked for more, and what --long means.
+const maxZstdWindow = 128 << 20
+
+// blobBuffer is how much of a blob is read at a time.
+const blobBuffer = 256 << 10
+
+// mediaTypes are the layer types whose blobs Decompress reads. How a blob is
+// compressed is taken from its first bytes, not from here: registries hold
+// layers whose type does not tell the truth.
+var mediaTypes = map[string]struct{}{
+	"application/vnd.oci.image.layer.v1.tar":                       {},
+	"application/vnd.oci.image.layer.v1.tar+gzip":                  {},
+	"application/vnd.oci.image.layer.v1.tar+zstd":                  {},
+	"application/vnd.oci.image.layer.nondistributable.v1.tar":      {},
+	"application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": {},
+	"application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": {},
+	"application/vnd.docker.image.rootfs.diff.tar":                 {},
+	"application/vnd.docker.image.rootfs.diff.tar.gzip":            {},
+	"application/vnd.docker.image.rootfs.diff.tar.zstd":            {},
+	"application/vnd.docker.image.rootfs.foreign.diff.tar":         {},
+	"application/vnd.docker.image.rootfs.foreign.diff.tar.gzip":    {},
+	"application/vnd.docker.image.rootfs.foreign.diff.tar.zstd":    {},
+}
+
+// KnownMediaType reports whether mt is a layer tar of OCI or Docker, plain or
+// compressed with gzip or zstd, distributable or not.
+func KnownMediaType(mt string) bool {
+	_, ok := mediaTypes[mt]
+	return ok
+}
+
+// Decompress returns the tar stream of a blob, which is gzip (any number of
+// members, so estargz too), zstd (skippable frames ignored, so zstd:chunked too)
+// or, with neither's magic in front, the tar itself. All work happens in the
+// goroutine that reads; Close frees the decoder and does not close r. A zstd
+// frame that needs a window over 128 MiB is refused.
+func Decompress(r io.Reader) (io.ReadCloser, error) {
+	src := &blobReader{r: r}
+	buf := bufio.NewReaderSize(src, blobBuffer)
+	magic, err := buf.Peek(4)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("read blob: %w", err)
+	}
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b, 0x08}):
+		z, err := gzip.NewReader(buf)
+		if err != nil {
+			return nil, src.explain("gzip", 0, err)
+		}
+		return &decoder{src: src, format: "gzip", r: z, close: z.Close}, nil
+	case isZstd(magic):
+		z, err := zstd.NewReader(buf,
+			zstd.WithDecoderConcurrency(1),
+			zstd.WithDecoderLowmem(true),
+			zstd.WithDecoderMaxWindow(maxZstdWindow))
+		if err != nil {
+			return nil, src.explain("zstd", 0, err)
+		}
+		return &decoder{src: src, format: "zstd", r: z, close: func() error { z.Close(); return nil }}, nil
+	}
+	return &decoder{src: src, r: buf, close: func() error { return nil }}, nil
+}
+
+// isZstd knows a frame of data and, as zstd:chunked may start with one, the
+// sixteen skippable frames (RFC 8878, 3.1).
+func isZstd(magic []byte) bool {
+	if len(magic) < 4 {
+		return false
+	}
+	m := binary.LittleEndian.Uint32(magic)
+	return m == 0xfd2fb528 || m&^0xf == 0x184d2a50
+}
+
+// blobReader remembers the source's own error, so that a failing disk or
+// registry is not reported as a corrupt blob.
+type blobReader struct {
+	r   io.Reader
+	err error
+}
+
+func (b *blobReader) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if err != nil && !errors.Is(err, io.EOF) {
+		b.err = err
+	}
+	return n, err
+}
+
+// explain says what is wrong with a blob, n bytes into what it decompresses to.
+func (b *blobReader) explain(format string, n int64, err error) error {
+	switch {
+	case b.err != nil:
+		return fmt.Errorf("read blob: %w", b.err)
+	case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
+		return fmt.Errorf("%s: blob is truncated after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, io.ErrUnexpectedEOF)
+	case errors.Is(err, zstd.ErrWindowSizeExceeded):
+		return fmt.Errorf("%s: blob needs a window over %d MiB: %w: %w", format, maxZstdWindow>>20, ErrInvalid, err)
+	}
+	return fmt.Errorf("%s: blob is corrupt after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, err)
+}
+
+// decoder is what Decompress returns. format "" is a tar that was not compressed.
+type decoder struct {
+	src    *blobReader
+	format string
+	r      io.Reader
+	n      int64
+	close  func() error
+	done   bool
+}
+
+func (d *decoder) Read(p []byte) (int, error) {
+	if d.done {
+		return 0, errors.New("read of a closed blob")
+	}
+	n, err := d.r.Read(p)
+	d.n += int64(n)
+	switch {
+	case err == nil || err == io.EOF:
+	case d.format == "":
+		err = fmt.Errorf("read blob: %w", err)
+	default:
+		err = d.src.explain(d.format, d.n, err)
+	}
+	return n, err
+}
+
+func (d *decoder) Close() error {
+	if d.done {
+		return nil
+	}
+	d.done = true
+	return d.close()
+}

@@ -1,0 +1,198 @@
+package erofs
+
+import (
+	"math"
+	"math/bits"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+const (
+	compactSize  = 32
+	extendedSize = 64
+
+	layoutPlain  = 0
+	layoutInline = 2
+	layoutChunk  = 4
+
+	// A chunk is a block shifted left by up to 31 bits.
+	maxChunkShift = 31
+	maxChunkBits  = blockBits + maxChunkShift
+	maxChunks     = 128
+	chunkSize     = 8 // of an index entry
+	// chunkIndexes asks for 8-byte index entries. Those of 4 bytes would do, but
+	// some readers do not know a 4-byte null, and the slot rounding eats the gain.
+	chunkIndexes = 1 << 5
+	chunkNull    = math.MaxUint32
+)
+
+// inode is one inode of an image.
+type inode struct {
+	node   *tree.Node // its first name
+	parent int32      // the directory that holds node
+	refs   int32      // of a Dir: where its children begin in image.refs
+	nlink  uint32
+	xattrs uint32 // bytes of the xattr area
+	size   int64  // i_size
+
+	extended bool
+	layout   uint8
+	block    uint32 // the first data block, if any
+	offset   int64  // in the image
+}
+
+func (in *inode) nid() uint64 { return uint64(in.offset) / slotSize }
+
+// headerSize is the length of the inode without xattrs and payload.
+func (in *inode) headerSize() int64 {
+	if in.extended {
+		return extendedSize
+	}
+	return compactSize
+}
+
+// dataless tells a file whose bytes are an object.
+func dataless(e *content.Entry) bool {
+	return e.Kind == content.Regular && e.Size > 0 && len(e.Data) == 0
+}
+
+// fitsCompact tells whether all but the mtime fits a compact inode.
+func (in *inode) fitsCompact() bool {
+	e := in.node.Entry
+	return e.UID <= math.MaxUint16 && e.GID <= math.MaxUint16 &&
+		in.nlink <= math.MaxUint16 && in.size <= math.MaxUint32
+}
+
+// tail is how much of the payload does not fill a block.
+func (in *inode) tail() int64 { return in.size % blockSize }
+
+// chooseLayout decides how the payload is stored, once the header's and the xattrs'
+// lengths are known, and returns the bytes that the inode takes in the metadata area.
+func (in *inode) chooseLayout() int64 {
+	end := in.headerSize() + int64(in.xattrs)
+	switch tail := in.tail(); {
+	case dataless(in.node.Entry):
+		in.layout = layoutChunk
+		return alignUp(end, chunkSize) + chunkSize*in.chunks()
+	case tail > 0 && end+tail <= blockSize:
+		in.layout = layoutInline
+		return end + tail
+	}
+	in.layout = layoutPlain
+	return end
+}
+
+// dataBlocks is how many blocks of the data area the payload takes.
+func (in *inode) dataBlocks() int64 {
+	switch in.layout {
+	case layoutInline:
+		return in.size / blockSize
+	case layoutPlain:
+		return alignUp(in.size, blockSize) / blockSize
+	}
+	return 0
+}
+
+// chunkShift makes chunks so large that one will do. It is no larger than needed:
+// 32-bit kernels compute chunk lengths in 32 bits.
+func (in *inode) chunkShift() int {
+	return min(max(bits.Len64(uint64(in.size-1))-blockBits, 0), maxChunkShift)
+}
+
+func (in *inode) chunks() int64 {
+	return (in.size-1)>>(blockBits+in.chunkShift()) + 1
+}
+
+// encodeInode writes one inode with its xattrs and its payload into the image b.
+func (im *image) encodeInode(b []byte, id int32) {
+	in := &im.inodes[id]
+	e := in.node.Entry
+	in.encodeHeader(b[in.offset:], uint32(id)+1)
+	xattrs := in.offset + in.headerSize()
+	if in.xattrs > 0 {
+		im.shared.encodeArea(b[xattrs:], e)
+	}
+	payload := xattrs + int64(in.xattrs)
+	if in.layout == layoutChunk {
+		index := b[alignUp(payload, chunkSize):]
+		for i := range in.chunks() {
+			le.PutUint32(index[i*chunkSize+4:], chunkNull)
+		}
+		return
+	}
+	if in.layout == layoutPlain {
+		payload = int64(in.block) * blockSize
+	}
+	switch e.Kind {
+	case content.Regular:
+		copy(b[payload:], e.Data)
+	case content.Symlink:
+		copy(b[payload:], e.Target)
+	case content.Dir:
+		im.encodeDir(b, id, payload)
+	}
+}
+
+// encodeHeader writes the compact or extended inode at b[0].
+func (in *inode) encodeHeader(b []byte, ino uint32) {
+	e := in.node.Entry
+	format := uint16(in.layout) << 1
+	if in.extended {
+		format |= 1
+	}
+	le.PutUint16(b[0:], format)
+	le.PutUint16(b[2:], xattrCount(in.xattrs))
+	le.PutUint16(b[4:], modeType(e.Kind)|uint16(e.Mode))
+	le.PutUint32(b[16:], in.union())
+	le.PutUint32(b[20:], ino)
+	if !in.extended {
+		le.PutUint16(b[6:], uint16(in.nlink))
+		le.PutUint32(b[8:], uint32(in.size))
+		// b[12:16]: seconds after the epoch since 6.15, ignored before. Zero, as
+		// only inodes of that very mtime are compact.
+		le.PutUint16(b[24:], uint16(e.UID))
+		le.PutUint16(b[26:], uint16(e.GID))
+		return
+	}
+	le.PutUint64(b[8:], uint64(in.size))
+	le.PutUint32(b[24:], e.UID)
+	le.PutUint32(b[28:], e.GID)
+	le.PutUint64(b[32:], uint64(e.Mtime.Sec))
+	le.PutUint32(b[40:], e.Mtime.Nsec)
+	le.PutUint32(b[44:], in.nlink)
+}
+
+// union is the field whose meaning depends on kind and layout.
+func (in *inode) union() uint32 {
+	switch e := in.node.Entry; {
+	case e.Kind == content.Char || e.Kind == content.Block:
+		// The kernel's new_encode_dev.
+		return e.Minor&0xff | e.Major<<8 | (e.Minor&^0xff)<<12
+	case in.layout == layoutChunk:
+		return chunkIndexes | uint32(in.chunkShift())
+	}
+	return in.block
+}
+
+// modeType is the S_IFMT part of a mode.
+func modeType(k content.Kind) uint16 {
+	switch k {
+	case content.Dir:
+		return 0o040000
+	case content.Regular:
+		return 0o100000
+	case content.Symlink:
+		return 0o120000
+	case content.Char:
+		return 0o020000
+	case content.Block:
+		return 0o060000
+	case content.Fifo:
+		return 0o010000
+	}
+	return 0o140000 // Socket: check lets nothing else through
+}
+
+// alignUp rounds n up to a multiple of to, a power of two.
+func alignUp(n, to int64) int64 { return (n + to - 1) &^ (to - 1) }

@@ -1,0 +1,160 @@
+package node
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// Names under which the daemon is known to containerd, in all examples too.
+const (
+	Snapshotter = "dedup"
+	Differ      = "dedup-diff"
+)
+
+type table = map[string]any
+
+// containerdConfig renders the configuration of containerd. Everything that would lie at
+// a fixed place of the machine is moved below the node's directory or switched off.
+func (n *Node) containerdConfig() ([]byte, error) {
+	disabled := []string{
+		"io.containerd.nri.v1.nri", // listens on a fixed path
+		"io.containerd.snapshotter.v1.btrfs",
+		"io.containerd.snapshotter.v1.devmapper",
+		"io.containerd.snapshotter.v1.zfs",
+		"io.containerd.snapshotter.v1.blockfile",
+	}
+	if !n.opts.CRI {
+		disabled = append(disabled, "io.containerd.grpc.v1.cri",
+			"io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime")
+	}
+	version := 3
+	if strings.HasPrefix(n.tools.Version, "1.") {
+		version = 2
+	}
+	proxies := table{}
+	if !n.opts.NoDedup {
+		proxies[Snapshotter] = table{
+			"type": "snapshot", "address": n.DedupAddress(),
+			"exports": table{"root": n.DedupRoot()},
+		}
+		if len(n.opts.Capabilities) > 0 {
+			proxies[Snapshotter].(table)["capabilities"] = n.opts.Capabilities
+		}
+		if !n.opts.NoDiffer {
+			proxies[Differ] = table{"type": "diff", "address": n.DedupAddress()}
+		}
+	}
+	plugins := table{
+		"io.containerd.internal.v1.opt":          table{"path": filepath.Join(n.dir, "opt")},
+		"io.containerd.service.v1.diff-service":  table{"default": n.differs()},
+		"io.containerd.transfer.v1.local":        table{"unpack_config": n.unpackConfig()},
+		"io.containerd.image-verifier.v1.bindir": table{"bin_dir": filepath.Join(n.dir, "opt/verifier")},
+		"io.containerd.monitor.task.v1.cgroups":  table{"no_prometheus": true},
+	}
+	for id, more := range n.opts.Plugins {
+		if have, ok := plugins[id].(table); ok {
+			maps.Copy(have, more)
+			continue
+		}
+		plugins[id] = more
+	}
+	return encode(table{
+		"version":          version,
+		"root":             filepath.Join(n.dir, "c"),
+		"state":            filepath.Join(n.dir, "s"),
+		"temp":             filepath.Join(n.dir, "tmp"),
+		"disabled_plugins": disabled,
+		"grpc":             table{"address": n.Address()},
+		"ttrpc":            table{"address": n.Address() + ".ttrpc"},
+		"debug":            table{"level": n.opts.LogLevel},
+		"proxy_plugins":    proxies,
+		"plugins":          plugins,
+	})
+}
+
+// differs is the order in which containerd asks differs to apply or compare.
+func (n *Node) differs() []string {
+	order := []string{"walking"}
+	if n.opts.erofs != "" {
+		order = append([]string{"erofs"}, order...)
+	}
+	if !n.opts.NoDedup && !n.opts.NoDiffer {
+		order = append([]string{Differ}, order...)
+	}
+	return order
+}
+
+// unpackConfig tells the transfer service, which ctr's pull uses, who unpacks for whom.
+func (n *Node) unpackConfig() []table {
+	entry := func(snapshotter, differ string) table {
+		t := table{"platform": "linux", "snapshotter": snapshotter, "differ": differ}
+		if !strings.HasPrefix(n.tools.Version, "1.") && !strings.HasPrefix(n.tools.Version, "2.0") {
+			t["optional"] = true
+		}
+		return t
+	}
+	entries := []table{entry("overlayfs", "walking"), entry("native", "walking")}
+	if n.opts.erofs != "" {
+		entries = append(entries, entry("erofs", "erofs"))
+	}
+	switch {
+	case n.opts.NoDedup:
+	case n.opts.NoDiffer:
+		entries = append(entries, entry(Snapshotter, "walking"))
+	default:
+		entries = append(entries, entry(Snapshotter, Differ))
+	}
+	return entries
+}
+
+// daemonConfig renders the configuration of the dedup daemon.
+func (n *Node) daemonConfig() ([]byte, error) {
+	t := table{
+		"root":               n.DedupRoot(),
+		"address":            n.DedupAddress(),
+		"containerd_address": n.Address(),
+	}
+	maps.Copy(t, n.opts.Daemon)
+	return encode(t)
+}
+
+func encode(t table) ([]byte, error) {
+	var buf bytes.Buffer
+	if err := toml.NewEncoder(&buf).Encode(t); err != nil {
+		return nil, fmt.Errorf("encode config: %w", err)
+	}
+	return buf.Bytes(), nil
+}
+
+// fillBin puts what containerd, the shim and the daemon run into the node's bin
+// directory, which is their whole PATH.
+func (n *Node) fillBin() error {
+	links := map[string]string{}
+	for _, name := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
+		links[name] = filepath.Join(n.tools.Dir, name)
+	}
+	names := []string{"runc", "mount", "umount", "modprobe", "losetup"}
+	if n.opts.ExternalGzip {
+		names = append(names, "igzip", "unpigz")
+	}
+	for _, name := range names {
+		if path, err := LookPath(name); err == nil {
+			links[name] = path
+		}
+	}
+	if path, err := MkfsErofs(); err == nil {
+		links["mkfs.erofs"], n.opts.erofs = path, path
+	}
+	for name, target := range links {
+		if err := os.Symlink(target, filepath.Join(n.dir, "bin", name)); err != nil {
+			return fmt.Errorf("fill the node's PATH: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,167 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/image-spec/identity"
+)
+
+// Ctr runs ctr and returns what it wrote to its standard output. The error holds what it
+// wrote to its standard error.
+func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
+	all := append([]string{"--address", n.Address(), "--namespace", Namespace}, args...)
+	cmd := exec.CommandContext(ctx, filepath.Join(n.dir, "bin/ctr"), all...)
+	cmd.Env = n.env()
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("ctr %s: %w\n%s", strings.Join(args, " "), err, tail(errOut.Bytes(), 20))
+	}
+	return out.String(), nil
+}
+
+// Pull pulls an image from a registry on loopback and unpacks it with a snapshotter.
+func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
+	_, err := n.Ctr(ctx, "image", "pull", "--plain-http", "--snapshotter", snapshotter, ref)
+	return err
+}
+
+var containers atomic.Int64
+
+// NewID returns a container or snapshot name that the process has not used yet.
+func NewID(prefix string) string { return fmt.Sprintf("%s-%d", prefix, containers.Add(1)) }
+
+// Run runs a command in a new container of an image and returns its standard output;
+// the container is removed at its end.
+func (n *Node) Run(ctx context.Context, snapshotter, ref string, command ...string) (string, error) {
+	args := append([]string{"run", "--rm"}, n.runFlags(snapshotter)...)
+	return n.Ctr(ctx, append(append(args, ref, NewID("run")), command...)...)
+}
+
+// RunDetached starts a container and returns its id; Exec runs further commands in it.
+func (n *Node) RunDetached(ctx context.Context, snapshotter, ref string, command ...string) (string, error) {
+	id := NewID("detached")
+	args := append([]string{"run", "--detach"}, n.runFlags(snapshotter)...)
+	_, err := n.Ctr(ctx, append(append(args, ref, id), command...)...)
+	return id, err
+}
+
+func (n *Node) runFlags(snapshotter string) []string {
+	return []string{"--snapshotter", snapshotter, "--runc-root", filepath.Join(n.dir, "runc")}
+}
+
+// Exec runs a command in a running container and returns its standard output.
+func (n *Node) Exec(ctx context.Context, id string, command ...string) (string, error) {
+	return n.Ctr(ctx, append([]string{"task", "exec", "--exec-id", NewID("exec"), id}, command...)...)
+}
+
+// RemoveContainer kills a container's task and removes the container and its snapshot.
+func (n *Node) RemoveContainer(ctx context.Context, id string) error {
+	c, err := n.client.LoadContainer(ctx, id)
+	if err != nil {
+		return fmt.Errorf("load container %s: %w", id, err)
+	}
+	return removeContainer(ctx, c)
+}
+
+func (n *Node) removeContainers(ctx context.Context) error {
+	spaces, err := n.client.NamespaceService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("list namespaces: %w", err)
+	}
+	var errs []error
+	for _, space := range spaces {
+		ctx := namespaces.WithNamespace(ctx, space)
+		all, err := n.client.Containers(ctx)
+		errs = append(errs, err)
+		for _, c := range all {
+			errs = append(errs, removeContainer(ctx, c))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func removeContainer(ctx context.Context, c client.Container) error {
+	task, err := c.Task(ctx, nil)
+	if err == nil {
+		if _, err := task.Delete(ctx, client.WithProcessKill); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("kill container %s: %w", c.ID(), err)
+		}
+	}
+	if err := c.Delete(ctx, client.WithSnapshotCleanup); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("delete container %s: %w", c.ID(), err)
+	}
+	return nil
+}
+
+// ChainID returns the name of the committed snapshot that holds an image's files.
+func (n *Node) ChainID(ctx context.Context, ref string) (string, error) {
+	img, err := n.client.GetImage(ctx, ref)
+	if err != nil {
+		return "", fmt.Errorf("get image %s: %w", ref, err)
+	}
+	diffIDs, err := img.RootFS(ctx)
+	if err != nil {
+		return "", fmt.Errorf("read the layers of %s: %w", ref, err)
+	}
+	return identity.ChainID(diffIDs).String(), nil
+}
+
+// View mounts a read-only view of a pulled image's files, calls look with its path, and
+// takes the view down again.
+func (n *Node) View(ctx context.Context, snapshotter, ref string, look func(root string) error) error {
+	return n.withSnapshot(ctx, snapshotter, ref, snapshots.Snapshotter.View, look)
+}
+
+// Active is View for a new writable snapshot on an image.
+func (n *Node) Active(ctx context.Context, snapshotter, ref string, look func(root string) error) error {
+	return n.withSnapshot(ctx, snapshotter, ref, snapshots.Snapshotter.Prepare, look)
+}
+
+type makeSnapshot func(sn snapshots.Snapshotter, ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
+
+func (n *Node) withSnapshot(ctx context.Context, snapshotter, ref string, create makeSnapshot, look func(string) error) (err error) {
+	chain, err := n.ChainID(ctx, ref)
+	if err != nil {
+		return err
+	}
+	ctx, done, err := n.client.WithLease(ctx)
+	if err != nil {
+		return fmt.Errorf("take a lease: %w", err)
+	}
+	defer func() { err = errors.Join(err, done(context.WithoutCancel(ctx))) }()
+	sn, key := n.client.SnapshotService(snapshotter), NewID("snapshot")
+	mounts, err := create(sn, ctx, key, chain)
+	if err != nil {
+		return fmt.Errorf("make a snapshot of %s with %s: %w", ref, snapshotter, err)
+	}
+	defer func() { err = errors.Join(err, sn.Remove(context.WithoutCancel(ctx), key)) }()
+	return n.WithMounts(mounts, look)
+}
+
+// WithMounts mounts in the node's directory, calls look with the path, and unmounts.
+func (n *Node) WithMounts(mounts []mount.Mount, look func(root string) error) (err error) {
+	root, err := os.MkdirTemp(filepath.Join(n.dir, "mnt"), "m-")
+	if err != nil {
+		return fmt.Errorf("make a mount point: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.Remove(root)) }()
+	if err := mount.All(mounts, root); err != nil {
+		return fmt.Errorf("mount %+v: %w", mounts, err)
+	}
+	defer func() { err = errors.Join(err, mount.UnmountAll(root, 0)) }()
+	return look(root)
+}

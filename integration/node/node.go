@@ -1,0 +1,306 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
+)
+
+// Namespace is the containerd namespace that a node's methods work in.
+const Namespace = "default"
+
+// Options describe a node. The zero value is containerd DefaultVersion with the dedup
+// plugins configured, and no daemon running yet.
+type Options struct {
+	// Version of containerd; "" is DefaultVersion.
+	Version string
+	// Parent of the node's directory; "" is os.TempDir(). It has to be on a real file
+	// system: overlayfs cannot have an overlayfs upperdir.
+	Parent string
+	// NoDedup leaves the dedup plugins out of containerd's configuration.
+	NoDedup bool
+	// NoDiffer leaves only the dedup differ out.
+	NoDiffer bool
+	// Capabilities of the proxy snapshotter.
+	Capabilities []string
+	// CRI switches containerd's CRI plugin on.
+	CRI bool
+	// ExternalGzip lets containerd and the daemon find igzip and unpigz.
+	ExternalGzip bool
+	// LogLevel of containerd; "" is "info".
+	LogLevel string
+	// Plugins are further plugin settings of containerd, by plugin id.
+	Plugins map[string]map[string]any
+	// DaemonBinary is the dedup daemon; "" is bin/containerd-dedup-grpc in the module.
+	DaemonBinary string
+	// Daemon are further keys of the daemon's configuration.
+	Daemon map[string]any
+	// Say is told about slow steps; may be nil.
+	Say func(string)
+
+	erofs string // path of a usable mkfs.erofs
+}
+
+// Node is a running containerd. Its methods may be called concurrently, except those
+// that start, stop or kill a process.
+type Node struct {
+	opts       Options
+	tools      Tools
+	dir        string
+	containerd *process
+	daemon     *process
+	client     *client.Client
+}
+
+// Start builds what is missing and starts containerd. The caller closes the node.
+func Start(ctx context.Context, opts Options) (*Node, error) {
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("%w: root's rights; containerd, mounts and runc need them", ErrMissing)
+	}
+	if opts.Version == "" {
+		opts.Version = DefaultVersion
+	}
+	if opts.Parent == "" {
+		opts.Parent = os.TempDir()
+	}
+	if opts.LogLevel == "" {
+		opts.LogLevel = "info"
+	}
+	if err := Require(ctx, opts.Say, Runc); err != nil {
+		return nil, err
+	}
+	tools, err := Build(ctx, opts.Version, opts.Say)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := newDir(opts.Parent)
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{opts: opts, tools: tools, dir: dir}
+	if err := n.setUp(ctx); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+func (n *Node) setUp(ctx context.Context) error {
+	for _, sub := range []string{"bin", "c", "s", "runc", "dedup", "run", "log", "tmp", "mnt", "opt"} {
+		if err := os.Mkdir(filepath.Join(n.dir, sub), 0o700); err != nil {
+			return fmt.Errorf("set up node: %w", err)
+		}
+	}
+	if err := n.fillBin(); err != nil {
+		return err
+	}
+	for name, render := range map[string]func() ([]byte, error){
+		"containerd.toml": n.containerdConfig, "dedup.toml": n.daemonConfig,
+	} {
+		data, err := render()
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(n.dir, name), data, 0o600); err != nil {
+			return fmt.Errorf("set up node: %w", err)
+		}
+	}
+	return n.StartContainerd(ctx)
+}
+
+// Dir is the node's directory.
+func (n *Node) Dir() string { return n.dir }
+
+// Tools are the containerd binaries that the node runs.
+func (n *Node) Tools() Tools { return n.tools }
+
+// Address of containerd's socket.
+func (n *Node) Address() string { return filepath.Join(n.dir, "run/containerd.sock") }
+
+// DedupAddress is the daemon's socket.
+func (n *Node) DedupAddress() string { return filepath.Join(n.dir, "run/dedup.sock") }
+
+// DedupRoot is the daemon's root directory.
+func (n *Node) DedupRoot() string { return filepath.Join(n.dir, "dedup") }
+
+// HasErofs reports whether the erofs snapshotter can be used on this node.
+func (n *Node) HasErofs() bool { return n.opts.erofs != "" }
+
+// SnapshotterRoot is the directory in which a snapshotter keeps everything: what Usage
+// of package rootfs measures.
+func (n *Node) SnapshotterRoot(name string) string {
+	if name == Snapshotter {
+		return n.DedupRoot()
+	}
+	return filepath.Join(n.dir, "c", "io.containerd.snapshotter.v1."+name)
+}
+
+// LogPath is the file with the output of "containerd" or "dedup".
+func (n *Node) LogPath(name string) string { return filepath.Join(n.dir, "log", name+".log") }
+
+// Logs returns the last lines of all processes' logs, for a failure report.
+func (n *Node) Logs(lines int) string {
+	var out strings.Builder
+	for _, name := range []string{"containerd", "dedup"} {
+		if data, err := os.ReadFile(n.LogPath(name)); err == nil {
+			fmt.Fprintf(&out, "--- the end of %s's log ---\n%s\n", name, tail(data, lines))
+		}
+	}
+	return out.String()
+}
+
+func (n *Node) env() []string {
+	var env []string
+	for _, kv := range os.Environ() {
+		key, _, _ := strings.Cut(kv, "=")
+		switch key {
+		case "PATH", "TMPDIR", "NOTIFY_SOCKET":
+		default:
+			env = append(env, kv)
+		}
+	}
+	env = append(env, "PATH="+filepath.Join(n.dir, "bin"), "TMPDIR="+filepath.Join(n.dir, "tmp"))
+	if !n.opts.ExternalGzip {
+		env = append(env, "CONTAINERD_DISABLE_IGZIP=1", "CONTAINERD_DISABLE_PIGZ=1")
+	}
+	return env
+}
+
+// StartContainerd starts containerd and waits until it serves.
+func (n *Node) StartContainerd(ctx context.Context) error {
+	p, err := startProcess("containerd", n.LogPath("containerd"), n.env(),
+		filepath.Join(n.dir, "bin/containerd"), "--config", filepath.Join(n.dir, "containerd.toml"))
+	if err != nil {
+		return err
+	}
+	n.containerd = p
+	if err := n.recordPid("containerd.pid", p.pid()); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	return p.waitReady(ctx, n.dialContainerd)
+}
+
+func (n *Node) dialContainerd(ctx context.Context) error {
+	if _, err := os.Stat(n.Address()); err != nil {
+		return err
+	}
+	c, err := client.New(n.Address(), client.WithDefaultNamespace(Namespace), client.WithTimeout(5*time.Second))
+	if err != nil {
+		return err
+	}
+	if serving, err := c.IsServing(ctx); err != nil || !serving {
+		_ = c.Close()
+		return fmt.Errorf("containerd is not serving: %w", err)
+	}
+	if n.client != nil {
+		_ = n.client.Close()
+	}
+	n.client = c
+	return nil
+}
+
+// StopContainerd ends containerd in order; containers run on.
+func (n *Node) StopContainerd() error { return n.containerd.stop(unix.SIGTERM, 20*time.Second) }
+
+// KillContainerd ends containerd with SIGKILL.
+func (n *Node) KillContainerd() error { return n.containerd.stop(unix.SIGKILL, 20*time.Second) }
+
+// RestartContainerd stops containerd and starts it again.
+func (n *Node) RestartContainerd(ctx context.Context) error {
+	if err := n.StopContainerd(); err != nil {
+		return err
+	}
+	return n.StartContainerd(ctx)
+}
+
+// StartDaemon starts the dedup daemon and waits until its socket answers.
+func (n *Node) StartDaemon(ctx context.Context) error {
+	bin := n.opts.DaemonBinary
+	if bin == "" {
+		root, err := ModuleRoot()
+		if err != nil {
+			return err
+		}
+		bin = filepath.Join(root, "bin/containerd-dedup-grpc")
+	}
+	if _, err := os.Stat(bin); err != nil {
+		return fmt.Errorf("%w: the dedup daemon; run `make build`: %w", ErrMissing, err)
+	}
+	p, err := startProcess("dedup", n.LogPath("dedup"), n.env(), bin, "--config", filepath.Join(n.dir, "dedup.toml"))
+	if err != nil {
+		return err
+	}
+	n.daemon = p
+	if err := n.recordPid("dedup.pid", p.pid()); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	return p.waitReady(ctx, func(ctx context.Context) error {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", n.DedupAddress())
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	})
+}
+
+// StopDaemon ends the dedup daemon in order; KillDaemon with SIGKILL.
+func (n *Node) StopDaemon() error { return n.daemon.stop(unix.SIGTERM, 20*time.Second) }
+
+// KillDaemon ends the dedup daemon with SIGKILL.
+func (n *Node) KillDaemon() error { return n.daemon.stop(unix.SIGKILL, 20*time.Second) }
+
+// Pids returns the processes whose CPU time is a pull's cost: containerd, and the
+// daemon when it runs.
+func (n *Node) Pids() []int {
+	var pids []int
+	for _, p := range []*process{n.containerd, n.daemon} {
+		if p != nil && p.running() {
+			pids = append(pids, p.pid())
+		}
+	}
+	return pids
+}
+
+func (n *Node) recordPid(name string, pid int) error {
+	text := fmt.Sprintf("%d %s", pid, startTime(pid))
+	if err := os.WriteFile(filepath.Join(n.dir, name), []byte(text), 0o600); err != nil {
+		return fmt.Errorf("record the pid of %s: %w", name, err)
+	}
+	return nil
+}
+
+// Client is the Go client of the node's containerd, in Namespace. It is replaced when
+// containerd starts again.
+func (n *Node) Client() *client.Client { return n.client }
+
+// Close ends containers, daemon and containerd, unmounts and removes everything. An
+// error means that something did not end as it should.
+func (n *Node) Close() error {
+	var errs []error
+	if n.client != nil && n.containerd.running() {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		errs = append(errs, n.removeContainers(ctx))
+		cancel()
+	}
+	if n.client != nil {
+		_ = n.client.Close()
+	}
+	for _, p := range []*process{n.containerd, n.daemon} {
+		if p != nil {
+			errs = append(errs, p.stop(unix.SIGTERM, 20*time.Second))
+		}
+	}
+	errs = append(errs, destroy(n.dir))
+	return errors.Join(errs...)
+}

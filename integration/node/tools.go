@@ -1,0 +1,107 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// DefaultVersion is the containerd that a node runs unless told otherwise.
+const DefaultVersion = "2.4.2"
+
+// Tools are the binaries of one containerd version.
+type Tools struct {
+	Version string
+	Dir     string // holds containerd, ctr and containerd-shim-runc-v2
+}
+
+// Versions lists the containerd versions that Build can make, from the directories
+// integration/tools/containerd-*.
+func Versions() ([]string, error) {
+	root, err := ModuleRoot()
+	if err != nil {
+		return nil, err
+	}
+	dirs, err := filepath.Glob(filepath.Join(root, "integration/tools/containerd-*"))
+	if err != nil {
+		return nil, fmt.Errorf("list containerd versions: %w", err)
+	}
+	var versions []string
+	for _, dir := range dirs {
+		versions = append(versions, strings.TrimPrefix(filepath.Base(dir), "containerd-"))
+	}
+	return versions, nil
+}
+
+// Build returns the tools of a containerd version, building them into the cache when
+// they are not there yet (one to two minutes). say may be nil.
+func Build(ctx context.Context, version string, say func(string)) (Tools, error) {
+	pkg := "github.com/containerd/containerd/v2"
+	if strings.HasPrefix(version, "1.") {
+		pkg = "github.com/containerd/containerd"
+	}
+	dir, err := buildModule(ctx, "containerd-"+version, say,
+		"-X "+pkg+"/version.Version=v"+version,
+		pkg+"/cmd/containerd", pkg+"/cmd/ctr", pkg+"/cmd/containerd-shim-runc-v2")
+	return Tools{Version: version, Dir: dir}, err
+}
+
+// BuildCrane returns the path of go-containerregistry's crane, built like Build does.
+func BuildCrane(ctx context.Context, say func(string)) (string, error) {
+	dir, err := buildModule(ctx, "crane", say, "", "github.com/google/go-containerregistry/cmd/crane")
+	return filepath.Join(dir, "crane"), err
+}
+
+// buildModule builds packages of the module integration/tools/<name> into the cache.
+// The directory appears by a rename, so it is complete whenever it exists.
+func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string, error) {
+	root, err := ModuleRoot()
+	if err != nil {
+		return "", err
+	}
+	src := filepath.Join(root, "integration/tools", name)
+	mod, err := os.ReadFile(filepath.Join(src, "go.mod"))
+	if err != nil {
+		return "", fmt.Errorf("build %s: no such tool: %w", name, err)
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "tools", name+"-"+shortHash(mod))
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	unlock, err := Lock(ctx, dir+".lock")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	if say != nil {
+		say("building " + name + " from the Go module proxy (once)")
+	}
+	staging := dir + ".new"
+	if err := os.RemoveAll(staging); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	args := append([]string{"build", "-trimpath", "-ldflags", "-s -w " + ldflags, "-o", staging + "/"}, packages...)
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = src
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GOWORK=off")
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("build %s in %s: %w\n%s", name, src, err, out.String())
+	}
+	if err := os.Rename(staging, dir); err != nil {
+		return "", fmt.Errorf("build %s: %w", name, err)
+	}
+	return dir, nil
+}
