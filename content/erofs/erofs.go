@@ -81,8 +81,9 @@ type image struct {
 // Write writes the image of root to w and returns its length in bytes.
 //
 // Nodes that share an Entry are one inode, except directories: each of those has
-// its own. Write holds the image in memory (some 250 bytes an entry) and hands it to
-// w in one piece. An error about an entry names its path; nothing was written then.
+// its own. Write holds the image in memory (some 270 bytes an entry, and as much
+// again while it works) and hands it to w in one piece. An error about an entry
+// names its path; nothing was written then.
 //
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
 // number, link target or size that EROFS or Linux cannot hold; an entry

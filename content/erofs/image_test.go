@@ -40,58 +40,51 @@ const dataMax = 8 << 10
 // it must show.
 func wanted(root *tree.Node, o objects) []seen {
 	var all []seen
-	firsts := make(map[*content.Entry]string)
+	firsts := make(firstNames[*content.Entry])
+	links := make(map[string]uint64) // by SameAs
 	var walk func(path string, n *tree.Node)
 	walk = func(path string, n *tree.Node) {
-		e := n.Entry
-		s := seen{
-			Path: path, Mode: e.Mode | uint32(modeType(e.Kind)), UID: e.UID, GID: e.GID, Major: e.Major, Minor: e.Minor,
-			Mtime: e.Mtime, Xattrs: make(map[string]string), Target: e.Target, Data: string(e.Data),
-			Size: max(e.Size, int64(len(e.Target))), SameAs: path,
+		s := wantedInode(path, n.Entry, o)
+		if n.Entry.Kind == content.Dir {
+			links[path] = 2
+		} else {
+			s.SameAs = firsts.of(n.Entry, path)
+			links[s.SameAs]++
 		}
-		for _, x := range e.Xattrs {
-			s.Xattrs[x.Name] = string(x.Value)
-		}
-		if e.Kind != content.Dir {
-			if first, ok := firsts[e]; ok {
-				s.SameAs = first
-			}
-			firsts[e] = s.SameAs
-		}
-		if e.Size > 0 && e.Data == nil {
-			if o == nil {
-				s.Xattrs["trusted.overlay.metacopy"] = ""
-				s.Xattrs["trusted.overlay.redirect"] = "/" + e.Object.Path()
-			}
-			data := o[e.Object]
-			s.Data = string(data[:min(len(data), dataMax)])
-		}
-		if e.Kind == content.Dir {
-			s.Nlink = 2
-		}
-		at := len(all)
 		all = append(all, s)
 		for _, child := range n.Children {
 			if child.Entry.Kind == content.Dir {
-				all[at].Nlink++
+				links[path]++
 			}
 			walk(path+"/"+child.Name, child)
 		}
-		if e.Kind != content.Dir {
-			all[at].Nlink = 0
-		}
 	}
 	walk("", root)
-	counts := make(map[string]uint64)
-	for _, s := range all {
-		counts[s.SameAs]++
-	}
 	for i := range all {
-		if all[i].Nlink == 0 {
-			all[i].Nlink = counts[all[i].SameAs]
-		}
+		all[i].Nlink = links[all[i].SameAs]
 	}
 	return sorted(all)
+}
+
+// wantedInode is what follows from an entry alone.
+func wantedInode(path string, e *content.Entry, o objects) seen {
+	s := seen{
+		Path: path, Mode: e.Mode | uint32(modeType(e.Kind)), UID: e.UID, GID: e.GID, Major: e.Major, Minor: e.Minor,
+		Mtime: e.Mtime, Xattrs: make(map[string]string), Target: e.Target, Data: string(e.Data),
+		Size: max(e.Size, int64(len(e.Target))), SameAs: path,
+	}
+	for _, x := range e.Xattrs {
+		s.Xattrs[x.Name] = string(x.Value)
+	}
+	if e.Size > 0 && e.Data == nil {
+		if o == nil {
+			s.Xattrs["trusted.overlay.metacopy"] = ""
+			s.Xattrs["trusted.overlay.redirect"] = "/" + e.Object.Path()
+		}
+		data := o[e.Object]
+		s.Data = string(data[:min(len(data), dataMax)])
+	}
+	return s
 }
 
 func sorted(all []seen) []seen {

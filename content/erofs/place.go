@@ -74,7 +74,7 @@ func before(a, b content.Time) bool {
 
 // arena hands out the metadata area from front to back. Where an inode had to move
 // to the next block it remembers the largest such gap, and later inodes that fit
-// go there: with inline files of up to 1 KiB the gaps would be a tenth of the image.
+// go there. The gaps would be 3 % of an image of Python packages.
 type arena struct {
 	end         int64
 	gap, gapEnd int64

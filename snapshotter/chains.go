@@ -1,0 +1,285 @@
+package snapshotter
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// chainName names a chain image: the sha256 over the ids of its layers, base first.
+type chainName struct{ content.Sum }
+
+// chainVersion is hashed into every name, so that images of another writer are not taken for
+// ours: change it whenever erofs.Write or tree.Merge change what they produce.
+const chainVersion = "chain image 1\n"
+
+func nameChain(chain []content.LayerID) (n chainName) {
+	h := sha256.New()
+	h.Write([]byte(chainVersion))
+	for _, id := range chain {
+		h.Write(id.Sum[:])
+	}
+	h.Sum(n.Sum[:0])
+	return n
+}
+
+// chains is the cache of chain images and their mounts:
+//
+//	<root>/chains/<64 hex>.erofs   images; each may go at any time and is built again
+//	<run>/chains/<64 hex>          mount points
+//
+// A mount point stays mounted while an active snapshot or a view uses it: a client may mount what
+// it was told at any later time. Containers themselves do not need it, since overlayfs
+// clones the mounts below it.
+type chains struct {
+	images, staging, mnt string
+	merge                func(context.Context, []content.LayerID) (*tree.Node, error)
+
+	mu sync.Mutex // guards what follows
+	// busy chains are being built, mounted or unmounted; the channel is closed after.
+	busy map[chainName]chan struct{}
+	// users are the ids of active snapshots and views, by chain, and the way back.
+	users map[chainName]map[string]bool
+	byID  map[string]chainName
+}
+
+const imageSuffix = ".erofs"
+
+func openChains(images, staging, mnt string, merge func(context.Context, []content.LayerID) (*tree.Node, error)) (*chains, error) {
+	if err := os.MkdirAll(mnt, 0o700); err != nil {
+		return nil, fmt.Errorf("create mount directory: %w", err)
+	}
+	return &chains{
+		images: images, staging: staging, mnt: mnt, merge: merge,
+		busy:  map[chainName]chan struct{}{},
+		users: map[chainName]map[string]bool{},
+		byID:  map[string]chainName{},
+	}, nil
+}
+
+func (c *chains) mountPoint(n chainName) string { return filepath.Join(c.mnt, n.Hex()) }
+func (c *chains) image(n chainName) string      { return filepath.Join(c.images, n.Hex()+imageSuffix) }
+
+// use notes that a snapshot may be mounted over a chain.
+func (c *chains) use(n chainName, id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.users[n] == nil {
+		c.users[n] = map[string]bool{}
+	}
+	c.users[n][id] = true
+	c.byID[id] = n
+}
+
+// unuse takes a snapshot's use back and unmounts a chain that has no user left.
+func (c *chains) unuse(ctx context.Context, id string) {
+	c.mu.Lock()
+	n, ok := c.byID[id]
+	delete(c.byID, id)
+	if ok {
+		delete(c.users[n], id)
+		if len(c.users[n]) == 0 {
+			delete(c.users, n)
+		}
+	}
+	c.mu.Unlock()
+	if !ok {
+		return
+	}
+	if err := c.release(n); err != nil {
+		log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+	}
+}
+
+// release unmounts a chain that has no users.
+func (c *chains) release(n chainName) error {
+	defer c.acquire(n)()
+	c.mu.Lock()
+	used := len(c.users[n]) > 0
+	c.mu.Unlock()
+	if used {
+		return nil
+	}
+	return c.unmount(n)
+}
+
+// acquire waits until nobody else is busy with a chain, and returns how to let go.
+func (c *chains) acquire(n chainName) (release func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for {
+		done := c.busy[n]
+		if done == nil {
+			break
+		}
+		c.mu.Unlock()
+		<-done
+		c.mu.Lock()
+	}
+	done := make(chan struct{})
+	c.busy[n] = done
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.busy, n)
+		close(done)
+	}
+}
+
+// build makes sure that a chain's image exists.
+func (c *chains) build(ctx context.Context, chain []content.LayerID) error {
+	n := nameChain(chain)
+	defer c.acquire(n)()
+	return c.buildLocked(ctx, n, chain)
+}
+
+func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.LayerID) (err error) {
+	if _, err := os.Stat(c.image(n)); err == nil {
+		return nil
+	}
+	root, err := c.merge(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	f, err := os.CreateTemp(c.staging, "chain-")
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("build chain image: %w", err), os.Remove(f.Name()))
+		}
+	}()
+	w := bufio.NewWriterSize(f, 1<<20)
+	_, err = erofs.Write(w, root)
+	if err == nil {
+		err = w.Flush()
+	}
+	// A torn image would mount and show wrong metadata, so its bytes come before its name.
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), c.image(n))
+}
+
+// ensure makes sure that a chain is mounted.
+func (c *chains) ensure(ctx context.Context, chain []content.LayerID) error {
+	n := nameChain(chain)
+	defer c.acquire(n)()
+	if c.isMounted(n) {
+		return nil
+	}
+	if err := c.buildLocked(ctx, n, chain); err != nil {
+		return err
+	}
+	err := c.mountImage(n)
+	if err == nil {
+		return nil
+	}
+	// Whatever is wrong with the image, a new one costs less than finding out.
+	log.G(ctx).WithError(err).Warnf("chain image %s does not mount: building it again", n)
+	if err := os.Remove(c.image(n)); err != nil {
+		return fmt.Errorf("remove chain image: %w", err)
+	}
+	if err := c.buildLocked(ctx, n, chain); err != nil {
+		return err
+	}
+	return c.mountImage(n)
+}
+
+// erofsMagic is the kernel's EROFS_SUPER_MAGIC_V1.
+const erofsMagic = 0xE0F5E1E2
+
+func (c *chains) isMounted(n chainName) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(c.mountPoint(n), &st) == nil && int64(st.Type) == erofsMagic
+}
+
+func (c *chains) mountImage(n chainName) error {
+	if err := os.MkdirAll(c.mountPoint(n), 0o700); err != nil {
+		return fmt.Errorf("create mount point: %w", err)
+	}
+	return mountErofs(c.image(n), c.mountPoint(n))
+}
+
+// mountErofs mounts an image from its file where the kernel can (6.12), else from a loop device.
+func mountErofs(image, target string) error {
+	err := unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+	if errors.Is(err, unix.ENOTBLK) {
+		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
+		err = m.Mount(target)
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s: %w", image, err)
+	}
+	return nil
+}
+
+func (c *chains) unmount(n chainName) error {
+	for c.isMounted(n) {
+		if err := unix.Unmount(c.mountPoint(n), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("unmount chain image %s: %w", n, err)
+		}
+	}
+	if err := os.Remove(c.mountPoint(n)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove mount point: %w", err)
+	}
+	return nil
+}
+
+// list returns the chains that have an image or a mount point.
+func (c *chains) list() ([]chainName, error) {
+	seen := map[chainName]bool{}
+	var names []chainName
+	for _, dir := range []string{c.images, c.mnt} {
+		files, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, fmt.Errorf("list chain images: %w", err)
+		}
+		for _, f := range files {
+			sum, err := content.ParseSum(strings.TrimSuffix(f.Name(), imageSuffix))
+			n := chainName{sum}
+			if err == nil && !seen[n] {
+				seen[n] = true
+				names = append(names, n)
+			}
+		}
+	}
+	return names, nil
+}
+
+// drop removes the image and the mount of a chain that no snapshot has.
+func (c *chains) drop(n chainName) error {
+	defer c.acquire(n)()
+	c.mu.Lock()
+	used := len(c.users[n]) > 0
+	c.mu.Unlock()
+	if used {
+		return nil
+	}
+	err := os.Remove(c.image(n))
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, c.unmount(n))
+}

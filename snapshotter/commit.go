@@ -1,0 +1,312 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// buildDelay is how long a committed layer waits for another one on top of it before its
+// chain image is built. containerd prepares the next layer right after a commit.
+const buildDelay = 150 * time.Millisecond
+
+// Layers is the store behind the snapshots, for the diff service.
+func (s *Snapshotter) Layers() *layer.Store { return s.layers }
+
+// UpperOf returns the upper directory of mounts that this snapshotter handed out for an
+// active snapshot.
+func (s *Snapshotter) UpperOf(mounts []mount.Mount) (string, bool) {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" {
+		return "", false
+	}
+	for _, o := range mounts[0].Options {
+		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
+			id := filepath.Base(filepath.Dir(dir))
+			return dir, dir == s.upper(id)
+		}
+	}
+	return "", false
+}
+
+// Applied notes that the active snapshot with this upper directory stands for a layer. The
+// hold that in.Layer carries passes to the snapshot, also when an error is returned.
+func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingested) error {
+	id := filepath.Base(filepath.Dir(upper))
+	var old snapshots.Info
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		key, ok := ids[id]
+		if !ok {
+			return fmt.Errorf("snapshot directory %s: %w", upper, errdefs.ErrNotFound)
+		}
+		if _, old, _, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		if old.Kind != snapshots.KindActive {
+			return fmt.Errorf("snapshot %q is not active: %w", key, errdefs.ErrFailedPrecondition)
+		}
+		return setPrivate(ctx, key, layerLabels(in))
+	})
+	if err != nil {
+		s.layers.Release(in.Layer)
+		return fmt.Errorf("note layer of snapshot: %w", err)
+	}
+	if lid, ok := layerOf(old); ok {
+		s.layers.Release(lid)
+	}
+	s.mu.Lock()
+	s.applied = true
+	s.mu.Unlock()
+	return nil
+}
+
+func (s *Snapshotter) usesApply() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.applied
+}
+
+// Commit turns an active snapshot into a committed one. containerd calls it inside a write
+// transaction of its own, so a directory is only noted here and ingested right after.
+func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	base, err := clientLabels(opts)
+	if err != nil {
+		return err
+	}
+	var id string
+	var active snapshots.Info
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, active, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("commit snapshot %q: %w", key, err)
+	}
+	_, applied := layerOf(active)
+	usage := addedUsage(active.Labels)
+	labels := maps.Clone(base.Labels)
+	if applied {
+		labels = withPrivate(labels, active.Labels)
+		delete(labels, labelBytes)
+		delete(labels, labelInodes)
+	} else {
+		labels[labelPending] = "true"
+		du, err := fs.DiskUsage(ctx, s.upper(id))
+		if err != nil {
+			return fmt.Errorf("commit snapshot %q: %w", key, err)
+		}
+		usage = snapshots.Usage(du)
+	}
+	commitOpts := []snapshots.Opt{snapshots.WithLabels(labels)}
+	if base.Parent != "" {
+		commitOpts = append(commitOpts, snapshots.WithParent(base.Parent))
+	}
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, err := storage.CommitActive(ctx, key, name, usage, commitOpts...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
+	}
+	s.chains.unuse(ctx, id)
+	_, extraction := active.Labels[labelRef]
+	if !applied {
+		s.startIngest(name)
+		if extraction {
+			s.advise(ctx)
+		}
+	} else if err := s.discard(ctx, id); err != nil {
+		log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
+	}
+	if extraction {
+		s.scheduleBuild(name)
+	}
+	return nil
+}
+
+// advise tells, once, what to configure when layers do not come through our diff service.
+func (s *Snapshotter) advise(ctx context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.advised {
+		return
+	}
+	s.advised = true
+	log.G(ctx).Warn("a layer was unpacked by another differ, so every file of it was written and read once more than needed. " +
+		"Add the differ to containerd's config.toml: [proxy_plugins.dedup-diff] type = \"diff\", address = this daemon's socket; " +
+		"\"dedup-diff\" first in default of [plugins.\"io.containerd.service.v1.diff-service\"]; " +
+		"and differ = \"dedup-diff\" beside snapshotter = \"dedup\" in unpack_config of [plugins.\"io.containerd.transfer.v1.local\"]")
+}
+
+// scheduleBuild builds the chain image of a committed snapshot soon, unless another layer is
+// put on top of it before.
+func (s *Snapshotter) scheduleBuild(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	if t := s.builds[name]; t != nil {
+		t.Stop()
+	}
+	s.builds[name] = time.AfterFunc(buildDelay, func() {
+		s.cancelBuild(name)
+		s.background(func(ctx context.Context) {
+			chain, err := s.resolve(ctx, name)
+			if err == nil {
+				err = s.chains.build(ctx, chain)
+			}
+			if err != nil && !errdefs.IsNotFound(err) && ctx.Err() == nil {
+				log.G(ctx).WithError(err).Errorf("build chain image of %q", name)
+			}
+		})
+	})
+}
+
+func (s *Snapshotter) cancelBuild(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if t := s.builds[name]; t != nil {
+		t.Stop()
+		delete(s.builds, name)
+	}
+}
+
+// ingestJob is the running ingest of one pending snapshot.
+type ingestJob struct {
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+// resumeIngests goes on where the last process stopped.
+func (s *Snapshotter) resumeIngests(ctx context.Context) error {
+	var pending []string
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if info.Labels[labelPending] != "" {
+				pending = append(pending, info.Name)
+			}
+			return nil
+		})
+	})
+	for _, name := range pending {
+		s.startIngest(name)
+	}
+	return err
+}
+
+func (s *Snapshotter) startIngest(name string) *ingestJob {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if j := s.ingests[name]; j != nil {
+		return j
+	}
+	j := &ingestJob{done: make(chan struct{})}
+	if s.closed {
+		j.err = fmt.Errorf("snapshotter is closed: %w", errdefs.ErrUnavailable)
+		close(j.done)
+		return j
+	}
+	s.ingests[name] = j
+	s.wg.Go(func() {
+		err := s.ingest(s.ctx, name)
+		if err != nil && s.ctx.Err() == nil {
+			log.G(s.ctx).WithError(err).Errorf("ingest of committed snapshot %q", name)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.ingests, name)
+		j.err = err
+		close(j.done)
+	})
+	return j
+}
+
+// awaitIngest waits until a snapshot is no longer pending. A failed ingest is tried again by the
+// next one who needs it.
+func (s *Snapshotter) awaitIngest(ctx context.Context, name string) error {
+	j := s.startIngest(name)
+	select {
+	case <-j.done:
+		return j.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// ingest turns the directory of a pending snapshot into its layer.
+func (s *Snapshotter) ingest(ctx context.Context, name string) error {
+	var id string
+	var info snapshots.Info
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		id, info, _, err = storage.GetInfo(ctx, name)
+		return err
+	})
+	switch {
+	case errdefs.IsNotFound(err):
+		return nil // removed meanwhile
+	case err != nil:
+		return err
+	case info.Labels[labelPending] == "":
+		return nil
+	}
+	in, err := s.ingestDir(ctx, id, info.Parent)
+	if err != nil {
+		return err
+	}
+	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		return setPrivate(ctx, name, labels)
+	})
+	if err != nil {
+		s.layers.Release(in.Layer)
+		if errdefs.IsNotFound(err) {
+			return nil
+		}
+		return fmt.Errorf("note layer of snapshot %q: %w", name, err)
+	}
+	return s.discard(ctx, id)
+}
+
+func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer.Ingested, err error) {
+	dir := layer.Dir{Upper: s.upper(id)}
+	if s.kernel.metacopy && parent != "" {
+		// Files whose metadata alone was changed have no bytes in the upper directory.
+		chain, err := s.resolve(ctx, parent)
+		if err != nil {
+			return layer.Ingested{}, err
+		}
+		if err := s.chains.ensure(ctx, chain); err != nil {
+			return layer.Ingested{}, err
+		}
+		if dir.View, err = os.MkdirTemp(s.opts.RunDir, "view-"); err != nil {
+			return layer.Ingested{}, err
+		}
+		lowers := s.upper(id) + ":" + s.chains.mountPoint(nameChain(chain)) + "::" + s.layers.ObjectsDir()
+		m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro", "lowerdir=" + lowers}, s.kernel.options...)}
+		if err := m.Mount(dir.View); err != nil {
+			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
+		}
+		defer func() {
+			err = errors.Join(err, mount.UnmountAll(dir.View, 0), os.Remove(dir.View))
+		}()
+	}
+	return s.layers.IngestDir(ctx, dir)
+}

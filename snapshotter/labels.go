@@ -1,0 +1,151 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+const (
+	labelPrefix = "dedup-snapshotter.io/"
+	// labelLayer is the layer of a committed snapshot, or of an active one after Applied.
+	labelLayer = labelPrefix + "layer"
+	// labelPending marks a committed snapshot whose directory is not yet ingested.
+	labelPending = labelPrefix + "pending"
+	// labelNamespace is the containerd namespace that a hit was served to.
+	labelNamespace = labelPrefix + "namespace"
+	// labelBytes and labelInodes are what the layer added to the disk for this snapshot.
+	labelBytes  = labelPrefix + "added-bytes"
+	labelInodes = labelPrefix + "added-inodes"
+
+	// Labels that containerd sends (2.3 and newer: the last two).
+	labelRef         = "containerd.io/snapshot.ref"
+	labelDiffID      = "containerd.io/snapshot/diff-id"
+	labelParentChain = "containerd.io/snapshot/parent-chain-id"
+)
+
+// public returns a client's labels without those that only we may set.
+func public(labels map[string]string) map[string]string {
+	out := map[string]string{}
+	for k, v := range labels {
+		if !strings.HasPrefix(k, labelPrefix) {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// withPrivate returns a client's labels and the private ones of the stored snapshot.
+func withPrivate(client, stored map[string]string) map[string]string {
+	out := public(client)
+	for k, v := range stored {
+		if strings.HasPrefix(k, labelPrefix) {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// clientLabels collects the labels of opts that a client may set.
+func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
+	var base snapshots.Info
+	for _, opt := range opts {
+		if err := opt(&base); err != nil {
+			return base, err
+		}
+	}
+	base.Labels = public(base.Labels)
+	return base, nil
+}
+
+func layerOf(info snapshots.Info) (content.LayerID, bool) {
+	sum, err := content.ParseSum(info.Labels[labelLayer])
+	return content.LayerID{Sum: sum}, err == nil
+}
+
+func layerLabels(in layer.Ingested) map[string]string {
+	return map[string]string{
+		labelLayer:  in.Layer.Hex(),
+		labelBytes:  strconv.FormatInt(in.Added.Bytes, 10),
+		labelInodes: strconv.FormatInt(in.Added.Inodes, 10),
+	}
+}
+
+func addedUsage(labels map[string]string) (u snapshots.Usage) {
+	u.Size, _ = strconv.ParseInt(labels[labelBytes], 10, 64)
+	u.Inodes, _ = strconv.ParseInt(labels[labelInodes], 10, 64)
+	return u
+}
+
+// setPrivate replaces private labels of a stored snapshot; an empty value clears one. In a
+// writable transaction.
+func setPrivate(ctx context.Context, key string, private map[string]string) error {
+	_, info, _, err := storage.GetInfo(ctx, key)
+	if err != nil {
+		return err
+	}
+	labels := maps.Clone(info.Labels)
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	for k, v := range private {
+		if labels[k] = v; v == "" {
+			delete(labels, k)
+		}
+	}
+	info.Labels = labels
+	_, err = storage.UpdateInfo(ctx, info, "labels")
+	return err
+}
+
+// checkUpdate refuses fieldpaths that name a private label.
+func checkUpdate(fieldpaths []string) error {
+	for _, p := range fieldpaths {
+		if strings.HasPrefix(p, "labels."+labelPrefix) {
+			return fmt.Errorf("label %s is set by the snapshotter alone: %w", strings.TrimPrefix(p, "labels."), errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// chainOfName returns the chainID that a committed snapshot is named by: containerd's
+// names for proxies are <namespace>/<sequence>/<chainID>.
+func chainOfName(name string) (content.ChainID, bool) {
+	last := name[strings.LastIndexByte(name, '/')+1:]
+	if !strings.HasPrefix(last, "sha256:") {
+		return content.ChainID{}, false
+	}
+	sum, err := content.ParseSum(last)
+	return content.ChainID{Sum: sum}, err == nil
+}
+
+// identify finds the diffID of the layer that an extraction wants. Labels can come from
+// an image's annotations: one is believed only when it fits the chainID.
+func (s *Snapshotter) identify(ctx context.Context, target content.ChainID, parent string, labels map[string]string) (content.DiffID, bool) {
+	var parentChain content.ChainID
+	if parent != "" {
+		var ok bool
+		if parentChain, ok = chainOfName(parent); !ok {
+			return content.DiffID{}, false
+		}
+	}
+	if text := labels[labelDiffID]; text != "" {
+		sum, err := content.ParseSum(text)
+		d := content.DiffID{Sum: sum}
+		if err == nil && parentChain.Chain(d) == target {
+			return d, true
+		}
+		log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, parent, target.Digest())
+	}
+	return s.layers.Infer(parentChain, target)
+}

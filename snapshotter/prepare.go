@@ -1,0 +1,254 @@
+package snapshotter
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// Prepare creates an active snapshot. For an extraction of a layer that is known it
+// commits the snapshot instead and returns ErrAlreadyExists, which tells containerd to adopt it.
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	base, err := clientLabels(opts)
+	if err != nil {
+		return nil, err
+	}
+	target, extraction := base.Labels[labelRef]
+	if extraction {
+		s.cancelBuild(parent)
+		if err := s.serveKnown(ctx, key, parent, target, base.Labels); err != nil {
+			return nil, err
+		}
+	}
+	return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
+}
+
+// View creates a read-only snapshot.
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	base, err := clientLabels(opts)
+	if err != nil {
+		return nil, err
+	}
+	return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
+}
+
+// serveKnown returns ErrAlreadyExists when it has committed the target, nil on a miss.
+func (s *Snapshotter) serveKnown(ctx context.Context, key, parent, target string, labels map[string]string) error {
+	sum, err := content.ParseSum(target)
+	if err != nil || s.opts.FetchedOnly {
+		return nil
+	}
+	diffID, ok := s.identify(ctx, content.ChainID{Sum: sum}, parent, labels)
+	if !ok {
+		return nil
+	}
+	id, ok := s.layers.Lookup(diffID)
+	if !ok {
+		return nil
+	}
+	ns, _ := namespaces.Namespace(ctx)
+	labels = maps.Clone(labels)
+	labels[labelLayer] = id.Hex()
+	labels[labelNamespace] = ns
+	name := hitName(ns, parent, target)
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
+			return errdefs.ErrAlreadyExists // served before, to the same namespace
+		}
+		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent); err != nil {
+			return err
+		}
+		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage{}, snapshots.WithLabels(labels))
+		return err
+	})
+	if err != nil {
+		s.layers.Release(id)
+	}
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("commit known layer %s as %q: %w", id, name, err)
+	}
+	log.G(ctx).WithField("diffID", diffID.Digest()).Debugf("served %s from known layer %s", target, id)
+	s.scheduleBuild(name)
+	return fmt.Errorf("layer %s is known: %w", diffID.Digest(), errdefs.ErrAlreadyExists)
+}
+
+// hitName is the same for the same target on the same parent in the same namespace, so that
+// two clients who meet share one snapshot. It ends in the chainID, as containerd's names do.
+func hitName(namespace, parent, target string) string {
+	h := sha256.Sum256([]byte(parent))
+	return fmt.Sprintf("%s/known-%x/%s", namespace, h[:8], target)
+}
+
+// create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
+// parent stays while the chain image is built.
+func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (_ []mount.Mount, err error) {
+	var id string
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		sn, err := storage.CreateSnapshot(ctx, kind, key, parent, snapshots.WithLabels(labels))
+		id = sn.ID
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+	}
+	defer func() {
+		if err != nil {
+			// The caller's ctx may be what failed.
+			err = errors.Join(err, s.Remove(context.WithoutCancel(ctx), key))
+		}
+	}()
+	if kind == snapshots.KindActive {
+		for _, dir := range []string{s.upper(id), s.work(id)} {
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+			}
+		}
+		if err := errors.Join(os.Chmod(s.upper(id), 0o755), os.Chmod(s.work(id), 0o711)); err != nil {
+			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+		}
+	}
+	lower, err := s.lower(ctx, id, parent, labels)
+	if err != nil {
+		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+	}
+	if kind == snapshots.KindActive && lower.chain && lower.mounted {
+		if err := copyRoot(lower.dir, s.upper(id)); err != nil {
+			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+		}
+	}
+	return s.mounts(kind, id, lower), nil
+}
+
+// lower is what lies below a snapshot.
+type lower struct {
+	dir string
+	// chain: dir is the mount point of a chain image, and objects lie below it.
+	chain bool
+	// mounted: the chain image is really there. An extraction that our diff service
+	// fills does without.
+	mounted bool
+	// extraction: only an applier looks at the mounts.
+	extraction bool
+}
+
+func (s *Snapshotter) lower(ctx context.Context, id, parent string, labels map[string]string) (lower, error) {
+	if parent == "" {
+		return lower{dir: s.path(dirEmpty)}, nil
+	}
+	chain, err := s.resolve(ctx, parent)
+	if err != nil {
+		return lower{}, err
+	}
+	_, extraction := labels[labelRef]
+	name := nameChain(chain)
+	l := lower{dir: s.chains.mountPoint(name), chain: true, extraction: extraction}
+	if extraction && s.usesApply() {
+		return l, nil
+	}
+	s.chains.use(name, id)
+	l.mounted = true
+	return l, s.chains.ensure(ctx, chain)
+}
+
+// Mounts returns the mounts of an active snapshot or a view, and makes sure that what lies below
+// is mounted, also after a reboot.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	var id string
+	var info snapshots.Info
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		id, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mounts of snapshot %q: %w", key, err)
+	}
+	if info.Kind == snapshots.KindCommitted {
+		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
+	}
+	l, err := s.lower(ctx, id, info.Parent, info.Labels)
+	if err != nil {
+		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+	}
+	return s.mounts(info.Kind, id, l), nil
+}
+
+func (s *Snapshotter) upper(id string) string { return s.path(dirSnapshots, id, "fs") }
+func (s *Snapshotter) work(id string) string  { return s.path(dirSnapshots, id, "work") }
+
+// mounts are always one overlay: containerd's applier converts whiteouts only for that, and takes
+// its fast path only for exactly one. A view without parent, which has nothing to overlay, is a bind.
+func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l lower) []mount.Mount {
+	if kind == snapshots.KindView && !l.chain {
+		return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}
+	}
+	options := append([]string(nil), s.kernel.options...)
+	if kind == snapshots.KindView {
+		options = append(options, "ro")
+	} else {
+		options = append(options, "workdir="+s.work(id), "upperdir="+s.upper(id))
+	}
+	below := "lowerdir=" + l.dir
+	// containerd's applier takes every part between colons for a parent's directory, and needs
+	// no file bytes: an extraction goes without the objects.
+	if l.chain && !l.extraction {
+		below += "::" + s.layers.ObjectsDir()
+	}
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}}
+}
+
+// copyRoot gives the upper directory the metadata of the root below, which it hides.
+func copyRoot(from, to string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(from, &st); err != nil {
+		return fmt.Errorf("root of chain image: %w", err)
+	}
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec}}
+	return errors.Join(
+		unix.Chown(to, int(st.Uid), int(st.Gid)),
+		unix.Chmod(to, st.Mode&0o7777),
+		copyXattrs(from, to),
+		unix.UtimesNanoAt(unix.AT_FDCWD, to, times, 0),
+	)
+}
+
+func copyXattrs(from, to string) error {
+	names := make([]byte, 64<<10)
+	n, err := unix.Listxattr(from, names)
+	if err != nil {
+		return fmt.Errorf("xattrs of root: %w", err)
+	}
+	for _, name := range splitNul(names[:n]) {
+		value := make([]byte, 64<<10)
+		n, err := unix.Getxattr(from, name, value)
+		if err == nil {
+			err = unix.Setxattr(to, name, value[:n], 0)
+		}
+		if err != nil {
+			return fmt.Errorf("xattr %s of root: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func splitNul(b []byte) (names []string) {
+	for start, i := 0, 0; i < len(b); i++ {
+		if b[i] == 0 {
+			names = append(names, string(b[start:i]))
+			start = i + 1
+		}
+	}
+	return names
+}

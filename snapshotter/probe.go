@@ -1,0 +1,127 @@
+package snapshotter
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// kernel is what the probe found out about overlayfs here.
+type kernel struct {
+	// options every overlay mount gets.
+	options []string
+	// metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
+	// directories may hold files without bytes.
+	metacopy bool
+}
+
+// probe mounts a small chain image over one object, writable, in a private directory
+// below root, and reads it back. Versions are not compared: distributions backport.
+func probe(root string) (k kernel, err error) {
+	dir, err := os.MkdirTemp(root, "probe-")
+	if err != nil {
+		return k, fmt.Errorf("probe: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	payload := []byte("served from an object")
+	if err := writeProbe(dir, payload); err != nil {
+		return k, fmt.Errorf("probe: %w", err)
+	}
+	image := filepath.Join(dir, "image")
+	if err := mountErofs(filepath.Join(dir, "chain.erofs"), image); err != nil {
+		return k, fmt.Errorf("the kernel does not mount EROFS (load it with `modprobe erofs`, or use a kernel with CONFIG_EROFS_FS; "+
+			"before Linux 6.12 loop devices are needed too): %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
+	if err := tryOverlay(dir, filepath.Join(root, dirEmpty), nil, nil); err != nil {
+		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories (use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", err)
+	}
+	for _, k := range kernelChoices() {
+		if err = tryOverlay(dir, image, k.options, payload); err == nil {
+			return k, nil
+		}
+	}
+	return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", err)
+}
+
+// kernelChoices are the sets of options to try, the best first.
+func kernelChoices() []kernel {
+	base := []string{"index=off"}
+	if b, err := os.ReadFile("/sys/module/overlay/parameters/redirect_dir"); err == nil && strings.TrimSpace(string(b)) == "Y" {
+		// A renamed directory would be a redirect that no image can express.
+		base = append(base, "redirect_dir=off")
+	}
+	with := func(o ...string) []string { return append(append([]string(nil), base...), o...) }
+	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
+	return []kernel{
+		{options: with("xino=on")},
+		{options: with("xino=on", "metacopy=on"), metacopy: true},
+		{options: with()},
+		{options: with("metacopy=on"), metacopy: true},
+	}
+}
+
+func writeProbe(dir string, payload []byte) error {
+	id := content.ObjectID{Sum: sha256.Sum256(payload)}
+	object := filepath.Join(dir, "objects", id.Path())
+	for _, d := range []string{filepath.Dir(object), filepath.Join(dir, "image")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	if err := os.WriteFile(object, payload, 0o400); err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	_, err := erofs.Write(&b, &tree.Node{
+		Entry: &content.Entry{Kind: content.Dir, Mode: 0o755},
+		Children: []*tree.Node{{Name: "file", Entry: &content.Entry{
+			Kind: content.Regular, Mode: 0o644, Size: int64(len(payload)), Object: id,
+		}}},
+	})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "chain.erofs"), b.Bytes(), 0o600)
+}
+
+// tryOverlay mounts an overlay on lower, writes to it, and, if want is not nil, reads the probe's
+// file through the objects.
+func tryOverlay(dir, lower string, options []string, want []byte) (err error) {
+	paths := map[string]string{}
+	for _, d := range []string{"upper", "work", "merged"} {
+		if paths[d], err = os.MkdirTemp(dir, d); err != nil {
+			return err
+		}
+	}
+	below := lower
+	if want != nil {
+		below += "::" + filepath.Join(dir, "objects")
+	}
+	options = append([]string{"lowerdir=" + below, "upperdir=" + paths["upper"], "workdir=" + paths["work"]}, options...)
+	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, strings.Join(options, ",")); err != nil {
+		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options[3:], ","), err)
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
+	if err := os.WriteFile(filepath.Join(paths["merged"], "new"), nil, 0o600); err != nil {
+		return err
+	}
+	if want == nil {
+		return nil
+	}
+	got, err := os.ReadFile(filepath.Join(paths["merged"], "file"))
+	if err == nil && !bytes.Equal(got, want) {
+		err = errors.New("a file without data does not show its object's bytes")
+	}
+	return err
+}

@@ -1,0 +1,429 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/continuity/fs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// Options configure a Snapshotter.
+type Options struct {
+	// Root holds all state. It is created with mode 0700.
+	Root string
+	// RunDir holds the mount points of chain images; usually on a tmpfs.
+	RunDir string
+	// Fidelity under which layers are ingested; "" is content.Python.
+	Fidelity content.Fidelity
+	// FetchedOnly turns hits in Prepare off: a known layer is served only to a pull that
+	// fetched its blob itself.
+	FetchedOnly bool
+}
+
+// Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
+type Snapshotter struct {
+	opts   Options
+	lock   *os.File
+	ms     *storage.MetaStore
+	layers *layer.Store
+	chains *chains
+	kernel kernel
+
+	ctx    context.Context // of background work
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	close  sync.Once
+
+	mu sync.Mutex // guards what follows
+	// closed is set before the background work is waited for: none is started after.
+	closed bool
+	// ingests are the running ingests of pending snapshots, by name.
+	ingests map[string]*ingestJob
+	// builds are chain images about to be built in the background, by the snapshot's name.
+	builds map[string]*time.Timer
+	// applied is set once our diff service has been used: extraction mounts then need no parent.
+	applied bool
+	// advised is set once the log has told how to configure the diff service.
+	advised bool
+}
+
+const (
+	// layoutVersion is the version of the layout on disk. An unknown one is refused.
+	layoutVersion = "1\n"
+	dirSnapshots  = "snapshots"
+	dirChains     = "chains"
+	dirEmpty      = "empty"
+	dirIngest     = "ingest"
+)
+
+// New opens or creates the store below opts.Root and serves it. One process at a time may.
+func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
+	s := &Snapshotter{opts: opts, ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	// Background work outlives the call, not the Snapshotter.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if err := os.MkdirAll(opts.Root, 0o700); err != nil {
+		return nil, fmt.Errorf("create root: %w", err)
+	}
+	if err := s.takeLock(); err != nil {
+		return nil, err
+	}
+	if err := checkFormat(filepath.Join(opts.Root, "format")); err != nil {
+		return nil, err
+	}
+	for _, dir := range []string{dirSnapshots, dirChains, dirEmpty} {
+		if err := os.MkdirAll(s.path(dir), 0o700); err != nil {
+			return nil, fmt.Errorf("create root: %w", err)
+		}
+	}
+	// An empty lower layer shows its own mode where a container has no parent.
+	if err := os.Chmod(s.path(dirEmpty), 0o755); err != nil {
+		return nil, err
+	}
+	if s.kernel, err = probe(opts.Root); err != nil {
+		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
+	}
+	if s.ms, err = storage.NewMetaStore(s.path("metadata.db")); err != nil {
+		return nil, fmt.Errorf("open metadata.db: %w", err)
+	}
+	if err := s.openStores(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.Cleanup(ctx); err != nil {
+		return nil, err
+	}
+	return s, s.resumeIngests(ctx)
+}
+
+func (s *Snapshotter) path(elem ...string) string {
+	return filepath.Join(append([]string{s.opts.Root}, elem...)...)
+}
+
+func (s *Snapshotter) takeLock() (err error) {
+	if s.lock, err = os.OpenFile(s.path("lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
+		return fmt.Errorf("lock root: %w", err)
+	}
+	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", s.opts.Root, err)
+	}
+	return nil
+}
+
+func checkFormat(path string) error {
+	b, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return os.WriteFile(path, []byte(layoutVersion), 0o600)
+	case err != nil:
+		return fmt.Errorf("read format: %w", err)
+	case string(b) != layoutVersion:
+		return fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
+			path, strings.TrimSpace(string(b)), strings.TrimSpace(layoutVersion))
+	}
+	return nil
+}
+
+// openStores opens the layers with the holds that snapshots have, and the chain images with
+// their users.
+func (s *Snapshotter) openStores(ctx context.Context) error {
+	var live []content.LayerID
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if id, ok := layerOf(info); ok {
+				live = append(live, id)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("read metadata.db: %w", err)
+	}
+	if s.layers, err = layer.Open(ctx, layer.Options{Root: s.opts.Root, Fidelity: s.opts.Fidelity}, live); err != nil {
+		return fmt.Errorf("open layers: %w", err)
+	}
+	s.chains, err = openChains(s.path(dirChains), s.path(dirIngest), filepath.Join(s.opts.RunDir, dirChains), s.layers.Merge)
+	if err != nil {
+		return err
+	}
+	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if info.Kind == snapshots.KindCommitted || info.Parent == "" {
+				return nil
+			}
+			id, _, _, err := storage.GetInfo(ctx, info.Name)
+			if err != nil {
+				return err
+			}
+			chain, pending, err := chainOf(ctx, info.Parent)
+			if err == nil && pending == "" {
+				s.chains.use(nameChain(chain), id)
+			}
+			return err
+		})
+	})
+}
+
+// walkAll walks all snapshots; an empty store has none.
+func walkAll(ctx context.Context, fn func(snapshots.Info) error) error {
+	return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error { return fn(info) })
+}
+
+// chainOf returns the layers of a committed snapshot and all below it, base first, or the
+// name of one that is pending. In a transaction.
+func chainOf(ctx context.Context, name string) (chain []content.LayerID, pending string, err error) {
+	for name != "" {
+		_, info, _, err := storage.GetInfo(ctx, name)
+		if err != nil {
+			return nil, "", fmt.Errorf("snapshot %q: %w", name, err)
+		}
+		id, ok := layerOf(info)
+		if !ok {
+			return nil, name, nil
+		}
+		chain = append(chain, id)
+		name = info.Parent
+	}
+	for i, j := 0, len(chain)-1; i < j; i, j = i+1, j-1 {
+		chain[i], chain[j] = chain[j], chain[i]
+	}
+	return chain, "", nil
+}
+
+// resolve is chainOf that waits for pending snapshots.
+func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.LayerID, error) {
+	for {
+		var chain []content.LayerID
+		var pending string
+		err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+			chain, pending, err = chainOf(ctx, name)
+			return err
+		})
+		if err != nil || pending == "" {
+			return chain, err
+		}
+		if err := s.awaitIngest(ctx, pending); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Stat returns the info of a snapshot.
+func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+// Update changes the labels of a snapshot. Private labels survive it.
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
+	if err := checkUpdate(fieldpaths); err != nil {
+		return out, err
+	}
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, old, _, err := storage.GetInfo(ctx, info.Name)
+		if err != nil {
+			return err
+		}
+		info.Labels = withPrivate(info.Labels, old.Labels)
+		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return out, err
+}
+
+// Usage of an active snapshot is that of its directory; a committed one keeps what storing its
+// layer added to the disk, which is nothing when the layer was known.
+func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
+	var id string
+	var info snapshots.Info
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		id, info, usage, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil || info.Kind != snapshots.KindActive {
+		return usage, err
+	}
+	du, err := fs.DiskUsage(ctx, s.upper(id))
+	if err != nil {
+		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %q: %w", key, err)
+	}
+	return snapshots.Usage(du), nil
+}
+
+// Walk calls fn for the snapshots that match any of the filters. containerd's way of
+// adopting a hit is to walk with a filter on the target's label: it then sees
+// its own namespace alone, since a snapshot that two namespaces adopted would be removed for
+// both when one removes it.
+func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	var own string
+	for _, f := range filters {
+		if strings.Contains(f, labelRef) {
+			own, _ = namespaces.Namespace(ctx)
+		}
+	}
+	// fn may call back into the snapshotter (and does, in containerd's garbage collector), so it
+	// runs outside of the transaction.
+	var infos []snapshots.Info
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+			if ns := info.Labels[labelNamespace]; own == "" || ns == "" || ns == own {
+				infos = append(infos, info)
+			}
+			return nil
+		}, filters...)
+	})
+	if err != nil {
+		return err
+	}
+	for _, info := range infos {
+		if err := fn(ctx, info); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Remove removes a snapshot without children. Its layer goes when nothing else names it.
+func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+	var id string
+	var info snapshots.Info
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
+			return err
+		}
+		id, _, err = storage.Remove(ctx, key)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("remove snapshot %q: %w", key, err)
+	}
+	s.cancelBuild(key)
+	if lid, ok := layerOf(info); ok {
+		s.layers.Release(lid)
+	}
+	if info.Kind != snapshots.KindCommitted {
+		s.chains.unuse(ctx, id)
+	}
+	return s.discard(ctx, id)
+}
+
+// discard takes a snapshot's directory out of sight and deletes it in the background.
+func (s *Snapshotter) discard(ctx context.Context, id string) error {
+	gone := s.path(dirSnapshots, "rm-"+id)
+	err := os.Rename(s.path(dirSnapshots, id), gone)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove snapshot directory: %w", err)
+	}
+	s.background(func(context.Context) {
+		if err := os.RemoveAll(gone); err != nil {
+			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
+		}
+	})
+	return nil
+}
+
+// background runs fn unless the Snapshotter is being closed.
+func (s *Snapshotter) background(fn func(context.Context)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.wg.Go(func() { fn(s.ctx) })
+	}
+}
+
+// Cleanup removes directories, chain images and mounts that no snapshot names.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	used := map[string]bool{}
+	chainsUsed := map[chainName]bool{}
+	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
+	if err != nil {
+		return fmt.Errorf("list snapshot directories: %w", err)
+	}
+	images, err := s.chains.list()
+	if err != nil {
+		return err
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil {
+			return err
+		}
+		for id := range ids {
+			used[id] = true
+		}
+		return walkAll(ctx, func(info snapshots.Info) error {
+			name := info.Name
+			if info.Kind != snapshots.KindCommitted {
+				name = info.Parent
+			}
+			chain, pending, err := chainOf(ctx, name)
+			if err == nil && pending == "" {
+				chainsUsed[nameChain(chain)] = true
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("read metadata.db: %w", err)
+	}
+	var errs []error
+	for _, d := range dirs {
+		if !used[d.Name()] {
+			errs = append(errs, os.RemoveAll(s.path(dirSnapshots, d.Name())))
+		}
+	}
+	for _, name := range images {
+		if !chainsUsed[name] {
+			errs = append(errs, s.chains.drop(name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close waits for background work. It unmounts nothing, since containers go on. A
+// pending ingest is resumed by the next New.
+func (s *Snapshotter) Close() (err error) {
+	s.close.Do(func() {
+		s.mu.Lock()
+		s.closed = true
+		for _, t := range s.builds {
+			t.Stop()
+		}
+		s.mu.Unlock()
+		s.cancel()
+		s.wg.Wait()
+		if s.layers != nil {
+			err = errors.Join(err, s.layers.Close())
+		}
+		if s.ms != nil {
+			err = errors.Join(err, s.ms.Close())
+		}
+		if s.lock != nil {
+			err = errors.Join(err, s.lock.Close())
+		}
+	})
+	return err
+}
