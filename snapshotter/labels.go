@@ -6,6 +6,7 @@ import (
 	"maps"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -27,6 +28,9 @@ const (
 	// labelBytes and labelInodes are what the layer added to the disk for this snapshot.
 	labelBytes  = labelPrefix + "added-bytes"
 	labelInodes = labelPrefix + "added-inodes"
+
+	// labelUpdated is when a client last changed the snapshot, where we have changed it since.
+	labelUpdated = labelPrefix + "updated"
 
 	// Labels that containerd sends (2.3 and newer: the last two).
 	labelRef         = "containerd.io/snapshot.ref"
@@ -103,9 +107,24 @@ func setPrivate(ctx context.Context, key string, private map[string]string) erro
 			delete(labels, k)
 		}
 	}
+	if labels[labelUpdated] == "" {
+		labels[labelUpdated] = info.Updated.Format(time.RFC3339Nano)
+	}
 	info.Labels = labels
 	_, err = storage.UpdateInfo(ctx, info, "labels")
 	return err
+}
+
+// visible is what a client sees of a stored snapshot: nothing of what we note there, so that an
+// ingest in the background does not look like an update.
+func visible(info snapshots.Info) snapshots.Info {
+	if t, err := time.Parse(time.RFC3339Nano, info.Labels[labelUpdated]); err == nil {
+		info.Updated = t
+	}
+	if len(info.Labels) > 0 {
+		info.Labels = public(info.Labels)
+	}
+	return info
 }
 
 // checkUpdate refuses fieldpaths that name a private label.

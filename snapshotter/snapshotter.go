@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
@@ -181,9 +183,13 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	})
 }
 
-// walkAll walks all snapshots; an empty store has none.
-func walkAll(ctx context.Context, fn func(snapshots.Info) error) error {
-	return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error { return fn(info) })
+// walkAll walks the snapshots that match any of the filters; an empty store has none. In a
+// transaction.
+func walkAll(ctx context.Context, fn func(snapshots.Info) error, filters ...string) error {
+	if _, err := storage.IDMap(ctx); errdefs.IsNotFound(err) {
+		return nil
+	}
+	return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error { return fn(info) }, filters...)
 }
 
 // chainOf returns the layers of a committed snapshot and all below it, base first, or the
@@ -231,7 +237,7 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 		_, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
-	return info, err
+	return visible(info), err
 }
 
 // Update changes the labels of a snapshot. Private labels survive it.
@@ -245,10 +251,14 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 			return err
 		}
 		info.Labels = withPrivate(info.Labels, old.Labels)
+		delete(info.Labels, labelUpdated) // the client's own update counts from now on
+		if len(fieldpaths) > 0 && old.Labels[labelUpdated] != "" {
+			fieldpaths = append(slices.Clone(fieldpaths), "labels."+labelUpdated)
+		}
 		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
 		return err
 	})
-	return out, err
+	return visible(out), err
 }
 
 // Usage of an active snapshot is that of its directory; a committed one keeps what storing its
@@ -285,7 +295,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	// runs outside of the transaction.
 	var infos []snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
 			if ns := info.Labels[labelNamespace]; own == "" || ns == "" || ns == own {
 				infos = append(infos, info)
 			}
@@ -296,7 +306,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 		return err
 	}
 	for _, info := range infos {
-		if err := fn(ctx, info); err != nil {
+		if err := fn(ctx, visible(info)); err != nil {
 			return err
 		}
 	}
@@ -368,7 +378,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	}
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		ids, err := storage.IDMap(ctx)
-		if err != nil {
+		if err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
 		for id := range ids {

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/log"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
+type Config struct {
+	// Root holds layers, objects and containers' changes. A local ext4 or XFS.
+	Root string `toml:"root"`
+	// Address is the unix socket that containerd's proxy_plugins point to.
+	Address string `toml:"address"`
+	// RunDir holds the mount points of chain images; the socket's directory by default. It must lie
+	// in containerd's mount namespace.
+	RunDir string `toml:"run_dir"`
+	// ContainerdAddress is containerd's own socket, from which blobs are read.
+	ContainerdAddress string `toml:"containerd_address"`
+	// Fidelity is "exact", "python" or "normalized".
+	Fidelity string `toml:"fidelity"`
+	// Reuse is "known" (a known layer is served to whoever names its diffID, as containerd does
+	// with chainIDs) or "fetched" (only to a pull that has fetched the blob itself).
+	Reuse string `toml:"reuse"`
+	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
+	LogLevel string `toml:"log_level"`
+}
+
+const (
+	defaultConfigFile = "/etc/containerd-dedup-grpc/config.toml"
+	reuseKnown        = "known"
+	reuseFetched      = "fetched"
+)
+
+func defaultConfig() Config {
+	return Config{
+		Root:              "/var/lib/containerd-dedup-grpc",
+		Address:           "/run/containerd-dedup-grpc/containerd-dedup-grpc.sock",
+		ContainerdAddress: "/run/containerd/containerd.sock",
+		Fidelity:          string(content.Python),
+		Reuse:             reuseKnown,
+		LogLevel:          "info",
+	}
+}
+
+// loadConfig reads the file over the defaults. A missing default file is no error.
+func loadConfig(path string, explicit bool) (Config, error) {
+	c := defaultConfig()
+	b, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && !explicit:
+	case err != nil:
+		return c, fmt.Errorf("read config: %w", err)
+	default:
+		d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+		if err := d.Decode(&c); err != nil {
+			return c, fmt.Errorf("config %s: %w", path, explainTOML(err))
+		}
+	}
+	if c.RunDir == "" {
+		c.RunDir = filepath.Dir(c.Address)
+	}
+	if err := c.validate(); err != nil {
+		return c, fmt.Errorf("config %s: %w", path, err)
+	}
+	return c, nil
+}
+
+func explainTOML(err error) error {
+	var unknown *toml.StrictMissingError
+	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
+		first := unknown.Errors[0]
+		row, _ := first.Position()
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, log_level)",
+			row, strings.Join(first.Key(), "."))
+	}
+	var decode *toml.DecodeError
+	if errors.As(err, &decode) {
+		row, col := decode.Position()
+		return fmt.Errorf("line %d, column %d: %w", row, col, err)
+	}
+	return err
+}
+
+func (c Config) validate() error {
+	for key, path := range map[string]string{"root": c.Root, "address": c.Address, "run_dir": c.RunDir, "containerd_address": c.ContainerdAddress} {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("%s = %q: want an absolute path", key, path)
+		}
+		// Mount options separate paths with these.
+		if key == "root" || key == "run_dir" {
+			if strings.ContainsAny(path, ",:\\") {
+				return fmt.Errorf("%s = %q: must not hold a comma, colon or backslash", key, path)
+			}
+		}
+	}
+	switch content.Fidelity(c.Fidelity) {
+	case content.Exact, content.Python, content.Normalized:
+	default:
+		return fmt.Errorf("fidelity = %q: want \"exact\", \"python\" or \"normalized\"", c.Fidelity)
+	}
+	if c.Reuse != reuseKnown && c.Reuse != reuseFetched {
+		return fmt.Errorf("reuse = %q: want \"known\" or \"fetched\"", c.Reuse)
+	}
+	if err := log.SetLevel(c.LogLevel); err != nil {
+		return fmt.Errorf("log_level = %q: want \"trace\", \"debug\", \"info\", \"warn\", \"error\", \"fatal\" or \"panic\"", c.LogLevel)
+	}
+	return nil
+}

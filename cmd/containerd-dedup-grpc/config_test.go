@@ -1,0 +1,50 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestConfig(t *testing.T) {
+	for _, row := range []struct{ name, text, err string }{
+		{"the three paths are enough", "root = '/r'\naddress = '/a/s.sock'\ncontainerd_address = '/c'\n", ""},
+		{"unknown key", "root = '/r'\nfidelty = 'exact'\n", `line 2: unknown key "fidelty" (known: root,`},
+		{"unknown table", "[gc]\nx = 1\n", `unknown key "gc`},
+		{"bad fidelity", "fidelity = 'most'", `fidelity = "most": want "exact", "python" or "normalized"`},
+		{"bad reuse", "reuse = 'all'", `reuse = "all": want`},
+		{"bad level", "log_level = 'loud'", `log_level = "loud": want`},
+		{"relative root", "root = 'r'", `root = "r": want an absolute path`},
+		{"root with a colon", "root = '/a:b'", "must not hold a comma, colon"},
+		{"wrong type", "root = 3", "line 1"},
+		{"no TOML", "root", "line 1"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "config.toml")
+			if err := os.WriteFile(path, []byte(row.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c, err := loadConfig(path, true)
+			if row.err == "" {
+				if err != nil || c.Fidelity != "python" || c.Reuse != "known" || c.RunDir != "/a" {
+					t.Errorf("%+v, %v", c, err)
+				}
+				return
+			}
+			if err == nil || !strings.Contains(err.Error(), row.err) || !strings.Contains(err.Error(), path) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestMissingConfig(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "none.toml")
+	if _, err := loadConfig(path, true); err == nil {
+		t.Error("a config that was asked for is missing, and nobody says so")
+	}
+	if c, err := loadConfig(path, false); err != nil || c.Root != defaultConfig().Root {
+		t.Error(c, err)
+	}
+}

@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/defaults"
+	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
+)
+
+// stopTimeout is how long a stop waits for running calls before it cuts them off.
+const stopTimeout = 10 * time.Second
+
+// serve runs until ctx ends. All wiring is here.
+func serve(ctx context.Context, c Config) (err error) {
+	// What the daemon creates is root's alone; modes that matter are set explicitly.
+	unix.Umask(0o077)
+	listener, err := listen(c.Address)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	sn, err := snapshotter.New(ctx, snapshotter.Options{
+		Root: c.Root, RunDir: c.RunDir,
+		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
+
+	// It connects when it is first used, and again whenever containerd has been away.
+	conn, err := grpc.NewClient("unix://"+c.ContainerdAddress,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.WaitForReady(true)))
+	if err != nil {
+		return fmt.Errorf("containerd_address: %w", err)
+	}
+	defer conn.Close()
+
+	server := grpc.NewServer(
+		grpc.ChainUnaryInterceptor(recoverPanics),
+		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(apply.New(sn, conn), nil))
+
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(listener) }()
+	log.G(ctx).WithFields(log.Fields{"version": version, "root": c.Root, "address": c.Address, "fidelity": c.Fidelity, "reuse": c.Reuse}).Info("serving")
+	notify(ctx, daemon.SdNotifyReady)
+	select {
+	case err := <-done:
+		return fmt.Errorf("serve %s: %w", c.Address, err)
+	case <-ctx.Done():
+	}
+	log.G(ctx).Info("stopping")
+	notify(ctx, daemon.SdNotifyStopping)
+	timer := time.AfterFunc(stopTimeout, server.Stop)
+	defer timer.Stop()
+	server.GracefulStop()
+	return nil
+}
+
+func notify(ctx context.Context, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.G(ctx).WithError(err).Warn("notify systemd")
+	}
+}
+
+// listen opens the socket for root alone. A socket that nobody listens on is a leftover.
+func listen(address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, fmt.Errorf("create socket directory: %w", err)
+	}
+	if conn, err := net.Dial("unix", address); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("another process listens on %s: stop it, or set another address", address)
+	}
+	if err := os.Remove(address); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove stale socket: %w", err)
+	}
+	l, err := net.Listen("unix", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(address, 0o600); err != nil {
+		return nil, errors.Join(fmt.Errorf("restrict socket: %w", err), l.Close())
+	}
+	return l, nil
+}
+
+// recoverPanics answers a call that panics with an error: one bad call must not end the
+// daemon for all others.
+func recoverPanics(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			log.G(ctx).Errorf("panic in %s: %v\n%s", info.FullMethod, p, debug.Stack())
+			err = status.Errorf(codes.Internal, "%s: internal error, see the log of containerd-dedup-grpc", info.FullMethod)
+		}
+	}()
+	return handler(ctx, req)
+}

@@ -1,0 +1,98 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: it mounts overlayfs and EROFS")
+	}
+}
+
+// mountsBelow lists what is mounted below dir.
+func mountsBelow(t testing.TB, dir string) (points []string) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if p := strings.Fields(line)[4]; strings.HasPrefix(p, dir+"/") {
+			points = append(points, p)
+		}
+	}
+	return points
+}
+
+// stop closes a snapshotter and unmounts what it leaves mounted for containers.
+func stop(s *Snapshotter) error {
+	err := s.Close()
+	names, lerr := s.chains.list()
+	for _, n := range names {
+		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.mountPoint(n), 0))
+	}
+	return errors.Join(err, lerr)
+}
+
+// suiteName tells the suite which of the kernel's limits hold: as with containerd's own overlayfs
+// snapshotter, a directory of a lower layer cannot be renamed (EXDEV), and tools copy instead.
+const suiteName = "overlayfs"
+
+func TestSuiteInProcess(t *testing.T) {
+	needRoot(t)
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run")})
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, func() error { return stop(s) }, nil
+	})
+}
+
+func TestSuiteThroughSocket(t *testing.T) {
+	needRoot(t)
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run")})
+		if err != nil {
+			return nil, nil, err
+		}
+		dir, err := os.MkdirTemp("", "dedup-socket-")
+		if err != nil {
+			return nil, nil, err
+		}
+		socket := filepath.Join(dir, "s")
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			return nil, nil, err
+		}
+		server := grpc.NewServer()
+		snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
+		go func() { _ = server.Serve(l) }()
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return nil, nil, err
+		}
+		return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "dedup"), func() error {
+			err := conn.Close()
+			server.Stop()
+			return errors.Join(err, stop(s), os.RemoveAll(dir))
+		}, nil
+	})
+}
