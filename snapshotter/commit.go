@@ -30,7 +30,7 @@ func (s *Snapshotter) Layers() *layer.Store { return s.layers }
 // UpperOf returns the upper directory of mounts that this snapshotter handed out for an
 // active snapshot.
 func (s *Snapshotter) UpperOf(mounts []mount.Mount) (string, bool) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" {
+	if len(mounts) == 0 || mounts[0].Type != "overlay" {
 		return "", false
 	}
 	for _, o := range mounts[0].Options {

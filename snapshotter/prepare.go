@@ -188,8 +188,8 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 func (s *Snapshotter) upper(id string) string { return s.path(dirSnapshots, id, "fs") }
 func (s *Snapshotter) work(id string) string  { return s.path(dirSnapshots, id, "work") }
 
-// mounts are always one overlay: containerd's applier converts whiteouts only for that, and takes
-// its fast path only for exactly one. A view without parent, which has nothing to overlay, is a bind.
+// mounts are one overlay: containerd's applier converts whiteouts only for that, and takes its fast
+// path only for exactly one. A view without parent, which has nothing to overlay, is a bind.
 func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l lower) []mount.Mount {
 	if kind == snapshots.KindView && !l.chain {
 		return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}
@@ -203,11 +203,19 @@ func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l lower) []mount.Mo
 	below := "lowerdir=" + l.dir
 	// containerd's applier takes every part between colons for a parent's directory, and needs
 	// no file bytes: an extraction goes without the objects.
-	if l.chain && !l.extraction {
-		below += "::" + s.layers.ObjectsDir()
+	if !l.chain || l.extraction {
+		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}}
 	}
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}}
+	below += "::" + s.layers.ObjectsDir()
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}, kernelOnly}
 }
+
+// kernelOnly follows an overlay that only the kernel can read. containerd 2.4 looks users up
+// without mounting: it opens an overlay's directories itself (internal/fsview), where it would trip over
+// the empty name in "::" and find no bytes in a chain image. A last mount of a type that it does not
+// know makes it mount instead. Mounting this one does nothing: containerd makes no system
+// call for a remount without data.
+var kernelOnly = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.
 func copyRoot(from, to string) error {
