@@ -62,7 +62,9 @@ func serve(ctx context.Context, c Config) (err error) {
 		grpc.ChainUnaryInterceptor(recoverPanics),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(apply.New(sn, conn), nil))
+	applier := apply.New(sn, conn)
+	defer applier.Close()
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
 
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(listener) }()

@@ -37,17 +37,26 @@ type step struct {
 type plan struct {
 	images  []served
 	command []string // run in a container of each image
-	parent  string   // of the nodes' directories
+	parent  string   // of the trials' disks
 	// keepCaches leaves the page cache alone before a pull.
 	keepCaches bool
 	// fidelity of the daemon; "" is its default.
 	fidelity string
 }
 
-// take runs a trial. What it returns beside an error has the node's logs in it.
-func (pl plan) take(ctx context.Context, subject string) (_ trial, err error) {
+// take runs a trial on a fresh disk.
+func (pl plan) take(ctx context.Context, subject string) (t trial, err error) {
+	err = withDisk(ctx, pl.parent, func(dir string) error {
+		t, err = pl.takeIn(ctx, dir, subject)
+		return err
+	})
+	return t, err
+}
+
+// takeIn runs a trial. What it returns beside an error has the node's logs in it.
+func (pl plan) takeIn(ctx context.Context, dir, subject string) (_ trial, err error) {
 	t := trial{Subject: subject}
-	n, err := node.Start(ctx, pl.options(subject))
+	n, err := node.Start(ctx, pl.options(dir, subject))
 	if err != nil {
 		return t, err
 	}
@@ -147,8 +156,8 @@ func syncfs(dir string) error {
 	return nil
 }
 
-func (pl plan) options(subject string) node.Options {
-	opts := node.Options{Parent: pl.parent, NoDedup: subject != node.Snapshotter}
+func (pl plan) options(dir, subject string) node.Options {
+	opts := node.Options{Parent: dir, NoDedup: subject != node.Snapshotter}
 	if pl.fidelity != "" {
 		opts.Daemon = map[string]any{"fidelity": pl.fidelity}
 	}

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -65,6 +67,7 @@ func (s *Store) explain(err error) error {
 }
 
 func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
+	clock := stages{last: time.Now()}
 	src, err := b.Open(ctx)
 	if err != nil {
 		return Ingested{}, err
@@ -86,14 +89,16 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
+	clock.mark("read")
 	t := tree.Tar{DiffID: st.diffID, Fidelity: s.fidelity, Size: st.size}
 	if b.Digest != "" {
 		t.Blobs = append(t.Blobs, b.Digest)
 	}
-	id, added, err := s.finish(ss, entries, &t)
+	id, added, err := s.finish(ss, entries, &t, &clock)
 	if err != nil {
 		return Ingested{}, err
 	}
+	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size, "added": added.Bytes}).Debug("ingested blob")
 	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size, Added: added}, nil
 }
 
@@ -107,7 +112,7 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	if err != nil {
 		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil))))
 	}
-	id, added, err := s.finish(ss, entries, nil)
+	id, added, err := s.finish(ss, entries, nil, &stages{last: time.Now()})
 	if err != nil {
 		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err))
 	}
@@ -116,7 +121,7 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
-func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar) (content.LayerID, Usage, error) {
+func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (content.LayerID, Usage, error) {
 	canonical, err := ss.settlePython(entries)
 	if err != nil {
 		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
@@ -137,10 +142,11 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar) (cont
 	if t != nil {
 		facts.Tars = []tree.Tar{*t}
 	}
+	clock.mark("encode")
 	if id, ok, err := s.reuse(enc.ID, facts); ok || err != nil {
 		return id, Usage{}, errors.Join(err, ss.end(nil))
 	}
-	added, err := s.publish(ss, enc, facts)
+	added, err := s.publish(ss, enc, facts, clock)
 	if errors.Is(err, errRaced) {
 		id, _, err := s.reuse(enc.ID, facts)
 		return id, Usage{}, errors.Join(err, ss.end(nil))
@@ -243,7 +249,7 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 }
 
 // publish makes all that a layer consists of durable, then the layer visible.
-func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts) (Usage, error) {
+func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (Usage, error) {
 	used := ss.added
 	size := func(n int) int64 { return int64(n+blockSize-1) &^ (blockSize - 1) }
 	file, err := enc.Marshal(facts)
@@ -260,11 +266,13 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts) (Usage,
 	if err != nil {
 		return Usage{}, err
 	}
+	clock.mark("tree")
 	// One sync covers the objects that this session wrote, those of others that it
 	// relies on, and the tree.
 	if err := unix.Syncfs(s.rootFd); err != nil {
 		return Usage{}, errors.Join(fmt.Errorf("sync %s: %w", s.root, err), os.Remove(tmp))
 	}
+	clock.mark("sync")
 	if err := s.commit(enc.ID, tmp, facts); err != nil {
 		return Usage{}, err
 	}
@@ -297,4 +305,26 @@ func syncDir(path string) error {
 	}
 	defer d.Close()
 	return d.Sync()
+}
+
+// stages are the times that the parts of an ingest took.
+type stages struct {
+	last  time.Time
+	names []string
+	took  []time.Duration
+}
+
+// mark ends a stage.
+func (s *stages) mark(name string) {
+	now := time.Now()
+	s.names, s.took = append(s.names, name), append(s.took, now.Sub(s.last))
+	s.last = now
+}
+
+func (s *stages) fields() log.Fields {
+	f := log.Fields{}
+	for i, name := range s.names {
+		f[name] = s.took[i].Round(time.Microsecond)
+	}
+	return f
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // Entry is one tar member. The zero Type is a regular file, the zero Mode 0644 (0755
-// for a directory), the zero Time 2024-01-01 UTC.
+// for a directory; for mode 0 set a bit above 07777, which is masked), the zero Time 2024-01-01 UTC.
 type Entry struct {
 	Name    string
 	Type    byte // tar.TypeReg, ...
@@ -30,6 +30,9 @@ var DefaultTime = time.Unix(1704067200, 0)
 
 // Header is the tar header of the entry.
 func (e Entry) Header() *tar.Header {
+	if e.Type == tar.TypeXGlobalHeader { // archive/tar refuses anything more in it
+		return &tar.Header{Name: e.Name, Typeflag: e.Type, PAXRecords: e.PAX}
+	}
 	h := &tar.Header{
 		Name: e.Name, Typeflag: e.Type, Mode: e.Mode, Uid: e.UID, Gid: e.GID, ModTime: e.Time,
 		Linkname: e.Link, Size: int64(len(e.Content)), Devmajor: e.Major, Devminor: e.Minor,
@@ -44,6 +47,7 @@ func (e Entry) Header() *tar.Header {
 			h.Mode = 0o755
 		}
 	}
+	h.Mode &= 0o7777
 	if h.ModTime.IsZero() {
 		h.ModTime = DefaultTime
 	}

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -150,10 +151,21 @@ func (n *Node) Logs(lines int) string {
 	var out strings.Builder
 	for _, name := range []string{"containerd", "dedup"} {
 		if data, err := os.ReadFile(n.LogPath(name)); err == nil {
-			fmt.Fprintf(&out, "--- the end of %s's log ---\n%s\n", name, tail(data, lines))
+			fmt.Fprintf(&out, "--- the end of %s's log ---\n%s\n", name, tail(withoutNoise(data), lines))
 		}
 	}
 	return out.String()
+}
+
+// withoutNoise leaves out the hundred lines in which containerd tells what it loads.
+func withoutNoise(log []byte) []byte {
+	var out []byte
+	for line := range bytes.Lines(log) {
+		if !bytes.Contains(line, []byte("loading plugin")) {
+			out = append(out, line...)
+		}
+	}
+	return out
 }
 
 func (n *Node) env() []string {

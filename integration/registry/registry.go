@@ -80,6 +80,9 @@ func Start(opts Options) (*Registry, error) {
 	return r, nil
 }
 
+// Dir holds the blobs.
+func (r *Registry) Dir() string { return r.dir }
+
 // Addr is host:port.
 func (r *Registry) Addr() string { return r.addr }
 

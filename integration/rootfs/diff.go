@@ -7,7 +7,7 @@ import (
 	"slices"
 )
 
-// DiffOptions say which differences do not count. Patterns are path.Match patterns of
+// DiffOptions say which differences do not count. Lists hold path.Match patterns of
 // paths in a Tree.
 type DiffOptions struct {
 	// RootTime ignores the root directory's own mtime: an image without an entry for it

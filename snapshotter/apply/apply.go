@@ -32,6 +32,7 @@ type Applier struct {
 	snapshots *snapshotter.Snapshotter
 	blobs     ctdcontent.Store
 	plugins   introspection.IntrospectionClient
+	ahead     *ahead
 
 	mu   sync.Mutex // guards root
 	root string     // containerd's content store as a directory; "" while unknown
@@ -44,8 +45,12 @@ func New(s *snapshotter.Snapshotter, conn grpc.ClientConnInterface) *Applier {
 		snapshots: s,
 		blobs:     contentproxy.NewContentStore(conn),
 		plugins:   introspection.NewIntrospectionClient(conn),
+		ahead:     newAhead(),
 	}
 }
+
+// Close ends what runs in the background. It comes before the Snapshotter's.
+func (a *Applier) Close() { a.ahead.close() }
 
 // Apply ingests a blob for the active snapshot that mounts belong to, and returns the descriptor of
 // its uncompressed tar. What is not ours to serve is ErrNotImplemented, so that containerd asks
@@ -67,10 +72,8 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("blob %s in containerd's content store: %w", desc.Digest, err)
 	}
-	in, err := a.snapshots.Layers().IngestBlob(ctx, layer.Blob{
-		Digest: desc.Digest, MediaType: desc.MediaType, Size: info.Size,
-		Open: func(ctx context.Context) (io.ReadCloser, error) { return a.open(ctx, info) },
-	})
+	a.ahead.wg.Go(func() { a.lookAhead(context.WithoutCancel(ctx), ns, desc.Digest) })
+	in, err := a.ingest(ctx, desc, info)
 	if err != nil {
 		return ocispec.Descriptor{}, classify(err)
 	}
@@ -78,6 +81,13 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		return ocispec.Descriptor{}, err
 	}
 	return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: in.DiffID.Digest(), Size: in.TarSize}, nil
+}
+
+func (a *Applier) ingest(ctx context.Context, desc ocispec.Descriptor, info ctdcontent.Info) (layer.Ingested, error) {
+	return a.snapshots.Layers().IngestBlob(ctx, layer.Blob{
+		Digest: desc.Digest, MediaType: desc.MediaType, Size: info.Size,
+		Open: func(ctx context.Context) (io.ReadCloser, error) { return a.open(ctx, info) },
+	})
 }
 
 func classify(err error) error {

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/mount"
+)
+
+// diskSize is that of a trial's file system; its file is sparse.
+const diskSize = 24 << 30
+
+// withDisk calls fn with a directory on an ext4 of its own. Every trial has to start on
+// a fresh one: ext4 does not hand out an inode again for a minute or more after
+// it was freed, and looks over all freed ones to find another, so that whoever comes after a large
+// removal pays ten times as much for each file (recently_deleted in fs/ext4/ialloc.c).
+func withDisk(ctx context.Context, parent string, fn func(dir string) error) (err error) {
+	dir, err := os.MkdirTemp(parent, "disk-")
+	if err != nil {
+		return fmt.Errorf("make a disk: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "fs")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, diskSize), os.Mkdir(target, 0o700)); err != nil {
+		return fmt.Errorf("make a disk: %w", err)
+	}
+	// Nothing is left to the kernel to initialise later, in the middle of a measurement.
+	out, err := exec.CommandContext(ctx, "/sbin/mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", image).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("make a disk: mkfs.ext4 (package e2fsprogs): %w: %s", err, out)
+	}
+	m := mount.Mount{Type: "ext4", Source: image, Options: []string{"loop"}}
+	if err := m.Mount(target); err != nil {
+		return fmt.Errorf("make a disk: mount: %w", err)
+	}
+	defer func() { err = errors.Join(err, mount.UnmountAll(target, 0)) }()
+	return fn(target)
+}
