@@ -1,118 +1,170 @@
 package snapshotter
 
 import (
+	"context"
+	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// Private labels. They are part of the format of metadata.db.
 const (
-	privatePrefix = "dedup-snapshotter.io/"
-	// labelLayer names the layer of a snapshot, which holds it once.
-	labelLayer = privatePrefix + "layer"
-	// labelPending marks a committed snapshot whose directory awaits its ingest.
-	labelPending = privatePrefix + "pending"
-	// labelExtract marks an active snapshot that a layer is to be unpacked into.
-	labelExtract = privatePrefix + "extract"
-	// labelStaged marks an active snapshot that was served from the store.
-	labelStaged = privatePrefix + "staged"
-	// labelNamespace is the containerd namespace that the snapshot was made for.
-	labelNamespace = privatePrefix + "namespace"
-	// labelUpdated hides that we changed a private label: it is the Updated time that
-	// clients go on to see.
-	labelUpdated = privatePrefix + "updated"
-)
+	labelPrefix = "dedup-snapshotter.io/"
+	// labelLayer is the layer of a committed snapshot, or of an active one after Applied.
+	labelLayer = labelPrefix + "layer"
+	// labelPending marks a committed snapshot whose directory is not yet ingested.
+	labelPending = labelPrefix + "pending"
+	// labelNamespace is the containerd namespace that a hit was served to.
+	labelNamespace = labelPrefix + "namespace"
+	// labelBytes and labelInodes are what the layer added to the disk for this snapshot.
+	labelBytes  = labelPrefix + "added-bytes"
+	labelInodes = labelPrefix + "added-inodes"
 
-// Labels of containerd. The second is not exported there.
-const (
-	labelDiffID      = snapshots.LabelSnapshotDiffID
+	// labelUpdated is when a client last changed the snapshot, where we have changed it since.
+	labelUpdated = labelPrefix + "updated"
+
+	// Labels that containerd sends (2.3 and newer: the last two).
+	labelRef         = "containerd.io/snapshot.ref"
+	labelDiffID      = "containerd.io/snapshot/diff-id"
 	labelParentChain = "containerd.io/snapshot/parent-chain-id"
 )
 
-const labelTrue = "true"
-
-func isPrivate(label string) bool { return strings.HasPrefix(label, privatePrefix) }
-
-// publicLabels returns the labels that are not ours.
-func publicLabels(labels map[string]string) map[string]string {
-	if labels == nil {
-		return nil
-	}
-	out := make(map[string]string, len(labels))
+// public returns a client's labels without those that only we may set.
+func public(labels map[string]string) map[string]string {
+	out := map[string]string{}
 	for k, v := range labels {
-		if !isPrivate(k) {
+		if !strings.HasPrefix(k, labelPrefix) {
 			out[k] = v
 		}
 	}
 	return out
 }
 
-// withPrivate returns the public labels of a client with ours added.
-func withPrivate(public, private map[string]string) map[string]string {
-	out := publicLabels(public)
-	if out == nil {
-		out = map[string]string{}
-	}
-	for k, v := range private {
-		if isPrivate(k) && v != "" {
+// withPrivate returns a client's labels and the private ones of the stored snapshot.
+func withPrivate(client, stored map[string]string) map[string]string {
+	out := public(client)
+	for k, v := range stored {
+		if strings.HasPrefix(k, labelPrefix) {
 			out[k] = v
 		}
 	}
 	return out
 }
 
-// publicInfo is what a client sees of a stored snapshot.
-func publicInfo(info snapshots.Info) snapshots.Info {
-	if t, err := time.Parse(time.RFC3339Nano, info.Labels[labelUpdated]); err == nil {
-		info.Updated = t
+// clientLabels collects the labels of opts that a client may set.
+func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
+	var base snapshots.Info
+	for _, opt := range opts {
+		if err := opt(&base); err != nil {
+			return base, err
+		}
 	}
-	info.Labels = publicLabels(info.Labels)
-	return info
+	base.Labels = public(base.Labels)
+	return base, nil
 }
 
-// layerOf returns the layer that a stored snapshot names.
 func layerOf(info snapshots.Info) (content.LayerID, bool) {
 	sum, err := content.ParseSum(info.Labels[labelLayer])
 	return content.LayerID{Sum: sum}, err == nil
 }
 
-func isPending(info snapshots.Info) bool { return info.Labels[labelPending] != "" }
-
-func isExtract(info snapshots.Info) bool {
-	return info.Kind == snapshots.KindActive && info.Labels[labelExtract] != ""
+func layerLabels(in layer.Ingested) map[string]string {
+	return map[string]string{
+		labelLayer:  in.Layer.Hex(),
+		labelBytes:  strconv.FormatInt(in.Added.Bytes, 10),
+		labelInodes: strconv.FormatInt(in.Added.Inodes, 10),
+	}
 }
 
-// applyOpts returns the Info that a client's options describe.
-func applyOpts(opts []snapshots.Opt) (snapshots.Info, error) {
-	var base snapshots.Info
-	for _, opt := range opts {
-		if err := opt(&base); err != nil {
-			return snapshots.Info{}, err
-		}
-	}
-	base.Labels = publicLabels(base.Labels)
-	return base, nil
+func addedUsage(labels map[string]string) (u snapshots.Usage) {
+	u.Size, _ = strconv.ParseInt(labels[labelBytes], 10, 64)
+	u.Inodes, _ = strconv.ParseInt(labels[labelInodes], 10, 64)
+	return u
 }
 
-// relabel returns info's labels with the given private ones changed ("" removes) and
-// the time of the last visible change kept.
-func relabel(info snapshots.Info, private map[string]string) map[string]string {
-	out := maps.Clone(info.Labels)
-	if out == nil {
-		out = map[string]string{}
+// setPrivate replaces private labels of a stored snapshot; an empty value clears one. In a
+// writable transaction.
+func setPrivate(ctx context.Context, key string, private map[string]string) error {
+	_, info, _, err := storage.GetInfo(ctx, key)
+	if err != nil {
+		return err
 	}
-	if out[labelUpdated] == "" {
-		out[labelUpdated] = info.Updated.Format(time.RFC3339Nano)
+	labels := maps.Clone(info.Labels)
+	if labels == nil {
+		labels = map[string]string{}
 	}
 	for k, v := range private {
-		if out[k] = v; v == "" {
-			delete(out, k)
+		if labels[k] = v; v == "" {
+			delete(labels, k)
 		}
 	}
-	return out
+	if labels[labelUpdated] == "" {
+		labels[labelUpdated] = info.Updated.Format(time.RFC3339Nano)
+	}
+	info.Labels = labels
+	_, err = storage.UpdateInfo(ctx, info, "labels")
+	return err
+}
+
+// visible is what a client sees of a stored snapshot: nothing of what we note there, so that an
+// ingest in the background does not look like an update.
+func visible(info snapshots.Info) snapshots.Info {
+	if t, err := time.Parse(time.RFC3339Nano, info.Labels[labelUpdated]); err == nil {
+		info.Updated = t
+	}
+	if len(info.Labels) > 0 {
+		info.Labels = public(info.Labels)
+	}
+	return info
+}
+
+// checkUpdate refuses fieldpaths that name a private label.
+func checkUpdate(fieldpaths []string) error {
+	for _, p := range fieldpaths {
+		if strings.HasPrefix(p, "labels."+labelPrefix) {
+			return fmt.Errorf("label %s is set by the snapshotter alone: %w", strings.TrimPrefix(p, "labels."), errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// chainOfName returns the chainID that a committed snapshot is named by: containerd's
+// names for proxies are <namespace>/<sequence>/<chainID>.
+func chainOfName(name string) (content.ChainID, bool) {
+	last := name[strings.LastIndexByte(name, '/')+1:]
+	if !strings.HasPrefix(last, "sha256:") {
+		return content.ChainID{}, false
+	}
+	sum, err := content.ParseSum(last)
+	return content.ChainID{Sum: sum}, err == nil
+}
+
+// identify finds the diffID of the layer that an extraction wants. Labels can come from
+// an image's annotations: one is believed only when it fits the chainID.
+func (s *Snapshotter) identify(ctx context.Context, target content.ChainID, parent string, labels map[string]string) (content.DiffID, bool) {
+	var parentChain content.ChainID
+	if parent != "" {
+		var ok bool
+		if parentChain, ok = chainOfName(parent); !ok {
+			return content.DiffID{}, false
+		}
+	}
+	if text := labels[labelDiffID]; text != "" {
+		sum, err := content.ParseSum(text)
+		d := content.DiffID{Sum: sum}
+		if err == nil && parentChain.Chain(d) == target {
+			return d, true
+		}
+		log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, parent, target.Digest())
+	}
+	return s.layers.Infer(parentChain, target)
 }
