@@ -26,8 +26,6 @@ const (
 	blockSize = 4096
 	// claimMin is the smallest declared size that is checked against the free space.
 	claimMin = 64 << 20
-	// writebackMin is how many new bytes make a session start to write them out early.
-	writebackMin = 32 << 20
 )
 
 // session takes the payloads of one ingest. It implements archive.Payloads.
@@ -42,10 +40,6 @@ type session struct {
 	refs  map[content.ObjectID]uint32
 	added Usage
 	pyc   map[*content.Entry]pyc
-	dirty int64 // bytes stored since the last writeback began
-	// flushing is set while a writeback runs, in flush.
-	flushing bool
-	flush    sync.WaitGroup
 }
 
 // job is one payload in memory.
@@ -90,7 +84,6 @@ func (s *Store) newSession(ctx context.Context) *session {
 func (ss *session) wait() error {
 	close(ss.jobs)
 	ss.wg.Wait()
-	ss.flush.Wait()
 	return context.Cause(ss.ctx)
 }
 
@@ -201,20 +194,7 @@ func (ss *session) took(id content.ObjectID, added int64) {
 	if added > 0 {
 		ss.added.Bytes += (added + blockSize - 1) &^ (blockSize - 1)
 		ss.added.Inodes++
-		if ss.dirty += added; ss.dirty >= writebackMin && !ss.flushing {
-			ss.dirty, ss.flushing = 0, true
-			ss.flush.Go(ss.writeback)
-		}
 	}
-}
-
-// writeback starts to write out what the session has stored so far, so that the sync at its end
-// finds little left to do. An error comes again there.
-func (ss *session) writeback() {
-	_ = unix.Syncfs(ss.s.rootFd)
-	ss.mu.Lock()
-	defer ss.mu.Unlock()
-	ss.flushing = false
 }
 
 // stage writes a large payload to a file, hashing it beside.

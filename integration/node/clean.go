@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -82,6 +83,7 @@ func destroy(dir string) error {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+	removeTraces(dir)
 	// Nothing is removed through a mount that would not go.
 	if err := UnmountBelow(dir); err != nil {
 		return err
@@ -91,6 +93,30 @@ func destroy(dir string) error {
 	}
 	return nil
 }
+
+// removeTraces removes what killed shims left outside of the node's directory: their
+// sockets, which have a fixed place, and the cgroups of their containers.
+func removeTraces(dir string) {
+	tasks, _ := filepath.Glob(filepath.Join(dir, "s/io.containerd.runtime.v2.task/*/*"))
+	for _, task := range tasks {
+		text, err := os.ReadFile(filepath.Join(task, "bootstrap.json"))
+		if err != nil {
+			text, _ = os.ReadFile(filepath.Join(task, "address")) // before containerd 2.0
+		}
+		if socket := shimSocket.Find(text); socket != nil {
+			_ = os.Remove(string(socket))
+		}
+		id, namespace := filepath.Base(task), filepath.Base(filepath.Dir(task))
+		for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/*"} {
+			groups, _ := filepath.Glob(filepath.Join(root, namespace, id))
+			for _, group := range groups {
+				_ = os.Remove(group) // a cgroup goes by rmdir, and only when it is empty
+			}
+		}
+	}
+}
+
+var shimSocket = regexp.MustCompile(`/run/containerd/s/[0-9a-f]{64}`)
 
 // UnmountBelow lazily unmounts everything at or below dir, last mounted first.
 func UnmountBelow(dir string) error {

@@ -41,8 +41,11 @@ func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
 
 var containers atomic.Int64
 
-// NewID returns a container or snapshot name that the process has not used yet.
-func NewID(prefix string) string { return fmt.Sprintf("%s-%d", prefix, containers.Add(1)) }
+// NewID returns a container or snapshot name that nobody else on this machine uses: the
+// names of cgroups are shared by all nodes.
+func NewID(prefix string) string {
+	return fmt.Sprintf("%s-%d-%d", prefix, os.Getpid(), containers.Add(1))
+}
 
 // Run runs a command in a new container of an image and returns its standard output;
 // the container is removed at its end.

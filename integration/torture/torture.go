@@ -121,6 +121,7 @@ func metadata() []image.Entry {
 		at(image.Dir("meta/dir-nanoseconds"), 1234567890, 987654321),
 		at(image.Symlink("meta/link-nanoseconds", "x"), 1234567890, 1),
 		at(image.File("meta/epoch", "e"), 0, 0),
+		at(image.File("meta/before-1970", "containerd's appliers make it 1970"), -86400*365*10, 500),
 		at(image.File("meta/after-2038", "f"), 1<<32+5, 5),
 		x("meta/user", map[string]string{"user.one": "1", "user.empty": "", "user.binary": "\x00\x01\xff=\n"}),
 		x("meta/user-long", map[string]string{"user.long": content(4, 3000)}),
