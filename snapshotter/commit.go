@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -13,7 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/continuity/fs"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
@@ -27,16 +29,54 @@ const buildDelay = 150 * time.Millisecond
 // Layers is the store behind the snapshots, for the diff service.
 func (s *Snapshotter) Layers() *layer.Store { return s.layers }
 
-// UpperOf returns the upper directory of mounts that this snapshotter handed out for an
-// active snapshot.
-func (s *Snapshotter) UpperOf(mounts []mount.Mount) (string, bool) {
+// Extraction returns the upper directory of mounts that this snapshotter handed out for an
+// extraction into which nothing has been written. A layer may be noted for no other
+// snapshot: what is in the directory of one would be lost.
+func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upper string, ok bool, err error) {
+	upper, ok = s.upperOf(mounts)
+	if !ok {
+		return "", false, nil
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		key, info, err := activeByID(ctx, idOfUpper(upper))
+		ok = err == nil && isExtraction(key, info.Labels)
+		return err
+	})
+	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) || !ok {
+		return "", false, nil
+	}
+	files, err := os.ReadDir(upper)
+	return upper, len(files) == 0, err
+}
+
+// activeByID finds an active snapshot. In a transaction.
+func activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
+	ids, err := storage.IDMap(ctx)
+	if err != nil {
+		return "", info, err
+	}
+	key, ok := ids[id]
+	if !ok {
+		return "", info, fmt.Errorf("snapshot with id %s: %w", id, errdefs.ErrNotFound)
+	}
+	if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
+		return "", info, err
+	}
+	if info.Kind != snapshots.KindActive {
+		return "", info, fmt.Errorf("snapshot %q is not active: %w", key, errdefs.ErrFailedPrecondition)
+	}
+	return key, info, nil
+}
+
+func idOfUpper(upper string) string { return filepath.Base(filepath.Dir(upper)) }
+
+func (s *Snapshotter) upperOf(mounts []mount.Mount) (string, bool) {
 	if len(mounts) == 0 || mounts[0].Type != "overlay" {
 		return "", false
 	}
 	for _, o := range mounts[0].Options {
 		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
-			id := filepath.Base(filepath.Dir(dir))
-			return dir, dir == s.upper(id)
+			return dir, dir == s.upper(idOfUpper(dir))
 		}
 	}
 	return "", false
@@ -45,24 +85,14 @@ func (s *Snapshotter) UpperOf(mounts []mount.Mount) (string, bool) {
 // Applied notes that the active snapshot with this upper directory stands for a layer. The
 // hold that in.Layer carries passes to the snapshot, also when an error is returned.
 func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingested) error {
-	id := filepath.Base(filepath.Dir(upper))
+	id := idOfUpper(upper)
 	var old snapshots.Info
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		ids, err := storage.IDMap(ctx)
-		if err != nil {
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		var key string
+		if key, old, err = activeByID(ctx, id); err != nil {
 			return err
 		}
-		key, ok := ids[id]
-		if !ok {
-			return fmt.Errorf("snapshot directory %s: %w", upper, errdefs.ErrNotFound)
-		}
-		if _, old, _, err = storage.GetInfo(ctx, key); err != nil {
-			return err
-		}
-		if old.Kind != snapshots.KindActive {
-			return fmt.Errorf("snapshot %q is not active: %w", key, errdefs.ErrFailedPrecondition)
-		}
-		return setPrivate(ctx, key, layerLabels(in))
+		return setPrivate(ctx, key, id, layerLabels(in))
 	})
 	if err != nil {
 		s.layers.Release(in.Layer)
@@ -104,16 +134,18 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	labels := maps.Clone(base.Labels)
 	if applied {
 		labels = withPrivate(labels, active.Labels)
-		delete(labels, labelBytes)
-		delete(labels, labelInodes)
+		for _, l := range []string{labelBytes, labelInodes, labelUpdated} {
+			delete(labels, l)
+		}
 	} else {
 		labels[labelPending] = "true"
-		du, err := fs.DiskUsage(ctx, s.upper(id))
+		du, err := cfs.DiskUsage(ctx, s.upper(id))
 		if err != nil {
 			return fmt.Errorf("commit snapshot %q: %w", key, err)
 		}
 		usage = snapshots.Usage(du)
 	}
+	labels[labelNamespace], _ = namespaces.Namespace(ctx)
 	commitOpts := []snapshots.Opt{snapshots.WithLabels(labels)}
 	if base.Parent != "" {
 		commitOpts = append(commitOpts, snapshots.WithParent(base.Parent))
@@ -126,9 +158,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
 	}
 	s.chains.unuse(ctx, id)
-	_, extraction := active.Labels[labelRef]
+	extraction := isExtraction(key, active.Labels)
 	if !applied {
-		s.startIngest(name)
+		s.startIngest(pendingSnapshot{id, name})
 		if extraction {
 			s.advise(ctx)
 		}
@@ -145,6 +177,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 func (s *Snapshotter) advise(ctx context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.applied = false // the next one may look at its parent's directories
 	if s.advised {
 		return
 	}
@@ -173,7 +206,8 @@ func (s *Snapshotter) scheduleBuild(name string) {
 			if err == nil {
 				err = s.chains.build(ctx, chain)
 			}
-			if err != nil && !errdefs.IsNotFound(err) && ctx.Err() == nil {
+			gone := errdefs.IsNotFound(err) || errors.Is(err, fs.ErrNotExist) // removed meanwhile
+			if err != nil && !gone && ctx.Err() == nil {
 				log.G(ctx).WithError(err).Errorf("build chain image of %q", name)
 			}
 		})
@@ -189,6 +223,10 @@ func (s *Snapshotter) cancelBuild(name string) {
 	}
 }
 
+// pendingSnapshot is a committed snapshot whose directory is not yet ingested. The name can be taken
+// again by another one after a Remove, the id cannot.
+type pendingSnapshot struct{ id, name string }
+
 // ingestJob is the running ingest of one pending snapshot.
 type ingestJob struct {
 	done chan struct{} // closed when err is set
@@ -197,25 +235,27 @@ type ingestJob struct {
 
 // resumeIngests goes on where the last process stopped.
 func (s *Snapshotter) resumeIngests(ctx context.Context) error {
-	var pending []string
+	var pending []pendingSnapshot
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
 			if info.Labels[labelPending] != "" {
-				pending = append(pending, info.Name)
+				id, _, _, err := storage.GetInfo(ctx, info.Name)
+				pending = append(pending, pendingSnapshot{id, info.Name})
+				return err
 			}
 			return nil
 		})
 	})
-	for _, name := range pending {
-		s.startIngest(name)
+	for _, p := range pending {
+		s.startIngest(p)
 	}
 	return err
 }
 
-func (s *Snapshotter) startIngest(name string) *ingestJob {
+func (s *Snapshotter) startIngest(p pendingSnapshot) *ingestJob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if j := s.ingests[name]; j != nil {
+	if j := s.ingests[p.id]; j != nil {
 		return j
 	}
 	j := &ingestJob{done: make(chan struct{})}
@@ -224,15 +264,15 @@ func (s *Snapshotter) startIngest(name string) *ingestJob {
 		close(j.done)
 		return j
 	}
-	s.ingests[name] = j
+	s.ingests[p.id] = j
 	s.wg.Go(func() {
-		err := s.ingest(s.ctx, name)
+		err := s.ingest(s.ctx, p)
 		if err != nil && s.ctx.Err() == nil {
-			log.G(s.ctx).WithError(err).Errorf("ingest of committed snapshot %q", name)
+			log.G(s.ctx).WithError(err).Errorf("ingest of committed snapshot %q", p.name)
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		delete(s.ingests, name)
+		delete(s.ingests, p.id)
 		j.err = err
 		close(j.done)
 	})
@@ -241,8 +281,8 @@ func (s *Snapshotter) startIngest(name string) *ingestJob {
 
 // awaitIngest waits until a snapshot is no longer pending. A failed ingest is tried again by the
 // next one who needs it.
-func (s *Snapshotter) awaitIngest(ctx context.Context, name string) error {
-	j := s.startIngest(name)
+func (s *Snapshotter) awaitIngest(ctx context.Context, p pendingSnapshot) error {
+	j := s.startIngest(p)
 	select {
 	case <-j.done:
 		return j.err
@@ -252,15 +292,15 @@ func (s *Snapshotter) awaitIngest(ctx context.Context, name string) error {
 }
 
 // ingest turns the directory of a pending snapshot into its layer.
-func (s *Snapshotter) ingest(ctx context.Context, name string) error {
+func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	var id string
 	var info snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		id, info, _, err = storage.GetInfo(ctx, name)
+		id, info, _, err = storage.GetInfo(ctx, p.name)
 		return err
 	})
 	switch {
-	case errdefs.IsNotFound(err):
+	case errdefs.IsNotFound(err), err == nil && id != p.id:
 		return nil // removed meanwhile
 	case err != nil:
 		return err
@@ -273,14 +313,14 @@ func (s *Snapshotter) ingest(ctx context.Context, name string) error {
 	}
 	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		return setPrivate(ctx, name, labels)
+		return setPrivate(ctx, p.name, id, labels)
 	})
 	if err != nil {
 		s.layers.Release(in.Layer)
 		if errdefs.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("note layer of snapshot %q: %w", name, err)
+		return fmt.Errorf("note layer of snapshot %q: %w", p.name, err)
 	}
 	return s.discard(ctx, id)
 }
@@ -293,10 +333,12 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 		if err != nil {
 			return layer.Ingested{}, err
 		}
+		s.chains.use(nameChain(chain), id)
+		defer s.chains.unuse(ctx, id)
 		if err := s.chains.ensure(ctx, chain); err != nil {
 			return layer.Ingested{}, err
 		}
-		if dir.View, err = os.MkdirTemp(s.opts.RunDir, "view-"); err != nil {
+		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
 		lowers := s.upper(id) + ":" + s.chains.mountPoint(nameChain(chain)) + "::" + s.layers.ObjectsDir()

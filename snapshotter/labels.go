@@ -23,7 +23,7 @@ const (
 	labelLayer = labelPrefix + "layer"
 	// labelPending marks a committed snapshot whose directory is not yet ingested.
 	labelPending = labelPrefix + "pending"
-	// labelNamespace is the containerd namespace that a hit was served to.
+	// labelNamespace is the containerd namespace of the client who committed the snapshot.
 	labelNamespace = labelPrefix + "namespace"
 	// labelBytes and labelInodes are what the layer added to the disk for this snapshot.
 	labelBytes  = labelPrefix + "added-bytes"
@@ -91,12 +91,15 @@ func addedUsage(labels map[string]string) (u snapshots.Usage) {
 	return u
 }
 
-// setPrivate replaces private labels of a stored snapshot; an empty value clears one. In a
-// writable transaction.
-func setPrivate(ctx context.Context, key string, private map[string]string) error {
-	_, info, _, err := storage.GetInfo(ctx, key)
+// setPrivate replaces private labels of the stored snapshot that has both key and id; an empty value
+// clears one. In a writable transaction.
+func setPrivate(ctx context.Context, key, id string, private map[string]string) error {
+	have, info, _, err := storage.GetInfo(ctx, key)
 	if err != nil {
 		return err
+	}
+	if have != id {
+		return fmt.Errorf("snapshot %q was replaced: %w", key, errdefs.ErrNotFound)
 	}
 	labels := maps.Clone(info.Labels)
 	if labels == nil {
@@ -135,6 +138,15 @@ func checkUpdate(fieldpaths []string) error {
 		}
 	}
 	return nil
+}
+
+// isExtraction reports whether an active snapshot is there to be filled with one layer. Clients
+// that unpack by themselves (client.Image.Unpack) send no label, but name it so too.
+func isExtraction(key string, labels map[string]string) bool {
+	if _, ok := labels[labelRef]; ok {
+		return true
+	}
+	return strings.HasPrefix(key[strings.LastIndexByte(key, '/')+1:], "extract-")
 }
 
 // chainOfName returns the chainID that a committed snapshot is named by: containerd's

@@ -26,9 +26,10 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err != nil {
 		return nil, err
 	}
-	target, extraction := base.Labels[labelRef]
-	if extraction {
+	if isExtraction(key, base.Labels) {
 		s.cancelBuild(parent)
+	}
+	if target, ok := base.Labels[labelRef]; ok {
 		if err := s.serveKnown(ctx, key, parent, target, base.Labels); err != nil {
 			return nil, err
 		}
@@ -120,7 +121,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
-	lower, err := s.lower(ctx, id, parent, labels)
+	lower, err := s.lower(ctx, id, parent, isExtraction(key, labels))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}
@@ -144,7 +145,7 @@ type lower struct {
 	extraction bool
 }
 
-func (s *Snapshotter) lower(ctx context.Context, id, parent string, labels map[string]string) (lower, error) {
+func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction bool) (lower, error) {
 	if parent == "" {
 		return lower{dir: s.path(dirEmpty)}, nil
 	}
@@ -152,7 +153,6 @@ func (s *Snapshotter) lower(ctx context.Context, id, parent string, labels map[s
 	if err != nil {
 		return lower{}, err
 	}
-	_, extraction := labels[labelRef]
 	name := nameChain(chain)
 	l := lower{dir: s.chains.mountPoint(name), chain: true, extraction: extraction}
 	if extraction && s.usesApply() {
@@ -178,7 +178,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if info.Kind == snapshots.KindCommitted {
 		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
 	}
-	l, err := s.lower(ctx, id, info.Parent, info.Labels)
+	l, err := s.lower(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}

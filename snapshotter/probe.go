@@ -25,10 +25,13 @@ type kernel struct {
 	metacopy bool
 }
 
+// probePrefix names the probe's directory below the root.
+const probePrefix = "probe-"
+
 // probe mounts a small chain image over one object, writable, in a private directory
 // below root, and reads it back. Versions are not compared: distributions backport.
 func probe(root string) (k kernel, err error) {
-	dir, err := os.MkdirTemp(root, "probe-")
+	dir, err := os.MkdirTemp(root, probePrefix)
 	if err != nil {
 		return k, fmt.Errorf("probe: %w", err)
 	}
@@ -56,18 +59,27 @@ func probe(root string) (k kernel, err error) {
 
 // kernelChoices are the sets of options to try, the best first.
 func kernelChoices() []kernel {
-	base := []string{"index=off"}
-	if b, err := os.ReadFile("/sys/module/overlay/parameters/redirect_dir"); err == nil && strings.TrimSpace(string(b)) == "Y" {
-		// A renamed directory would be a redirect that no image can express.
-		base = append(base, "redirect_dir=off")
+	plain := []string{"index=off"}
+	on := func(parameter string) bool {
+		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
+		return err == nil && strings.TrimSpace(string(b)) == "Y"
 	}
-	with := func(o ...string) []string { return append(append([]string(nil), base...), o...) }
+	if on("metacopy") {
+		plain = append(plain, "metacopy=off")
+	}
+	if on("redirect_dir") || on("metacopy") {
+		// A renamed directory would be a redirect that no image can express.
+		plain = append(plain, "redirect_dir=off")
+	}
+	// metacopy=on asks for redirects, so there it stays as it is.
+	metacopy := []string{"index=off", "metacopy=on"}
+	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
 	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
 	return []kernel{
-		{options: with("xino=on")},
-		{options: with("xino=on", "metacopy=on"), metacopy: true},
-		{options: with()},
-		{options: with("metacopy=on"), metacopy: true},
+		{options: with(plain, "xino=on")},
+		{options: with(metacopy, "xino=on"), metacopy: true},
+		{options: plain},
+		{options: metacopy, metacopy: true},
 	}
 }
 

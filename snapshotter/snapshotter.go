@@ -53,7 +53,7 @@ type Snapshotter struct {
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
 	closed bool
-	// ingests are the running ingests of pending snapshots, by name.
+	// ingests are the running ingests of pending snapshots, by id.
 	ingests map[string]*ingestJob
 	// builds are chain images about to be built in the background, by the snapshot's name.
 	builds map[string]*time.Timer
@@ -100,6 +100,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := os.Chmod(s.path(dirEmpty), 0o755); err != nil {
 		return nil, err
 	}
+	if err := s.clearLeftovers(); err != nil {
+		return nil, err
+	}
 	if s.kernel, err = probe(opts.Root); err != nil {
 		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
 	}
@@ -117,6 +120,25 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 
 func (s *Snapshotter) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opts.Root}, elem...)...)
+}
+
+// viewPrefix names temporary mount points in the run directory.
+const viewPrefix = "view-"
+
+// clearLeftovers unmounts and removes what a killed process left of its temporary mounts.
+func (s *Snapshotter) clearLeftovers() error {
+	old, err := filepath.Glob(s.path(probePrefix + "*"))
+	views, verr := filepath.Glob(filepath.Join(s.opts.RunDir, viewPrefix+"*"))
+	errs := []error{err, verr}
+	for _, dir := range append(old, views...) {
+		mounted, _ := filepath.Glob(filepath.Join(dir, "*"))
+		for _, point := range append(mounted, dir) {
+			// What is no mount point says EINVAL.
+			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		}
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(errs...)
 }
 
 func (s *Snapshotter) takeLock() (err error) {
@@ -175,7 +197,7 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 				return err
 			}
 			chain, pending, err := chainOf(ctx, info.Parent)
-			if err == nil && pending == "" {
+			if err == nil && pending == nil {
 				s.chains.use(nameChain(chain), id)
 			}
 			return err
@@ -192,40 +214,38 @@ func walkAll(ctx context.Context, fn func(snapshots.Info) error, filters ...stri
 	return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error { return fn(info) }, filters...)
 }
 
-// chainOf returns the layers of a committed snapshot and all below it, base first, or the
-// name of one that is pending. In a transaction.
-func chainOf(ctx context.Context, name string) (chain []content.LayerID, pending string, err error) {
+// chainOf returns the layers of a committed snapshot and all below it, base first, or one
+// that is pending. In a transaction.
+func chainOf(ctx context.Context, name string) (chain []content.LayerID, pending *pendingSnapshot, err error) {
 	for name != "" {
-		_, info, _, err := storage.GetInfo(ctx, name)
+		id, info, _, err := storage.GetInfo(ctx, name)
 		if err != nil {
-			return nil, "", fmt.Errorf("snapshot %q: %w", name, err)
+			return nil, nil, fmt.Errorf("snapshot %q: %w", name, err)
 		}
-		id, ok := layerOf(info)
+		lid, ok := layerOf(info)
 		if !ok {
-			return nil, name, nil
+			return nil, &pendingSnapshot{id, name}, nil
 		}
-		chain = append(chain, id)
+		chain = append(chain, lid)
 		name = info.Parent
 	}
-	for i, j := 0, len(chain)-1; i < j; i, j = i+1, j-1 {
-		chain[i], chain[j] = chain[j], chain[i]
-	}
-	return chain, "", nil
+	slices.Reverse(chain)
+	return chain, nil, nil
 }
 
 // resolve is chainOf that waits for pending snapshots.
 func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.LayerID, error) {
 	for {
 		var chain []content.LayerID
-		var pending string
+		var pending *pendingSnapshot
 		err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
 			chain, pending, err = chainOf(ctx, name)
 			return err
 		})
-		if err != nil || pending == "" {
+		if err != nil || pending == nil {
 			return chain, err
 		}
-		if err := s.awaitIngest(ctx, pending); err != nil {
+		if err := s.awaitIngest(ctx, *pending); err != nil {
 			return nil, err
 		}
 	}
@@ -296,7 +316,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	var infos []snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
-			if ns := info.Labels[labelNamespace]; own == "" || ns == "" || ns == own {
+			if own == "" || info.Labels[labelNamespace] == own {
 				infos = append(infos, info)
 			}
 			return nil
@@ -390,7 +410,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 				name = info.Parent
 			}
 			chain, pending, err := chainOf(ctx, name)
-			if err == nil && pending == "" {
+			if err == nil && pending == nil {
 				chainsUsed[nameChain(chain)] = true
 			}
 			return err

@@ -59,7 +59,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	defer conn.Close()
 
 	server := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(recoverPanics),
+		grpc.ChainUnaryInterceptor(recoverUnary), grpc.ChainStreamInterceptor(recoverStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	applier := apply.New(sn, conn)
@@ -94,12 +94,22 @@ func listen(address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
 		return nil, fmt.Errorf("create socket directory: %w", err)
 	}
-	if conn, err := net.Dial("unix", address); err == nil {
+	conn, err := net.Dial("unix", address)
+	switch {
+	case err == nil:
 		conn.Close()
 		return nil, fmt.Errorf("another process listens on %s: stop it, or set another address", address)
-	}
-	if err := os.Remove(address); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove stale socket: %w", err)
+	case errors.Is(err, unix.ENOENT):
+	case errors.Is(err, unix.ECONNREFUSED):
+		fi, serr := os.Lstat(address)
+		if serr != nil || fi.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("%s exists and is no socket: move it away, or set another address", address)
+		}
+		if err := os.Remove(address); err != nil {
+			return nil, fmt.Errorf("remove stale socket: %w", err)
+		}
+	default:
+		return nil, fmt.Errorf("address: %w", err)
 	}
 	l, err := net.Listen("unix", address)
 	if err != nil {
@@ -111,14 +121,21 @@ func listen(address string) (net.Listener, error) {
 	return l, nil
 }
 
-// recoverPanics answers a call that panics with an error: one bad call must not end the
+// recoverUnary and recoverStream answer a call that panics with an error: one bad call must not end the
 // daemon for all others.
-func recoverPanics(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			log.G(ctx).Errorf("panic in %s: %v\n%s", info.FullMethod, p, debug.Stack())
-			err = status.Errorf(codes.Internal, "%s: internal error, see the log of containerd-dedup-grpc", info.FullMethod)
-		}
-	}()
+func recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	defer answerPanic(ctx, info.FullMethod, &err)
 	return handler(ctx, req)
+}
+
+func recoverStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+	defer answerPanic(stream.Context(), info.FullMethod, &err)
+	return handler(srv, stream)
+}
+
+func answerPanic(ctx context.Context, method string, err *error) {
+	if p := recover(); p != nil {
+		log.G(ctx).Errorf("panic in %s: %v\n%s", method, p, debug.Stack())
+		*err = status.Errorf(codes.Internal, "%s: internal error, see the log of containerd-dedup-grpc", method)
+	}
 }

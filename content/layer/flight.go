@@ -69,7 +69,11 @@ func (f *flights) start(ctx context.Context, blob digest.Digest, ingest func(con
 	f.byBlob[blob] = fl
 	f.wg.Go(func() {
 		defer cancel()
-		out, err := ingest(ctx)
+		var out Ingested
+		err := safely(func() (err error) {
+			out, err = ingest(ctx)
+			return err
+		})
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		if f.byBlob[blob] == fl {

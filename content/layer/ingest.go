@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -81,7 +82,11 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 
 	ss := s.newSession(ctx)
 	st := newStream(plain)
-	entries, err := archive.ReadTar(ss.ctx, st, ss)
+	var entries []*content.Entry
+	err = safely(func() (err error) {
+		entries, err = archive.ReadTar(ss.ctx, st, ss)
+		return err
+	})
 	err = st.finish(err)
 	if werr := ss.wait(); werr != nil {
 		err = werr
@@ -327,4 +332,15 @@ func (s *stages) fields() log.Fields {
 		f[name] = s.took[i].Round(time.Microsecond)
 	}
 	return f
+}
+
+// safely turns a panic of fn into an error: a blob that finds a bug in a parser must not end the
+// daemon for all others.
+func safely(fn func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("internal error: %v\n%s", p, debug.Stack())
+		}
+	}()
+	return fn()
 }

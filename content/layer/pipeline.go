@@ -73,7 +73,10 @@ func (s *stream) produce(src io.Reader) {
 	for {
 		c := chunkPool.Get().(*chunk)
 		var err error
-		c.buf, err = fill(src, c.buf[:0])
+		err = safely(func() (err error) {
+			c.buf, err = fill(src, c.buf[:0])
+			return err
+		})
 		s.size += int64(len(c.buf))
 		if len(c.buf) > 0 {
 			c.refs.Store(2)

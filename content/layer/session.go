@@ -68,7 +68,7 @@ func (s *Store) newSession(ctx context.Context) *session {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
 				if ss.ctx.Err() == nil {
-					if err := ss.store(j.e, j.buf); err != nil {
+					if err := safely(func() error { return ss.store(j.e, j.buf) }); err != nil {
 						ss.stop(err)
 					}
 				}

@@ -18,16 +18,6 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Compression of a layer's blob.
-type Compression string
-
-// Compressions.
-const (
-	Gzip Compression = "gzip" // level 6, as docker push
-	Zstd Compression = "zstd"
-	None Compression = "none"
-)
-
 // LayerOptions describe a blob. The zero value is gzip with OCI's media type.
 type LayerOptions struct {
 	Compression Compression
@@ -95,31 +85,6 @@ func FromDir(dir string, opts LayerOptions, root string, how DirOptions) (*Layer
 	return NewLayer(dir, opts, func(w io.Writer) error { return WriteDir(w, root, how) })
 }
 
-func compressInto(w io.Writer, opts LayerOptions, write func(io.Writer) error) error {
-	switch opts.Compression {
-	case None:
-		return write(w)
-	case Zstd:
-		z, err := zstd.NewWriter(w, zstd.WithEncoderConcurrency(1))
-		if err != nil {
-			return err
-		}
-		return errors.Join(write(z), z.Close())
-	case Gzip:
-		level := opts.Level
-		if level == 0 {
-			level = 6
-		}
-		z, err := gzip.NewWriterLevel(w, level)
-		if err != nil {
-			return err
-		}
-		return errors.Join(write(z), z.Close())
-	default:
-		return fmt.Errorf("unknown compression %q", opts.Compression)
-	}
-}
-
 func (o LayerOptions) mediaType() types.MediaType {
 	switch {
 	case o.MediaType != "":
@@ -130,7 +95,7 @@ func (o LayerOptions) mediaType() types.MediaType {
 		return types.DockerLayer
 	case o.Compression == None:
 		return types.OCIUncompressedLayer
-	case o.Compression == Zstd:
+	case o.Compression.zstd():
 		return types.OCILayerZStd
 	default:
 		return types.OCILayer
@@ -158,7 +123,7 @@ func (l *Layer) Uncompressed() (io.ReadCloser, error) {
 	if err != nil || l.compress == None {
 		return f, err
 	}
-	if l.compress == Zstd {
+	if l.compress.zstd() {
 		z, err := zstd.NewReader(f)
 		if err != nil {
 			return nil, errors.Join(err, f.Close())

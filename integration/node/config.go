@@ -93,11 +93,7 @@ func (n *Node) differs() []string {
 // unpackConfig tells the transfer service, which ctr's pull uses, who unpacks for whom.
 func (n *Node) unpackConfig() []table {
 	entry := func(snapshotter, differ string) table {
-		t := table{"platform": "linux", "snapshotter": snapshotter, "differ": differ}
-		if !strings.HasPrefix(n.tools.Version, "1.") && !strings.HasPrefix(n.tools.Version, "2.0") {
-			t["optional"] = true
-		}
-		return t
+		return table{"platform": "linux", "snapshotter": snapshotter, "differ": differ}
 	}
 	entries := []table{entry("overlayfs", "walking"), entry("native", "walking")}
 	if n.opts.erofs != "" {

@@ -68,15 +68,15 @@ func kinds() []image.Entry {
 		image.Dir("kinds"),
 	}
 	for _, size := range []int{0, 1, 63, 64, 255, 256, 257, 1024, 4095, 4096, 4097, 65537, 1 << 20} {
-		entries = append(entries, image.File(fmt.Sprintf("kinds/size-%d", size), content(size, size)))
+		entries = append(entries, image.File(fmt.Sprintf("kinds/size-%d", size), Content(size, size)))
 	}
 	return append(entries,
 		image.File("kinds/zeros", strings.Repeat("\x00", 12345)),
-		image.File("kinds/same-1", content(7, 5000)),
-		image.File("kinds/same-2", content(7, 5000)),
-		with(image.File("kinds/setuid", content(1, 100)), 0o4755, 0, 0),
-		with(image.File("kinds/setgid", content(2, 100)), 0o2755, 0, 5),
-		with(image.File("kinds/none", content(3, 100)), 0o100000, 0, 0), // mode 0, with the type bits of stat
+		image.File("kinds/same-1", Content(7, 5000)),
+		image.File("kinds/same-2", Content(7, 5000)),
+		with(image.File("kinds/setuid", Content(1, 100)), 0o4755, 0, 0),
+		with(image.File("kinds/setgid", Content(2, 100)), 0o2755, 0, 5),
+		with(image.File("kinds/none", Content(3, 100)), 0o100000, 0, 0), // mode 0, with the type bits of stat
 		with(image.Dir("kinds/sticky"), 0o1777, 0, 0),
 		with(image.Dir("kinds/sgid"), 0o2775, 0, 50),
 		with(image.Dir("kinds/private"), 0o700, 1000, 1000),
@@ -102,17 +102,28 @@ func kinds() []image.Entry {
 // metadata has owners, times and xattrs.
 func metadata() []image.Entry {
 	x := func(name string, attrs map[string]string) image.Entry {
-		return image.Entry{Name: name, Content: content(9, 300), Xattrs: attrs}
+		return image.Entry{Name: name, Content: Content(9, 300), Xattrs: attrs}
 	}
 	aclDir := image.Dir("meta/acl-dir")
-	aclDir.Xattrs = map[string]string{"system.posix_acl_default": acl(), "system.posix_acl_access": acl()}
+	aclDir.Xattrs = map[string]string{"system.posix_acl_default": acl1000(), "system.posix_acl_access": acl1000()}
 	aclDir.Mode = 0o770
-	aclFile := x("meta/acl", map[string]string{"system.posix_acl_access": acl()})
+	aclFile := x("meta/acl", map[string]string{"system.posix_acl_access": acl1000()})
 	aclFile.Mode = 0o670
 	userDir := image.Dir("meta/user-dir")
 	userDir.Xattrs = map[string]string{"user.dir": "yes"}
+	attributed := func(e image.Entry) image.Entry {
+		e.Xattrs = map[string]string{"security.dedup": "on what is no file"}
+		return e
+	}
 	return []image.Entry{
 		image.Dir("meta"),
+		attributed(image.Symlink("meta/attributed-link", "owner")),
+		attributed(image.Entry{Name: "meta/attributed-fifo", Type: tar.TypeFifo}),
+		attributed(device("meta/attributed-device", tar.TypeChar, 1, 5)),
+		attributed(image.Dir("meta/attributed-dir")),
+		x("meta/user-overlay", map[string]string{"user.overlay.opaque": "y", "user.overlay.metacopy": ""}),
+		{Name: "meta/pax-times", Content: "p", Format: tar.FormatPAX, Time: time.Unix(1e9, 7),
+			PAX: map[string]string{"comment": "ignored"}},
 		with(image.File("meta/owner", "o"), 0o644, 1000, 1001),
 		with(image.File("meta/big-owner", "b"), 0o644, 4294967294, 3000000000),
 		with(image.Symlink("meta/link-owner", "owner"), 0o777, 33, 44),
@@ -124,7 +135,7 @@ func metadata() []image.Entry {
 		at(image.File("meta/before-1970", "containerd's appliers make it 1970"), -86400*365*10, 500),
 		at(image.File("meta/after-2038", "f"), 1<<32+5, 5),
 		x("meta/user", map[string]string{"user.one": "1", "user.empty": "", "user.binary": "\x00\x01\xff=\n"}),
-		x("meta/user-long", map[string]string{"user.long": content(4, 3000)}),
+		x("meta/user-long", map[string]string{"user.long": Content(4, 3000)}),
 		x("meta/capability", map[string]string{"security.capability": "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"}),
 		x("meta/trusted", map[string]string{"trusted.mine": "t"}),
 		aclFile, aclDir, userDir,
@@ -132,9 +143,9 @@ func metadata() []image.Entry {
 	}
 }
 
-// acl is the binary form of user::rw-,user:1000:rwx,group::r-x,mask::rwx,other::--- with
+// acl1000 is the binary form of user::rw-,user:1000:rwx,group::r-x,mask::rwx,other::--- with
 // the access ACL's mode bits, linux/posix_acl_xattr.h.
-func acl() string {
+func acl1000() string {
 	buf := binary.LittleEndian.AppendUint32(nil, 2)
 	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, 7, 1000}, {4, 5, ^uint32(0)}, {0x10, 7, ^uint32(0)}, {0x20, 0, ^uint32(0)}} {
 		buf = binary.LittleEndian.AppendUint16(buf, uint16(e[0]))
@@ -191,6 +202,12 @@ func order() []image.Entry {
 		image.File("order/linked", "the hardlink keeps these bytes"),
 		image.Hardlink("order/link", "order/linked"),
 		image.File("order/linked", "and this is another file"),
+		image.Dir("order/real"),
+		image.Symlink("order/dir-link", "real"),
+		image.File("order/dir-link/through", "goes to order/real"),
+		image.Hardlink("order/dir-link/hard", "order/dir-link/through"),
+		{Name: "order/contiguous", Type: tar.TypeCont, Content: "regular for all but a real-time system"},
+		at(image.Hardlink("order/hard-late", "order/contiguous"), 1300000000, 0),
 	}
 }
 
@@ -238,9 +255,9 @@ func above() []image.Entry {
 	}
 }
 
-// content is n bytes that compress badly enough and repeat nowhere, the same for the
+// Content is n bytes that compress badly enough and repeat nowhere, the same for the
 // same seed.
-func content(seed, n int) string {
+func Content(seed, n int) string {
 	buf := make([]byte, n)
 	state := uint64(seed)*0x9e3779b97f4a7c15 + 1
 	for i := range buf {

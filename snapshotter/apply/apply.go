@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
@@ -19,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc"
 
@@ -34,9 +36,12 @@ type Applier struct {
 	plugins   introspection.IntrospectionClient
 	ahead     *ahead
 
-	mu   sync.Mutex // guards root
+	mu   sync.Mutex // guards root, and asking for it
 	root string     // containerd's content store as a directory; "" while unknown
 }
+
+// answerTimeout is how long containerd may take to answer a simple question.
+const answerTimeout = 10 * time.Second
 
 // New returns an applier that reads blobs from the containerd behind conn. The
 // connection may not be up yet, and may come and go.
@@ -56,9 +61,12 @@ func (a *Applier) Close() { a.ahead.close() }
 // its uncompressed tar. What is not ours to serve is ErrNotImplemented, so that containerd asks
 // its next differ.
 func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (ocispec.Descriptor, error) {
-	upper, ok := a.snapshots.UpperOf(mounts)
+	upper, ok, err := a.snapshots.Extraction(ctx, mounts)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	if !ok {
-		return ocispec.Descriptor{}, fmt.Errorf("the mounts are not of a snapshot of dedup: %w", errdefs.ErrNotImplemented)
+		return ocispec.Descriptor{}, fmt.Errorf("the mounts are not of an empty extraction snapshot of dedup: %w", errdefs.ErrNotImplemented)
 	}
 	if !archive.KnownMediaType(desc.MediaType) {
 		return ocispec.Descriptor{}, fmt.Errorf("layer %s has media type %q, which dedup-diff does not unpack: %w", desc.Digest, desc.MediaType, errdefs.ErrNotImplemented)
@@ -68,11 +76,11 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		return ocispec.Descriptor{}, err
 	}
 	ctx = namespaces.WithNamespace(ctx, ns) // for our own calls to containerd
-	info, err := a.blobs.Info(ctx, desc.Digest)
+	info, err := a.info(ctx, desc.Digest)
 	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("blob %s in containerd's content store: %w", desc.Digest, err)
+		return ocispec.Descriptor{}, err
 	}
-	a.ahead.wg.Go(func() { a.lookAhead(context.WithoutCancel(ctx), ns, desc.Digest) })
+	a.ahead.wg.Go(func() { a.lookAhead(namespaces.WithNamespace(a.ahead.ctx, ns), ns, desc.Digest) })
 	in, err := a.ingest(ctx, desc, info)
 	if err != nil {
 		return ocispec.Descriptor{}, classify(err)
@@ -81,6 +89,20 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		return ocispec.Descriptor{}, err
 	}
 	return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: in.DiffID.Digest(), Size: in.TarSize}, nil
+}
+
+// info asks containerd for a blob of the caller's namespace.
+func (a *Applier) info(ctx context.Context, blob digest.Digest) (ctdcontent.Info, error) {
+	short, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	info, err := a.blobs.Info(short, blob)
+	if err != nil && short.Err() != nil && ctx.Err() == nil {
+		return info, fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
+	}
+	if err != nil {
+		return info, fmt.Errorf("blob %s in containerd's content store: %w", blob, err)
+	}
+	return info, nil
 }
 
 func (a *Applier) ingest(ctx context.Context, desc ocispec.Descriptor, info ctdcontent.Info) (layer.Ingested, error) {
@@ -127,6 +149,8 @@ func (a *Applier) contentRoot(ctx context.Context) string {
 	if a.root != "" {
 		return a.root
 	}
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
 	resp, err := a.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{"type==io.containerd.content.v1"}})
 	if err != nil {
 		log.G(ctx).WithError(err).Debug("ask containerd for its content store")
