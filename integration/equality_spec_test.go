@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"archive/tar"
 	"crypto/sha256"
 	"encoding/hex"
 	"path/filepath"
@@ -14,7 +15,8 @@ import (
 )
 
 // What images may hold and containerd's applier refuses: a hardlink to a file of a lower
-// layer (it finds no target), and GNU tar's own sparse format (it does not know it).
+// layer (it finds no target), GNU tar's own sparse format and contiguous files (it does not
+// know them).
 func TestBeyondOverlayfs(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, exact), startRegistry(t)
@@ -22,7 +24,8 @@ func TestBeyondOverlayfs(t *testing.T) {
 	ref := push(t, r, "beyond/overlayfs:1", busybox(t),
 		layer(t, image.Dir("d"), image.File("d/target", "of a lower layer")),
 		layer(t, image.Hardlink("d/link", "d/target")),
-		tarLayer(t, src, "sparse", "--format=gnu"))
+		tarLayer(t, src, "sparse", "--format=gnu", "--sparse", "--hole-detection=seek"),
+		layer(t, image.Entry{Name: "contiguous", Type: tar.TypeCont, Content: "regular, but for a real-time system"}))
 	pull(t, n, node.Snapshotter, ref)
 	tree := dump(t, n, node.Snapshotter, ref)
 	if got := tree["d/link"]; got.SHA256 != tree["d/target"].SHA256 || got.SHA256 == "" {
@@ -30,6 +33,9 @@ func TestBeyondOverlayfs(t *testing.T) {
 	}
 	if a, b := tree["d/link"].Group, tree["d/target"].Group; a == "" || a != b {
 		t.Errorf("d/link and d/target are in the hardlink groups %q and %q, want one", a, b)
+	}
+	if got := tree["contiguous"]; got.Type != "file" || got.SHA256 != sha256Hex("regular, but for a real-time system") {
+		t.Errorf("contiguous is %+v, want a file", got)
 	}
 	want, err := rootfs.Dump(src)
 	must(t, err)

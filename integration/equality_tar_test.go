@@ -22,7 +22,8 @@ func TestEqualitySparse(t *testing.T) {
 	src := sparseFiles(t)
 	layers := []*image.Layer{busybox(t)}
 	for _, version := range []string{"0.0", "0.1", "1.0"} {
-		layers = append(layers, tarLayer(t, src, "sparse-"+version, "--format=posix", "--sparse-version="+version))
+		layers = append(layers, tarLayer(t, src, "sparse-"+version, "--format=posix",
+			"--sparse", "--hole-detection=seek", "--sparse-version="+version))
 	}
 	fresh(t, comparison{ignore: rootfs.DiffOptions{RootTime: true}}, layers...)
 }
@@ -100,7 +101,7 @@ func oddFiles(t *testing.T) string {
 func tarLayer(t *testing.T, src, dir string, flags ...string) *image.Layer {
 	t.Helper()
 	l, err := image.NewLayer(t.TempDir(), image.LayerOptions{}, func(w io.Writer) error {
-		args := append([]string{"--sparse", "--hole-detection=seek", "-C", src, "--sort=name",
+		args := append([]string{"-C", src, "--sort=name",
 			"--transform=s,^\\.," + dir + ",", "-cf", "-"}, flags...)
 		cmd := exec.Command("tar", append(args, ".")...)
 		cmd.Stdout, cmd.Stderr = w, os.Stderr

@@ -24,7 +24,7 @@ import (
 
 // buildDelay is how long a committed layer waits for another one on top of it before its
 // chain image is built. containerd prepares the next layer right after a commit.
-const buildDelay = 150 * time.Millisecond
+const buildDelay = 30 * time.Millisecond
 
 // Layers is the store behind the snapshots, for the diff service.
 func (s *Snapshotter) Layers() *layer.Store { return s.layers }

@@ -47,9 +47,13 @@ func KnownMediaType(mt string) bool {
 // Decompress returns the tar stream of a blob, which is gzip (any number of
 // members, so estargz too), zstd (skippable frames ignored, so zstd:chunked too)
 // or, with neither's magic in front, the tar itself. All work happens in the
-// goroutine that reads; Close frees the decoder and does not close r. A zstd
-// frame that needs a window over 128 MiB is refused.
-func Decompress(r io.Reader) (io.ReadCloser, error) {
+// goroutine that reads, or in an igzip process where that is installed; Close
+// frees the decoder and does not close r. A zstd frame that needs a window over
+// 128 MiB is refused.
+func Decompress(r io.Reader) (io.ReadCloser, error) { return decompressWith(findIgzip(), r) }
+
+// decompressWith uses the igzip at the given path for gzip; "" is the Go library.
+func decompressWith(igzipPath string, r io.Reader) (io.ReadCloser, error) {
 	src := &blobReader{r: r}
 	buf := bufio.NewReaderSize(src, blobBuffer)
 	magic, err := buf.Peek(4)
@@ -57,12 +61,18 @@ func Decompress(r io.Reader) (io.ReadCloser, error) {
 		return nil, fmt.Errorf("read blob: %w", err)
 	}
 	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b, 0x08}) && igzipPath != "":
+		z, err := startIgzip(igzipPath, buf)
+		if err != nil {
+			return nil, err
+		}
+		return &decoder{src: src, format: "gzip", r: z, close: func() { z.Close() }}, nil
 	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b, 0x08}):
 		z, err := gzip.NewReader(buf)
 		if err != nil {
 			return nil, src.explain("gzip", 0, err)
 		}
-		return &decoder{src: src, format: "gzip", r: z, close: z.Close}, nil
+		return &decoder{src: src, format: "gzip", r: z, close: func() { z.Close() }}, nil
 	case isZstd(magic):
 		z, err := zstd.NewReader(buf,
 			zstd.WithDecoderConcurrency(1),
@@ -71,9 +81,9 @@ func Decompress(r io.Reader) (io.ReadCloser, error) {
 		if err != nil {
 			return nil, src.explain("zstd", 0, err)
 		}
-		return &decoder{src: src, format: "zstd", r: z, close: func() error { z.Close(); return nil }}, nil
+		return &decoder{src: src, format: "zstd", r: z, close: z.Close}, nil
 	}
-	return &decoder{src: src, r: buf, close: func() error { return nil }}, nil
+	return &decoder{src: src, r: buf, close: func() {}}, nil
 }
 
 // isZstd knows a frame of data and, as zstd:chunked may start with one, the
@@ -120,7 +130,7 @@ type decoder struct {
 	format string
 	r      io.Reader
 	n      int64
-	close  func() error
+	close  func()
 	done   bool
 }
 
@@ -140,10 +150,11 @@ func (d *decoder) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Close always succeeds: an error of the blob is Read's to report.
 func (d *decoder) Close() error {
-	if d.done {
-		return nil
+	if !d.done {
+		d.done = true
+		d.close()
 	}
-	d.done = true
-	return d.close()
+	return nil
 }

@@ -240,7 +240,9 @@ func (t *layerTree) finish(n *node, path string) *content.Entry {
 			return &content.Entry{Path: path, Kind: content.Hardlink, Target: first}
 		}
 		t.shared[e] = path
-		e.Path = path
+		if e.Path != path {
+			e.Path = path
+		}
 	}
 	return e
 }

@@ -206,8 +206,7 @@ func order() []image.Entry {
 		image.Symlink("order/dir-link", "real"),
 		image.File("order/dir-link/through", "goes to order/real"),
 		image.Hardlink("order/dir-link/hard", "order/dir-link/through"),
-		{Name: "order/contiguous", Type: tar.TypeCont, Content: "regular for all but a real-time system"},
-		at(image.Hardlink("order/hard-late", "order/contiguous"), 1300000000, 0),
+		at(image.Hardlink("order/hard-late", "order/real/through"), 1300000000, 0),
 	}
 }
 
