@@ -54,10 +54,8 @@ func TestEqualityDemo(t *testing.T) {
 		pull(t, n, snapshotter, first)
 		pull(t, n, snapshotter, second)
 	}
-	// Neither image has an entry for the root directory.
-	ignore := rootfs.DiffOptions{RootTime: true}
-	equal(t, dump(t, n, "overlayfs", first), dump(t, n, node.Snapshotter, first), ignore)
-	equal(t, dump(t, n, "overlayfs", second), dumpActive(t, n, node.Snapshotter, second), ignore)
+	equal(t, dump(t, n, "overlayfs", first), dump(t, n, node.Snapshotter, first), noRootTime)
+	equal(t, dump(t, n, "overlayfs", second), dumpActive(t, n, node.Snapshotter, second), noRootTime)
 }
 
 // The default fidelity changes the timestamp of valid pairs of Python source and
@@ -83,7 +81,7 @@ func TestPythonDiffersOnlyInPairs(t *testing.T) {
 			}
 			p := pythonCheck{t: t, want: want, got: got, wantRoot: wantRoot, gotRoot: gotRoot}
 			p.undo()
-			equal(t, want, got, rootfs.DiffOptions{RootTime: true})
+			equal(t, want, got, noRootTime)
 			return nil
 		})
 	}))

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
-	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
 // Sparse files in the formats that containerd's applier reads.
@@ -25,7 +24,7 @@ func TestEqualitySparse(t *testing.T) {
 		layers = append(layers, tarLayer(t, src, "sparse-"+version, "--format=posix",
 			"--sparse", "--hole-detection=seek", "--sparse-version="+version))
 	}
-	fresh(t, comparison{ignore: rootfs.DiffOptions{RootTime: true}}, layers...)
+	fresh(t, comparison{ignore: noRootTime}, layers...)
 }
 
 func sparseFiles(t *testing.T) string {
@@ -60,7 +59,7 @@ func TestEqualityTarFormats(t *testing.T) {
 		}
 		layers = append(layers, tarLayer(t, src, format, flags...))
 	}
-	fresh(t, comparison{ignore: rootfs.DiffOptions{RootTime: true}}, layers...)
+	fresh(t, comparison{ignore: noRootTime}, layers...)
 }
 
 func oddFiles(t *testing.T) string {

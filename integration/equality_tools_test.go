@@ -37,7 +37,7 @@ func TestEqualityOtherTools(t *testing.T) {
 		t.Skip("needs root: it unpacks a Debian root file system")
 	}
 	slice := debianSlice(t)
-	ignore := comparison{ignore: rootfs.DiffOptions{RootTime: true}} // as each pull makes it
+	ignore := comparison{ignore: noRootTime}
 	t.Run("umoci", func(t *testing.T) {
 		t.Parallel()
 		img := umociImage(t, slice)

@@ -29,6 +29,7 @@ func demoCommand() *cli.Command {
 			&cli.IntFlag{Name: "runs", Value: 3, Usage: "repetitions; the table shows medians (and min-max)"},
 			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "dedup"), Usage: "snapshotters to measure, `NAME` may be overlayfs, native, erofs or dedup"},
 			&cli.StringFlag{Name: "fidelity", Usage: "of dedup: exact, python or normalized (default: the daemon's)"},
+			&cli.BoolFlag{Name: "igzip", Value: true, Usage: "let all subjects decompress with igzip (package isal), which containerd and dedup use where it is installed; --igzip=false: with Go's libraries"},
 			&cli.PathFlag{Name: "tmp", Usage: "directory for the nodes, on a disk as containerd would use (default: TMPDIR or /tmp)"},
 			&cli.BoolFlag{Name: "json", Usage: "print demo.json instead of the table"},
 		},
@@ -41,6 +42,13 @@ func runDemo(c *cli.Context) (err error) {
 	subjects := c.StringSlice("subject")
 	if err := checkDemo(c, subjects); err != nil {
 		return err
+	}
+	igzip := c.Bool("igzip")
+	if igzip {
+		if err := node.Require(ctx, p.say, node.Igzip); err != nil {
+			p.sayf("all subjects decompress with Go's libraries: %v", err)
+			igzip = false
+		}
 	}
 	images, err := demoImages(ctx, p)
 	if err != nil {
@@ -62,13 +70,16 @@ func runDemo(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, closeAll(all)) }()
 
-	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), command: []string{"python3", "-c", inputs.Imports}}
+	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), igzip: igzip, command: []string{"python3", "-c", inputs.Imports}}
 	trials, err := interleave(ctx, p, pl, subjects, c.Int("runs"))
 	if err != nil {
 		return err
 	}
 	r := summarise(subjects, trials)
 	r.Runs, r.Machine, r.Versions = c.Int("runs"), machine(tmp), versions(ctx)
+	if r.Versions["gunzip"] = "Go's libraries"; igzip {
+		r.Versions["gunzip"] = "igzip"
+	}
 	for _, img := range images {
 		r.Images = append(r.Images, factsOf(img))
 	}
@@ -139,7 +150,8 @@ func finish(c *cli.Context, p *progress, r report) error {
 	for _, img := range r.Images {
 		fmt.Printf("%s: %d layers, %.1f MB compressed, %.1f MB of tar\n", img.Name, img.Layers, float64(img.Blobs)/1e6, float64(img.Tars)/1e6)
 	}
-	fmt.Printf("containerd %s, kernel %s, %s CPUs, medians of %d runs\n\n", r.Versions["containerd"], r.Machine["kernel"], r.Machine["cpus"], r.Runs)
+	fmt.Printf("containerd %s, kernel %s, %s CPUs, all decompress with %s, medians of %d runs\n\n",
+		r.Versions["containerd"], r.Machine["kernel"], r.Machine["cpus"], r.Versions["gunzip"], r.Runs)
 	if err := r.print(os.Stdout); err != nil {
 		return err
 	}

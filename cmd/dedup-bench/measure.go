@@ -42,6 +42,8 @@ type plan struct {
 	keepCaches bool
 	// fidelity of the daemon; "" is its default.
 	fidelity string
+	// igzip lets all subjects use it.
+	igzip bool
 }
 
 // take runs a trial on a fresh disk.
@@ -157,7 +159,7 @@ func syncfs(dir string) error {
 }
 
 func (pl plan) options(dir, subject string) node.Options {
-	opts := node.Options{Parent: dir, NoDedup: subject != node.Snapshotter}
+	opts := node.Options{Parent: dir, NoDedup: subject != node.Snapshotter, ExternalGzip: pl.igzip}
 	if pl.fidelity != "" {
 		opts.Daemon = map[string]any{"fidelity": pl.fidelity}
 	}

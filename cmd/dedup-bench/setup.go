@@ -33,7 +33,7 @@ func runSetup(c *cli.Context) error {
 			p.sayf("not available: %v", err)
 		}
 	}
-	note(node.Require(c.Context, p.say, node.Runc, node.FsckErofs))
+	note(node.Require(c.Context, p.say, node.Runc, node.FsckErofs, node.Igzip))
 	for _, version := range c.StringSlice("containerd") {
 		_, err := node.Build(c.Context, version, p.say)
 		note(err)

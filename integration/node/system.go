@@ -26,6 +26,7 @@ var (
 	Debootstrap = Command{"debootstrap", "debootstrap debian-archive-keyring"}
 	FsckErofs   = Command{"fsck.erofs", "erofs-utils"}
 	Pip         = Command{"pip3", "python3-pip"}
+	Igzip       = Command{"igzip", "isal"}
 )
 
 // Require makes sure that commands are there: it installs the packages of those that

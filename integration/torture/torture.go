@@ -126,6 +126,8 @@ func metadata() []image.Entry {
 			PAX: map[string]string{"comment": "ignored"}},
 		with(image.File("meta/owner", "o"), 0o644, 1000, 1001),
 		with(image.File("meta/big-owner", "b"), 0o644, 4294967294, 3000000000),
+		as(tar.FormatGNU, with(image.File("meta/gnu-big-owner", "in base 256"), 0o644, 3000000000, 4000000)),
+		as(tar.FormatGNU, at(image.File("meta/gnu-before-1970", "in base 256"), -1234567, 0)),
 		with(image.Symlink("meta/link-owner", "owner"), 0o777, 33, 44),
 		with(image.File("meta/chown-keeps-setuid", "s"), 0o6755, 12, 13),
 		at(image.File("meta/nanoseconds", "n"), 1234567890, 123456789),
