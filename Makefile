@@ -73,6 +73,20 @@ lint: ## gofmt and vet
 	if [ -n "$$unformatted" ]; then echo "not gofmt'ed:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
 
+.PHONY: proto
+proto: ## Go code of the control API from proto/
+	@if ! command -v protoc >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing protobuf-compiler"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get install -qy --no-install-recommends protobuf-compiler >/dev/null 2>&1 || \
+		{ apt-get update -q >/dev/null && apt-get install -qy --no-install-recommends protobuf-compiler >/dev/null; }; \
+	fi
+	@command -v protoc >/dev/null || { echo "no protoc: install protobuf-compiler"; exit 1; }
+	@mkdir -p out/tools
+	$(GO) build -o out/tools/ google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	PATH="$(CURDIR)/out/tools:$$PATH" protoc -I proto --go_out=proto --go_opt=paths=source_relative \
+		--go-grpc_out=proto --go-grpc_opt=paths=source_relative dedup/v1/control.proto
+
 .PHONY: fuzz
 fuzz: ## every fuzz test for FUZZTIME (default 30s)
 	@for pkg in $$($(GO) list ./...); do \

@@ -24,8 +24,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -65,6 +67,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	applier := apply.New(sn, conn)
 	defer applier.Close()
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
+	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
+		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
+	}))
 
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(listener) }()

@@ -65,14 +65,19 @@ func BenchmarkReadTar(b *testing.B) {
 // BenchmarkDecompress reports MB of uncompressed tar per second.
 func BenchmarkDecompress(b *testing.B) {
 	data := benchTar(b)
-	for name, blob := range map[string][]byte{
+	blobs := map[string][]byte{
 		"gzip": gzipped(b, data), "zstd": zstded(b, data, zstd.WithEncoderLevel(zstd.SpeedDefault)), "plain": data,
-	} {
+	}
+	paths := decompressors()
+	if paths["igzip"] != "" {
+		blobs["igzip"] = blobs["gzip"]
+	}
+	for name, blob := range blobs {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(int64(len(data)))
 			b.ReportAllocs()
 			for b.Loop() {
-				r, err := Decompress(bytes.NewReader(blob))
+				r, err := decompressWith(paths[name], bytes.NewReader(blob))
 				if err != nil {
 					b.Fatal(err)
 				}

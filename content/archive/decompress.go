@@ -116,6 +116,8 @@ func (b *blobReader) explain(format string, n int64, err error) error {
 	switch {
 	case b.err != nil:
 		return fmt.Errorf("read blob: %w", b.err)
+	case errors.Is(err, errNoVerdict):
+		return fmt.Errorf("%s: after %d uncompressed bytes: %w", format, n, err)
 	case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
 		return fmt.Errorf("%s: blob is truncated after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, io.ErrUnexpectedEOF)
 	case errors.Is(err, zstd.ErrWindowSizeExceeded):
@@ -124,6 +126,8 @@ func (b *blobReader) explain(format string, n int64, err error) error {
 	return fmt.Errorf("%s: blob is corrupt after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, err)
 }
 
+var errClosed = errors.New("read of a closed blob")
+
 // decoder is what Decompress returns. format "" is a tar that was not compressed.
 type decoder struct {
 	src    *blobReader
@@ -131,12 +135,12 @@ type decoder struct {
 	r      io.Reader
 	n      int64
 	close  func()
-	done   bool
+	err    error // what Read says from now on; one error must not look like the end later
 }
 
 func (d *decoder) Read(p []byte) (int, error) {
-	if d.done {
-		return 0, errors.New("read of a closed blob")
+	if d.err != nil {
+		return 0, d.err
 	}
 	n, err := d.r.Read(p)
 	d.n += int64(n)
@@ -147,13 +151,14 @@ func (d *decoder) Read(p []byte) (int, error) {
 	default:
 		err = d.src.explain(d.format, d.n, err)
 	}
+	d.err = err
 	return n, err
 }
 
 // Close always succeeds: an error of the blob is Read's to report.
 func (d *decoder) Close() error {
-	if !d.done {
-		d.done = true
+	if d.err != errClosed {
+		d.err = errClosed
 		d.close()
 	}
 	return nil

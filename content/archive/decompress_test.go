@@ -164,6 +164,47 @@ func TestSourceErrors(t *testing.T) {
 	}
 }
 
+// TestErrorsStay: who reads on after an error must not meet a clean end.
+func TestErrorsStay(t *testing.T) {
+	gz := gzipped(t, noise(300_000))
+	for name, path := range decompressors() {
+		r, err := decompressWith(path, bytes.NewReader(gz[:len(gz)/2]))
+		must(t, err)
+		for range 2 {
+			if _, err := io.Copy(io.Discard, r); !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		must(t, r.Close())
+	}
+}
+
+// TestKilledIgzip: a process that was killed does not make the blob bad.
+func TestKilledIgzip(t *testing.T) {
+	path := decompressors()["igzip"]
+	if path == "" {
+		t.Skip("needs igzip (Debian package isal)")
+	}
+	r, err := decompressWith(path, bytes.NewReader(gzipped(t, noise(10_000_000))))
+	must(t, err)
+	defer r.Close()
+	_, err = io.ReadFull(r, make([]byte, 1000))
+	must(t, err)
+	must(t, r.(*decoder).r.(*igzip).cmd.Process.Kill())
+	if _, err := io.Copy(io.Discard, r); err == nil || errors.Is(err, ErrInvalid) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// decompressors are the paths for decompressWith by name.
+func decompressors() map[string]string {
+	all := map[string]string{"library": ""}
+	if path, err := exec.LookPath("igzip"); err == nil {
+		all["igzip"] = path
+	}
+	return all
+}
+
 func TestReadAfterClose(t *testing.T) {
 	for name, blob := range map[string][]byte{"plain": []byte("data"), "gzip": gzipped(t, []byte("data")), "zstd": zstded(t, []byte("data"))} {
 		r, err := Decompress(bytes.NewReader(blob))

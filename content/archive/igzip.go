@@ -81,8 +81,15 @@ func (z *igzip) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// errNoVerdict is wrapped when igzip did not end by itself (out of memory, an
+// operator's kill): that says nothing about the blob.
+var errNoVerdict = errors.New("igzip did not finish")
+
 // explain makes of igzip's words what the Go library says.
 func (z *igzip) explain(err error) error {
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || !exit.Exited() {
+		return fmt.Errorf("%w: %w", errNoVerdict, err)
+	}
 	said := strings.TrimSpace(z.stderr.String())
 	if strings.Contains(said, "complete gzip file") {
 		return io.ErrUnexpectedEOF

@@ -139,7 +139,7 @@ const (
 	// fileClean exists while no daemon is running and the last one stopped cleanly.
 	fileClean = "clean"
 	// memoryLimit bounds the payload bytes that wait for hashing and writing.
-	memoryLimit = 128 << 20
+	memoryLimit = 64 << 20
 )
 
 // Open opens or creates the store below opts.Root. live names every layer that a

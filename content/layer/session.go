@@ -21,7 +21,7 @@ import (
 const (
 	// bufferMax is the largest payload that is read whole into memory, so that it is
 	// written only when the store does not have it. Larger ones are staged in a file.
-	bufferMax = 32 << 20
+	bufferMax = 16 << 20
 	// blockSize and inodeless are how disk usage of an object is estimated.
 	blockSize = 4096
 	// claimMin is the smallest declared size that is checked against the free space.

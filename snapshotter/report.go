@@ -1,0 +1,40 @@
+package snapshotter
+
+import (
+	"context"
+	"os"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// ChainReport counts chain images.
+type ChainReport struct {
+	Images int // on the disk
+	Mounts int
+	Usage  layer.Usage // of the images; zero unless measured
+}
+
+// Chains reports on the chain images at this moment; measure asks for their disk usage too.
+func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, err error) {
+	names, err := s.chains.list()
+	if err != nil {
+		return r, err
+	}
+	for _, n := range names {
+		if s.chains.hasImage(n) {
+			r.Images++
+		}
+		if s.chains.isMounted(n) {
+			r.Mounts++
+		}
+	}
+	if measure {
+		r.Usage, err = layer.DiskUsage(ctx, s.path(dirChains))
+	}
+	return r, err
+}
+
+func (c *chains) hasImage(n chainName) bool {
+	_, err := os.Stat(c.image(n))
+	return err == nil
+}
