@@ -331,6 +331,39 @@ func TestPythonPairs(t *testing.T) {
 	}
 }
 
+// A later hard link changes an entry while its payload is on the way; run with -race.
+func TestHardlinkedBytecode(t *testing.T) {
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	code := pycOf(1700000000, 4, big("code"))
+	for i := range 300 {
+		name := fmt.Sprintf("z%d.pyc", i)
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(code))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, code); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("a%d.pyc", i), Typeflag: tar.TypeLink, Linkname: name, Uid: i}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s := openStore(t, t.TempDir(), content.Python)
+	in := ingest(t, s, buf.Bytes())
+	_, entries, err := tree.Read(s.treePath(in.Layer), in.Layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.Flags&(content.PycPaired|content.PycLone) != 0 {
+			t.Errorf("%s with two names is taken for half of a pair", e.Path)
+		}
+	}
+}
+
 func pureLayer(t testing.TB, mtime int64, uid int) []byte {
 	src := big("import os")
 	return makeTar(t, member{"p/", "", mtime, uid}, member{"p/__pycache__/", "", mtime, uid},

@@ -46,6 +46,8 @@ type session struct {
 type job struct {
 	e   *content.Entry
 	buf []byte
+	// maybePyc is decided by the member's own name: a later hard link may still change e's other fields.
+	maybePyc bool
 }
 
 // pyc is what is known of an entry that looks like a timestamp .pyc.
@@ -68,7 +70,7 @@ func (s *Store) newSession(ctx context.Context) *session {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
 				if ss.ctx.Err() == nil {
-					if err := safely(func() error { return ss.store(j.e, j.buf) }); err != nil {
+					if err := safely(func() error { return ss.store(j) }); err != nil {
 						ss.stop(err)
 					}
 				}
@@ -122,7 +124,7 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 		return err
 	}
 	select {
-	case ss.jobs <- job{e, buf}:
+	case ss.jobs <- job{e, buf, strings.HasSuffix(e.Path, ".pyc")}:
 		return nil
 	case <-ss.ctx.Done():
 		putBuffer(buf)
@@ -144,9 +146,10 @@ func (s *Store) checkSpace(size int64) error {
 }
 
 // store names and stores one payload.
-func (ss *session) store(e *content.Entry, buf []byte) error {
+func (ss *session) store(j job) error {
+	e, buf := j.e, j.buf
 	header, isPyc := content.PycHeader{}, false
-	if strings.HasSuffix(e.Path, ".pyc") {
+	if j.maybePyc {
 		header, isPyc = content.ParsePyc(buf)
 	}
 	p := pyc{header: header}

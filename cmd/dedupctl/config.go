@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/template"
+	"time"
+
+	versionapi "github.com/containerd/containerd/api/services/version/v1"
+	"github.com/urfave/cli/v2"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+const (
+	defaultContainerdAddress = "/run/containerd/containerd.sock"
+	// versionTimeout bounds the question for containerd's version, which is answered from memory.
+	versionTimeout = 10 * time.Second
+)
+
+func configCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "config",
+		Usage: "configuration for other programs",
+		Subcommands: []*cli.Command{{
+			Name:  "containerd",
+			Usage: "print what containerd's config.toml needs",
+			Description: "Prints the part of containerd's config.toml that makes the daemon known to it, in the form that the\n" +
+				"running containerd reads, or the one given with --containerd-version.",
+			Flags: []cli.Flag{
+				&cli.StringFlag{Name: "containerd-version", Usage: "write for this `VERSION`, without asking containerd"},
+				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerdAddress},
+				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs", Value: defaultRoot},
+				&cli.BoolFlag{Name: "cri", Usage: "make it the kubelet's snapshotter, too"},
+			},
+			Action: printContainerdConfig,
+		}},
+	}
+}
+
+// ContainerdConfig is what `config containerd --json` prints.
+type ContainerdConfig struct {
+	ContainerdVersion string `json:"containerd_version"`
+	ConfigVersion     int    `json:"config_version"`
+	TOML              string `json:"toml"`
+}
+
+func printContainerdConfig(c *cli.Context) error {
+	text := c.String("containerd-version")
+	asked := text == ""
+	if asked {
+		var err error
+		if text, err = askContainerd(c.Context, c.String("containerd-address")); err != nil {
+			return err
+		}
+	}
+	p := snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri")}
+	var err error
+	if p.Version, err = configVersion(text); err != nil && !asked {
+		return usageError{err}
+	} else if err != nil {
+		return err
+	}
+	if !c.IsSet("root") {
+		// A daemon that does not run yet has nothing to say about this.
+		if s, err := askStatus(c, false); err == nil {
+			p.Root = s.Root
+		}
+	}
+	out, err := p.render()
+	if err != nil {
+		return err
+	}
+	return print(c, ContainerdConfig{ContainerdVersion: text, ConfigVersion: p.Version, TOML: out},
+		func(w io.Writer, v ContainerdConfig) { fmt.Fprint(w, v.TOML) })
+}
+
+func askContainerd(ctx context.Context, socket string) (string, error) {
+	const hint = "\n  or say what you run:  --containerd-version 2.1"
+	conn, err := dial(ctx, socket)
+	if err != nil {
+		return "", fmt.Errorf("%w%s", explainDial(socket, "containerd", "--containerd-address", err), hint)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, versionTimeout)
+	defer cancel()
+	r, err := versionapi.NewVersionClient(conn).Version(ctx, &emptypb.Empty{})
+	if err != nil {
+		return "", fmt.Errorf("ask %s for containerd's version: %s%s", socket, status.Convert(err).Message(), hint)
+	}
+	return r.GetVersion(), nil
+}
+
+// configVersion returns the version of the config.toml format that suits a containerd. 2.x
+// reads version 2 as well, but tells to migrate it at every start.
+func configVersion(containerd string) (int, error) {
+	parts := strings.SplitN(strings.TrimPrefix(containerd, "v"), ".", 3)
+	if len(parts) < 2 {
+		return 0, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
+	}
+	major, err := strconv.Atoi(parts[0])
+	// Of a pre-release or a distribution's build: "2.0-beta.1", "1.7~ds1".
+	minor, merr := strconv.Atoi(strings.FieldsFunc(parts[1]+"-", func(r rune) bool { return r < '0' || r > '9' })[0])
+	if err := errors.Join(err, merr); err != nil {
+		return 0, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
+	}
+	switch {
+	case major >= 2:
+		return 3, nil
+	case major == 1 && minor >= 7:
+		return 2, nil
+	}
+	return 0, fmt.Errorf("containerd %s is too old: dedup-snapshotter works with 1.7 and newer", containerd)
+}
+
+// snippet is what containerd's config.toml needs.
+type snippet struct {
+	Containerd string
+	Version    int // of the format of config.toml
+	Address    string
+	Root       string
+	CRI        bool
+}
+
+func (p snippet) render() (string, error) {
+	var b strings.Builder
+	if err := snippetTemplate.Execute(&b, p); err != nil {
+		return "", fmt.Errorf("render config: %w", err)
+	}
+	return b.String(), nil
+}
+
+// The unpack_config of config.toml replaces containerd's built-in one, which has overlayfs alone:
+// without repeating that, a plain `ctr image pull` finds nobody to unpack. The first entry
+// serves who asks for no snapshotter.
+var snippetTemplate = template.Must(template.New("").Funcs(template.FuncMap{"quote": tomlString}).Parse(
+	`# For containerd {{.Containerd}}: merge into /etc/containerd/config.toml, then restart containerd.
+version = {{.Version}}
+
+[proxy_plugins.dedup]
+  type = "snapshot"
+  address = {{quote .Address}}
+  # Where the kubelet measures the image file system.
+  exports = { root = {{quote .Root}} }
+
+[proxy_plugins.dedup-diff]
+  type = "diff"
+  address = {{quote .Address}}
+
+# Who unpacks for CRI and nerdctl: whatever is not for dedup goes on to "walking".
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["dedup-diff", "walking"]
+
+# Who unpacks for "ctr image pull". This list replaces the built-in one, so overlayfs is in it.
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "overlayfs"
+  differ = "walking"
+
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "dedup"
+  differ = "dedup-diff"
+{{- if .CRI}}
+
+# What the kubelet pulls and runs from now on; running containers stay where they are.
+{{- if eq .Version 2}}
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "dedup"
+{{- else}}
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "dedup"
+{{- end}}
+{{- end}}
+`))
+
+// tomlString quotes s as TOML's basic string.
+func tomlString(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, r := range s {
+		switch {
+		case r == '"' || r == '\\':
+			b.WriteByte('\\')
+			b.WriteRune(r)
+		case r < 0x20 || r == 0x7f:
+			fmt.Fprintf(&b, `\u%04X`, r)
+		default:
+			b.WriteRune(r)
+		}
+	}
+	b.WriteByte('"')
+	return b.String()
+}
