@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"strings"
 	"text/template"
 	"time"
@@ -98,14 +96,9 @@ func askContainerd(ctx context.Context, socket string) (string, error) {
 // configVersion returns the version of the config.toml format that suits a containerd. 2.x
 // reads version 2 as well, but tells to migrate it at every start.
 func configVersion(containerd string) (int, error) {
-	parts := strings.SplitN(strings.TrimPrefix(containerd, "v"), ".", 3)
-	if len(parts) < 2 {
-		return 0, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
-	}
-	major, err := strconv.Atoi(parts[0])
-	// Of a pre-release or a distribution's build: "2.0-beta.1", "1.7~ds1".
-	minor, merr := strconv.Atoi(strings.FieldsFunc(parts[1]+"-", func(r rune) bool { return r < '0' || r > '9' })[0])
-	if err := errors.Join(err, merr); err != nil {
+	var major, minor int
+	// What follows is a patch level, a pre-release or a distribution's mark: "2.0-beta.1", "1.7~ds1".
+	if _, err := fmt.Sscanf(strings.TrimPrefix(containerd, "v"), "%d.%d", &major, &minor); err != nil {
 		return 0, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
 	}
 	switch {

@@ -102,7 +102,11 @@ func ratio(logical, stored int64) string {
 	if logical == 0 || stored == 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%.1fx", float64(logical)/float64(stored))
+	r := float64(logical) / float64(stored)
+	if r < 1 {
+		return fmt.Sprintf("%.2fx", r)
+	}
+	return fmt.Sprintf("%.1fx", r)
 }
 
 // short cuts a digest to what tells layers apart; --json has all of it.

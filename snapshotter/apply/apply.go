@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,7 +70,7 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		return ocispec.Descriptor{}, fmt.Errorf("the mounts are not of an empty extraction snapshot of dedup: %w", errdefs.ErrNotImplemented)
 	}
 	if !archive.KnownMediaType(desc.MediaType) {
-		return ocispec.Descriptor{}, fmt.Errorf("layer %s has media type %q, which dedup-diff does not unpack: %w", desc.Digest, desc.MediaType, errdefs.ErrNotImplemented)
+		return ocispec.Descriptor{}, unknownMediaType(desc)
 	}
 	ns, err := namespaces.NamespaceRequired(ctx)
 	if err != nil {
@@ -110,6 +111,17 @@ func (a *Applier) ingest(ctx context.Context, desc ocispec.Descriptor, info ctdc
 		Digest: desc.Digest, MediaType: desc.MediaType, Size: info.Size,
 		Open: func(ctx context.Context) (io.ReadCloser, error) { return a.open(ctx, info) },
 	})
+}
+
+// unknownMediaType lets containerd ask its next differ only for encrypted layers, which its stream processors
+// may know. Of any other type the transfer service would say no more than
+// "method Transfer not implemented".
+func unknownMediaType(desc ocispec.Descriptor) error {
+	var class error = errdefs.ErrInvalidArgument
+	if strings.HasSuffix(desc.MediaType, "+encrypted") {
+		class = errdefs.ErrNotImplemented
+	}
+	return fmt.Errorf("layer %s has media type %q: dedup-diff unpacks tar, tar+gzip and tar+zstd layers of OCI and docker: %w", desc.Digest, desc.MediaType, class)
 }
 
 func classify(err error) error {
