@@ -83,7 +83,7 @@ func TestUnitStaysInHostMounts(t *testing.T) {
 	}
 	implied := regexp.MustCompile(`(?m)^(Private(Tmp|Devices|Mounts|IPC|Users|Network)|Protect\w+|RootDirectory|RootImage|ReadWritePaths|ReadOnlyPaths|` +
 		`InaccessiblePaths|ExecPaths|NoExecPaths|BindPaths|BindReadOnlyPaths|TemporaryFileSystem|MountFlags|MountImages|DynamicUser|` +
-		`StateDirectory|ExtensionImages|LoadCredential\w*)=(.*)$`)
+		`ExtensionImages|LoadCredential\w*)=(.*)$`)
 	for _, m := range implied.FindAllStringSubmatch(text, -1) {
 		if m[3] != "no" {
 			t.Errorf("%s gives the unit a mount namespace of its own", m[0])

@@ -33,7 +33,7 @@ func withDisk(ctx context.Context, parent string, fn func(dir string) error) (er
 	if err != nil {
 		return fmt.Errorf("make a disk: mkfs.ext4 (package e2fsprogs): %w: %s", err, out)
 	}
-	m := mount.Mount{Type: "ext4", Source: image, Options: []string{"loop"}}
+	m := mount.Mount{Type: "ext4", Source: image, Options: []string{"loop", "direct-io"}}
 	if err := m.Mount(target); err != nil {
 		return fmt.Errorf("make a disk: mount: %w", err)
 	}
