@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/rootfs"
+	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -62,16 +63,31 @@ func TestContainerWrites(t *testing.T) {
 		"set -e", "chown -R 7:8 /data", "chmod 600 /data/b", "echo more >> /data/a", "mv /data/b /data/renamed", "ln /data/c /data/linked",
 		"rm /data/small-a", "echo again > /data/small-a", "rm -r /root", "mkdir /root", "truncate -s 3 /data/c", "touch -d @5 /data/small-b",
 		"stat -c '%n %u:%g %a %s %h' /data/*", "tail -c 5 /data/a", "cat /data/linked /data/small-a",
+		"mv /data /moved", "mkdir /data", "echo new > /data/c", "ls /data /moved", "wc -c < /moved/renamed",
+		"chmod 700 /bin/busybox", "stat -c '%a' /bin/busybox", "rm /bin/busybox",
 	}, "\n")
-	want := "/data/a 7:8 644 9005 1\n/data/c 7:8 644 3 2\n/data/linked 7:8 644 3 2\n/data/renamed 7:8 600 9000 1\n/data/small-a 0:0 644 6 1\n/data/small-b 7:8 644 1 1\n/data/small-c 7:8 644 1 1\nmore\ncccagain\n"
-	for range 2 { // the second container sees nothing of the first
-		out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", script)
+	want := "/data/a 7:8 644 9005 1\n/data/c 7:8 644 3 2\n/data/linked 7:8 644 3 2\n/data/renamed 7:8 600 9000 1\n" +
+		"/data/small-a 0:0 644 6 1\n/data/small-b 7:8 644 1 1\n/data/small-c 7:8 644 1 1\nmore\ncccagain\n" +
+		"/data:\nc\n\n/moved:\na\nc\nlinked\nrenamed\nsmall-a\nsmall-b\nsmall-c\n9000\n700\n"
+	run := func() (string, error) { return n.Run(ctx, node.Snapshotter, ref, "sh", "-c", script) }
+	exec := func() (string, error) {
+		id, err := n.RunDetached(ctx, node.Snapshotter, ref, "sleep", "1000")
 		must(t, err)
-		if out != want {
-			t.Errorf("got\n%s\nwant\n%s", out, want)
-		}
+		return n.Exec(ctx, id, "sh", "-c", script)
 	}
-	objectsUntouched(t, n)
+	for _, row := range []struct { // the second container of each sees nothing of the first
+		name string
+		do   func() (string, error)
+	}{{"run", run}, {"run again", run}, {"exec", exec}, {"exec again", exec}} {
+		t.Run(row.name, func(t *testing.T) {
+			out, err := row.do()
+			must(t, err)
+			if diff := cmp.Diff(want, out); diff != "" {
+				t.Errorf("what the container sees of its changes (-want +got):\n%s", diff)
+			}
+			objectsUntouched(t, n)
+		})
+	}
 }
 
 func TestReadOnlyRoot(t *testing.T) {
@@ -127,37 +143,56 @@ func resident(t *testing.T, path string) (in, of int) {
 	return mincore(t, mem)
 }
 
-// Containers of different images that have equal files share one copy of them in memory.
+// dropCache takes a file out of the page cache, as far as it goes.
+func dropCache(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+}
+
+// Containers of different images that have equal files share one copy of them in memory: what
+// one has read, the other finds there, and so does whoever looks at the object itself.
 func TestPageCacheIsShared(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	ctx := testContext(t)
-	const size = 4 << 20
-	big := strings.Repeat("0123456789abcdef", size/16)
-	one := push(t, r, "one:1", layer(t, image.File("a", big)))
-	two := push(t, r, "two:1", layer(t, image.Dir("d")), layer(t, image.Entry{Name: "d/b", Content: big, UID: 5, Mode: 0o600}))
-	pull(t, n, node.Snapshotter, one)
-	pull(t, n, node.Snapshotter, two)
-	must(t, n.View(ctx, node.Snapshotter, one, func(first string) error {
-		return n.View(ctx, node.Snapshotter, two, func(second string) error {
-			a, b := filepath.Join(first, "a"), filepath.Join(second, "d/b")
-			for _, path := range []string{a, b} {
-				f, err := os.Open(path)
-				must(t, err)
-				must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
-				must(t, f.Close())
-			}
-			if in, of := resident(t, b); in > of/10 {
-				t.Skipf("%d of %d pages stay in memory: the cache cannot be dropped here", in, of)
-			}
-			_, err := os.ReadFile(a)
-			must(t, err)
-			if in, of := resident(t, b); in != of {
-				t.Errorf("after reading one image's file, %d of %d pages of the other's equal file are in memory", in, of)
-			}
-			return nil
-		})
-	}))
+	big := payload("shared", "a", 4<<20)
+	other := big
+	other.Name, other.UID, other.Mode, other.Time = "d/b", 5, 0o600, time.Unix(1e9, 0)
+	base := busybox(t)
+	start := func(name string, l *image.Layer) (id string, root string) {
+		ref := push(t, r, name, base, l)
+		pull(t, n, node.Snapshotter, ref)
+		id, err := n.RunDetached(ctx, node.Snapshotter, ref, "sleep", "1000")
+		must(t, err)
+		return id, fmt.Sprintf("/proc/%d/root", pidOf(t, n, id))
+	}
+	one, first := start("one:1", layer(t, big))
+	_, second := start("two:1", layer(t, image.Dir("d"), other))
+	sum := sha256.Sum256([]byte(big.Content))
+	name := hex.EncodeToString(sum[:])
+	paths := map[string]string{
+		"the container that read it": filepath.Join(first, "a"),
+		"the other container":        filepath.Join(second, "d/b"),
+		"the object":                 filepath.Join(n.DedupRoot(), "objects", name[:2], name[2:]),
+	}
+	for _, path := range paths {
+		dropCache(t, path)
+	}
+	for who, path := range paths {
+		if in, of := resident(t, path); in > of/10 {
+			t.Skipf("through %s: %d of %d pages stay in memory: the cache cannot be dropped here", who, in, of)
+		}
+	}
+	_, err := n.Exec(ctx, one, "cat", "/a")
+	must(t, err)
+	for who, path := range paths {
+		if in, of := resident(t, path); in != of {
+			t.Errorf("through %s: %d of %d pages are in memory", who, in, of)
+		}
+	}
 }
 
 // What a container changed becomes an image that is pushed, pulled and run.
