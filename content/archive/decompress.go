@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
+	"os"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -55,6 +57,7 @@ func Decompress(r io.Reader) (io.ReadCloser, error) { return decompressWith(find
 // decompressWith uses the igzip at the given path for gzip; "" is the Go library.
 func decompressWith(igzipPath string, r io.Reader) (io.ReadCloser, error) {
 	src := &blobReader{r: r}
+	src.file, src.start = regularFile(r)
 	buf := bufio.NewReaderSize(src, blobBuffer)
 	magic, err := buf.Peek(4)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -62,7 +65,11 @@ func decompressWith(igzipPath string, r io.Reader) (io.ReadCloser, error) {
 	}
 	switch {
 	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b, 0x08}) && igzipPath != "":
-		z, err := startIgzip(igzipPath, buf)
+		stdin, err := src.whole(buf)
+		if err != nil {
+			return nil, err
+		}
+		z, err := startIgzip(igzipPath, stdin)
 		if err != nil {
 			return nil, err
 		}
@@ -101,6 +108,45 @@ func isZstd(magic []byte) bool {
 type blobReader struct {
 	r   io.Reader
 	err error
+
+	// file is r where that is a regular file, at the offset start; else nil. A child process reads
+	// it by itself: nothing is copied for it, and nothing of it is seen here.
+	file  *os.File
+	start int64
+}
+
+func regularFile(r io.Reader) (f *os.File, start int64) {
+	f, ok := r.(*os.File)
+	if !ok {
+		return nil, 0
+	}
+	fi, err := f.Stat()
+	if err != nil || !fi.Mode().IsRegular() {
+		return nil, 0
+	}
+	if start, err = f.Seek(0, io.SeekCurrent); err != nil {
+		return nil, 0
+	}
+	return f, start
+}
+
+// whole returns the source as it was before buf peeked into it, as a file if it is one.
+func (b *blobReader) whole(buf *bufio.Reader) (io.Reader, error) {
+	if b.file == nil {
+		return buf, nil
+	}
+	if _, err := b.file.Seek(b.start, io.SeekStart); err != nil {
+		return nil, fmt.Errorf("read blob: %w", err)
+	}
+	return b.file, nil
+}
+
+// readable reads all of a file that a child process found bad, to tell a failing disk from a
+// corrupt blob.
+func (b *blobReader) readable() {
+	if b.file != nil && b.err == nil {
+		_, b.err = io.Copy(io.Discard, io.NewSectionReader(b.file, b.start, math.MaxInt64-b.start))
+	}
 }
 
 func (b *blobReader) Read(p []byte) (int, error) {
@@ -149,6 +195,7 @@ func (d *decoder) Read(p []byte) (int, error) {
 	case d.format == "":
 		err = fmt.Errorf("read blob: %w", err)
 	default:
+		d.src.readable()
 		err = d.src.explain(d.format, d.n, err)
 	}
 	d.err = err

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -57,15 +58,35 @@ func decompress(blob io.Reader) ([]byte, error) {
 	data, err := decompressBy("", io.TeeReader(blob, &seen))
 	if path, lerr := exec.LookPath("igzip"); lerr == nil && !isSourceError(err) {
 		rest, _ := io.ReadAll(blob)
-		other, oerr := decompressBy(path, io.MultiReader(&seen, bytes.NewReader(rest)))
+		other, oerr := decompressBy(path, io.MultiReader(bytes.NewReader(seen.Bytes()), bytes.NewReader(rest)))
 		if (err == nil) != (oerr == nil) || errors.Is(err, ErrInvalid) != errors.Is(oerr, ErrInvalid) {
 			return data, errors.Join(err, fmt.Errorf("igzip disagrees: %w", oerr))
 		}
 		if err == nil && !bytes.Equal(data, other) {
 			return data, errors.New("igzip gives other bytes")
 		}
+		seen.Write(rest)
+		if file, ferr := decompressFile(path, seen.Bytes()); !bytes.Equal(file, other) || (oerr == nil) != (ferr == nil) {
+			return data, fmt.Errorf("igzip gives %d bytes and %v from a pipe, %d and %v from a file", len(other), oerr, len(file), ferr)
+		}
 	}
 	return data, err
+}
+
+// decompressFile puts the blob into a file, behind something that is not of it.
+func decompressFile(igzipPath string, blob []byte) (_ []byte, err error) {
+	f, err := os.CreateTemp("", "blob-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close(), os.Remove(f.Name())) }()
+	if _, err := f.Write(append([]byte("before"), blob...)); err != nil {
+		return nil, err
+	}
+	if _, err := f.Seek(int64(len("before")), io.SeekStart); err != nil {
+		return nil, err
+	}
+	return decompressBy(igzipPath, f)
 }
 
 func isSourceError(err error) bool { return err != nil && !errors.Is(err, ErrInvalid) }
