@@ -133,7 +133,7 @@ func interleave(ctx context.Context, p *progress, pl plan, subjects []string, ru
 	return trials, nil
 }
 
-func finish(c *cli.Context, p *progress, r report) error {
+func finish(c *cli.Context, p *progress, r demoReport) error {
 	path := filepath.Join(c.Path("out"), "demo.json")
 	if err := r.write(path); err != nil {
 		return err

@@ -4,11 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/bench"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 )
@@ -53,7 +53,7 @@ func demoImages(ctx context.Context, p *progress) ([]demoImage, error) {
 type served struct {
 	demoImage
 	ref      string
-	registry *registryProcess
+	registry *bench.Registry
 }
 
 // serve starts one registry for each image and pushes the image to it.
@@ -69,11 +69,11 @@ func serve(ctx context.Context, dir string, images []demoImage) (_ []served, err
 		if err := image.Seed(home, img.layers...); err != nil {
 			return all, err
 		}
-		r, err := startRegistry(ctx, home)
+		r, err := bench.StartRegistry(ctx, home)
 		if err != nil {
 			return all, err
 		}
-		s := served{demoImage: img, ref: r.addr + "/" + img.name, registry: r}
+		s := served{demoImage: img, ref: r.Addr + "/" + img.name, registry: r}
 		all = append(all, s)
 		if err := image.Push(ctx, s.ref, img.image); err != nil {
 			return all, err
@@ -94,19 +94,9 @@ func closeAll(all []served) error {
 // its disk is not what a pull waits for.
 func (s served) warm() error {
 	for _, l := range s.layers {
-		f, err := os.Open(l.File)
-		if err != nil {
-			return fmt.Errorf("warm registry: %w", err)
-		}
-		_, err = f.WriteTo(discard{})
-		if err := errors.Join(err, f.Close()); err != nil {
-			return fmt.Errorf("warm registry: %w", err)
+		if err := bench.Warm(l.File); err != nil {
+			return err
 		}
 	}
 	return nil
 }
-
-// discard has no ReadFrom, so that the file is really read.
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }

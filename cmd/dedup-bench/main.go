@@ -1,9 +1,10 @@
 // Command dedup-bench measures the dedup snapshotter beside containerd's own, with real
 // containerds, registries, containers and images on this machine.
 //
-// Each verb has a file of its own. measure.go knows how to take one subject through one
-// sequence of pulls; report.go knows what a figure looks like. Nothing here knows how a
-// snapshotter works: figures come from clocks, /proc and the file system.
+// Each verb has a file of its own. Package internal/bench has the subjects and scenarios of
+// run, package internal/report what becomes of the figures; measure.go and report.go here belong to
+// demo. Nothing here knows how a snapshotter works: figures come from clocks, /proc and the
+// file system.
 package main
 
 import (
@@ -14,6 +15,8 @@ import (
 	"syscall"
 
 	"github.com/urfave/cli/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/bench"
 )
 
 func main() {
@@ -23,7 +26,7 @@ func main() {
 		Name:        "dedup-bench",
 		Usage:       "measure the dedup snapshotter beside containerd's own",
 		HideVersion: true,
-		Commands:    []*cli.Command{demoCommand(), setupCommand(), registryCommand()},
+		Commands:    []*cli.Command{demoCommand(), runCommand(), limitCommand(), reportCommand(), setupCommand(), bench.RegistryCommand()},
 		// Exit codes: 0 done, 1 failed; main prints the error once.
 		ExitErrHandler: func(*cli.Context, error) {},
 	}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/bench"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
@@ -48,7 +49,7 @@ type plan struct {
 
 // take runs a trial on a fresh disk.
 func (pl plan) take(ctx context.Context, subject string) (t trial, err error) {
-	err = withDisk(ctx, pl.parent, func(dir string) error {
+	err = bench.WithDisk(ctx, pl.parent, func(dir string) error {
 		t, err = pl.takeIn(ctx, dir, subject)
 		return err
 	})

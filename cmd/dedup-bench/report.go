@@ -62,8 +62,8 @@ var metrics = []metric{
 	{"peak_memory", "peak memory of the daemons", "MB", func(t trial) float64 { return float64(t.PeakMemory) }},
 }
 
-// report is what out/demo.json holds.
-type report struct {
+// demoReport is what out/demo.json holds.
+type demoReport struct {
 	// Ratios are medians of dedup divided by those of overlayfs.
 	Ratios   map[string]float64           `json:"ratios"`
 	Subjects map[string]map[string]spread `json:"subjects"` // subject -> metric key; bytes in bytes
@@ -87,8 +87,8 @@ type imageFacts struct {
 const baseline = "overlayfs"
 
 // summarise turns trials into medians and ratios.
-func summarise(order []string, trials []trial) report {
-	r := report{Ratios: map[string]float64{}, Subjects: map[string]map[string]spread{}, Trials: trials, Time: time.Now().UTC(), order: order}
+func summarise(order []string, trials []trial) demoReport {
+	r := demoReport{Ratios: map[string]float64{}, Subjects: map[string]map[string]spread{}, Trials: trials, Time: time.Now().UTC(), order: order}
 	for _, subject := range order {
 		row := map[string]spread{}
 		for _, m := range metrics {
@@ -114,7 +114,7 @@ func summarise(order []string, trials []trial) report {
 	return r
 }
 
-func (r report) ratio(subject, key string) (float64, bool) {
+func (r demoReport) ratio(subject, key string) (float64, bool) {
 	a, inA := r.Subjects[subject][key]
 	b, inB := r.Subjects[baseline][key]
 	if !inA || !inB || b.Median == 0 {
@@ -124,7 +124,7 @@ func (r report) ratio(subject, key string) (float64, bool) {
 }
 
 // print writes the table.
-func (r report) print(w io.Writer) error {
+func (r demoReport) print(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	head := []string{""}
 	for _, s := range r.order {
@@ -168,7 +168,7 @@ func cell(m metric, s spread) string {
 }
 
 // write writes the report as JSON; the file is whole or absent.
-func (r report) write(path string) error {
+func (r demoReport) write(path string) error {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write report: %w", err)

@@ -20,12 +20,7 @@ const immutable = 0x10 // FS_IMMUTABLE_FL, linux/fs.h
 // newDir makes a node's directory below parent, and removes those that dead processes
 // left there: a test binary that ran into its time limit cleans nothing up.
 func newDir(parent string) (string, error) {
-	old, _ := filepath.Glob(filepath.Join(parent, dirPattern+"*"))
-	for _, dir := range old {
-		if ownerDead(dir) {
-			_ = destroy(dir)
-		}
-	}
+	Sweep(parent)
 	dir, err := os.MkdirTemp(parent, dirPattern)
 	if err != nil {
 		return "", fmt.Errorf("make a node directory: %w", err)
@@ -35,6 +30,17 @@ func newDir(parent string) (string, error) {
 		return "", fmt.Errorf("make a node directory: %w", err)
 	}
 	return dir, nil
+}
+
+// Sweep removes the nodes below parent whose owners are dead, processes and mounts
+// included.
+func Sweep(parent string) {
+	old, _ := filepath.Glob(filepath.Join(parent, dirPattern+"*"))
+	for _, dir := range old {
+		if ownerDead(dir) {
+			_ = destroy(dir)
+		}
+	}
 }
 
 // ownerDead is false where it cannot tell.

@@ -50,6 +50,9 @@ func (n *Node) containerdConfig() ([]byte, error) {
 			proxies[Differ] = table{"type": "diff", "address": n.DedupAddress()}
 		}
 	}
+	for name, address := range n.opts.Proxies {
+		proxies[name] = table{"type": "snapshot", "address": address}
+	}
 	plugins := table{
 		"io.containerd.internal.v1.opt":          table{"path": filepath.Join(n.dir, "opt")},
 		"io.containerd.service.v1.diff-service":  table{"default": n.differs()},
@@ -98,6 +101,9 @@ func (n *Node) unpackConfig() []table {
 	entries := []table{entry("overlayfs", "walking"), entry("native", "walking")}
 	if n.opts.erofs != "" {
 		entries = append(entries, entry("erofs", "erofs"))
+	}
+	for name := range n.opts.Proxies {
+		entries = append(entries, entry(name, "walking"))
 	}
 	switch {
 	case n.opts.NoDedup:

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -152,7 +153,22 @@ func (n *Node) withSnapshot(ctx context.Context, snapshotter, ref string, create
 		return fmt.Errorf("make a snapshot of %s with %s: %w", ref, snapshotter, err)
 	}
 	defer func() { err = errors.Join(err, sn.Remove(context.WithoutCancel(ctx), key)) }()
-	return n.WithMounts(mounts, look)
+	return n.activated(ctx, key, mounts, look)
+}
+
+// activated is WithMounts for mounts of which containerd has to make some itself ("format/..."),
+// as those of its erofs snapshotter.
+func (n *Node) activated(ctx context.Context, key string, mounts []mount.Mount, look func(string) error) (err error) {
+	if !slices.ContainsFunc(mounts, func(m mount.Mount) bool { return strings.Contains(m.Type, "/") }) {
+		return n.WithMounts(mounts, look)
+	}
+	manager := n.client.MountManager()
+	info, err := manager.Activate(ctx, key, mounts)
+	if err != nil {
+		return fmt.Errorf("activate mounts %+v: %w", mounts, err)
+	}
+	defer func() { err = errors.Join(err, manager.Deactivate(context.WithoutCancel(ctx), key)) }()
+	return n.WithMounts(info.System, look)
 }
 
 // WithMounts mounts in the node's directory, calls look with the path, and unmounts.

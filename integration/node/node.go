@@ -32,6 +32,8 @@ type Options struct {
 	NoDiffer bool
 	// Capabilities of the proxy snapshotter.
 	Capabilities []string
+	// Proxies are further proxy snapshotters: name -> path of the socket.
+	Proxies map[string]string
 	// CRI switches containerd's CRI plugin on.
 	CRI bool
 	// ExternalGzip lets containerd and the daemon find igzip and unpigz.

@@ -91,7 +91,7 @@ func (p *process) waitReady(ctx context.Context, ready func(context.Context) err
 			return fmt.Errorf("%s ended before it was ready: %v\n%s", p.name, p.err, p.logTail(40))
 		case <-ctx.Done():
 			return fmt.Errorf("%s is not ready: %w\n%s", p.name, err, p.logTail(40))
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }

@@ -100,20 +100,6 @@ func LookPath(name string) (string, error) {
 	return "", err
 }
 
-// MkfsErofs returns the path of a mkfs.erofs that containerd's erofs differ accepts:
-// one that reads tars in full mode, so 1.7 or later.
-func MkfsErofs() (string, error) {
-	path, err := LookPath("mkfs.erofs")
-	if err != nil {
-		return "", fmt.Errorf("%w: mkfs.erofs, which containerd's erofs differ runs", ErrMissing)
-	}
-	help, _ := exec.Command(path, "--help").CombinedOutput()
-	if !bytes.Contains(help, []byte("--tar=")) {
-		return "", fmt.Errorf("%w: a mkfs.erofs that knows --tar (1.7 or later); %s does not", ErrMissing, path)
-	}
-	return path, nil
-}
-
 func shortHash(data []byte) string {
 	sum := sha256.Sum256(data)
 	return hex.EncodeToString(sum[:6])

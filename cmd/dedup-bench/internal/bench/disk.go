@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"context"
@@ -9,21 +9,32 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
+
+const diskPattern = "dedup-bench-disk-"
 
 // diskSize is that of a trial's file system; its file is sparse.
 const diskSize = 24 << 30
 
-// withDisk calls fn with a directory on an ext4 of its own. Every trial has to start on
+// WithDisk calls fn with a directory on an ext4 of its own. Every trial has to start on
 // a fresh one: ext4 does not hand out an inode again for a minute or more after
 // it was freed, and looks over all freed ones to find another, so that whoever comes after a large
 // removal pays ten times as much for each file (recently_deleted in fs/ext4/ialloc.c).
-func withDisk(ctx context.Context, parent string, fn func(dir string) error) (err error) {
-	dir, err := os.MkdirTemp(parent, "disk-")
+func WithDisk(ctx context.Context, parent string, fn func(dir string) error) (err error) {
+	sweep(parent)
+	dir, err := os.MkdirTemp(parent, diskPattern)
 	if err != nil {
 		return fmt.Errorf("make a disk: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	release, err := own(dir)
+	if err != nil {
+		return err
+	}
+	defer release()
 	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "fs")
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, diskSize), os.Mkdir(target, 0o700)); err != nil {
 		return fmt.Errorf("make a disk: %w", err)
@@ -39,4 +50,35 @@ func withDisk(ctx context.Context, parent string, fn func(dir string) error) (er
 	}
 	defer func() { err = errors.Join(err, mount.UnmountAll(target, 0)) }()
 	return fn(target)
+}
+
+// own marks a disk's directory as in use for as long as this process lives.
+func own(dir string) (release func(), err error) {
+	f, err := os.Create(filepath.Join(dir, "owner"))
+	if err != nil {
+		return nil, fmt.Errorf("make a disk: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("make a disk: %w", err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil
+}
+
+// sweep removes what killed benchmarks left below parent: processes, mounts (and with
+// them the loop devices) and files.
+func sweep(parent string) {
+	dirs, _ := filepath.Glob(filepath.Join(parent, diskPattern+"*"))
+	for _, dir := range dirs {
+		f, err := os.Open(filepath.Join(dir, "owner"))
+		if err != nil {
+			continue // about to be made, or not ours
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			node.Sweep(filepath.Join(dir, "fs"))
+			if node.UnmountBelow(dir) == nil {
+				_ = os.RemoveAll(dir)
+			}
+		}
+		_ = f.Close()
+	}
 }

@@ -1,4 +1,4 @@
-package main
+package bench
 
 import (
 	"bufio"
@@ -16,10 +16,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
 
-// registryCommand serves a registry in a process of its own, so that its CPU time and
+// RegistryCommand serves a registry in a process of its own, so that its CPU time and
 // its garbage collector are not the harness's. It ends when its standard input does,
 // so it cannot outlive who started it.
-func registryCommand() *cli.Command {
+func RegistryCommand() *cli.Command {
 	return &cli.Command{
 		Name:   "registry",
 		Usage:  "serve a registry on loopback until standard input ends; prints its address",
@@ -37,14 +37,15 @@ func registryCommand() *cli.Command {
 	}
 }
 
-// registryProcess is a registryCommand that runs.
-type registryProcess struct {
-	addr, dir string
+// Registry is a RegistryCommand that runs.
+type Registry struct {
+	Addr, Dir string
 	stdin     io.Closer
 	cmd       *exec.Cmd
 }
 
-func startRegistry(ctx context.Context, dir string) (*registryProcess, error) {
+// StartRegistry serves dir from a process of its own until Close.
+func StartRegistry(ctx context.Context, dir string) (*Registry, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("start registry: %w", err)
@@ -67,11 +68,14 @@ func startRegistry(ctx context.Context, dir string) (*registryProcess, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start registry: it said nothing: %w", errors.Join(err, stdin.Close(), cmd.Wait()))
 	}
-	return &registryProcess{addr: strings.TrimSpace(line), dir: dir, stdin: stdin, cmd: cmd}, nil
+	return &Registry{Addr: strings.TrimSpace(line), Dir: dir, stdin: stdin, cmd: cmd}, nil
 }
 
+// Pid of the process.
+func (r *Registry) Pid() int { return r.cmd.Process.Pid }
+
 // Close ends the process.
-func (r *registryProcess) Close() error {
+func (r *Registry) Close() error {
 	if err := errors.Join(r.stdin.Close(), r.cmd.Wait()); err != nil && r.cmd.ProcessState == nil {
 		return fmt.Errorf("stop registry: %w", err)
 	}

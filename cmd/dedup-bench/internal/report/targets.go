@@ -1,0 +1,111 @@
+package report
+
+import "fmt"
+
+// descriptions of scenarios, for heads of tables and plots.
+var descriptions = []struct{ name, text string }{
+	{"cold", "pull of an image that shares nothing with the node"},
+	{"rebuild", "pull of the same content built again: other times and owners, from another registry"},
+	{"known", "pull of the same layers on another parent, from another registry"},
+	{"delete", "removal of all images, until the file system has the space back"},
+	{"start", "from the request for a container to its first output"},
+	{"read", "all files of a mounted root, and Python imports in a container; cold and warm"},
+	{"restart", "snapshotter and containerd until they serve again, with many snapshots"},
+	{"layers100", "100 layers in ten pulls at once, every file in four of the layers"},
+	{"fleet", "the services of one system, each with its own pip install, in two releases"},
+	{"memory", "page cache after reading ten near-equal images"},
+	{"scale", "many layers, files and snapshots"},
+}
+
+// Describe says in half a sentence what a scenario measures.
+func Describe(scenario string) string {
+	for _, d := range descriptions {
+		if d.name == scenario {
+			return d.text
+		}
+	}
+	return "measured"
+}
+
+// target is a ratio that dedup should not exceed.
+type target struct {
+	reference        string
+	scenario, metric string
+	// against is the scenario of the reference's figure, "" for the same.
+	against string
+	want    float64
+}
+
+var wanted = []target{
+	{"overlayfs", "cold", "pull", "", 0.42},
+	{"overlayfs", "rebuild", "pull", "", 0.35},
+	{"overlayfs", "known", "pull", "cold", 0.03},
+	{"overlayfs", "delete", "space back", "", 0.1},
+	{"overlayfs", "start", "first container", "", 1},
+	{"overlayfs", "start", "tenth container", "", 1},
+	{"overlayfs", "start", "20 at once, all", "", 1},
+	{"overlayfs", "read", "read everything, cold", "", 1},
+	{"overlayfs", "read", "read everything, warm", "", 1.05},
+	{"overlayfs", "read", "find, cold", "", 1},
+	{"overlayfs", "read", "find, warm", "", 1.05},
+	{"overlayfs", "read", "Python imports, cold", "", 1},
+	{"overlayfs", "read", "Python imports, warm", "", 1.05},
+	{"overlayfs", "layers100", "pull", "", 0.45},
+	{"overlayfs", "layers100", "disk", "", 0.25},
+	{"overlayfs", "fleet", "disk", "", 0.2},
+	{"overlayfs", "fleet", "inodes", "", 0.1},
+	{"overlayfs", "memory", "page cache", "", 0.15},
+	{"erofs", "cold", "pull", "", 1},
+	{"erofs", "rebuild", "pull", "", 0.9},
+	{"erofs", "known", "pull", "cold", 0.05},
+	{"erofs", "start", "first container", "", 1},
+	{"erofs", "start", "tenth container", "", 1},
+	{"erofs", "read", "read everything, cold", "", 1},
+	{"erofs", "read", "read everything, warm", "", 1},
+	{"erofs", "fleet", "disk", "", 0.2},
+	{"erofs", "memory", "page cache", "", 0.15},
+}
+
+// outcome is a target beside what was measured.
+type outcome struct {
+	target
+	subject         string
+	ratio, min, max float64
+}
+
+const judged = "dedup"
+
+func (r Report) targets() []outcome {
+	var list []outcome
+	for _, t := range wanted {
+		against := t.against
+		if against == "" {
+			against = t.scenario
+		}
+		a, inA := r.find(t.scenario, judged, t.metric)
+		b, inB := r.find(against, t.reference, t.metric)
+		if !inA || !inB || b.Min <= 0 {
+			continue
+		}
+		list = append(list, outcome{t, judged, a.Median / b.Median, a.Min / b.Max, a.Max / b.Min})
+	}
+	return list
+}
+
+func (o outcome) title() string {
+	title := o.scenario + ": " + o.metric
+	if o.against != "" {
+		title += " (by the " + o.against + " " + o.metric + ")"
+	}
+	return title
+}
+
+// ranged is from the best run over the worst to the worst over the best.
+func (o outcome) ranged() string { return fmt.Sprintf("%.3f–%.3f", o.min, o.max) }
+
+func (o outcome) verdict() string {
+	if o.ratio <= o.want {
+		return "met"
+	}
+	return "missed"
+}
