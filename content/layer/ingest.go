@@ -52,7 +52,7 @@ func (s *Store) knownBlob(b Blob) (Ingested, bool) {
 		return Ingested{}, false
 	}
 	id := s.diffs[diffKey{t.Fidelity, t.DiffID}]
-	s.layers[id].holds++
+	s.layers[id].hold()
 	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size}, true
 }
 
@@ -182,7 +182,7 @@ func (s *Store) reuse(id content.LayerID, facts tree.Facts) (content.LayerID, bo
 		s.mu.Unlock()
 		return content.LayerID{}, false, nil
 	}
-	st.holds++
+	st.hold()
 	s.mu.Unlock()
 	for _, t := range facts.Tars {
 		if err := s.addTar(id, t); err != nil {

@@ -129,6 +129,7 @@ type (
 	state struct {
 		facts tree.Facts
 		holds int
+		taken int // holds ever taken, those given back too
 	}
 )
 
@@ -281,7 +282,7 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (comple
 
 // insert makes a layer visible. Under mu, or before the store is shared.
 func (s *Store) insert(id content.LayerID, facts tree.Facts, holds int) {
-	s.layers[id] = &state{facts: facts, holds: holds}
+	s.layers[id] = &state{facts: facts, holds: holds, taken: holds}
 	s.payloads[facts.Payload] = append(s.payloads[facts.Payload], id)
 	for _, t := range facts.Tars {
 		s.insertTar(id, t)
@@ -317,7 +318,7 @@ func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) {
 	defer s.mu.Unlock()
 	id, ok := s.diffs[diffKey{s.fidelity, d}]
 	if ok {
-		s.layers[id].holds++
+		s.layers[id].hold()
 	}
 	return id, ok
 }
@@ -344,9 +345,11 @@ func (s *Store) Hold(id content.LayerID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if st := s.layers[id]; st != nil {
-		st.holds++
+		st.hold()
 	}
 }
+
+func (st *state) hold() { st.holds, st.taken = st.holds+1, st.taken+1 }
 
 // Release gives a hold back. A layer without holds is removed in the background,
 // with every object that no other layer names.
@@ -412,6 +415,17 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 		delete(s.payloads, st.facts.Payload)
 	}
 	return objects, nil
+}
+
+// Taken returns how often a layer has been held since it came in or the store was opened, 0 for one
+// that is not there. Who has held it from the start learns that somebody else has taken it up.
+func (s *Store) Taken(id content.LayerID) int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if st := s.layers[id]; st != nil {
+		return st.taken
+	}
+	return 0
 }
 
 // Facts returns what is known of a layer.

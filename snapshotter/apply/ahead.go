@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -125,7 +126,8 @@ func (a *Applier) layersAfter(ctx context.Context, manifest, blob digest.Digest)
 	return nil, nil
 }
 
-// runAhead ingests the layers above a blob, in order as they arrive. It keeps them until ctx ends.
+// runAhead ingests the layers above a blob, in order as they arrive. It keeps each until
+// somebody else takes it up, and none longer than ctx.
 func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 	layers, err := a.layersAfter(ctx, manifest, blob)
 	if err != nil {
@@ -139,10 +141,7 @@ func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 	)
 	defer func() {
 		wg.Wait()
-		<-ctx.Done()
-		for _, id := range held {
-			a.snapshots.Layers().Release(id)
-		}
+		a.handOver(ctx, held)
 	}()
 	for len(layers) > 0 {
 		arrived := -1
@@ -183,4 +182,23 @@ func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 			held = append(held, in.Layer)
 		})
 	}
+}
+
+// handOver gives layers back as soon as somebody else has taken them up, by Prepare or by Apply: removing
+// an image right after its pull shall free its space.
+func (a *Applier) handOver(ctx context.Context, held []content.LayerID) {
+	for len(held) > 0 {
+		held = slices.DeleteFunc(held, func(id content.LayerID) bool {
+			if ctx.Err() == nil && a.snapshots.Layers().Taken(id) < 2 {
+				return false
+			}
+			a.snapshots.Layers().Release(id)
+			return true
+		})
+		select {
+		case <-time.After(aheadPoll):
+		case <-ctx.Done():
+		}
+	}
+	<-ctx.Done()
 }
