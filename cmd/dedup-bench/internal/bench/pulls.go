@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -149,23 +148,32 @@ func (c cost) plus(d cost) cost {
 	return c
 }
 
-// deleteAll removes images, and waits until the file system has their space back.
+// deleteAll removes the first image while the others stay, as an update does, and then all others.
 func (t *Trial) deleteAll(ctx context.Context, pulled []Image, empty int64) error {
+	if len(pulled) > 1 {
+		if err := t.deleteImages(ctx, pulled[:1], "one image of several", empty, false); err != nil {
+			return err
+		}
+		pulled = pulled[1:]
+	}
+	return t.deleteImages(ctx, pulled, "the last images", empty, true)
+}
+
+// deleteImages removes images and waits until the file system has their space back: all of it
+// (last), or until the file system has not changed for a while.
+func (t *Trial) deleteImages(ctx context.Context, list []Image, what string, empty int64, last bool) error {
 	unix.Sync()
 	full, err := diskUsed(t.disk)
 	if err != nil {
 		return err
 	}
-	if full.Bytes <= empty {
-		return errors.New("delete: the pulls took no space")
-	}
 	var answered, back time.Duration
 	c, err := t.measure(nil, func() error {
 		start := time.Now()
 		store := t.Client().ImageService()
-		for i, img := range pulled {
+		for i, img := range list {
 			var opts []images.DeleteOpt
-			if i == len(pulled)-1 {
+			if i == len(list)-1 {
 				opts = append(opts, images.SynchronousDelete()) // one collection for all, and wait for it
 			}
 			if err := store.Delete(ctx, img.Ref, opts...); err != nil {
@@ -173,32 +181,45 @@ func (t *Trial) deleteAll(ctx context.Context, pulled []Image, empty int64) erro
 			}
 		}
 		answered = time.Since(start)
-		// A file system keeps a little: grown directories and databases.
-		goal := empty + (full.Bytes-empty)/50
-		for {
-			now, err := diskUsed(t.disk)
-			if err != nil {
-				return err
-			}
-			if now.Bytes <= goal {
-				back = time.Since(start)
-				return nil
-			}
-			if time.Since(start) > 2*time.Minute {
-				return fmt.Errorf("delete: %d of %d bytes are not back after two minutes", now.Bytes-empty, full.Bytes-empty)
-			}
-			if err := sleep(ctx, 2*time.Millisecond); err != nil {
-				return err
-			}
-		}
+		back, err = t.spaceBack(ctx, start, full.Bytes, empty, last)
+		return err
 	})
 	if err != nil {
 		return err
 	}
-	t.record("delete", "space back", "s", back.Seconds())
-	t.record("delete", "containerd answers", "s", answered.Seconds())
-	t.record("delete", "CPU", "s", c.cpu.Seconds())
+	t.record("delete", what+": space back", "s", back.Seconds())
+	t.record("delete", what+": containerd answers", "s", answered.Seconds())
+	t.record("delete", what+": CPU", "s", c.cpu.Seconds())
 	return nil
+}
+
+// spaceBack returns when, after start, the last space came back.
+func (t *Trial) spaceBack(ctx context.Context, start time.Time, full, empty int64, last bool) (time.Duration, error) {
+	used, changed := full, time.Since(start)
+	for {
+		now, err := diskUsed(t.disk)
+		if err != nil {
+			return 0, err
+		}
+		since := time.Since(start)
+		if now.Bytes != used {
+			used, changed = now.Bytes, since
+		}
+		// A file system keeps a little: grown directories and databases.
+		done := used <= empty+(full-empty)/50
+		if !last {
+			done = used < full && since-changed > background
+		}
+		if done {
+			return changed, nil
+		}
+		if since > 2*time.Minute {
+			return 0, fmt.Errorf("delete: %d of %d bytes are not back after two minutes", used-empty, full-empty)
+		}
+		if err := sleep(ctx, 2*time.Millisecond); err != nil {
+			return 0, err
+		}
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
