@@ -38,11 +38,11 @@ func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upp
 		return "", false, nil
 	}
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		key, info, err := activeByID(ctx, idOfUpper(upper))
+		key, info, err := s.activeByID(ctx, idOfUpper(upper))
 		ok = err == nil && isExtraction(key, info.Labels)
 		return err
 	})
-	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) || !ok {
+	if errdefs.IsNotFound(err) || !ok {
 		return "", false, nil
 	}
 	files, err := os.ReadDir(upper)
@@ -50,22 +50,18 @@ func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upp
 }
 
 // activeByID finds an active snapshot. In a transaction.
-func activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
-	ids, err := storage.IDMap(ctx)
-	if err != nil {
-		return "", info, err
+func (s *Snapshotter) activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
+	for _, key := range s.ids.get(id) {
+		have, info, _, err := storage.GetInfo(ctx, key)
+		switch {
+		case errdefs.IsNotFound(err):
+		case err != nil:
+			return "", info, err
+		case have == id && info.Kind == snapshots.KindActive:
+			return key, info, nil
+		}
 	}
-	key, ok := ids[id]
-	if !ok {
-		return "", info, fmt.Errorf("snapshot with id %s: %w", id, errdefs.ErrNotFound)
-	}
-	if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
-		return "", info, err
-	}
-	if info.Kind != snapshots.KindActive {
-		return "", info, fmt.Errorf("snapshot %q is not active: %w", key, errdefs.ErrFailedPrecondition)
-	}
-	return key, info, nil
+	return "", info, fmt.Errorf("active snapshot with id %s: %w", id, errdefs.ErrNotFound)
 }
 
 func idOfUpper(upper string) string { return filepath.Base(filepath.Dir(upper)) }
@@ -89,7 +85,7 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	var old snapshots.Info
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
 		var key string
-		if key, old, err = activeByID(ctx, id); err != nil {
+		if key, old, err = s.activeByID(ctx, id); err != nil {
 			return err
 		}
 		return setPrivate(ctx, key, id, layerLabels(in))
@@ -134,7 +130,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	labels := maps.Clone(base.Labels)
 	if applied {
 		labels = withPrivate(labels, active.Labels)
-		for _, l := range []string{labelBytes, labelInodes, labelUpdated} {
+		for _, l := range []string{labelBytes, labelInodes, labelUpdated, labelStaged} {
 			delete(labels, l)
 		}
 	} else {
@@ -151,12 +147,16 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		commitOpts = append(commitOpts, snapshots.WithParent(base.Parent))
 	}
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		if ref := labels[labelRef]; ref != "" {
+			s.refs.add(ref, name)
+		}
 		_, err := storage.CommitActive(ctx, key, name, usage, commitOpts...)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
 	}
+	s.ids.remove(id, key)
 	s.chains.unuse(ctx, id)
 	extraction := isExtraction(key, active.Labels)
 	if !applied {
@@ -168,7 +168,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
 	}
 	if extraction {
-		s.scheduleBuild(name)
+		s.scheduleBuild(ctx, name)
 	}
 	return nil
 }
@@ -188,9 +188,19 @@ func (s *Snapshotter) advise(ctx context.Context) {
 		"and differ = \"dedup-diff\" beside snapshotter = \"dedup\" in unpack_config of [plugins.\"io.containerd.transfer.v1.local\"]")
 }
 
-// scheduleBuild builds the chain image of a committed snapshot soon, unless another layer is
-// put on top of it before.
-func (s *Snapshotter) scheduleBuild(name string) {
+// scheduleBuild builds the chain image of a committed snapshot: at once where it is known to be all of an
+// image, not at all where it is known to be a part, else soon, unless another layer is put on top of it before.
+func (s *Snapshotter) scheduleBuild(ctx context.Context, name string) {
+	delay := buildDelay
+	if chain, ok := chainOfName(name); ok && s.opts.Blobs != nil {
+		ns, _ := namespaces.Namespace(ctx)
+		switch whole, part := s.opts.Blobs.Ends(ns, chain); {
+		case whole:
+			delay = 0
+		case part:
+			return
+		}
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -199,7 +209,7 @@ func (s *Snapshotter) scheduleBuild(name string) {
 	if t := s.builds[name]; t != nil {
 		t.Stop()
 	}
-	s.builds[name] = time.AfterFunc(buildDelay, func() {
+	s.builds[name] = time.AfterFunc(delay, func() {
 		s.cancelBuild(name)
 		s.background(func(ctx context.Context) {
 			chain, err := s.resolve(ctx, name)

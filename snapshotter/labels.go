@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
@@ -21,6 +20,8 @@ const (
 	labelPrefix = "dedup-snapshotter.io/"
 	// labelLayer is the layer of a committed snapshot, or of an active one after Applied.
 	labelLayer = labelPrefix + "layer"
+	// labelStaged marks an active snapshot that stands for a layer since Prepare: there is nothing to apply.
+	labelStaged = labelPrefix + "staged"
 	// labelPending marks a committed snapshot whose directory is not yet ingested.
 	labelPending = labelPrefix + "pending"
 	// labelNamespace is the containerd namespace of the client who committed the snapshot.
@@ -36,6 +37,8 @@ const (
 	labelRef         = "containerd.io/snapshot.ref"
 	labelDiffID      = "containerd.io/snapshot/diff-id"
 	labelParentChain = "containerd.io/snapshot/parent-chain-id"
+	// labelCRIDigest is the layer's blob, from the clients that annotate it (CRI, nerdctl, moby).
+	labelCRIDigest = "containerd.io/snapshot/cri.layer-digest"
 )
 
 // public returns a client's labels without those that only we may set.
@@ -158,25 +161,4 @@ func chainOfName(name string) (content.ChainID, bool) {
 	}
 	sum, err := content.ParseSum(last)
 	return content.ChainID{Sum: sum}, err == nil
-}
-
-// identify finds the diffID of the layer that an extraction wants. Labels can come from
-// an image's annotations: one is believed only when it fits the chainID.
-func (s *Snapshotter) identify(ctx context.Context, target content.ChainID, parent string, labels map[string]string) (content.DiffID, bool) {
-	var parentChain content.ChainID
-	if parent != "" {
-		var ok bool
-		if parentChain, ok = chainOfName(parent); !ok {
-			return content.DiffID{}, false
-		}
-	}
-	if text := labels[labelDiffID]; text != "" {
-		sum, err := content.ParseSum(text)
-		d := content.DiffID{Sum: sum}
-		if err == nil && parentChain.Chain(d) == target {
-			return d, true
-		}
-		log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, parent, target.Digest())
-	}
-	return s.layers.Infer(parentChain, target)
 }

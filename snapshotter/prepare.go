@@ -2,25 +2,21 @@ package snapshotter
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
-
-	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Prepare creates an active snapshot. For an extraction of a layer that is known it
-// commits the snapshot instead and returns ErrAlreadyExists, which tells containerd to adopt it.
+// Prepare creates an active snapshot. For an extraction of a layer that is known, or whose blob is at
+// hand, it commits the snapshot instead and returns ErrAlreadyExists, which tells containerd to adopt it; or,
+// where containerd names the parent only at Commit, it returns read-only mounts, which tell that nothing
+// is left to apply.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
 	base, err := clientLabels(opts)
 	if err != nil {
@@ -29,9 +25,9 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if isExtraction(key, base.Labels) {
 		s.cancelBuild(parent)
 	}
-	if target, ok := base.Labels[labelRef]; ok {
-		if err := s.serveKnown(ctx, key, parent, target, base.Labels); err != nil {
-			return nil, err
+	if _, ok := base.Labels[labelRef]; ok {
+		if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
+			return mounts, err
 		}
 	}
 	return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
@@ -46,60 +42,15 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
 }
 
-// serveKnown returns ErrAlreadyExists when it has committed the target, nil on a miss.
-func (s *Snapshotter) serveKnown(ctx context.Context, key, parent, target string, labels map[string]string) error {
-	sum, err := content.ParseSum(target)
-	if err != nil || s.opts.FetchedOnly {
-		return nil
-	}
-	diffID, ok := s.identify(ctx, content.ChainID{Sum: sum}, parent, labels)
-	if !ok {
-		return nil
-	}
-	id, ok := s.layers.Lookup(diffID)
-	if !ok {
-		return nil
-	}
-	ns, _ := namespaces.Namespace(ctx)
-	labels = maps.Clone(labels)
-	labels[labelLayer] = id.Hex()
-	labels[labelNamespace] = ns
-	name := hitName(ns, parent, target)
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
-			return errdefs.ErrAlreadyExists // served before, to the same namespace
-		}
-		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent); err != nil {
-			return err
-		}
-		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage{}, snapshots.WithLabels(labels))
-		return err
-	})
-	if err != nil {
-		s.layers.Release(id)
-	}
-	if err != nil && !errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("commit known layer %s as %q: %w", id, name, err)
-	}
-	log.G(ctx).WithField("diffID", diffID.Digest()).Debugf("served %s from known layer %s", target, id)
-	s.scheduleBuild(name)
-	return fmt.Errorf("layer %s is known: %w", diffID.Digest(), errdefs.ErrAlreadyExists)
-}
-
-// hitName is the same for the same target on the same parent in the same namespace, so that
-// two clients who meet share one snapshot. It ends in the chainID, as containerd's names do.
-func hitName(namespace, parent, target string) string {
-	h := sha256.Sum256([]byte(parent))
-	return fmt.Sprintf("%s/known-%x/%s", namespace, h[:8], target)
-}
-
 // create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
 // parent stays while the chain image is built.
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (_ []mount.Mount, err error) {
 	var id string
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		sn, err := storage.CreateSnapshot(ctx, kind, key, parent, snapshots.WithLabels(labels))
-		id = sn.ID
+		if id = sn.ID; err == nil {
+			s.ids.add(id, key)
+		}
 		return err
 	})
 	if err != nil {
@@ -112,12 +63,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}()
 	if kind == snapshots.KindActive {
-		for _, dir := range []string{s.upper(id), s.work(id)} {
-			if err := os.MkdirAll(dir, 0o755); err != nil {
-				return nil, fmt.Errorf("create snapshot %q: %w", key, err)
-			}
-		}
-		if err := errors.Join(os.Chmod(s.upper(id), 0o755), os.Chmod(s.work(id), 0o711)); err != nil {
+		if err := s.makeDirs(id); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
@@ -131,6 +77,16 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	return s.mounts(kind, id, lower), nil
+}
+
+// makeDirs creates what an overlay mount writes to.
+func (s *Snapshotter) makeDirs(id string) error {
+	for _, dir := range []string{s.upper(id), s.work(id)} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	return errors.Join(os.Chmod(s.upper(id), 0o755), os.Chmod(s.work(id), 0o711))
 }
 
 // lower is what lies below a snapshot.
@@ -177,6 +133,9 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	}
 	if info.Kind == snapshots.KindCommitted {
 		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
+	}
+	if info.Labels[labelStaged] != "" {
+		return s.stagedMounts(id), nil
 	}
 	l, err := s.lower(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 // Options configure a Snapshotter.
@@ -34,6 +35,9 @@ type Options struct {
 	// FetchedOnly turns hits in Prepare off: a known layer is served only to a pull that
 	// fetched its blob itself.
 	FetchedOnly bool
+	// Blobs is the content store of the containerd that calls. Without it only layers that are
+	// known are served in Prepare.
+	Blobs *blobs.Store
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
@@ -44,6 +48,8 @@ type Snapshotter struct {
 	layers *layer.Store
 	chains *chains
 	kernel kernel
+	refs   *index // snapshot.ref -> names of committed snapshots
+	ids    *index // id -> key of an active snapshot
 
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
@@ -74,7 +80,7 @@ const (
 
 // New opens or creates the store below opts.Root and serves it. One process at a time may.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -174,6 +180,9 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 			if id, ok := layerOf(info); ok {
 				live = append(live, id)
 			}
+			if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
+				s.refs.add(info.Labels[labelRef], info.Name)
+			}
 			return nil
 		})
 	})
@@ -189,12 +198,16 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	}
 	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
-			if info.Kind == snapshots.KindCommitted || info.Parent == "" {
+			if info.Kind == snapshots.KindCommitted {
 				return nil
 			}
 			id, _, _, err := storage.GetInfo(ctx, info.Name)
 			if err != nil {
 				return err
+			}
+			s.ids.add(id, info.Name)
+			if info.Parent == "" {
+				return nil
 			}
 			chain, pending, err := chainOf(ctx, info.Parent)
 			if err == nil && pending == nil {
@@ -276,6 +289,9 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 			fieldpaths = append(slices.Clone(fieldpaths), "labels."+labelUpdated)
 		}
 		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		if ref := out.Labels[labelRef]; err == nil && out.Kind == snapshots.KindCommitted && ref != "" {
+			s.refs.add(ref, info.Name) // the old one goes with the next start: readers look again
+		}
 		return err
 	})
 	return visible(out), err
@@ -292,6 +308,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	})
 	if err != nil || info.Kind != snapshots.KindActive {
 		return usage, err
+	}
+	if _, ok := layerOf(info); ok {
+		return addedUsage(info.Labels), nil
 	}
 	du, err := fs.DiskUsage(ctx, s.upper(id))
 	if err != nil {
@@ -315,7 +334,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	// runs outside of the transaction.
 	var infos []snapshots.Info
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+		return s.walk(ctx, func(info snapshots.Info) error {
 			if own == "" || info.Labels[labelNamespace] == own {
 				infos = append(infos, info)
 			}
@@ -341,12 +360,17 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
 			return err
 		}
+		s.refs.remove(info.Labels[labelRef], key)
 		id, _, err = storage.Remove(ctx, key)
 		return err
 	})
 	if err != nil {
+		if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
+			s.refs.add(info.Labels[labelRef], key)
+		}
 		return fmt.Errorf("remove snapshot %q: %w", key, err)
 	}
+	s.ids.remove(id, key)
 	s.cancelBuild(key)
 	if lid, ok := layerOf(info); ok {
 		s.layers.Release(lid)

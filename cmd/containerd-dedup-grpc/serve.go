@@ -11,9 +11,11 @@ import (
 	"time"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -27,6 +29,7 @@ import (
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 )
 
@@ -42,15 +45,6 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer listener.Close()
-	sn, err := snapshotter.New(ctx, snapshotter.Options{
-		Root: c.Root, RunDir: c.RunDir,
-		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
-	})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, sn.Close()) }()
-
 	// It connects when it is first used, and again whenever containerd has been away.
 	conn, err := grpc.NewClient("unix://"+c.ContainerdAddress,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
@@ -59,12 +53,23 @@ func serve(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("containerd_address: %w", err)
 	}
 	defer conn.Close()
+	found := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
+
+	sn, err := snapshotter.New(ctx, snapshotter.Options{
+		Root: c.Root, RunDir: c.RunDir,
+		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
+		Blobs: found,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
 
 	server := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(recoverUnary), grpc.ChainStreamInterceptor(recoverStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	applier := apply.New(sn, conn)
+	applier := apply.New(sn, found)
 	defer applier.Close()
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{

@@ -58,7 +58,7 @@ func printContainerdConfig(c *cli.Context) error {
 	}
 	p := snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri")}
 	var err error
-	if p.Version, err = configVersion(text); err != nil && !asked {
+	if p.Version, p.Staging, err = configVersion(text); err != nil && !asked {
 		return usageError{err}
 	} else if err != nil {
 		return err
@@ -93,21 +93,22 @@ func askContainerd(ctx context.Context, socket string) (string, error) {
 	return r.GetVersion(), nil
 }
 
-// configVersion returns the version of the config.toml format that suits a containerd. 2.x
-// reads version 2 as well, but tells to migrate it at every start.
-func configVersion(containerd string) (int, error) {
+// configVersion returns the version of the config.toml format that suits a containerd, and whether it
+// takes read-only mounts for a layer that is there already (2.4). 2.x reads version 2 as well, but tells to
+// migrate it at every start.
+func configVersion(containerd string) (version int, staging bool, err error) {
 	var major, minor int
 	// What follows is a patch level, a pre-release or a distribution's mark: "2.0-beta.1", "1.7~ds1".
 	if _, err := fmt.Sscanf(strings.TrimPrefix(containerd, "v"), "%d.%d", &major, &minor); err != nil {
-		return 0, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
+		return 0, false, fmt.Errorf("containerd version %q: want one like 1.7 or 2.1.4", containerd)
 	}
 	switch {
 	case major >= 2:
-		return 3, nil
+		return 3, major > 2 || minor >= 4, nil
 	case major == 1 && minor >= 7:
-		return 2, nil
+		return 2, false, nil
 	}
-	return 0, fmt.Errorf("containerd %s is too old: dedup-snapshotter works with 1.7 and newer", containerd)
+	return 0, false, fmt.Errorf("containerd %s is too old: dedup-snapshotter works with 1.7 and newer", containerd)
 }
 
 // snippet is what containerd's config.toml needs.
@@ -117,6 +118,8 @@ type snippet struct {
 	Address    string
 	Root       string
 	CRI        bool
+	// Staging: unpacking layers side by side goes together with serving known ones.
+	Staging bool
 }
 
 func (p snippet) render() (string, error) {
@@ -139,6 +142,10 @@ version = {{.Version}}
   address = {{quote .Address}}
   # Where the kubelet measures the image file system.
   exports = { root = {{quote .Root}} }
+{{- if .Staging}}
+  # Allows max_concurrent_unpacks > 1. Only for containerd 2.4 and newer: older ones would fetch what is known.
+  capabilities = ["rebase"]
+{{- end}}
 
 [proxy_plugins.dedup-diff]
   type = "diff"

@@ -24,13 +24,15 @@ func TestConfigVersion(t *testing.T) {
 	for _, row := range []struct {
 		containerd string
 		want       int
+		staging    bool
 	}{
-		{"1.7", 2}, {"v1.7.24", 2}, {"1.7~ds1", 2}, {"1.10.0", 2}, {"2.0", 3}, {"v2.4.2", 3}, {"2.0-beta.1", 3}, {"3.1", 3},
-		{"1.6.8", 0}, {"0.9", 0}, {"", 0}, {"v", 0}, {"2", 0}, {"2.x", 0}, {"latest", 0},
+		{"1.7", 2, false}, {"v1.7.24", 2, false}, {"1.7~ds1", 2, false}, {"1.10.0", 2, false}, {"2.0", 3, false},
+		{"2.3.7", 3, false}, {"v2.4.2", 3, true}, {"2.0-beta.1", 3, false}, {"2.10.0", 3, true}, {"3.1", 3, true},
+		{"1.6.8", 0, false}, {"0.9", 0, false}, {"", 0, false}, {"v", 0, false}, {"2", 0, false}, {"2.x", 0, false}, {"latest", 0, false},
 	} {
-		got, err := configVersion(row.containerd)
-		if got != row.want || (err == nil) != (row.want > 0) {
-			t.Errorf("%q: %d, %v, want %d", row.containerd, got, err, row.want)
+		got, staging, err := configVersion(row.containerd)
+		if got != row.want || staging != row.staging || (err == nil) != (row.want > 0) {
+			t.Errorf("%q: %d, %v, %v, want %d, %v", row.containerd, got, staging, err, row.want, row.staging)
 		}
 	}
 }
@@ -44,7 +46,8 @@ func TestContainerdConfig(t *testing.T) {
 		want values // beside what is always there
 	}{
 		{"1.7", []string{"--containerd-version", "1.7.35"}, values{"version": int64(2)}},
-		{"2.x", []string{"--containerd-version", "2.4.2"}, values{"version": int64(3)}},
+		{"2.x", []string{"--containerd-version", "2.3.7"}, values{"version": int64(3)}},
+		{"2.4", []string{"--containerd-version", "2.4.2"}, values{"version": int64(3)}},
 		{"1.7 for the kubelet", []string{"--cri", "--containerd-version", "1.7"}, values{"version": int64(2),
 			"io.containerd.grpc.v1.cri": values{"containerd": values{"snapshotter": "dedup"}}}},
 		{"2.x for the kubelet", []string{"--cri", "--containerd-version", "2.1"}, values{"version": int64(3),
@@ -67,11 +70,15 @@ func TestContainerdConfig(t *testing.T) {
 					values{"platform": "linux", "snapshotter": "dedup", "differ": "dedup-diff"},
 				}},
 			}
+			proxy := values{"type": "snapshot", "address": socket, "exports": values{"root": root}}
+			if row.name == "2.4" {
+				proxy["capabilities"] = []any{"rebase"}
+			}
 			want := values{
 				"version": row.want["version"],
 				"plugins": plugins,
 				"proxy_plugins": values{
-					"dedup":      values{"type": "snapshot", "address": socket, "exports": values{"root": root}},
+					"dedup":      proxy,
 					"dedup-diff": values{"type": "diff", "address": socket},
 				},
 			}

@@ -43,8 +43,8 @@ func (n *Node) containerdConfig() ([]byte, error) {
 			"type": "snapshot", "address": n.DedupAddress(),
 			"exports": table{"root": n.DedupRoot()},
 		}
-		if len(n.opts.Capabilities) > 0 {
-			proxies[Snapshotter].(table)["capabilities"] = n.opts.Capabilities
+		if staging(n.tools.Version) {
+			proxies[Snapshotter].(table)["capabilities"] = []string{"rebase"}
 		}
 		if !n.opts.NoDiffer {
 			proxies[Differ] = table{"type": "diff", "address": n.DedupAddress()}
@@ -79,6 +79,14 @@ func (n *Node) containerdConfig() ([]byte, error) {
 		"proxy_plugins":    proxies,
 		"plugins":          plugins,
 	})
+}
+
+// staging reports whether a containerd commits read-only mounts without applying anything to them (2.4). Older
+// ones with the capability "rebase" would fetch and apply even what is known.
+func staging(version string) bool {
+	var major, minor int
+	_, err := fmt.Sscanf(version, "%d.%d", &major, &minor)
+	return err == nil && (major > 2 || major == 2 && minor >= 4)
 }
 
 // differs is the order in which containerd asks differs to apply or compare.

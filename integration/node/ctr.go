@@ -40,6 +40,13 @@ func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
 	return err
 }
 
+// PullLocal is Pull with ctr's own client instead of containerd's transfer service: all blobs are
+// fetched first, and snapshots are prepared without a label that tells what they are for.
+func (n *Node) PullLocal(ctx context.Context, snapshotter, ref string) error {
+	_, err := n.Ctr(ctx, "image", "pull", "--local", "--plain-http", "--snapshotter", snapshotter, ref)
+	return err
+}
+
 var containers atomic.Int64
 
 // NewID returns a container or snapshot name that nobody else on this machine uses: the

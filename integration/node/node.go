@@ -30,8 +30,6 @@ type Options struct {
 	NoDedup bool
 	// NoDiffer leaves only the dedup differ out.
 	NoDiffer bool
-	// Capabilities of the proxy snapshotter.
-	Capabilities []string
 	// Proxies are further proxy snapshotters: name -> path of the socket.
 	Proxies map[string]string
 	// CRI switches containerd's CRI plugin on.

@@ -2,13 +2,11 @@ package apply
 
 import (
 	"context"
-	"encoding/json"
 	"runtime"
 	"slices"
 	"sync"
 	"time"
 
-	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -16,6 +14,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 // containerd downloads an image's layers side by side but applies them one after the other, and
@@ -60,32 +59,33 @@ func (a *ahead) close() {
 
 // lookAhead starts or keeps alive the runs for the images that a blob belongs to.
 func (a *Applier) lookAhead(ctx context.Context, namespace string, blob digest.Digest) {
-	manifests, err := a.manifestsOf(ctx, blob)
+	images, err := a.blobs.With(ctx, blob)
 	if err != nil {
 		log.G(ctx).WithError(err).Debug("look for the image of a layer")
 		return
 	}
-	for _, m := range manifests {
-		key := runKey{namespace, m}
+	for _, img := range images {
+		key := runKey{namespace, img.Manifest}
 		a.ahead.mu.Lock()
 		if idle := a.ahead.runs[key]; idle != nil {
 			idle.Reset(aheadIdle)
 		} else if a.ahead.ctx.Err() == nil {
-			a.startRun(ctx, key, blob)
+			at := slices.IndexFunc(img.Layers, func(l ocispec.Descriptor) bool { return l.Digest == blob })
+			a.startRun(ctx, key, img.Layers[at+1:])
 		}
 		a.ahead.mu.Unlock()
 	}
 }
 
 // startRun is called under ahead.mu.
-func (a *Applier) startRun(ctx context.Context, key runKey, blob digest.Digest) {
+func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Descriptor) {
 	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(a.ahead.ctx, cancel)
 	idle := time.AfterFunc(aheadIdle, cancel)
 	a.ahead.runs[key] = idle
 	a.ahead.wg.Go(func() {
 		defer stop()
-		a.runAhead(runCtx, key.manifest, blob)
+		a.runAhead(runCtx, layers)
 		a.ahead.mu.Lock()
 		defer a.ahead.mu.Unlock()
 		idle.Stop()
@@ -93,46 +93,9 @@ func (a *Applier) startRun(ctx context.Context, key runKey, blob digest.Digest) 
 	})
 }
 
-// manifestsOf finds the manifests that name a blob, by the labels that keep
-// containerd's garbage collector off it.
-func (a *Applier) manifestsOf(ctx context.Context, blob digest.Digest) (found []digest.Digest, err error) {
-	err = a.blobs.Walk(ctx, func(info ctdcontent.Info) error {
-		for _, v := range info.Labels {
-			if v == blob.String() {
-				found = append(found, info.Digest)
-				break
-			}
-		}
-		return nil
-	}, `labels."containerd.io/gc.ref.content.config"`)
-	return found, err
-}
-
-// layersAfter returns the layers of a manifest above the given one.
-func (a *Applier) layersAfter(ctx context.Context, manifest, blob digest.Digest) ([]ocispec.Descriptor, error) {
-	b, err := ctdcontent.ReadBlob(ctx, a.blobs, ocispec.Descriptor{Digest: manifest})
-	if err != nil {
-		return nil, err
-	}
-	var m ocispec.Manifest
-	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, err
-	}
-	for i, l := range m.Layers {
-		if l.Digest == blob {
-			return m.Layers[i+1:], nil
-		}
-	}
-	return nil, nil
-}
-
-// runAhead ingests the layers above a blob, in order as they arrive. It keeps each until
-// somebody else takes it up, and none longer than ctx.
-func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
-	layers, err := a.layersAfter(ctx, manifest, blob)
-	if err != nil {
-		log.G(ctx).WithError(err).Debug("read the manifest of a layer")
-	}
+// runAhead ingests layers, in order as they arrive. It keeps each until somebody else takes it
+// up, and none longer than ctx.
+func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor) {
 	var (
 		wg    sync.WaitGroup
 		mu    sync.Mutex // guards held
@@ -145,9 +108,10 @@ func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 	}()
 	for len(layers) > 0 {
 		arrived := -1
-		var info ctdcontent.Info
+		var blob layer.Blob
 		for i := range min(aheadWindow, len(layers)) {
-			if info, err = a.blobs.Info(ctx, layers[i].Digest); err == nil {
+			var err error
+			if blob, err = a.blobs.Blob(ctx, layers[i]); err == nil {
 				arrived = i
 				break
 			}
@@ -161,7 +125,7 @@ func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 			}
 		}
 		desc := layers[arrived]
-		layers = append(layers[:arrived:arrived], layers[arrived+1:]...)
+		layers = slices.Concat(layers[:arrived], layers[arrived+1:])
 		if !images.IsLayerType(desc.MediaType) || !archive.KnownMediaType(desc.MediaType) {
 			continue
 		}
@@ -172,7 +136,7 @@ func (a *Applier) runAhead(ctx context.Context, manifest, blob digest.Digest) {
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			in, err := a.ingest(ctx, desc, info)
+			in, err := a.snapshots.Layers().IngestBlob(ctx, blob)
 			if err != nil {
 				log.G(ctx).WithError(err).Debug("ingest a layer ahead; its Apply will say what is wrong")
 				return

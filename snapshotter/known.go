@@ -1,0 +1,206 @@
+package snapshotter
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// wanted is the layer that an extraction is for.
+type wanted struct {
+	target content.ChainID
+	parent content.ChainID // zero for a base layer
+	// staged: containerd unpacks layers side by side, without their parents (capability "rebase"), and
+	// names the parent at Commit. An answer of ErrAlreadyExists would leave the parent out for good.
+	staged bool
+	// diffID is what the client says, and leads from parent to target; zero when it says nothing that fits.
+	diffID content.DiffID
+	// blob may be the layer's.
+	blob digest.Digest
+}
+
+// leads reports whether a layer is the one that is wanted.
+func (w wanted) leads(d content.DiffID) bool { return w.parent.Chain(d) == w.target }
+
+// want reads an extraction's labels. They can come from an image's annotations: one is
+// believed only when it fits the chainID. ok is false when no layer can be told to be the right one.
+func want(ctx context.Context, parent string, labels map[string]string) (w wanted, ok bool) {
+	sum, err := content.ParseSum(labels[labelRef])
+	if err != nil {
+		return w, false
+	}
+	w.target = content.ChainID{Sum: sum}
+	if parent != "" {
+		if w.parent, ok = chainOfName(parent); !ok {
+			return w, false
+		}
+	}
+	if text := labels[labelParentChain]; text != "" {
+		sum, err := content.ParseSum(text)
+		chain := content.ChainID{Sum: sum}
+		switch {
+		case err == nil && parent == "":
+			w.parent, w.staged = chain, true
+		case err != nil || chain != w.parent:
+			log.G(ctx).Warnf("ignoring label %s=%q: the parent is %q", labelParentChain, text, parent)
+		}
+	}
+	if text := labels[labelDiffID]; text != "" {
+		sum, err := content.ParseSum(text)
+		if d := (content.DiffID{Sum: sum}); err == nil && w.leads(d) {
+			w.diffID = d
+		} else if base := (wanted{target: w.target}); err == nil && w.staged && base.leads(d) {
+			log.G(ctx).Warnf("ignoring label %s=%q: %s is the chainID of a base layer", labelParentChain, labels[labelParentChain], labels[labelRef])
+			w.parent, w.staged, w.diffID = content.ChainID{}, false, d
+		} else {
+			log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, w.parent, w.target.Digest())
+		}
+	}
+	if text := labels[labelCRIDigest]; text != "" {
+		if w.blob = digest.Digest(text); w.blob.Validate() != nil {
+			log.G(ctx).Warnf("ignoring label %s=%q: it is no digest", labelCRIDigest, text)
+			w.blob = ""
+		}
+	}
+	// Whoever names a parent that nobody can check has to name the layer too.
+	return w, !w.staged || !w.diffID.IsZero()
+}
+
+// serveKnown serves an extraction from a layer that is known or whose blob is at hand: it returns
+// ErrAlreadyExists or mounts. On a miss it returns neither.
+func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
+	w, ok := want(ctx, parent, labels)
+	if !ok {
+		return nil, nil
+	}
+	in, ok := s.findLayer(ctx, w)
+	if !ok {
+		return nil, context.Cause(ctx)
+	}
+	if w.staged {
+		return s.stage(ctx, key, labels, in)
+	}
+	return nil, s.commitKnown(ctx, key, parent, labels, in)
+}
+
+// findLayer returns the wanted layer, held.
+func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (layer.Ingested, bool) {
+	if !s.opts.FetchedOnly {
+		d, ok := w.diffID, !w.diffID.IsZero()
+		if !ok {
+			d, ok = s.layers.Infer(w.parent, w.target)
+		}
+		if ok {
+			if id, ok := s.layers.Lookup(d); ok {
+				return layer.Ingested{Layer: id, DiffID: d}, true
+			}
+		}
+	}
+	if s.opts.Blobs == nil {
+		return layer.Ingested{}, false
+	}
+	blob, ok, err := s.opts.Blobs.Find(ctx, w.target, w.blob)
+	if err != nil {
+		log.G(ctx).WithError(err).Warnf("look for the blob of %s", w.target.Digest())
+	}
+	if !ok {
+		return layer.Ingested{}, false
+	}
+	in, err := s.layers.IngestBlob(ctx, blob)
+	if err != nil {
+		// Whoever unpacks it next says what is wrong.
+		log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
+		return layer.Ingested{}, false
+	}
+	if !w.leads(in.DiffID) {
+		log.G(ctx).Warnf("ignoring blob %s: its diffID %s does not lead from parent %q to %s", blob.Digest, in.DiffID.Digest(), w.parent, w.target.Digest())
+		s.layers.Release(in.Layer)
+		return layer.Ingested{}, false
+	}
+	return in, true
+}
+
+// commitKnown commits the target, unless the same namespace was served it before, and returns
+// ErrAlreadyExists. It takes the hold that in carries.
+func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, labels map[string]string, in layer.Ingested) error {
+	ns, _ := namespaces.Namespace(ctx)
+	target := labels[labelRef]
+	labels = maps.Clone(labels)
+	labels[labelLayer] = in.Layer.Hex()
+	labels[labelNamespace] = ns
+	name := hitName(ns, parent, target)
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
+			return errdefs.ErrAlreadyExists // served before, to the same namespace
+		}
+		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent); err != nil {
+			return err
+		}
+		s.refs.add(target, name)
+		usage := snapshots.Usage{Size: in.Added.Bytes, Inodes: in.Added.Inodes}
+		_, err := storage.CommitActive(ctx, key, name, usage, snapshots.WithLabels(labels))
+		return err
+	})
+	if err != nil {
+		s.layers.Release(in.Layer)
+	}
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("commit known layer %s as %q: %w", in.Layer, name, err)
+	}
+	log.G(ctx).WithField("diffID", in.DiffID.Digest()).Debugf("served %s from known layer %s", target, in.Layer)
+	s.scheduleBuild(ctx, name)
+	return fmt.Errorf("layer %s is known: %w", in.DiffID.Digest(), errdefs.ErrAlreadyExists)
+}
+
+// hitName is the same for the same target on the same parent in the same namespace, so that
+// two clients who meet share one snapshot. It ends in the chainID, as containerd's names do.
+func hitName(namespace, parent, target string) string {
+	h := sha256.Sum256([]byte(parent))
+	return fmt.Sprintf("%s/known-%x/%s", namespace, h[:8], target)
+}
+
+// stage creates an active snapshot that stands for a layer, and returns mounts that tell containerd
+// so (2.4 and newer). It takes the hold that in carries.
+func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string, in layer.Ingested) ([]mount.Mount, error) {
+	labels = maps.Clone(labels)
+	maps.Copy(labels, layerLabels(in))
+	labels[labelStaged] = "true"
+	var id string
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		sn, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", snapshots.WithLabels(labels))
+		if id = sn.ID; err == nil {
+			s.ids.add(id, key)
+		}
+		return err
+	})
+	if err != nil {
+		s.layers.Release(in.Layer)
+		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+	}
+	if err := s.makeDirs(id); err != nil {
+		return nil, errors.Join(fmt.Errorf("create snapshot %q: %w", key, err), s.Remove(context.WithoutCancel(ctx), key))
+	}
+	log.G(ctx).WithField("diffID", in.DiffID.Digest()).Debugf("staged %s from known layer %s", labels[labelRef], in.Layer)
+	return s.stagedMounts(id), nil
+}
+
+// stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
+// fetches the blob, still finds its way to our diff service.
+func (s *Snapshotter) stagedMounts(id string) []mount.Mount {
+	mounts := s.mounts(snapshots.KindActive, id, lower{dir: s.path(dirEmpty), extraction: true})
+	mounts[0].Options = append(mounts[0].Options, "ro")
+	return mounts
+}
