@@ -43,8 +43,11 @@ type group struct {
 
 func groups() []group {
 	return []group{
-		{[]string{"cold", "rebuild", "known", "delete"}, 14, preparePulls},
-		{[]string{"start", "read", "restart"}, 25, prepareUse},
+		{[]string{"cold", "rebuild", "known", "delete"}, 9, preparePulls},
+		{[]string{"start", "read", "restart"}, 8, prepareUse},
+		{[]string{"layers100"}, 6, prepareLayers},
+		{[]string{"memory"}, 10, prepareMemory},
+		{[]string{"scale"}, 10, prepareScale},
 	}
 }
 

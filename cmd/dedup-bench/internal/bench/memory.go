@@ -1,0 +1,180 @@
+package bench
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
+)
+
+// nearEqual is how many images the memory scenario reads.
+const nearEqual = 10
+
+// prepareMemory makes images of one pip install as ten builds would: other owners and times, and a
+// file that says which build it is.
+func prepareMemory(ctx context.Context, s *stage) (func(context.Context, *Trial) error, string, error) {
+	r, err := s.registry(ctx)
+	if err != nil {
+		return nil, "", err
+	}
+	var images []Image
+	for _, ref := range s.opts.Images {
+		img, err := s.copyImage(ctx, r, ref)
+		if err != nil {
+			return nil, "", err
+		}
+		images = append(images, img)
+	}
+	if len(images) > 0 {
+		return memory{images}.trial, "", nil
+	}
+	share := min(1, 0.25*s.opts.Scale)
+	layers, err := cached(ctx, fmt.Sprintf("memory-1-%g", share), nearEqual, func(dir string) ([]*image.Layer, error) {
+		return s.nearEqual(ctx, dir, share)
+	})
+	if err != nil {
+		return nil, "", err
+	}
+	for i, l := range layers {
+		img, err := s.serve(ctx, r, fmt.Sprintf("near/equal:%d", i), l)
+		if err != nil {
+			return nil, "", err
+		}
+		images = append(images, img)
+	}
+	return memory{images}.trial, "", nil
+}
+
+func (s *stage) nearEqual(ctx context.Context, dir string, share float64) ([]*image.Layer, error) {
+	s.opts.Say(fmt.Sprintf("making %d near-equal layers (once)", nearEqual))
+	_, apps, err := s.apps(ctx, 1)
+	if err != nil {
+		return nil, err
+	}
+	layers := make([]*image.Layer, nearEqual)
+	var eg errgroup.Group
+	eg.SetLimit(2)
+	for i := range layers {
+		eg.Go(func() (err error) {
+			layers[i], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error {
+				return rebuilt(w, apps[0], i, share)
+			})
+			return err
+		})
+	}
+	return layers, eg.Wait()
+}
+
+// rebuilt writes a layer as a build of its own would have it. share is the part of its files that is
+// taken.
+func rebuilt(w io.Writer, l *image.Layer, build int, share float64) error {
+	tw := tar.NewWriter(w)
+	err := eachMember(l, func(h *tar.Header, tr *tar.Reader) error {
+		sum := fnv.New32a()
+		fmt.Fprint(sum, h.Name)
+		link := h.Typeflag == tar.TypeLink // its target may be left out
+		if h.Typeflag != tar.TypeDir && (link || float64(sum.Sum32()%1000) >= share*1000) {
+			return nil
+		}
+		h.Uid, h.Gid = 1000+build, 1000+build
+		if !strings.HasSuffix(h.Name, ".py") { // the compiled file beside it knows its mtime
+			h.ModTime = h.ModTime.Add(time.Duration(build) * time.Hour)
+		}
+		if err := tw.WriteHeader(h); err != nil {
+			return fmt.Errorf("write %s: %w", h.Name, err)
+		}
+		_, err := io.Copy(tw, tr)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	text := fmt.Sprintf("build %d\n", build)
+	return errors.Join(
+		tw.WriteHeader(&tar.Header{Name: "build", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(text)), ModTime: image.DefaultTime}),
+		writeAll(tw, text), tw.Close())
+}
+
+func writeAll(w io.Writer, text string) error {
+	_, err := io.WriteString(w, text)
+	return err
+}
+
+type memory struct{ images []Image }
+
+// trial reads all files of writable mounts of all images, as containers would, while all
+// are mounted, and asks the kernel how much memory that has filled.
+func (m memory) trial(ctx context.Context, t *Trial) error {
+	for _, img := range m.images {
+		if err := t.Pull(ctx, t.Subject.Snapshotter, img.Ref); err != nil {
+			return err
+		}
+	}
+	if err := dropCaches("3"); err != nil {
+		return err
+	}
+	if err := sleep(ctx, background); err != nil {
+		return err
+	}
+	before, err := meminfo()
+	if err != nil {
+		return err
+	}
+	var seconds float64
+	var after map[string]int64
+	var next func(i int) error
+	next = func(i int) error {
+		if i == len(m.images) {
+			after, err = meminfo()
+			return err
+		}
+		return t.Active(ctx, t.Subject.Snapshotter, m.images[i].Ref, func(root string) error {
+			start := time.Now()
+			if err := walk(ctx, root, make([]byte, 256<<10)); err != nil {
+				return err
+			}
+			seconds += time.Since(start).Seconds()
+			return next(i + 1)
+		})
+	}
+	if err := next(0); err != nil {
+		return err
+	}
+	grown := func(names ...string) (sum float64) {
+		for _, name := range names {
+			sum += float64(after[name] - before[name])
+		}
+		return max(0, sum)
+	}
+	t.record("memory", "page cache", "bytes", grown("Cached"))
+	t.record("memory", "buffers", "bytes", grown("Buffers"))
+	t.record("memory", "kernel objects", "bytes", grown("Slab"))
+	t.record("memory", "reading all", "s", seconds)
+	return nil
+}
+
+// meminfo returns /proc/meminfo in bytes.
+func meminfo() (map[string]int64, error) {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return nil, fmt.Errorf("read memory figures: %w", err)
+	}
+	m := map[string]int64{}
+	for line := range strings.Lines(string(data)) {
+		var name string
+		var kb int64
+		if n, _ := fmt.Sscanf(line, "%s %d kB", &name, &kb); n == 2 {
+			m[strings.TrimSuffix(name, ":")] = kb << 10
+		}
+	}
+	return m, nil
+}
