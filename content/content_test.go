@@ -93,3 +93,11 @@ func FuzzPyc(f *testing.F) {
 		}
 	})
 }
+
+func TestLeads(t *testing.T) {
+	parent, d := ChainID{Sum{1}}, DiffID{Sum{2}}
+	leads := parent.Leads(parent.Chain(d))
+	if leads(DiffID{Sum{3}}) || !leads(d) || leads(DiffID{}) {
+		t.Error("Leads and Chain disagree")
+	}
+}

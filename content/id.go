@@ -69,3 +69,14 @@ func (c ChainID) Chain(d DiffID) ChainID {
 	}
 	return ChainID{sha256.Sum256([]byte(c.Digest().String() + " " + d.Digest().String()))}
 }
+
+// Leads returns a function that reports whether c.Chain(d) == to. It is for trying many: one
+// costs a fifth of a microsecond. c is not zero. The function must not be called concurrently.
+func (c ChainID) Leads(to ChainID) func(d DiffID) bool {
+	text := []byte(c.Digest().String() + " " + DiffID{}.Digest().String())
+	last := text[len(text)-hex.EncodedLen(sha256.Size):]
+	return func(d DiffID) bool {
+		hex.Encode(last, d.Sum[:])
+		return sha256.Sum256(text) == to.Sum
+	}
+}

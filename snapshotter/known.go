@@ -99,11 +99,7 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 // findLayer returns the wanted layer, held.
 func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (layer.Ingested, bool) {
 	if !s.opts.FetchedOnly {
-		d, ok := w.diffID, !w.diffID.IsZero()
-		if !ok {
-			d, ok = s.layers.Infer(w.parent, w.target)
-		}
-		if ok {
+		if d, ok := s.diffIDOf(ctx, w); ok {
 			if id, ok := s.layers.Lookup(d); ok {
 				return layer.Ingested{Layer: id, DiffID: d}, true
 			}
@@ -131,6 +127,24 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (layer.Ingested, 
 		return layer.Ingested{}, false
 	}
 	return in, true
+}
+
+// diffIDOf finds the diffID of the wanted layer: from the client, from the image in the content store, or by
+// trying all that are known.
+func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (content.DiffID, bool) {
+	if !w.diffID.IsZero() {
+		return w.diffID, true
+	}
+	if s.opts.Blobs != nil {
+		d, ok, err := s.opts.Blobs.DiffID(ctx, w.target)
+		if err != nil {
+			log.G(ctx).WithError(err).Warnf("look for the image of %s", w.target.Digest())
+		}
+		if ok && w.leads(d) {
+			return d, true
+		}
+	}
+	return s.layers.Infer(w.parent, w.target)
 }
 
 // commitKnown commits the target, unless the same namespace was served it before, and returns

@@ -332,8 +332,9 @@ func (s *Store) Infer(parent, chain content.ChainID) (content.DiffID, bool) {
 		_, ok := s.diffs[diffKey{s.fidelity, d}]
 		return d, ok
 	}
+	leads := parent.Leads(chain)
 	for k := range s.diffs {
-		if k.fidelity == s.fidelity && parent.Chain(k.diffID) == chain {
+		if k.fidelity == s.fidelity && leads(k.diffID) {
 			return k.diffID, true
 		}
 	}

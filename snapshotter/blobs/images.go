@@ -78,22 +78,41 @@ func (im *images) blob(d digest.Digest) []*Image {
 	return im.byBlob[d]
 }
 
+// places returns where a chain stands in the images of the caller's namespace; nothing when there is none,
+// or containerd does not answer.
+func (s *Store) places(ctx context.Context, chain content.ChainID) ([]place, error) {
+	_, ns, err := outgoing(ctx)
+	if err != nil || s.silent() {
+		return nil, err
+	}
+	im := s.imagesOf(ns)
+	if found := im.chain(chain); len(found) > 0 {
+		return found, nil
+	}
+	if err := s.refresh(ctx, im); err != nil {
+		return nil, fmt.Errorf("images of namespace %s: %w", ns, err)
+	}
+	return im.chain(chain), nil
+}
+
+// DiffID tells from the images of the caller's namespace which layer a chainID ends in. It
+// follows from the hashes: any image that has the chainID has the same diffID there.
+func (s *Store) DiffID(ctx context.Context, chain content.ChainID) (d content.DiffID, ok bool, err error) {
+	found, err := s.places(ctx, chain)
+	if len(found) > 0 {
+		d, ok = found[0].image.DiffIDs[found[0].i], true
+	}
+	return d, ok, err
+}
+
 // Find looks for a layer by the chainID that it ends: the images of the caller's namespace
 // tell its blob and its diffID. ok is false when there is no such image, or its blob is not
 // (or not wholly) in the content store. hint names a blob that may be the one; it may be empty, or wrong.
 // What an image says of its layers is its maker's word: the caller compares the diffID after the ingest.
 func (s *Store) Find(ctx context.Context, chain content.ChainID, hint digest.Digest) (b layer.Blob, ok bool, err error) {
-	_, ns, err := outgoing(ctx)
-	if err != nil || s.silent() {
+	places, err := s.places(ctx, chain)
+	if err != nil {
 		return b, false, err
-	}
-	im := s.imagesOf(ns)
-	places := im.chain(chain)
-	if len(places) == 0 {
-		if err := s.refresh(ctx, im); err != nil {
-			return b, false, fmt.Errorf("images of namespace %s: %w", ns, err)
-		}
-		places = im.chain(chain)
 	}
 	seen := map[digest.Digest]bool{}
 	for _, p := range places {
@@ -106,7 +125,7 @@ func (s *Store) Find(ctx context.Context, chain content.ChainID, hint digest.Dig
 			return b, err == nil, err
 		}
 	}
-	if hint == "" || len(places) > 0 {
+	if hint == "" || len(places) > 0 || s.silent() {
 		return b, false, nil
 	}
 	b, err = s.Blob(ctx, ocispec.Descriptor{Digest: hint})
