@@ -113,8 +113,8 @@ func tortureImage(t *testing.T) []*image.Layer {
 	return layers
 }
 
-// The three ways a layer comes in: our differ applies what is fetched, Prepare finds the
-// blobs that overlayfs fetched before, and containerd's own applier fills a directory.
+// The ways a layer comes in: our differ applies what is fetched, one layer after the other or all side
+// by side, Prepare finds the blobs that overlayfs fetched before, and containerd's own applier fills a directory.
 func TestEqualityTorture(t *testing.T) {
 	t.Parallel()
 	implied := torture.ImpliedParents()
@@ -127,6 +127,8 @@ func TestEqualityTorture(t *testing.T) {
 	applied := comparison{ignore: rootfs.DiffOptions{RootTime: true, Times: atPull, Owners: implied}, correct: correctLinks, local: true}
 	noDiffer := exact
 	noDiffer.NoDiffer = true
+	sideBySide := exact
+	sideBySide.Plugins = map[string]map[string]any{"io.containerd.transfer.v1.local": {"max_concurrent_unpacks": 4}}
 	for _, tt := range []struct {
 		name  string
 		opts  node.Options
@@ -135,6 +137,7 @@ func TestEqualityTorture(t *testing.T) {
 	}{
 		{"apply", exact, []string{node.Snapshotter, "overlayfs"}, spec},
 		{"prepare", exact, []string{"overlayfs", node.Snapshotter}, spec},
+		{"side by side", sideBySide, []string{node.Snapshotter, "overlayfs"}, spec},
 		{"commit", noDiffer, []string{node.Snapshotter, "overlayfs"}, applied},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

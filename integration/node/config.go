@@ -60,6 +60,9 @@ func (n *Node) containerdConfig() ([]byte, error) {
 		"io.containerd.image-verifier.v1.bindir": table{"bin_dir": filepath.Join(n.dir, "opt/verifier")},
 		"io.containerd.monitor.task.v1.cgroups":  table{"no_prometheus": true},
 	}
+	if n.opts.CRI {
+		maps.Copy(plugins, n.criConfig(version))
+	}
 	for id, more := range n.opts.Plugins {
 		if have, ok := plugins[id].(table); ok {
 			maps.Copy(have, more)
@@ -79,6 +82,34 @@ func (n *Node) containerdConfig() ([]byte, error) {
 		"proxy_plugins":    proxies,
 		"plugins":          plugins,
 	})
+}
+
+// criConfig is the part that CRI reads. Its default snapshotter is dedup, if that is there.
+func (n *Node) criConfig(version int) table {
+	snapshotter := Snapshotter
+	if n.opts.NoDedup {
+		snapshotter = "overlayfs"
+	}
+	sandboxes := table{"default_runtime_name": "runc", "runtimes": table{"runc": table{
+		"runtime_type": "io.containerd.runc.v2",
+		"options":      table{"Root": filepath.Join(n.dir, "runc")},
+	}}}
+	cni := table{"conf_dir": filepath.Join(n.dir, "opt/cni/net.d")}
+	if version == 2 {
+		sandboxes["snapshotter"] = snapshotter
+		return table{"io.containerd.grpc.v1.cri": table{
+			"sandbox_image": n.opts.PauseImage, "disable_apparmor": true, "restrict_oom_score_adj": true,
+			"containerd": sandboxes, "cni": cni,
+		}}
+	}
+	return table{
+		"io.containerd.cri.v1.images": table{
+			"snapshotter": snapshotter, "pinned_images": table{"sandbox": n.opts.PauseImage},
+		},
+		"io.containerd.cri.v1.runtime": table{
+			"disable_apparmor": true, "restrict_oom_score_adj": true, "containerd": sandboxes, "cni": cni,
+		},
+	}
 }
 
 // staging reports whether a containerd commits read-only mounts without applying anything to them (2.4). Older
@@ -158,7 +189,7 @@ func (n *Node) fillBin() error {
 			links[name] = path
 		}
 	}
-	if path, err := MkfsErofs(); err == nil {
+	if path, err := MkfsErofs(); err == nil && !strings.HasPrefix(n.tools.Version, "1.") { // 1.7 has no erofs
 		links["mkfs.erofs"], n.opts.erofs = path, path
 	}
 	for name, target := range links {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
@@ -21,9 +22,13 @@ import (
 )
 
 // Ctr runs ctr and returns what it wrote to its standard output. The error holds what it
-// wrote to its standard error.
+// wrote to its standard error. It works in the containerd namespace of ctx, if that has one.
 func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
-	all := append([]string{"--address", n.Address(), "--namespace", Namespace}, args...)
+	namespace := Namespace
+	if ns, ok := namespaces.Namespace(ctx); ok {
+		namespace = ns
+	}
+	all := append([]string{"--address", n.Address(), "--namespace", namespace}, args...)
 	cmd := exec.CommandContext(ctx, filepath.Join(n.dir, "bin/ctr"), all...)
 	cmd.Env = n.env()
 	var out, errOut bytes.Buffer
@@ -37,6 +42,22 @@ func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
 // Pull pulls an image from a registry on loopback and unpacks it with a snapshotter.
 func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
 	_, err := n.Ctr(ctx, "image", "pull", "--plain-http", "--snapshotter", snapshotter, ref)
+	return err
+}
+
+// PullClient is Pull as nerdctl does it: with containerd's client library, unpacking what arrives.
+func (n *Node) PullClient(ctx context.Context, snapshotter, ref string) error {
+	plain := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts))})
+	_, err := n.client.Pull(ctx, ref, client.WithPullUnpack, client.WithPullSnapshotter(snapshotter), client.WithResolver(plain))
+	if err != nil {
+		return fmt.Errorf("client pull %s: %w", ref, err)
+	}
+	return nil
+}
+
+// Import imports an OCI layout or a docker archive from a tar and unpacks it.
+func (n *Node) Import(ctx context.Context, snapshotter, path string) error {
+	_, err := n.Ctr(ctx, "image", "import", "--snapshotter", snapshotter, path)
 	return err
 }
 

@@ -34,6 +34,8 @@ type Options struct {
 	Proxies map[string]string
 	// CRI switches containerd's CRI plugin on.
 	CRI bool
+	// PauseImage is the reference of what CRI runs in a sandbox.
+	PauseImage string
 	// ExternalGzip lets containerd and the daemon find igzip and unpigz.
 	ExternalGzip bool
 	// LogLevel of containerd; "" is "info".

@@ -1,0 +1,46 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// CRINamespace is the containerd namespace that CRI works in.
+const CRINamespace = "k8s.io"
+
+// CRI is the kubelet's side of containerd's socket.
+type CRI struct {
+	cri.ImageServiceClient
+	cri.RuntimeServiceClient
+	conn *grpc.ClientConn
+}
+
+// CRI connects to a node that was started with Options.CRI. The caller closes it.
+func (n *Node) CRI(ctx context.Context) (*CRI, error) {
+	conn, err := grpc.NewClient("unix://"+n.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, fmt.Errorf("connect to CRI: %w", err)
+	}
+	c := &CRI{cri.NewImageServiceClient(conn), cri.NewRuntimeServiceClient(conn), conn}
+	if _, err := c.Status(ctx, &cri.StatusRequest{}, grpc.WaitForReady(true)); err != nil {
+		return nil, errors.Join(fmt.Errorf("ask CRI for its status: %w", err), conn.Close())
+	}
+	return c, nil
+}
+
+// Close ends the connection.
+func (c *CRI) Close() error { return c.conn.Close() }
+
+// Pull pulls an image as the kubelet does.
+func (c *CRI) Pull(ctx context.Context, ref string) error {
+	_, err := c.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
+	if err != nil {
+		return fmt.Errorf("CRI pull %s: %w", ref, err)
+	}
+	return nil
+}
