@@ -37,8 +37,8 @@ func prepareMemory(ctx context.Context, s *stage) (func(context.Context, *Trial)
 	if len(images) > 0 {
 		return memory{images}.trial, "", nil
 	}
-	share := min(1, 0.25*s.opts.Scale)
-	layers, err := cached(ctx, fmt.Sprintf("memory-1-%g", share), nearEqual, func(dir string) ([]*image.Layer, error) {
+	share := min(1, 0.5*s.opts.Scale)
+	layers, err := cached(ctx, fmt.Sprintf("memory-2-%g", share), nearEqual, func(dir string) ([]*image.Layer, error) {
 		return s.nearEqual(ctx, dir, share)
 	})
 	if err != nil {
@@ -74,15 +74,24 @@ func (s *stage) nearEqual(ctx context.Context, dir string, share float64) ([]*im
 	return layers, eg.Wait()
 }
 
-// rebuilt writes a layer as a build of its own would have it. share is the part of its files that is
-// taken.
+// chosen takes a share of a site-packages, whole packages each: Django with all it has, but no boto.
+func chosen(name string, share float64) bool {
+	parts := strings.Split(strings.TrimSuffix(name, "/"), "/")
+	const depth = 6 // usr/local/lib/python3/dist-packages/package
+	if len(parts) < depth {
+		return true
+	}
+	sum := fnv.New32a()
+	fmt.Fprint(sum, parts[depth-1])
+	return float64(sum.Sum32()%1000) < share*1000
+}
+
+// rebuilt writes a layer as a build of its own would have it. share is the part of its packages
+// that is taken.
 func rebuilt(w io.Writer, l *image.Layer, build int, share float64) error {
 	tw := tar.NewWriter(w)
 	err := eachMember(l, func(h *tar.Header, tr *tar.Reader) error {
-		sum := fnv.New32a()
-		fmt.Fprint(sum, h.Name)
-		link := h.Typeflag == tar.TypeLink // its target may be left out
-		if h.Typeflag != tar.TypeDir && (link || float64(sum.Sum32()%1000) >= share*1000) {
+		if !chosen(h.Name, share) {
 			return nil
 		}
 		h.Uid, h.Gid = 1000+build, 1000+build
