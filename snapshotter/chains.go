@@ -17,6 +17,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
@@ -52,6 +53,9 @@ type chains struct {
 	mu sync.Mutex // guards what follows
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
 	busy map[chainName]chan struct{}
+	// sizes are what the images occupy.
+	sizes map[chainName]int64
+	used  layer.Usage // the sum
 	// users are the ids of active snapshots and views, by chain, and the way back.
 	users map[chainName]map[string]bool
 	byID  map[string]chainName
@@ -63,12 +67,23 @@ func openChains(images, staging, mnt string, merge func(context.Context, []conte
 	if err := os.MkdirAll(mnt, 0o700); err != nil {
 		return nil, fmt.Errorf("create mount directory: %w", err)
 	}
-	return &chains{
+	c := &chains{
 		images: images, staging: staging, mnt: mnt, merge: merge,
 		busy:  map[chainName]chan struct{}{},
+		sizes: map[chainName]int64{},
 		users: map[chainName]map[string]bool{},
 		byID:  map[string]chainName{},
-	}, nil
+	}
+	names, err := c.list()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		if err := c.measure(n); err != nil {
+			return nil, err
+		}
+	}
+	return c, nil
 }
 
 func (c *chains) mountPoint(n chainName) string { return filepath.Join(c.mnt, n.Hex()) }
@@ -179,7 +194,39 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 	if err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), c.image(n))
+	if err := os.Rename(f.Name(), c.image(n)); err != nil {
+		return err
+	}
+	return c.measure(n)
+}
+
+// measure notes what an image occupies, also one that is gone.
+func (c *chains) measure(n chainName) error {
+	var st unix.Stat_t
+	err := unix.Stat(c.image(n), &st)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("measure chain image: %w", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old, ok := c.sizes[n]; ok {
+		c.used.Bytes -= old
+		c.used.Inodes--
+		delete(c.sizes, n)
+	}
+	if err == nil {
+		c.sizes[n] = st.Blocks * 512
+		c.used.Bytes += c.sizes[n]
+		c.used.Inodes++
+	}
+	return nil
+}
+
+// usage is what all images occupy.
+func (c *chains) usage() layer.Usage {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.used
 }
 
 // ensure makes sure that a chain is mounted.
@@ -281,5 +328,5 @@ func (c *chains) drop(n chainName) error {
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
-	return errors.Join(err, c.unmount(n))
+	return errors.Join(err, c.measure(n), c.unmount(n))
 }

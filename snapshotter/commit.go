@@ -88,7 +88,7 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 		if key, old, err = s.activeByID(ctx, id); err != nil {
 			return err
 		}
-		return setPrivate(ctx, key, id, layerLabels(in))
+		return setPrivate(ctx, key, id, map[string]string{labelLayer: in.Layer.Hex()})
 	})
 	if err != nil {
 		s.layers.Release(in.Layer)
@@ -126,11 +126,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
 	_, applied := layerOf(active)
-	usage := addedUsage(active.Labels)
+	var usage snapshots.Usage
 	labels := maps.Clone(base.Labels)
 	if applied {
 		labels = withPrivate(labels, active.Labels)
-		for _, l := range []string{labelBytes, labelInodes, labelUpdated, labelStaged} {
+		for _, l := range []string{labelUpdated, labelStaged} {
 			delete(labels, l)
 		}
 	} else {

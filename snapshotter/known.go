@@ -164,8 +164,7 @@ func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, label
 			return err
 		}
 		s.refs.add(target, name)
-		usage := snapshots.Usage{Size: in.Added.Bytes, Inodes: in.Added.Inodes}
-		_, err := storage.CommitActive(ctx, key, name, usage, snapshots.WithLabels(labels))
+		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage{}, snapshots.WithLabels(labels))
 		return err
 	})
 	if err != nil {
@@ -190,7 +189,7 @@ func hitName(namespace, parent, target string) string {
 // so (2.4 and newer). It takes the hold that in carries.
 func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string, in layer.Ingested) ([]mount.Mount, error) {
 	labels = maps.Clone(labels)
-	maps.Copy(labels, layerLabels(in))
+	labels[labelLayer] = in.Layer.Hex()
 	labels[labelStaged] = "true"
 	var id string
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {

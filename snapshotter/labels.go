@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"strconv"
 	"strings"
 	"time"
 
@@ -13,7 +12,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 const (
@@ -26,10 +24,6 @@ const (
 	labelPending = labelPrefix + "pending"
 	// labelNamespace is the containerd namespace of the client who committed the snapshot.
 	labelNamespace = labelPrefix + "namespace"
-	// labelBytes and labelInodes are what the layer added to the disk for this snapshot.
-	labelBytes  = labelPrefix + "added-bytes"
-	labelInodes = labelPrefix + "added-inodes"
-
 	// labelUpdated is when a client last changed the snapshot, where we have changed it since.
 	labelUpdated = labelPrefix + "updated"
 
@@ -78,20 +72,6 @@ func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
 func layerOf(info snapshots.Info) (content.LayerID, bool) {
 	sum, err := content.ParseSum(info.Labels[labelLayer])
 	return content.LayerID{Sum: sum}, err == nil
-}
-
-func layerLabels(in layer.Ingested) map[string]string {
-	return map[string]string{
-		labelLayer:  in.Layer.Hex(),
-		labelBytes:  strconv.FormatInt(in.Added.Bytes, 10),
-		labelInodes: strconv.FormatInt(in.Added.Inodes, 10),
-	}
-}
-
-func addedUsage(labels map[string]string) (u snapshots.Usage) {
-	u.Size, _ = strconv.ParseInt(labels[labelBytes], 10, 64)
-	u.Inodes, _ = strconv.ParseInt(labels[labelInodes], 10, 64)
-	return u
 }
 
 // setPrivate replaces private labels of the stored snapshot that has both key and id; an empty value

@@ -297,8 +297,9 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return visible(out), err
 }
 
-// Usage of an active snapshot is that of its directory; a committed one keeps what storing its
-// layer added to the disk, which is nothing when the layer was known.
+// Usage of an active snapshot is that of its directory. A committed one has its part in all that is stored
+// for committed ones, so that the sum over all snapshots is what the disk holds, which is what
+// the kubelet wants to know.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	var id string
 	var info snapshots.Info
@@ -306,11 +307,15 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		id, info, usage, err = storage.GetInfo(ctx, key)
 		return err
 	})
-	if err != nil || info.Kind != snapshots.KindActive {
+	if err != nil {
 		return usage, err
 	}
-	if _, ok := layerOf(info); ok {
-		return addedUsage(info.Labels), nil
+	if lid, ok := layerOf(info); ok {
+		u := s.layers.Share(lid, s.chains.usage())
+		return snapshots.Usage{Size: u.Bytes, Inodes: u.Inodes}, nil
+	}
+	if info.Kind != snapshots.KindActive {
+		return usage, nil // a view, or one whose directory is about to be ingested
 	}
 	du, err := fs.DiskUsage(ctx, s.upper(id))
 	if err != nil {

@@ -229,7 +229,9 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 	if err := os.Rename(tmp, s.treePath(id)); err != nil {
 		return fmt.Errorf("note tar of layer: %w", err)
 	}
-	s.layers[id].facts = facts
+	st := s.layers[id]
+	st.facts = facts
+	s.setFile(st, int64(len(file)))
 	s.insertTar(id, t)
 	return nil
 }
@@ -256,12 +258,11 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 // publish makes all that a layer consists of durable, then the layer visible.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (Usage, error) {
 	used := ss.added
-	size := func(n int) int64 { return int64(n+blockSize-1) &^ (blockSize - 1) }
 	file, err := enc.Marshal(facts)
 	if err != nil {
 		return Usage{}, fmt.Errorf("encode tree: %w", err)
 	}
-	used.Bytes += size(len(file))
+	used.Bytes += blocks(int64(len(file)))
 	used.Inodes++
 	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
 	if file, err = tree.WithFacts(file, facts); err != nil {
@@ -278,13 +279,14 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 		return Usage{}, errors.Join(fmt.Errorf("sync %s: %w", s.root, err), os.Remove(tmp))
 	}
 	clock.mark("sync")
-	if err := s.commit(enc.ID, tmp, facts); err != nil {
+	s.objects.MeasureDirectories()
+	if err := s.commit(enc.ID, tmp, facts, int64(len(file))); err != nil {
 		return Usage{}, err
 	}
 	return used, nil
 }
 
-func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts) error {
+func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if st := s.layers[id]; st != nil {
@@ -296,7 +298,7 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts) error {
 	if err := syncDir(s.path(dirLayers)); err != nil {
 		return fmt.Errorf("commit layer %s: %w", id, err)
 	}
-	s.insert(id, facts, 1)
+	s.insert(id, facts, 1, size)
 	return nil
 }
 

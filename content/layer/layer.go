@@ -114,6 +114,9 @@ type Store struct {
 	diffs    map[diffKey]content.LayerID
 	blobs    map[blobKey]tree.Tar
 	payloads map[content.PayloadDigest][]content.LayerID
+	// trees is what the tree files occupy, weight the sum of all layers'.
+	trees  Usage
+	weight int64
 }
 
 type (
@@ -129,7 +132,8 @@ type (
 	state struct {
 		facts tree.Facts
 		holds int
-		taken int // holds ever taken, those given back too
+		taken int   // holds ever taken, those given back too
+		file  int64 // what the tree file occupies
 	}
 )
 
@@ -137,8 +141,10 @@ const (
 	dirObjects = "objects"
 	dirLayers  = "layers"
 	dirIngest  = "ingest"
-	// fileClean exists while no daemon is running and the last one stopped cleanly.
-	fileClean = "clean"
+	// fileClean exists while no daemon is running and the last one stopped cleanly. It says what the
+	// objects occupy, which nobody else knows without looking at each.
+	fileClean   = "clean"
+	cleanFormat = "objects: %d bytes, %d inodes\n"
 	// memoryLimit bounds the payload bytes that wait for hashing and writing.
 	memoryLimit = 64 << 20
 )
@@ -233,14 +239,22 @@ func (s *Store) closeFiles() {
 
 // markRunning takes the mark of a clean stop away and reports whether it was there.
 func (s *Store) markRunning() (clean bool, err error) {
-	err = os.Remove(s.path(fileClean))
+	mark, err := os.ReadFile(s.path(fileClean))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
+	}
+	if err == nil {
+		err = os.Remove(s.path(fileClean))
 	}
 	if err != nil {
 		return false, fmt.Errorf("mark store as running: %w", err)
 	}
-	return true, unix.Fsync(s.rootFd)
+	var bytes, inodes int64
+	if _, err := fmt.Sscanf(string(mark), cleanFormat, &bytes, &inodes); err == nil {
+		clean = true
+		s.objects.SetUsed(bytes, inodes)
+	}
+	return clean, unix.Fsync(s.rootFd)
 }
 
 // load reads the headers of all trees. complete is false when the tree of a live layer
@@ -267,8 +281,12 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (comple
 			complete = false
 			continue
 		}
+		fi, err := os.Stat(s.treePath(id))
+		if err != nil {
+			return false, false, fmt.Errorf("read layer: %w", err)
+		}
 		s.objects.Load(objects)
-		s.insert(id, facts, holds[id])
+		s.insert(id, facts, holds[id], fi.Size())
 		delete(holds, id)
 	}
 	for id, n := range holds {
@@ -280,9 +298,12 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (comple
 	return complete, dropped, nil
 }
 
-// insert makes a layer visible. Under mu, or before the store is shared.
-func (s *Store) insert(id content.LayerID, facts tree.Facts, holds int) {
-	s.layers[id] = &state{facts: facts, holds: holds, taken: holds}
+// insert makes a layer visible; size is its tree file's. Under mu, or before the store is shared.
+func (s *Store) insert(id content.LayerID, facts tree.Facts, holds int, size int64) {
+	st := &state{facts: facts, holds: holds, taken: holds}
+	s.layers[id] = st
+	s.weight += st.weight()
+	s.setFile(st, size)
 	s.payloads[facts.Payload] = append(s.payloads[facts.Payload], id)
 	for _, t := range facts.Tars {
 		s.insertTar(id, t)
@@ -302,12 +323,16 @@ func (s *Store) Close() (err error) {
 		s.flights.wait()
 		s.gc.Wait()
 		if err = unix.Syncfs(s.rootFd); err == nil {
-			err = os.WriteFile(s.path(fileClean), nil, 0o600)
+			bytes, inodes := s.objects.Used()
+			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
 		}
 		s.closeFiles()
 	})
 	return err
 }
+
+// Wait waits until what has been released by now is removed.
+func (s *Store) Wait() { s.gc.Wait() }
 
 // ObjectsDir is the data-only lower layer of every mount.
 func (s *Store) ObjectsDir() string { return s.objects.Dir() }
@@ -381,6 +406,7 @@ func (s *Store) remove(id content.LayerID) error {
 	for _, o := range objects {
 		errs = append(errs, s.objects.Unref(o, 1))
 	}
+	s.objects.MeasureDirectories()
 	return errors.Join(errs...)
 }
 
@@ -399,6 +425,8 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 		return nil, err
 	}
 	delete(s.layers, id)
+	s.weight -= st.weight()
+	s.setFile(st, 0)
 	for _, t := range st.facts.Tars {
 		delete(s.diffs, diffKey{t.Fidelity, t.DiffID})
 		for _, b := range t.Blobs {

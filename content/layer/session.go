@@ -22,8 +22,6 @@ const (
 	// bufferMax is the largest payload that is read whole into memory, so that it is
 	// written only when the store does not have it. Larger ones are staged in a file.
 	bufferMax = 16 << 20
-	// blockSize and inodeless are how disk usage of an object is estimated.
-	blockSize = 4096
 	// claimMin is the smallest declared size that is checked against the free space.
 	claimMin = 64 << 20
 )
@@ -195,7 +193,7 @@ func (ss *session) took(id content.ObjectID, added int64) {
 	defer ss.mu.Unlock()
 	ss.refs[id]++
 	if added > 0 {
-		ss.added.Bytes += (added + blockSize - 1) &^ (blockSize - 1)
+		ss.added.Bytes += blocks(added)
 		ss.added.Inodes++
 	}
 }

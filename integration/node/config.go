@@ -98,13 +98,13 @@ func (n *Node) criConfig(version int) table {
 	if version == 2 {
 		sandboxes["snapshotter"] = snapshotter
 		return table{"io.containerd.grpc.v1.cri": table{
-			"sandbox_image": n.opts.PauseImage, "disable_apparmor": true, "restrict_oom_score_adj": true,
+			"sandbox_image": n.opts.PauseImage, "stats_collect_period": 1, "disable_apparmor": true, "restrict_oom_score_adj": true,
 			"containerd": sandboxes, "cni": cni,
 		}}
 	}
 	return table{
 		"io.containerd.cri.v1.images": table{
-			"snapshotter": snapshotter, "pinned_images": table{"sandbox": n.opts.PauseImage},
+			"snapshotter": snapshotter, "stats_collect_period": 1, "pinned_images": table{"sandbox": n.opts.PauseImage},
 		},
 		"io.containerd.cri.v1.runtime": table{
 			"disable_apparmor": true, "restrict_oom_score_adj": true, "containerd": sandboxes, "cni": cni,
