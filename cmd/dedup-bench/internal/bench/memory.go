@@ -1,11 +1,8 @@
 package bench
 
 import (
-	"archive/tar"
 	"context"
-	"errors"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"os"
 	"strings"
@@ -38,7 +35,7 @@ func prepareMemory(ctx context.Context, s *stage) (func(context.Context, *Trial)
 		return memory{images}.trial, "", nil
 	}
 	share := min(1, 0.5*s.opts.Scale)
-	layers, err := cached(ctx, fmt.Sprintf("memory-2-%g", share), nearEqual, func(dir string) ([]*image.Layer, error) {
+	layers, err := cached(ctx, fmt.Sprintf("memory-3-%g", share), nearEqual, func(dir string) ([]*image.Layer, error) {
 		return s.nearEqual(ctx, dir, share)
 	})
 	if err != nil {
@@ -66,56 +63,12 @@ func (s *stage) nearEqual(ctx context.Context, dir string, share float64) ([]*im
 	for i := range layers {
 		eg.Go(func() (err error) {
 			layers[i], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error {
-				return rebuilt(w, apps[0], i, share)
+				return rebuilt(w, apps[0], i, func(pkg string) bool { return inShare(share, pkg) })
 			})
 			return err
 		})
 	}
 	return layers, eg.Wait()
-}
-
-// chosen takes a share of a site-packages, whole packages each: Django with all it has, but no boto.
-func chosen(name string, share float64) bool {
-	parts := strings.Split(strings.TrimSuffix(name, "/"), "/")
-	const depth = 6 // usr/local/lib/python3/dist-packages/package
-	if len(parts) < depth {
-		return true
-	}
-	sum := fnv.New32a()
-	fmt.Fprint(sum, parts[depth-1])
-	return float64(sum.Sum32()%1000) < share*1000
-}
-
-// rebuilt writes a layer as a build of its own would have it. share is the part of its packages
-// that is taken.
-func rebuilt(w io.Writer, l *image.Layer, build int, share float64) error {
-	tw := tar.NewWriter(w)
-	err := eachMember(l, func(h *tar.Header, tr *tar.Reader) error {
-		if !chosen(h.Name, share) {
-			return nil
-		}
-		h.Uid, h.Gid = 1000+build, 1000+build
-		if !strings.HasSuffix(h.Name, ".py") { // the compiled file beside it knows its mtime
-			h.ModTime = h.ModTime.Add(time.Duration(build) * time.Hour)
-		}
-		if err := tw.WriteHeader(h); err != nil {
-			return fmt.Errorf("write %s: %w", h.Name, err)
-		}
-		_, err := io.Copy(tw, tr)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	text := fmt.Sprintf("build %d\n", build)
-	return errors.Join(
-		tw.WriteHeader(&tar.Header{Name: "build", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(text)), ModTime: image.DefaultTime}),
-		writeAll(tw, text), tw.Close())
-}
-
-func writeAll(w io.Writer, text string) error {
-	_, err := io.WriteString(w, text)
-	return err
 }
 
 type memory struct{ images []Image }

@@ -46,7 +46,8 @@ func groups() []group {
 		{[]string{"cold", "rebuild", "known", "delete"}, 9, preparePulls},
 		{[]string{"start", "read", "restart"}, 8, prepareUse},
 		{[]string{"layers100"}, 6, prepareLayers},
-		{[]string{"memory"}, 10, prepareMemory},
+		{[]string{"fleet"}, 15, prepareFleet},
+		{[]string{"memory"}, 6, prepareMemory},
 		{[]string{"scale"}, 10, prepareScale},
 	}
 }

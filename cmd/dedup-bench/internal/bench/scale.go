@@ -170,9 +170,12 @@ func (sc scaled) snapshotCalls(ctx context.Context, t *Trial) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("mounts: %w", err)
 	}
-	for name, all := range map[string][]time.Duration{"Prepare": prepare, "Mounts": mounts} {
-		t.record("scale", name+", median", "s", all[len(all)/2].Seconds())
-		t.record("scale", name+", 99th percentile", "s", all[len(all)*99/100].Seconds())
+	for _, call := range []struct {
+		name string
+		took []time.Duration
+	}{{"Prepare", prepare}, {"Mounts", mounts}} {
+		t.record("scale", call.name+", median", "s", call.took[len(call.took)/2].Seconds())
+		t.record("scale", call.name+", 99th percentile", "s", call.took[len(call.took)*99/100].Seconds())
 	}
 	return keys[0], nil
 }

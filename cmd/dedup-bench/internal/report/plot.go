@@ -72,9 +72,17 @@ func (r Report) figure(scenario string) ([]byte, error) {
 		}}
 		p.Draw(draw.Crop(area, 8, -8, 8, -8))
 	}
+	return encode(svg)
+}
+
+// encode names fonts of the same widths for readers without Liberation.
+func encode(svg *vgsvg.Canvas) ([]byte, error) {
 	var buf bytes.Buffer
-	_, err := svg.WriteTo(&buf)
-	return buf.Bytes(), err
+	if _, err := svg.WriteTo(&buf); err != nil {
+		return nil, err
+	}
+	return bytes.ReplaceAll(buf.Bytes(), []byte("font-family:Liberation Sans;"),
+		[]byte("font-family:'Liberation Sans',Arial,Helvetica,sans-serif;")), nil
 }
 
 // frame paints a page's ground, its head and, below, what all was measured on.
@@ -136,6 +144,7 @@ func (r Report) panel(scenario, metric string) (*plot.Plot, error) {
 		p.Title.Text += " [" + unit + "]"
 	}
 	p.Title.TextStyle = style(10, false)
+	p.Title.TextStyle.XAlign, p.Title.TextStyle.YAlign = text.XCenter, text.YTop
 	p.Title.Padding = vg.Points(4)
 	var labels []string
 	for i, s := range subjects {

@@ -1,7 +1,6 @@
 package report
 
 import (
-	"bytes"
 	"fmt"
 	"image/color"
 	"math"
@@ -46,9 +45,7 @@ func (r Report) ratios() ([]byte, error) {
 		Min: vg.Point{X: 0, Y: footHeight}, Max: vg.Point{X: width, Y: height - headHeight},
 	}}
 	p.Draw(draw.Crop(area, 10, -16, 4, -4))
-	var buf bytes.Buffer
-	_, err := svg.WriteTo(&buf)
-	return buf.Bytes(), err
+	return encode(svg)
 }
 
 func powers() []plot.Tick {
