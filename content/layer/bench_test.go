@@ -1,14 +1,13 @@
 package layer
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
-
-	"context"
 
 	"github.com/opencontainers/go-digest"
 
@@ -51,6 +50,13 @@ func benchIngest(b *testing.B, fresh bool) {
 		b.Fatal(err)
 	}
 	b.SetBytes(hold.TarSize)
+	facts, err := s.Facts(hold.Layer)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(facts.Entries), "ns/file")
+	}()
 	for i := 0; b.Loop(); i++ {
 		if fresh {
 			b.StopTimer()
@@ -73,3 +79,21 @@ func BenchmarkIngestNew(b *testing.B) { benchIngest(b, true) }
 
 // BenchmarkIngestKnown ingests another blob of a layer of which everything is known.
 func BenchmarkIngestKnown(b *testing.B) { benchIngest(b, false) }
+
+// BenchmarkLookup finds a layer by its diffID.
+func BenchmarkLookup(b *testing.B) {
+	open := benchLayer(b)
+	s := openStore(b, b.TempDir(), content.Python)
+	in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString("blob"), Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		id, ok := s.Lookup(in.DiffID)
+		if !ok {
+			b.Fatal("a layer is not known")
+		}
+		s.Release(id)
+	}
+}
