@@ -77,7 +77,7 @@ func matrixNode(t *testing.T, reference *node.Node, opts node.Options) {
 	}
 	for _, cl := range []puller{
 		{name: "ctr", pull: pull(n.Pull), namespace: "ctr", other: "ctr-2"},
-		{name: "client", pull: pull(n.PullClient), namespace: "client", other: "client-2"},
+		{name: "client", pull: func(ctx context.Context, ref string) error { return n.PullClient(ctx, node.Snapshotter, ref) }, namespace: "client", other: "client-2"},
 		{name: "ctr-local", pull: pull(n.PullLocal), namespace: "local", other: "local-2", fetchesAll: true},
 		{name: "CRI", pull: c.Pull, namespace: node.CRINamespace},
 	} {

@@ -117,7 +117,7 @@ func TestCommandLineErrors(t *testing.T) {
 		code int
 		want []string
 	}{
-		{"", exitUsage, []string{"what to do is missing: status, layers, duplicates, config"}},
+		{"", exitUsage, []string{"what to do is missing: status, layers, duplicates, complete, config"}},
 		{"stauts", exitUsage, []string{`unknown command "stauts": want status,`}},
 		{"status now", exitUsage, []string{`status: unexpected argument "now"`}},
 		{"status --jsn", exitUsage, []string{"-jsn", "see --help"}},

@@ -61,7 +61,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
-		Commands:        []*cli.Command{statusCommand(), layersCommand(), duplicatesCommand(), configCommand()},
+		Commands:        []*cli.Command{statusCommand(), layersCommand(), duplicatesCommand(), completeCommand(), configCommand()},
 		Action:          needVerb,
 		Writer:          stdout,
 		ErrWriter:       stderr,
@@ -94,7 +94,7 @@ func prepare(commands []*cli.Command) {
 		c.Flags = append(c.Flags, globalFlags()...)
 		action := c.Action
 		c.Action = func(c *cli.Context) error {
-			if c.NArg() > 0 {
+			if c.NArg() > 0 && c.Command.ArgsUsage == "" {
 				return usageError{fmt.Errorf("%s: unexpected argument %q (see --help)", c.Command.FullName(), c.Args().First())}
 			}
 			return action(c)

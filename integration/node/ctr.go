@@ -46,9 +46,10 @@ func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
 }
 
 // PullClient is Pull as nerdctl does it: with containerd's client library, unpacking what arrives.
-func (n *Node) PullClient(ctx context.Context, snapshotter, ref string) error {
+func (n *Node) PullClient(ctx context.Context, snapshotter, ref string, opts ...client.RemoteOpt) error {
 	plain := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts))})
-	_, err := n.client.Pull(ctx, ref, client.WithPullUnpack, client.WithPullSnapshotter(snapshotter), client.WithResolver(plain))
+	opts = append([]client.RemoteOpt{client.WithPullUnpack, client.WithPullSnapshotter(snapshotter), client.WithResolver(plain)}, opts...)
+	_, err := n.client.Pull(ctx, ref, opts...)
 	if err != nil {
 		return fmt.Errorf("client pull %s: %w", ref, err)
 	}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/urfave/cli/v2"
+)
+
+const defaultContainerd = "/run/containerd/containerd.sock"
+
+// Completed is what `dedupctl complete --json` prints.
+type Completed struct {
+	Image   string          `json:"image"`
+	Fetched []CompletedBlob `json:"fetched"`
+	// PresentBytes are those of the blobs that were there already.
+	PresentBytes int64 `json:"present_bytes"`
+	FetchedBytes int64 `json:"fetched_bytes"`
+}
+
+// CompletedBlob is a blob that was missing.
+type CompletedBlob struct {
+	Digest    string `json:"digest"`
+	MediaType string `json:"media_type"`
+	Bytes     int64  `json:"bytes"`
+}
+
+func completeCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "complete",
+		Usage:     "fetch the blobs that a pull left out because their layers were known",
+		ArgsUsage: "IMAGE",
+		Description: "A layer that the node knows is not downloaded, so its blob is missing where somebody wants the\n" +
+			"image as such: ctr image push, export, convert, or another snapshotter. This fetches what is missing from\n" +
+			"the registry that IMAGE names, checked by digest, and keeps it as long as the image. No layer is unpacked.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
+			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the image", Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+			&cli.BoolFlag{Name: "all-platforms", Usage: "fetch what belongs to other platforms too"},
+			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password may stand in DEDUP_REGISTRY_PASSWORD"},
+			&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry", Value: "/etc/containerd/certs.d"},
+			&cli.BoolFlag{Name: "plain-http", Usage: "the registry speaks HTTP without TLS"},
+		},
+		Action: runComplete,
+	}
+}
+
+func runComplete(c *cli.Context) error {
+	name := c.Args().First()
+	if c.NArg() != 1 {
+		return usageError{errors.New("complete: want one IMAGE, as `ctr images ls` shows it (see --help)")}
+	}
+	ctx := namespaces.WithNamespace(c.Context, c.String("namespace"))
+	ctd, err := dialContainerd(ctx, c.String("containerd-address"))
+	if err != nil {
+		return err
+	}
+	defer ctd.Close()
+	img, err := ctd.ImageService().Get(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("no image %q in containerd's namespace %q: see `ctr -n %s images ls -q`, or name the namespace with --namespace", name, c.String("namespace"), c.String("namespace"))
+	}
+	if err != nil {
+		return fmt.Errorf("look up image %s: %w", name, err)
+	}
+	fetcher, err := resolver(c).Fetcher(ctx, name)
+	if err != nil {
+		return fmt.Errorf("registry of %s: %w", name, err)
+	}
+	ctx, done, err := ctd.WithLease(ctx)
+	if err != nil {
+		return fmt.Errorf("take a lease: %w", err)
+	}
+	defer func() { _ = done(context.WithoutCancel(ctx)) }() // it would expire by itself
+	match := platforms.Only(platforms.DefaultSpec())
+	if c.Bool("all-platforms") {
+		match = platforms.All
+	}
+	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " fetched" })
+	err = out.run(ctx, img, match)
+	stop()
+	if err != nil {
+		return fmt.Errorf("complete %s: %w%s", name, err, registryHint(err))
+	}
+	return print(c, out.result, printCompleted)
+}
+
+func printCompleted(w io.Writer, v Completed) {
+	if len(v.Fetched) == 0 {
+		fmt.Fprintf(w, "%s is complete: all of its %s are there.\n", v.Image, size(v.PresentBytes))
+		return
+	}
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "BLOB\tSIZE\tTYPE")
+		for _, b := range v.Fetched {
+			fmt.Fprintf(w, "%s\t%s\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
+		}
+	})
+	fmt.Fprintf(w, "\n%s of %s fetched, %s; %s were there.\n", plural(int64(len(v.Fetched)), "blob", "blobs"), v.Image, size(v.FetchedBytes), size(v.PresentBytes))
+}
+
+// dialContainerd connects, and says what to do where that fails.
+func dialContainerd(ctx context.Context, socket string) (*client.Client, error) {
+	probe, err := dial(ctx, socket)
+	if err != nil {
+		return nil, explainDial(socket, "containerd", "--containerd-address", err)
+	}
+	probe.Close()
+	c, err := client.New(socket, client.WithTimeout(10*time.Second))
+	if err != nil {
+		return nil, fmt.Errorf("connect to containerd at %s: %w", socket, err)
+	}
+	return c, nil
+}
+
+// resolver finds registries as ctr and nerdctl do.
+func resolver(c *cli.Context) remotes.Resolver {
+	opts := dockerconfig.HostOptions{}
+	if dir := c.String("hosts-dir"); dir != "" {
+		opts.HostDir = dockerconfig.HostDirFromRoot(dir)
+	}
+	if c.Bool("plain-http") {
+		opts.DefaultScheme = "http"
+	}
+	if user := c.String("user"); user != "" {
+		name, password, given := strings.Cut(user, ":")
+		if !given {
+			password = os.Getenv("DEDUP_REGISTRY_PASSWORD")
+		}
+		opts.Credentials = func(string) (string, string, error) { return name, password, nil }
+	}
+	return docker.NewResolver(docker.ResolverOptions{Hosts: dockerconfig.ConfigureHosts(c.Context, opts)})
+}
+
+func registryHint(err error) string {
+	switch text := err.Error(); {
+	case strings.Contains(text, "HTTP response to HTTPS client"):
+		return "\n  the registry speaks plain HTTP: --plain-http"
+	case errdefs.IsUnauthorized(err), strings.Contains(text, "401"), strings.Contains(text, "403"):
+		return "\n  the registry wants to know who asks: --user USER, and the password in DEDUP_REGISTRY_PASSWORD"
+	case errdefs.IsNotFound(err):
+		return "\n  the registry does not have it any more: push the image there again from where it is complete"
+	}
+	return ""
+}
+
+// completion fetches what an image lacks.
+type completion struct {
+	store   content.Store
+	fetcher remotes.Fetcher
+
+	mu     sync.Mutex // guards result
+	result Completed
+}
+
+func (c *completion) run(ctx context.Context, img images.Image, match platforms.MatchComparer) error {
+	children := images.SetChildrenMappedLabels(c.store, images.FilterPlatforms(images.ChildrenHandler(c.store), match), nil)
+	return images.Dispatch(ctx, images.Handlers(images.HandlerFunc(c.fetch), children), nil, img.Target)
+}
+
+// fetch fetches one blob, unless it is there.
+func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	_, err := c.store.Info(ctx, desc.Digest)
+	if err == nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.result.PresentBytes += desc.Size
+		return nil, nil
+	}
+	if !errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("blob %s: %w", desc.Digest, err)
+	}
+	if _, err := remotes.FetchHandler(c.store, c.fetcher)(ctx, desc); err != nil {
+		return nil, fmt.Errorf("fetch blob %s (%s): %w", desc.Digest, size(desc.Size), err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.result.Fetched = append(c.result.Fetched, CompletedBlob{desc.Digest.String(), desc.MediaType, desc.Size})
+	c.result.FetchedBytes += desc.Size
+	return nil, nil
+}
+
+// soFar is how many bytes have arrived.
+func (c *completion) soFar(ctx context.Context) int64 {
+	running, err := c.store.ListStatuses(ctx)
+	if err != nil {
+		return 0
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := c.result.FetchedBytes
+	for _, s := range running {
+		n += s.Offset
+	}
+	return n
+}
