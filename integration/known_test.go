@@ -1,7 +1,11 @@
 package integration
 
 import (
+	"context"
+	"fmt"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -48,6 +52,54 @@ func TestKnownLayersAreNotDownloaded(t *testing.T) {
 			if h == l.Hash {
 				t.Errorf("blob %s of a known layer was downloaded", h)
 			}
+		}
+	}
+}
+
+// Ten clients that pull ten images with the same unknown layers at once fetch and read each layer once, and one that
+// is killed on the way harms nobody.
+func TestClientsMeet(t *testing.T) {
+	t.Parallel()
+	n, r := startDedup(t, node.Options{Daemon: map[string]any{"log_level": "debug"}}), startRegistry(t)
+	shared := []*image.Layer{busybox(t)}
+	for i := range 3 {
+		shared = append(shared, layer(t, payload("shared", fmt.Sprintf("shared-%d", i), 16<<20)))
+	}
+	refs := make([]string, 10)
+	for i := range refs {
+		own := layer(t, payload("own", fmt.Sprintf("own-%d", i), 9000))
+		refs[i] = push(t, r, fmt.Sprintf("meet:%d", i), append(shared[:len(shared):len(shared)], own)...)
+	}
+	ctx := testContext(t)
+	var wg sync.WaitGroup
+	for i, ref := range refs {
+		wg.Go(func() {
+			ctx := ctx
+			if i%4 == 3 { // two of them are killed
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, time.Duration(i)*20*time.Millisecond)
+				defer cancel()
+			}
+			if err := n.Pull(ctx, node.Snapshotter, ref); err != nil && ctx.Err() == nil {
+				t.Errorf("image %d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	for i, ref := range refs {
+		if i%4 == 3 {
+			pull(t, n, node.Snapshotter, ref) // who was killed comes again
+		}
+		out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", fmt.Sprintf("wc -c < /own-%d; cat /shared-* | wc -c", i))
+		must(t, err)
+		if diff := cmp.Diff(fmt.Sprintf("%d\n%d\n", 9000, 3*16<<20), out); diff != "" {
+			t.Errorf("image %d (-want +got):\n%s", i, diff)
+		}
+	}
+	times := ingests(t, n)
+	for _, l := range shared {
+		if got := times[l.Hash.String()]; got != 1 {
+			t.Errorf("the blob of a shared layer was read %d times", got)
 		}
 	}
 }

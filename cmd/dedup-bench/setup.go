@@ -17,7 +17,7 @@ func setupCommand() *cli.Command {
 		Usage:  "install and build what the tests need; says what cannot be had here",
 		Hidden: true,
 		Flags: []cli.Flag{
-			&cli.StringSliceFlag{Name: "containerd", Usage: "versions of containerd to build", Value: cli.NewStringSlice(node.DefaultVersion)},
+			&cli.StringSliceFlag{Name: "containerd", Usage: "versions of containerd to build (default: all that are supported)"},
 			&cli.BoolFlag{Name: "inputs", Usage: "also make the Debian and Python layers", Value: true},
 		},
 		Action: runSetup,
@@ -34,7 +34,14 @@ func runSetup(c *cli.Context) error {
 		}
 	}
 	note(node.Require(c.Context, p.say, node.Runc, node.FsckErofs, node.Igzip))
-	for _, version := range c.StringSlice("containerd") {
+	versions := c.StringSlice("containerd")
+	if len(versions) == 0 {
+		var err error
+		if versions, err = node.Versions(); err != nil {
+			return err
+		}
+	}
+	for _, version := range versions {
 		_, err := node.Build(c.Context, version, p.say)
 		note(err)
 	}
