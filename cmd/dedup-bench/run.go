@@ -33,6 +33,7 @@ func runCommand() *cli.Command {
 			&cli.Float64Flag{Name: "scale", Value: 1, Usage: "size of layers100, memory, restart and scale; 50 is that of published figures"},
 			&cli.StringSliceFlag{Name: "image", Usage: "measure this image, `REF` in any registry, instead of built ones; the first is pulled cold, further ones on top (scenario rebuild)"},
 			&cli.StringFlag{Name: "containerd", Value: node.DefaultVersion, Usage: "version of containerd: " + strings.Join(versionsKnown(), ", ")},
+			&cli.IntFlag{Name: "unpacks", Value: 1, Usage: "containerd's max_concurrent_unpacks, where the snapshotter allows more than 1"},
 			&cli.PathFlag{Name: "docs", Usage: "Markdown `FILE` whose tables (between <!-- results --> and <!-- end of results -->) are written anew, with plots in a directory beside it"},
 		}, commonFlags()...),
 		Action: runRun,
@@ -66,6 +67,7 @@ func runRun(c *cli.Context) error {
 		return err
 	}
 	opts.Scale, opts.Images, opts.Version = c.Float64("scale"), c.StringSlice("image"), c.String("containerd")
+	opts.Unpacks = c.Int("unpacks")
 	if opts.Scenarios, err = chosen(c.StringSlice("scenario")); err != nil {
 		return err
 	}

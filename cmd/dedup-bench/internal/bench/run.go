@@ -26,7 +26,9 @@ type Options struct {
 	// Version of containerd; "" is the harness's default.
 	Version string
 	Daemon  string // binary; "" is bin/containerd-dedup-grpc
-	Igzip   bool   // let all subjects decompress with igzip
+	// Unpacks is containerd's max_concurrent_unpacks; 0 is its default.
+	Unpacks int
+	Igzip   bool // let all subjects decompress with igzip
 	Say     func(string)
 	// Keep is called after each group with all samples so far, so that an interrupted
 	// run has results.

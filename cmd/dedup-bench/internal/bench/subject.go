@@ -137,11 +137,15 @@ func (s Subject) options(o Options, dir string) node.Options {
 	if s.Socket != "" {
 		opts.Proxies = map[string]string{s.Snapshotter: s.Socket}
 	}
+	if o.Unpacks > 1 {
+		opts.Plugins = map[string]map[string]any{"io.containerd.transfer.v1.local": {"max_concurrent_unpacks": o.Unpacks}}
+	}
 	if s.Snapshotter == "erofs" {
 		// What containerd's documentation recommends; sorting would cost it a copy of each layer.
-		opts.Plugins = map[string]map[string]any{
-			"io.containerd.differ.v1.erofs": {"mkfs_options": []string{"--sort=none"}},
+		if opts.Plugins == nil {
+			opts.Plugins = map[string]map[string]any{}
 		}
+		opts.Plugins["io.containerd.differ.v1.erofs"] = map[string]any{"mkfs_options": []string{"--sort=none"}}
 	}
 	return opts
 }
