@@ -101,6 +101,10 @@ bench: ## Go benchmarks of the hot paths, comparable with benchstat, into out/be
 	@mkdir -p out
 	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -timeout 60m ./content/... ./snapshotter/... | tee out/bench.txt
 
+.PHONY: benchmarks
+benchmarks: build ## all scenarios with overlayfs, erofs and dedup side by side, into docs/benchmarks.md (root)
+	bin/dedup-bench run --runs $(RUNS) --docs docs/benchmarks.md
+
 .PHONY: install
 install: build ## binaries, config and systemd unit (PREFIX, SYSCONFDIR, UNITDIR, DESTDIR)
 	install -d "$(BINDIR)"

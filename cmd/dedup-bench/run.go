@@ -29,7 +29,7 @@ func runCommand() *cli.Command {
 			"holds for other scenarios and subjects stays. Needs root.\n\nScenarios: " + strings.Join(bench.Scenarios(), ", "),
 		Flags: append([]cli.Flag{
 			&cli.StringSliceFlag{Name: "scenario", Value: cli.NewStringSlice("all"), Usage: "what to measure, `NAME[,NAME]` or all"},
-			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "erofs", "dedup", bench.Limit), Usage: "snapshotters: `NAME` is overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, all (of these), limit (only decompresses and hashes), or NAME=unix:///path/of/socket[,root=DIR] for any other that runs already"},
+			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "erofs", "dedup", bench.Limit), Usage: "snapshotters: `NAME` is overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, all (of these), limit (only decompresses and hashes), or NAME=unix:///path/of/socket[?root=DIR] for any other that runs already"},
 			&cli.Float64Flag{Name: "scale", Value: 1, Usage: "size of layers100, memory, restart and scale; 50 is that of published figures"},
 			&cli.StringSliceFlag{Name: "image", Usage: "measure this image, `REF` in any registry, instead of built ones; the first is pulled cold, further ones on top (scenario rebuild)"},
 			&cli.StringFlag{Name: "containerd", Value: node.DefaultVersion, Usage: "version of containerd: " + strings.Join(versionsKnown(), ", ")},

@@ -39,7 +39,7 @@ var builtin = []Subject{
 	{Name: Limit},
 }
 
-// ParseSubjects reads names ("all" is every snapshotter built in) and NAME=unix:///SOCKET[,root=DIR].
+// ParseSubjects reads names ("all" is every snapshotter built in) and NAME=unix:///SOCKET[?root=DIR].
 func ParseSubjects(texts []string) ([]Subject, error) {
 	var subjects []Subject
 	for _, text := range texts {
@@ -68,14 +68,14 @@ func parseSubject(text string) (Subject, error) {
 	i := slices.IndexFunc(builtin, func(s Subject) bool { return s.Name == name })
 	if !foreign {
 		if i < 0 {
-			return Subject{}, fmt.Errorf("subject %q: want overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, limit, all, or NAME=unix:///path/of/socket[,root=DIR]", text)
+			return Subject{}, fmt.Errorf("subject %q: want overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, limit, all, or NAME=unix:///path/of/socket[?root=DIR]", text)
 		}
 		return builtin[i], nil
 	}
-	address, root, _ := strings.Cut(address, ",root=")
+	address, root, _ := strings.Cut(address, "?root=")
 	path, ok := strings.CutPrefix(address, "unix://")
 	if !ok || !filepath.IsAbs(path) || name == "" || i >= 0 {
-		return Subject{}, fmt.Errorf("subject %q: want NAME=unix:///path/of/socket[,root=DIR], and a name that is not taken", text)
+		return Subject{}, fmt.Errorf("subject %q: want NAME=unix:///path/of/socket[?root=DIR], and a name that is not taken", text)
 	}
 	return Subject{Name: name, Snapshotter: name, Socket: path, Root: root}, nil
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/report"
@@ -49,9 +50,33 @@ func take(ctx context.Context, opts Options, s Subject, warm *Image, fn func(con
 				return err
 			}
 		}
-		return fn(ctx, t)
+		err = fn(ctx, t)
+		if s.Socket != "" {
+			err = errors.Join(err, t.empty(context.WithoutCancel(ctx)))
+		}
+		return err
 	})
 	return samples, err
+}
+
+// empty removes all images: a snapshotter that somebody else runs outlives the trial, and shall
+// know nothing of it in the next one.
+func (t *Trial) empty(ctx context.Context) error {
+	store := t.Client().ImageService()
+	list, err := store.List(ctx)
+	if err != nil {
+		return fmt.Errorf("empty %s: %w", t.Subject.Name, err)
+	}
+	for i, img := range list {
+		var opts []images.DeleteOpt
+		if i == len(list)-1 {
+			opts = append(opts, images.SynchronousDelete())
+		}
+		if err := store.Delete(ctx, img.Name, opts...); err != nil {
+			return fmt.Errorf("empty %s: %w", t.Subject.Name, err)
+		}
+	}
+	return nil
 }
 
 // warmUp loads programs and kernel modules that any subject needs, with an image that shares
