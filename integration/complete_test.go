@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -168,5 +169,35 @@ func TestFetchedOnlyDownloadsAndDoesNotUnpack(t *testing.T) {
 	}
 	if _, err := n.Ctr(testContext(t), "image", "export", filepath.Join(t.TempDir(), "app.tar"), ref); err != nil {
 		t.Error(err)
+	}
+}
+
+// docs/configuration.md, reuse: what "fetched" protects between namespaces rests on how containerd shares blobs.
+func TestFetchedOnlyBetweenNamespaces(t *testing.T) {
+	t.Parallel()
+	layers := []*image.Layer{layer(t, payload("private", "base", 9000)), layer(t, payload("private", "app", 9000))}
+	for policy, want := range map[string]int{"isolated": len(layers), "shared": 0} {
+		t.Run(policy, func(t *testing.T) {
+			t.Parallel()
+			n := startDedup(t, node.Options{
+				Plugins: map[string]map[string]any{"io.containerd.metadata.v1.bolt": {"content_sharing_policy": policy}},
+				Daemon:  map[string]any{"reuse": "fetched"},
+			})
+			pull(t, n, node.Snapshotter, push(t, startRegistry(t), "app:1", layers...))
+			second := startRegistry(t)
+			ref := push(t, second, "app:1", layers...)
+			must(t, n.Pull(namespaces.WithNamespace(testContext(t), "elsewhere"), node.Snapshotter, ref))
+			fetched, err := second.Fetched()
+			must(t, err)
+			got := 0
+			for _, h := range fetched {
+				if slices.ContainsFunc(layers, func(l *image.Layer) bool { return l.Hash == h }) {
+					got++
+				}
+			}
+			if got != want {
+				t.Errorf("%d blobs were fetched, want %d", got, want)
+			}
+		})
 	}
 }

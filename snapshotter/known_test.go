@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/metadata"
@@ -300,37 +301,48 @@ func TestStagedLayers(t *testing.T) {
 }
 
 // Ten clients that want images with the same unknown layers at once ingest each layer once; one that
-// goes away harms nobody.
+// goes away while it waits harms nobody.
 func TestTenClients(t *testing.T) {
-	store := contentStore(t)
-	opened := &countingStore{Store: store}
-	s := openWith(t, opened, false)
+	const clients, layers = 10, 5
 	var tars [][]byte
-	for i := range 5 {
-		noise := make([]byte, 4<<20)
-		for j := range noise {
-			noise[j] = byte(rand.Uint32())
-		}
-		tars = append(tars, layerTar(t, map[string]string{fmt.Sprint(i): string(noise)}))
+	for i := range layers {
+		tars = append(tars, layerTar(t, map[string]string{fmt.Sprint(i): payload(fmt.Sprint("shared ", i))}))
 	}
 	img := newPulled(tars...)
+	// Clients 2, 5 and 8 go away, each at a layer of its own that somebody else is reading by then. That one reads on
+	// after they have gone.
+	leaver := func(c, i int) bool { return c%3 == 2 && i == c%layers }
+	opened := &gatedStore{Store: contentStore(t), gates: map[digest.Digest]*gate{}}
+	for i, b := range tars {
+		g := &gate{opened: make(chan struct{})}
+		for c := range clients {
+			if leaver(c, i) {
+				g.leaving.Add(1)
+			}
+		}
+		opened.gates[digest.FromBytes(b)] = g
+	}
+	s := openWith(t, opened, false)
 	var wg sync.WaitGroup
-	for c := range 10 {
+	for c := range clients {
 		name := fmt.Sprintf("client-%d", c)
-		img.write(t, ns(t, name), store, 0, 1, 2, 3, 4)
+		img.write(t, ns(t, name), opened.Store, 0, 1, 2, 3, 4)
 		wg.Go(func() {
-			ctx, cancel := context.WithCancel(namespaces.WithNamespace(t.Context(), name))
-			defer cancel()
-			parent := ""
+			ctx, parent := namespaces.WithNamespace(t.Context(), name), ""
 			for i, chain := range img.chains {
-				if c%3 == 2 && i == c%5 {
+				if leaver(c, i) {
+					g := opened.gates[digest.FromBytes(tars[i])]
+					<-g.opened
+					short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+					_, err := prepare(s, short, parent, map[string]string{labelRef: chain})
 					cancel()
-				}
-				_, err := prepare(s, ctx, parent, map[string]string{labelRef: chain})
-				if ctx.Err() != nil {
+					g.leaving.Done()
+					if !errors.Is(err, context.DeadlineExceeded) {
+						t.Errorf("%s, layer %d: %v", name, i, err)
+					}
 					return
 				}
-				if !errdefs.IsAlreadyExists(err) {
+				if _, err := prepare(s, ctx, parent, map[string]string{labelRef: chain}); !errdefs.IsAlreadyExists(err) {
 					t.Errorf("%s, layer %d: %v", name, i, err)
 					return
 				}
@@ -339,40 +351,33 @@ func TestTenClients(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	for d, n := range opened.counts() {
-		if n > 1 {
-			t.Errorf("blob %s was read %d times", d, n)
+	for i, b := range tars {
+		if n := opened.gates[digest.FromBytes(b)].times.Load(); n != 1 {
+			t.Errorf("the blob of layer %d was read %d times", i, n)
 		}
-	}
-	if n := len(opened.counts()); n < len(tars) {
-		t.Errorf("only %d blobs were read", n)
 	}
 }
 
-// countingStore counts how often layers' blobs are read.
-type countingStore struct {
+// gatedStore counts how often layers' blobs are opened, and lets a first reader wait.
+type gatedStore struct {
 	ctdcontent.Store
-	mu   sync.Mutex
-	read map[digest.Digest]int
+	gates map[digest.Digest]*gate
 }
 
-func (c *countingStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ctdcontent.ReaderAt, error) {
-	ra, err := c.Store.ReaderAt(ctx, desc)
-	if err == nil && ra.Size() > 1<<20 { // no manifest
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if c.read == nil {
-			c.read = map[digest.Digest]int{}
+type gate struct {
+	times   atomic.Int64
+	opened  chan struct{} // closed by the first reader
+	leaving sync.WaitGroup
+}
+
+func (s *gatedStore) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (ctdcontent.ReaderAt, error) {
+	if g := s.gates[desc.Digest]; g != nil {
+		if g.times.Add(1) == 1 {
+			close(g.opened)
 		}
-		c.read[desc.Digest]++
+		g.leaving.Wait()
 	}
-	return ra, err
-}
-
-func (c *countingStore) counts() map[digest.Digest]int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.read
+	return s.Store.ReaderAt(ctx, desc)
 }
 
 // Layers come and go while hits on them are served: what is served is whole, and never dangles.
