@@ -90,7 +90,7 @@ type Entry struct {
 // InlineMax is the largest payload, in bytes, that lives in the tree and in the
 // chain images instead of in an object of its own: such a file costs neither an
 // inode nor a block. Changing it changes layer ids, and so is a format break.
-const InlineMax = 1024
+const InlineMax = 640
 
 // ComparePaths orders paths so that a directory comes directly before all that
 // is below it: bytewise, with '/' before every other byte.

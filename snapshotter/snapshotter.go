@@ -71,7 +71,7 @@ type Snapshotter struct {
 
 const (
 	// layoutVersion is the version of the layout on disk. An unknown one is refused.
-	layoutVersion = "1\n"
+	layoutVersion = "2\n"
 	dirSnapshots  = "snapshots"
 	dirChains     = "chains"
 	dirEmpty      = "empty"

@@ -223,7 +223,7 @@ func TestSize(t *testing.T) {
 			return with(device(content.Block, 8, 1), func(e *content.Entry) { e.UID = 1 << 20 })
 		}, 64},
 		{"inline 32", func(i int) *content.Entry { return objects{}.file(text(32, i)) }, 64},
-		{"inline 1000, three a block", func(i int) *content.Entry { return objects{}.file(text(1000, i)) }, 4096 / 3},
+		{"inline 640, six a block", func(i int) *content.Entry { return objects{}.file(text(640, i)) }, 4096 / 6},
 		{"label", func(int) *content.Entry { return withXattrs(entry(content.Fifo), label) }, 64},
 	} {
 		t.Run(row.name, func(t *testing.T) {

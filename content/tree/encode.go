@@ -18,7 +18,7 @@ import (
 //
 // It is hashed into layer ids and payload digests: changing anything here is a
 // format break and needs a new formatVersion.
-const formatVersion = 1
+const formatVersion = 2
 
 // Field numbers of message Tree.
 const (

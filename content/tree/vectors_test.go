@@ -1,6 +1,6 @@
 package tree
 
 const (
-	vectorLayer   = "80d12422e407a59ca7b129f06e7d17ab725183f02a5bb4a0dc2956900add5cdc"
-	vectorPayload = "b3b572915b5407572a46ccd149ad425e49684701ac70f7f85db2ed8129d8b426"
+	vectorLayer   = "1c34b4480c59f6b5628d203de598790967cc48928e7a2942dd263a5882f55f81"
+	vectorPayload = "8cc5981f79b6a2c05265af82e0e4a9f8e7ad8a8532a663bb5ed5498ee4eeb184"
 )
