@@ -14,7 +14,11 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-const diskPattern = "dedup-bench-disk-"
+// Names of the directories that a benchmark makes, and that sweep removes.
+const (
+	diskPattern  = "dedup-bench-disk-"
+	stagePattern = "dedup-bench-stage-"
+)
 
 // diskSize is that of a trial's file system; its file is sparse.
 const diskSize = 24 << 30
@@ -52,14 +56,14 @@ func WithDisk(ctx context.Context, parent string, fn func(dir string) error) (er
 	return fn(target)
 }
 
-// own marks a disk's directory as in use for as long as this process lives.
+// own marks a directory as in use for as long as this process lives.
 func own(dir string) (release func(), err error) {
 	f, err := os.Create(filepath.Join(dir, "owner"))
 	if err != nil {
-		return nil, fmt.Errorf("make a disk: %w", err)
+		return nil, fmt.Errorf("own %s: %w", dir, err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("make a disk: %w", err), f.Close())
+		return nil, errors.Join(fmt.Errorf("own %s: %w", dir, err), f.Close())
 	}
 	return func() { _ = f.Close() }, nil
 }
@@ -67,8 +71,9 @@ func own(dir string) (release func(), err error) {
 // sweep removes what killed benchmarks left below parent: processes, mounts (and with
 // them the loop devices) and files.
 func sweep(parent string) {
-	dirs, _ := filepath.Glob(filepath.Join(parent, diskPattern+"*"))
-	for _, dir := range dirs {
+	disks, _ := filepath.Glob(filepath.Join(parent, diskPattern+"*"))
+	stages, _ := filepath.Glob(filepath.Join(parent, stagePattern+"*"))
+	for _, dir := range append(disks, stages...) {
 		f, err := os.Open(filepath.Join(dir, "owner"))
 		if err != nil {
 			continue // about to be made, or not ours

@@ -45,17 +45,22 @@ func registriesOf(images ...Image) []*Registry {
 type stage struct {
 	opts       Options
 	dir        string
+	release    func() // of dir
 	registries []*Registry
 	// limit measures what no subject can do without; nil where there is no such thing.
 	limit func(context.Context) ([]report.Sample, error)
 }
 
 func newStage(opts Options) (*stage, error) {
-	dir, err := os.MkdirTemp(opts.Tmp, "dedup-bench-stage-")
+	dir, err := os.MkdirTemp(opts.Tmp, stagePattern)
 	if err != nil {
 		return nil, fmt.Errorf("make a work directory: %w", err)
 	}
-	return &stage{opts: opts, dir: dir}, nil
+	release, err := own(dir)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return &stage{opts: opts, dir: dir, release: release}, nil
 }
 
 func (s *stage) close() error {
@@ -63,7 +68,9 @@ func (s *stage) close() error {
 	for _, r := range s.registries {
 		errs = append(errs, r.Close())
 	}
-	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
+	errs = append(errs, os.RemoveAll(s.dir))
+	s.release()
+	return errors.Join(errs...)
 }
 
 // registry starts another one.
