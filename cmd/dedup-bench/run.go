@@ -185,6 +185,9 @@ func aboutRun(ctx context.Context, opts bench.Options) report.About {
 	if opts.Igzip {
 		a.Versions["gunzip"] = "igzip"
 	}
+	if opts.Unpacks > 1 {
+		a.Settings["unpacks"] = fmt.Sprint(opts.Unpacks)
+	}
 	if len(opts.Images) > 0 {
 		a.Settings["images"] = strings.Join(opts.Images, " ")
 	}

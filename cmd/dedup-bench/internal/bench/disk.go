@@ -20,14 +20,18 @@ const (
 	stagePattern = "dedup-bench-stage-"
 )
 
-// diskSize is that of a trial's file system; its file is sparse.
+// diskSize is that of a trial's file system up to scale 12, in bytes; its file is sparse.
 const diskSize = 24 << 30
 
 // WithDisk calls fn with a directory on an ext4 of its own. Every trial has to start on
 // a fresh one: ext4 does not hand out an inode again for a minute or more after
 // it was freed, and looks over all freed ones to find another, so that whoever comes after a large
 // removal pays ten times as much for each file (recently_deleted in fs/ext4/ialloc.c).
-func WithDisk(ctx context.Context, parent string, fn func(dir string) error) (err error) {
+func WithDisk(ctx context.Context, parent string, fn func(dir string) error) error {
+	return withDisk(ctx, parent, diskSize, fn)
+}
+
+func withDisk(ctx context.Context, parent string, size int64, fn func(dir string) error) (err error) {
 	sweep(parent)
 	dir, err := os.MkdirTemp(parent, diskPattern)
 	if err != nil {
@@ -40,7 +44,7 @@ func WithDisk(ctx context.Context, parent string, fn func(dir string) error) (er
 	}
 	defer release()
 	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "fs")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, diskSize), os.Mkdir(target, 0o700)); err != nil {
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size), os.Mkdir(target, 0o700)); err != nil {
 		return fmt.Errorf("make a disk: %w", err)
 	}
 	// Nothing is left to the kernel to initialise later, in the middle of a measurement.

@@ -166,7 +166,8 @@ func brief(samples []report.Sample) string {
 	for _, s := range samples {
 		if !slices.Contains(seen, s.Scenario) && s.Unit == "s" {
 			seen = append(seen, s.Scenario)
-			parts = append(parts, fmt.Sprintf("%s %.2f s", s.Scenario, s.Value))
+			figure := report.Result{Unit: s.Unit, Median: s.Value, Min: s.Value, Max: s.Value}
+			parts = append(parts, s.Scenario+" "+report.Format(figure))
 		}
 	}
 	return strings.Join(parts, ", ")

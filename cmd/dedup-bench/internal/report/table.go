@@ -137,6 +137,8 @@ func (r Report) Caption() string {
 	add("commit %s", v["commit"])
 	add("gunzip with %s", v["gunzip"])
 	add("scale %s", s["scale"])
+	add("%s unpacks at once", s["unpacks"])
+	add("images %s", s["images"])
 	add("medians of %s runs (min–max)", s["runs"])
 	if !r.About.Time.IsZero() {
 		add("%s", r.About.Time.Format("2006-01-02"))
