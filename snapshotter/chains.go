@@ -100,29 +100,31 @@ func (c *chains) use(n chainName, id string) {
 	c.byID[id] = n
 }
 
-// unuse takes a snapshot's use back and unmounts a chain that has no user left.
-func (c *chains) unuse(ctx context.Context, id string) {
+// unuse takes a snapshot's use back. orphaned tells that it was the last: the caller releases the
+// chain. busy tells that it would have to wait for somebody who builds it.
+func (c *chains) unuse(id string) (n chainName, orphaned, busy bool) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	n, ok := c.byID[id]
-	delete(c.byID, id)
-	if ok {
-		delete(c.users[n], id)
-		if len(c.users[n]) == 0 {
-			delete(c.users, n)
-		}
-	}
-	c.mu.Unlock()
 	if !ok {
-		return
+		return n, false, false
 	}
-	if err := c.release(n); err != nil {
-		log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+	delete(c.byID, id)
+	delete(c.users[n], id)
+	if len(c.users[n]) > 0 {
+		return n, false, false
 	}
+	delete(c.users, n)
+	return n, true, c.busy[n] != nil
 }
 
 // release unmounts a chain that has no users.
-func (c *chains) release(n chainName) error {
-	defer c.acquire(n)()
+func (c *chains) release(ctx context.Context, n chainName) error {
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
 	c.mu.Lock()
 	used := len(c.users[n]) > 0
 	c.mu.Unlock()
@@ -133,17 +135,21 @@ func (c *chains) release(n chainName) error {
 }
 
 // acquire waits until nobody else is busy with a chain, and returns how to let go.
-func (c *chains) acquire(n chainName) (release func()) {
+func (c *chains) acquire(ctx context.Context, n chainName) (release func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for {
+	for c.busy[n] != nil {
 		done := c.busy[n]
-		if done == nil {
-			break
-		}
 		c.mu.Unlock()
-		<-done
+		select {
+		case <-done:
+		case <-ctx.Done():
+			err = fmt.Errorf("wait for chain image %s: %w", n, context.Cause(ctx))
+		}
 		c.mu.Lock()
+		if err != nil {
+			return nil, err
+		}
 	}
 	done := make(chan struct{})
 	c.busy[n] = done
@@ -152,13 +158,17 @@ func (c *chains) acquire(n chainName) (release func()) {
 		defer c.mu.Unlock()
 		delete(c.busy, n)
 		close(done)
-	}
+	}, nil
 }
 
 // build makes sure that a chain's image exists.
 func (c *chains) build(ctx context.Context, chain []content.LayerID) error {
 	n := nameChain(chain)
-	defer c.acquire(n)()
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return c.buildLocked(ctx, n, chain)
 }
 
@@ -232,14 +242,18 @@ func (c *chains) usage() layer.Usage {
 // ensure makes sure that a chain is mounted.
 func (c *chains) ensure(ctx context.Context, chain []content.LayerID) error {
 	n := nameChain(chain)
-	defer c.acquire(n)()
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
 	if c.isMounted(n) {
 		return nil
 	}
 	if err := c.buildLocked(ctx, n, chain); err != nil {
 		return err
 	}
-	err := c.mountImage(n)
+	err = c.mountImage(n)
 	if err == nil {
 		return nil
 	}
@@ -316,15 +330,19 @@ func (c *chains) list() ([]chainName, error) {
 }
 
 // drop removes the image and the mount of a chain that no snapshot has.
-func (c *chains) drop(n chainName) error {
-	defer c.acquire(n)()
+func (c *chains) drop(ctx context.Context, n chainName) error {
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
 	c.mu.Lock()
 	used := len(c.users[n]) > 0
 	c.mu.Unlock()
 	if used {
 		return nil
 	}
-	err := os.Remove(c.image(n))
+	err = os.Remove(c.image(n))
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}

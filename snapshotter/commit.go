@@ -157,7 +157,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
 	}
 	s.ids.remove(id, key)
-	s.chains.unuse(ctx, id)
+	s.unuse(ctx, id)
 	extraction := isExtraction(key, active.Labels)
 	if !applied {
 		s.startIngest(pendingSnapshot{id, name})
@@ -344,7 +344,7 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 			return layer.Ingested{}, err
 		}
 		s.chains.use(nameChain(chain), id)
-		defer s.chains.unuse(ctx, id)
+		defer s.unuse(ctx, id)
 		if err := s.chains.ensure(ctx, chain); err != nil {
 			return layer.Ingested{}, err
 		}

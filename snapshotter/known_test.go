@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -22,12 +23,15 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 	"go.etcd.io/bbolt"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
@@ -74,14 +78,6 @@ func newPulled(tars ...[]byte) (p pulled) {
 // write puts manifest and config into store, and the blobs of layers.
 func (p pulled) write(t testing.TB, ctx context.Context, store ctdcontent.Store, layers ...int) {
 	t.Helper()
-	put := func(mediaType string, data []byte, labels map[string]string) ocispec.Descriptor {
-		desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-		err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc, ctdcontent.WithLabels(labels))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return desc
-	}
 	var config ocispec.Image
 	manifest := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	for i, b := range p.tars {
@@ -89,12 +85,22 @@ func (p pulled) write(t testing.TB, ctx context.Context, store ctdcontent.Store,
 		manifest.Layers = append(manifest.Layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(b), Size: int64(len(b))})
 	}
 	data, _ := json.Marshal(config)
-	manifest.Config = put(ocispec.MediaTypeImageConfig, data, nil)
+	manifest.Config = putBlob(t, ctx, store, ocispec.MediaTypeImageConfig, data, nil)
 	data, _ = json.Marshal(manifest)
-	put(ocispec.MediaTypeImageManifest, data, map[string]string{"containerd.io/gc.ref.content.config": manifest.Config.Digest.String()})
+	putBlob(t, ctx, store, ocispec.MediaTypeImageManifest, data, map[string]string{"containerd.io/gc.ref.content.config": manifest.Config.Digest.String()})
 	for _, i := range layers {
-		put(ocispec.MediaTypeImageLayer, p.tars[i], nil)
+		putBlob(t, ctx, store, ocispec.MediaTypeImageLayer, p.tars[i], nil)
 	}
+}
+
+func putBlob(t testing.TB, ctx context.Context, store ctdcontent.Store, mediaType string, data []byte, labels map[string]string) ocispec.Descriptor {
+	t.Helper()
+	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
+	err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc, ctdcontent.WithLabels(labels))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return desc
 }
 
 // openWith is open with a content store.
@@ -220,45 +226,63 @@ func TestWrongHintsInPrepare(t *testing.T) {
 	base := servedBy(t, s, ctx, "", img, 0)
 	servedBy(t, s, ctx, base, img, 1)
 	otherBase := servedBy(t, s, ctx, "", other, 0)
+	// A blob that no image of the namespace explains: only a label leads to it.
+	putBlob(t, ns(t, "hints"), store, ocispec.MediaTypeImageLayer, other.tars[1], nil)
+	const diffID, parent, blob = "ignoring label " + labelDiffID, "ignoring label " + labelParentChain, "ignoring label " + labelCRIDigest
 	for name, row := range map[string]struct {
 		parent string
 		target string
 		labels map[string]string
 		shows  string // a file of the layer that is served; "" for a miss
+		warns  string // "" where nothing is wrong with what was looked at
 	}{
-		"another diffID":              {base, img.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "b"},
-		"no diffID":                   {base, img.chains[1], map[string]string{labelDiffID: "sha256:zz"}, "b"},
-		"another parent":              {base, img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, "b"},
-		"another blob":                {base, img.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "b"},
-		"no digest":                   {base, img.chains[1], map[string]string{labelCRIDigest: "../../etc/passwd"}, "b"},
-		"unknown chain, known diffID": {base, other.chains[1], map[string]string{labelDiffID: other.diffs[1]}, ""},
-		"unknown chain, known blob":   {base, other.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, ""},
-		"chain of another parent":     {otherBase, img.chains[1], map[string]string{labelDiffID: img.diffs[1], labelParentChain: img.chains[0]}, ""},
-		"a base layer with a parent":  {"", img.chains[0], map[string]string{labelDiffID: img.diffs[0], labelParentChain: other.chains[0]}, "a"},
-		"a parent and no diffID":      {"", img.chains[1], map[string]string{labelParentChain: img.chains[0]}, ""},
-		"a parent that does not fit":  {"", img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, ""},
+		"another diffID":              {base, img.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "b", diffID},
+		"no diffID":                   {base, img.chains[1], map[string]string{labelDiffID: "sha256:zz"}, "b", diffID},
+		"another parent":              {base, img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, "b", parent},
+		"no parent":                   {base, img.chains[1], map[string]string{labelParentChain: "x", labelDiffID: img.diffs[1]}, "b", parent},
+		"another blob":                {base, img.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "b", ""},
+		"no digest":                   {base, img.chains[1], map[string]string{labelCRIDigest: "../../etc/passwd"}, "b", blob},
+		"unknown chain, known diffID": {base, other.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "", diffID},
+		"unknown chain, known blob":   {base, other.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "", "ignoring blob " + digest.FromBytes(other.tars[1]).String()},
+		"unknown chain, no such blob": {base, other.chains[1], map[string]string{labelCRIDigest: digest.FromString("x").String()}, "", ""},
+		"chain of another parent":     {otherBase, img.chains[1], map[string]string{labelDiffID: img.diffs[1], labelParentChain: img.chains[0]}, "", parent},
+		"a base layer with a parent":  {"", img.chains[0], map[string]string{labelDiffID: img.diffs[0], labelParentChain: other.chains[0]}, "a", parent},
+		"a parent and no diffID":      {"", img.chains[1], map[string]string{labelParentChain: img.chains[0]}, "", ""},
+		"a parent that does not fit":  {"", img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, "", diffID},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx := ns(t, "hints")
+			ctx, said := logged(ns(t, "hints"))
 			row.labels[labelRef] = row.target
 			mounts, err := prepare(s, ctx, row.parent, row.labels)
-			if row.shows == "" {
-				if err != nil || mounts == nil || mounts[0].ReadOnly() {
-					t.Fatalf("served %v, %v", mounts, err)
+			switch {
+			case row.shows != "":
+				if !errdefs.IsAlreadyExists(err) {
+					t.Fatalf("not served: %v, %v", mounts, err)
 				}
+				if got := files(t, s, ctx, adopt(t, s, ctx, row.target, row.parent)); got[row.shows] != payload(row.shows) {
+					t.Errorf("shows %d files, none as wanted", len(got))
+				}
+			case err != nil || mounts == nil || mounts[0].ReadOnly():
+				t.Fatalf("served %v, %v", mounts, err)
+			default:
 				if err := s.Remove(ctx, "hints/1/extract-"+row.target); err != nil {
 					t.Error(err)
 				}
-				return
 			}
-			if !errdefs.IsAlreadyExists(err) {
-				t.Fatalf("not served: %v, %v", mounts, err)
-			}
-			if got := files(t, s, ctx, adopt(t, s, ctx, row.target, row.parent)); got[row.shows] != payload(row.shows) {
-				t.Errorf("shows %d files, none as wanted", len(got))
+			if got := said.String(); !strings.Contains(got, row.warns) || row.warns == "" && got != "" {
+				t.Errorf("the log says %q, want %q", got, row.warns)
 			}
 		})
 	}
+}
+
+// logged returns a ctx whose warnings can be read.
+func logged(ctx context.Context) (context.Context, *bytes.Buffer) {
+	var said bytes.Buffer
+	logger := logrus.New()
+	logger.SetOutput(&said)
+	logger.SetLevel(logrus.WarnLevel)
+	return log.WithLogger(ctx, logrus.NewEntry(logger)), &said
 }
 
 // containerd 2.4 prepares layers without their parents when it unpacks side by side: a known one is
@@ -417,7 +441,15 @@ func TestRemovalRaces(t *testing.T) {
 	if hits.Load() == 0 {
 		t.Error("nothing was ever served")
 	}
-	s.layersIdle()
+	s.wg.Wait()
+	s.layers.Wait()
+	// Every hold was given back: nothing is left, and nothing was left dangling.
+	for _, pattern := range []string{"layers/*", "objects/*/*", "snapshots/*"} {
+		left, err := filepath.Glob(s.path(pattern))
+		if err != nil || len(left) > 0 {
+			t.Errorf("%d of %s stay: %v", len(left), pattern, err)
+		}
+	}
 }
 
 // race pulls an image as far as it is known, looks at it, and removes it.
@@ -431,13 +463,24 @@ func race(s *Snapshotter, ctx context.Context, r *rand.Rand, img pulled, round i
 			labels[labelDiffID] = img.diffs[i]
 		}
 		key := fmt.Sprintf("%s/%d/extract-%s", space, round, chain)
-		_, err := s.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
+		if r.IntN(4) == 0 {
+			labels = nil // as client.Image.Unpack does: never served, always applied
+		}
+		mounts, err := s.Prepare(ctx, key, parent, snapshots.WithLabels(labels))
 		if err == nil {
 			misses.Add(1)
-			if err := s.Remove(ctx, key); err != nil {
+			if labels != nil && r.IntN(2) == 0 {
+				if err := s.Remove(ctx, key); err != nil {
+					return err
+				}
+				break
+			}
+			parent = fmt.Sprintf("%s/%d/%s", space, round, chain)
+			names = append(names, parent)
+			if err := applyTar(s, ctx, img.tars[i], mounts, key, parent); err != nil {
 				return err
 			}
-			break
+			continue
 		}
 		if !errdefs.IsAlreadyExists(err) {
 			return err
@@ -457,6 +500,25 @@ func race(s *Snapshotter, ctx context.Context, r *rand.Rand, img pulled, round i
 		}
 	}
 	return nil
+}
+
+// applyTar is what containerd and our diff service do with a layer that is not served.
+func applyTar(s *Snapshotter, ctx context.Context, tar []byte, mounts []mount.Mount, key, name string) error {
+	upper, ok, err := s.Extraction(ctx, mounts)
+	if err != nil || !ok {
+		return fmt.Errorf("no extraction snapshot: %v, %w", ok, err)
+	}
+	in, err := s.layers.IngestBlob(ctx, layer.Blob{
+		Digest: digest.FromBytes(tar), Size: int64(len(tar)),
+		Open: func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(tar)), nil },
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.Applied(ctx, upper, in); err != nil {
+		return err
+	}
+	return s.Commit(ctx, name, key)
 }
 
 func look(s *Snapshotter, ctx context.Context, key, parent string, layers int) error {
@@ -480,5 +542,26 @@ func look(s *Snapshotter, ctx context.Context, key, parent string, layers int) e
 	return errors.Join(err, s.Remove(ctx, key))
 }
 
-// layersIdle waits for what runs in the background.
-func (s *Snapshotter) layersIdle() { s.wg.Wait() }
+// Who waits for a chain image that somebody else builds can give up.
+func TestGivingUpAChainImage(t *testing.T) {
+	s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
+	s.cancelBuild(name)
+	chain, err := s.resolve(ctx, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done, err := s.chains.acquire(ctx, nameChain(chain))
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if _, err := s.View(short, "one/1/view", name); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+	done()
+	if got := files(t, s, ctx, name); got["a"] != payload("a") {
+		t.Errorf("shows %d files", len(got))
+	}
+}

@@ -381,9 +381,26 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		s.layers.Release(lid)
 	}
 	if info.Kind != snapshots.KindCommitted {
-		s.chains.unuse(ctx, id)
+		s.unuse(ctx, id)
 	}
 	return s.discard(ctx, id)
+}
+
+// unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may be why
+// he gives it up, so it does not count.
+func (s *Snapshotter) unuse(ctx context.Context, id string) {
+	n, orphaned, busy := s.chains.unuse(id)
+	release := func(ctx context.Context) {
+		if err := s.chains.release(ctx, n); err != nil {
+			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+		}
+	}
+	switch {
+	case orphaned && busy:
+		s.background(release)
+	case orphaned:
+		release(context.WithoutCancel(ctx))
+	}
 }
 
 // discard takes a snapshot's directory out of sight and deletes it in the background.
@@ -456,7 +473,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 	}
 	for _, name := range images {
 		if !chainsUsed[name] {
-			errs = append(errs, s.chains.drop(name))
+			errs = append(errs, s.chains.drop(ctx, name))
 		}
 	}
 	return errors.Join(errs...)
