@@ -7,10 +7,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
 
 // A layer that the node knows is not downloaded again, from whatever registry, on whatever
@@ -56,11 +58,15 @@ func TestKnownLayersAreNotDownloaded(t *testing.T) {
 	}
 }
 
-// Ten clients that pull ten images with the same unknown layers at once fetch and read each layer once, and one that
-// is killed on the way harms nobody.
+// Ten clients, ctr and CRI, that pull ten images with the same unknown layers at once: each layer is read once, is
+// fetched at most once for each of the two namespaces (containerd's locks of downloads are a namespace's own) and
+// once more for each client that is killed on the way; those harm nobody.
 func TestClientsMeet(t *testing.T) {
 	t.Parallel()
-	n, r := startDedup(t, node.Options{Daemon: map[string]any{"log_level": "debug"}}), startRegistry(t)
+	n, r := startDedup(t, node.Options{CRI: true, Daemon: map[string]any{"log_level": "debug"}}), startRegistry(t)
+	c, err := n.CRI(testContext(t))
+	must(t, err)
+	defer c.Close()
 	shared := []*image.Layer{busybox(t)}
 	for i := range 3 {
 		shared = append(shared, layer(t, payload("shared", fmt.Sprintf("shared-%d", i), 16<<20)))
@@ -70,25 +76,34 @@ func TestClientsMeet(t *testing.T) {
 		own := layer(t, payload("own", fmt.Sprintf("own-%d", i), 9000))
 		refs[i] = push(t, r, fmt.Sprintf("meet:%d", i), append(shared[:len(shared):len(shared)], own)...)
 	}
-	ctx := testContext(t)
+	pushed, err := r.Log()
+	must(t, err)
+	clients := func(i int) (context.Context, func(context.Context, string) error) {
+		if i%3 == 0 {
+			return namespaces.WithNamespace(testContext(t), node.CRINamespace), c.Pull
+		}
+		return testContext(t), func(ctx context.Context, ref string) error { return n.Pull(ctx, node.Snapshotter, ref) }
+	}
+	const killed = 2
 	var wg sync.WaitGroup
 	for i, ref := range refs {
+		ctx, pull := clients(i)
 		wg.Go(func() {
-			ctx := ctx
-			if i%4 == 3 { // two of them are killed
+			if i%4 == 3 { // one of each kind
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, time.Duration(i)*20*time.Millisecond)
 				defer cancel()
 			}
-			if err := n.Pull(ctx, node.Snapshotter, ref); err != nil && ctx.Err() == nil {
+			if err := pull(ctx, ref); err != nil && ctx.Err() == nil {
 				t.Errorf("image %d: %v", i, err)
 			}
 		})
 	}
 	wg.Wait()
 	for i, ref := range refs {
+		ctx, pull := clients(i)
 		if i%4 == 3 {
-			pull(t, n, node.Snapshotter, ref) // who was killed comes again
+			must(t, pull(ctx, ref)) // who was killed comes again
 		}
 		out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", fmt.Sprintf("wc -c < /own-%d; cat /shared-* | wc -c", i))
 		must(t, err)
@@ -96,8 +111,14 @@ func TestClientsMeet(t *testing.T) {
 			t.Errorf("image %d (-want +got):\n%s", i, diff)
 		}
 	}
+	log, err := r.Log()
+	must(t, err)
+	asked := registry.Blobs(log[len(pushed):])
 	times := ingests(t, n)
 	for _, l := range shared {
+		if got := asked[l.Hash].Get; got < 1 || got > 2+killed {
+			t.Errorf("the blob of a shared layer was fetched %d times", got)
+		}
 		if got := times[l.Hash.String()]; got != 1 {
 			t.Errorf("the blob of a shared layer was read %d times", got)
 		}

@@ -119,6 +119,50 @@ func Fetched(accesses []Access) []v1.Hash {
 	return hashes
 }
 
+// Requests counts what was asked of one blob or manifest, answered well or not.
+type Requests struct{ Get, Head int }
+
+// Blobs counts the requests for each blob of a log. An image's config is a blob too.
+func Blobs(accesses []Access) map[v1.Hash]Requests {
+	counts := map[v1.Hash]Requests{}
+	for _, a := range accesses {
+		if _, name, isBlob := strings.Cut(a.Path, "/blobs/"); isBlob {
+			if h, err := v1.NewHash(name); err == nil {
+				counts[h] = counts[h].with(a.Method)
+			}
+		}
+	}
+	return counts
+}
+
+// Manifests counts the requests for each manifest of a log, by "repository:tag" or "repository@digest".
+func Manifests(accesses []Access) map[string]Requests {
+	counts := map[string]Requests{}
+	for _, a := range accesses {
+		repository, name, isManifest := strings.Cut(strings.TrimPrefix(a.Path, "/v2/"), "/manifests/")
+		if !isManifest {
+			continue
+		}
+		separator := ":"
+		if _, err := v1.NewHash(name); err == nil {
+			separator = "@"
+		}
+		ref := repository + separator + name
+		counts[ref] = counts[ref].with(a.Method)
+	}
+	return counts
+}
+
+func (r Requests) with(method string) Requests {
+	switch method {
+	case http.MethodGet:
+		r.Get++
+	case http.MethodHead:
+		r.Head++
+	}
+	return r
+}
+
 // ReadLog reads the access log of the registry that serves dir, in this process or
 // another one.
 func ReadLog(dir string) ([]Access, error) {
