@@ -16,6 +16,7 @@ import (
 //   - A source replaced above its pair has another mtime than the .pyc recorded, or a
 //     pair of its own. If both a fresh and a stale pair hang on one source, it shows its image mtime:
 //     Python then recompiles, but never runs the stale one.
+//   - A source that replaces another and by chance has the canonical timestamp shows the second after.
 //   - A PycLone (compiled in a layer above its source) was compiled against the
 //     image mtime: it is shown with its canonical payload when the source shows the canonical
 //     timestamp, and as it is when not.
@@ -87,6 +88,9 @@ func (m *merger) pythonSources(dir, cache *Node) {
 	collect(dir, "")
 	collect(cache, "__pycache__/")
 	for src, k := range bySource {
+		if len(k.stale) > 0 && uint32(src.Entry.Mtime.Sec) == content.PycTime {
+			m.avoidCanonicalTime(src)
+		}
 		if len(k.fresh) == 0 || len(k.stale) > 0 || m.shared[src.Entry] {
 			continue
 		}
@@ -97,6 +101,18 @@ func (m *merger) pythonSources(dir, cache *Node) {
 			c.Entry = canonicalLone(c.Entry)
 		}
 	}
+}
+
+// avoidCanonicalTime lets a source that really has the canonical timestamp show the next second: the
+// stale bytecode beside it carries the canonical one, and Python would run it.
+func (m *merger) avoidCanonicalTime(src *Node) {
+	if m.shared[src.Entry] { // all names have to show the same
+		src.Entry.Mtime.Sec++
+		return
+	}
+	shown := *src.Entry
+	shown.Mtime.Sec++
+	src.Entry = &shown
 }
 
 func canonicalLone(e *content.Entry) *content.Entry {

@@ -249,6 +249,8 @@ func TestMergePython(t *testing.T) {
 		{"source without bytecode", [][]*content.Entry{{root, py("m.py", orig)}}, orig, nil},
 		{"bytecode whited out", [][]*content.Entry{pair, {root, cache, {Path: p311, Kind: content.Whiteout}}}, orig, nil},
 		{"source replaced above its pair", [][]*content.Entry{pair, {root, py("m.py", orig+1)}}, orig + 1, map[string]bool{p311: false}},
+		{"source of the canonical time above a pair", [][]*content.Entry{pair, {root, py("m.py", content.PycTime)}}, content.PycTime + 1, map[string]bool{p311: false}},
+		{"pair of the canonical time", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, content.PycTime), py("m.py", content.PycTime)}}, content.PycTime, map[string]bool{p311: true}},
 		{"source copied above its pair, same mtime", [][]*content.Entry{pair, {root, py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true}},
 		{"compiled above its source", [][]*content.Entry{{root, py("m.py", orig)}, {root, cache, pyc(p311, content.PycLone, orig)}}, orig, map[string]bool{p311: true}},
 		{"optimised above a pair", [][]*content.Entry{pair, {root, cache, pyc(p311o1, content.PycLone, orig)}}, content.PycTime, map[string]bool{p311: true, p311o1: true}},
