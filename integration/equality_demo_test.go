@@ -102,6 +102,9 @@ func (p pythonCheck) undo() {
 		if !ok || w.Type != "file" || p.got[path].Type != "file" {
 			continue
 		}
+		if link := p.want[source]; link.Type == "symlink" && !strings.Contains(link.Target, "/") {
+			source = filepath.Join(filepath.Dir(source), link.Target)
+		}
 		a, b := p.read(p.wantRoot, path), p.read(p.gotRoot, path)
 		header, ok := content.ParsePyc(a)
 		if !ok || !valid(header, p.want[source]) {

@@ -3,6 +3,7 @@ package layer
 import (
 	"crypto/sha256"
 	"slices"
+	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -12,7 +13,8 @@ import (
 // not. It returns, for exact fidelity, the canonical payloads of the pairs.
 //
 // A valid pair is a .pyc and the .py that it belongs to (content.PycSource), both regular
-// files with one name each, where the .pyc recorded the source's mtime and size. A .pyc
+// files with one name each, where the .pyc recorded the source's mtime and size; the source may be a symlink
+// to one beside it. A .pyc
 // whose source is not in this layer may pair up with one in a layer below (tree.Merge).
 func (ss *session) settlePython(entries []*content.Entry) (map[*content.Entry]content.Entry, error) {
 	if len(ss.pyc) == 0 {
@@ -60,15 +62,31 @@ func classify(e *content.Entry, h content.PycHeader, entries []*content.Entry, l
 	if !ok || linked[e.Path] {
 		return false, false
 	}
-	i, found := slices.BinarySearchFunc(entries, source, func(e *content.Entry, path string) int {
+	src := entryAt(entries, source)
+	if src == nil {
+		return false, true
+	}
+	if src.Kind == content.Symlink && !strings.Contains(src.Target, "/") {
+		// The same source under another name beside it.
+		dir, _ := content.SplitPath(source)
+		source = strings.TrimPrefix(dir+"/"+src.Target, "/")
+		if src = entryAt(entries, source); src == nil {
+			return false, false
+		}
+	}
+	return src.Kind == content.Regular && !linked[source] &&
+		uint32(src.Mtime.Sec) == h.Mtime && uint32(src.Size) == h.Size, false
+}
+
+// entryAt finds an entry by its path, or returns nil.
+func entryAt(entries []*content.Entry, path string) *content.Entry {
+	i, found := slices.BinarySearchFunc(entries, path, func(e *content.Entry, path string) int {
 		return content.ComparePaths(e.Path, path)
 	})
 	if !found {
-		return false, true
+		return nil
 	}
-	src := entries[i]
-	return src.Kind == content.Regular && !linked[source] &&
-		uint32(src.Mtime.Sec) == h.Mtime && uint32(src.Size) == h.Size, false
+	return entries[i]
 }
 
 // exactPair is the payload of a paired .pyc as it would be with the canonical timestamp.

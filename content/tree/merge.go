@@ -30,6 +30,8 @@ type merger struct {
 	root *Node
 	// shared holds the inodes with more than one name, over all layers.
 	shared map[*content.Entry]bool
+	// pinned holds the Python sources that have to show their image mtime.
+	pinned map[*content.Entry]bool
 }
 
 // level is one directory on the path to the entry at hand.

@@ -2,6 +2,7 @@ package tree
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -16,16 +17,78 @@ import (
 //   - A source replaced above its pair has another mtime than the .pyc recorded, or a
 //     pair of its own. If both a fresh and a stale pair hang on one source, it shows its image mtime:
 //     Python then recompiles, but never runs the stale one.
+//
 //   - A source that replaces another and by chance has the canonical timestamp shows the second after.
+//
 //   - A PycLone (compiled in a layer above its source) was compiled against the
 //     image mtime: it is shown with its canonical payload when the source shows the canonical
 //     timestamp, and as it is when not.
+//
 //   - A .pyc that was compiled in a container of ours has recorded the canonical
 //     timestamp itself. It counts as stale when its source came in a later layer.
 //
+//   - A symlink to a source beside it is that source under another name. Where a symlink from elsewhere
+//     has bytecode of its own, the source keeps its image mtime, which that bytecode recorded.
+//
 // Sources with several hard links keep their image mtime, since the other names'
 // bytecode could disagree.
-func (m *merger) resolvePython() { m.pythonDir(m.root) }
+func (m *merger) resolvePython() {
+	m.pinned = map[*content.Entry]bool{}
+	m.pinLinked(m.root, "")
+	m.pythonDir(m.root)
+}
+
+// pinLinked finds the sources that bytecode of a symlink depends on which is not settled with the source's own.
+func (m *merger) pinLinked(dir *Node, path string) {
+	for _, c := range dir.Children {
+		at := path + "/" + c.Name
+		switch {
+		case c.Entry.Kind == content.Dir:
+			m.pinLinked(c, at)
+		case c.Entry.Kind == content.Symlink && strings.HasSuffix(c.Name, ".py"):
+			bytecode := bytecodeOf(dir, c.Name)
+			settled := !slices.ContainsFunc(bytecode, func(b *Node) bool {
+				return b.Entry.Flags&(content.PycPaired|content.PycLone) == 0
+			})
+			if len(bytecode) == 0 || settled && source(dir, c.Name) != nil {
+				continue
+			}
+			if src := m.resolve(at); src != nil {
+				m.pinned[src.Entry] = true
+			}
+		}
+	}
+}
+
+// bytecodeOf returns the compiled files that belong to a source of a directory.
+func bytecodeOf(dir *Node, name string) (found []*Node) {
+	for _, holder := range []struct {
+		dir    *Node
+		prefix string
+	}{{dir, ""}, {dir.child("__pycache__"), "__pycache__/"}} {
+		if holder.dir == nil {
+			continue
+		}
+		for _, c := range holder.dir.Children {
+			if src, ok := content.PycSource(holder.prefix + c.Name); ok && src == name {
+				found = append(found, c)
+			}
+		}
+	}
+	return found
+}
+
+// source returns the regular file that a source of a directory is, by itself or as a symlink to one beside it.
+func source(dir *Node, name string) *Node {
+	n := dir.child(name)
+	if n != nil && n.Entry.Kind == content.Symlink && !strings.Contains(n.Entry.Target, "/") {
+		n = dir.child(n.Entry.Target)
+	}
+	if n == nil || n.Entry.Kind != content.Regular {
+		return nil
+	}
+	return n
+}
 
 func (m *merger) pythonDir(dir *Node) {
 	cache := dir.child("__pycache__")
@@ -64,8 +127,8 @@ func (m *merger) pythonSources(dir, cache *Node) {
 			if !ok {
 				continue
 			}
-			src := dir.child(name)
-			if src == nil || src.Entry.Kind != content.Regular {
+			src := source(dir, name)
+			if src == nil {
 				continue
 			}
 			k := bySource[src]
@@ -91,7 +154,7 @@ func (m *merger) pythonSources(dir, cache *Node) {
 		if len(k.stale) > 0 && uint32(src.Entry.Mtime.Sec) == content.PycTime {
 			m.avoidCanonicalTime(src)
 		}
-		if len(k.fresh) == 0 || len(k.stale) > 0 || m.shared[src.Entry] {
+		if len(k.fresh) == 0 || len(k.stale) > 0 || m.shared[src.Entry] || m.pinned[src.Entry] {
 			continue
 		}
 		shown := *src.Entry

@@ -233,6 +233,10 @@ func pyc(path string, flags content.Flags, recorded uint32) *content.Entry {
 	return &content.Entry{Path: path, Kind: content.Regular, Size: int64(len(data)), Data: data, Flags: flags, PycTime: recorded}
 }
 
+func link(path, target string) *content.Entry {
+	return &content.Entry{Path: path, Kind: content.Symlink, Target: target, Mtime: content.Time{Sec: 7}}
+}
+
 // The rule: Python may recompile, it must never run stale code; in the usual ways of
 // building images it does not recompile.
 func TestMergePython(t *testing.T) {
@@ -249,6 +253,14 @@ func TestMergePython(t *testing.T) {
 		{"source without bytecode", [][]*content.Entry{{root, py("m.py", orig)}}, orig, nil},
 		{"bytecode whited out", [][]*content.Entry{pair, {root, cache, {Path: p311, Kind: content.Whiteout}}}, orig, nil},
 		{"source replaced above its pair", [][]*content.Entry{pair, {root, py("m.py", orig+1)}}, orig + 1, map[string]bool{p311: false}},
+		{"symlink to the source beside it", [][]*content.Entry{{root, cache, pyc("__pycache__/l.cpython-311.pyc", content.PycPaired, orig), pyc(p311, content.PycPaired, orig),
+			link("l.py", "m.py"), py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true, "__pycache__/l.cpython-311.pyc": true}},
+		{"symlink above the pair, compiled there", [][]*content.Entry{pair, {root, cache, pyc("__pycache__/l.cpython-311.pyc", content.PycLone, content.PycTime), link("l.py", "m.py")}},
+			content.PycTime, map[string]bool{p311: true, "__pycache__/l.cpython-311.pyc": true}},
+		{"symlink from elsewhere with bytecode", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, orig), dir("d", 0, 0), dir("d/__pycache__", 0, 0),
+			pyc("d/__pycache__/l.cpython-311.pyc", 0, orig), link("d/l.py", "../m.py"), py("m.py", orig)}}, orig, map[string]bool{p311: false}},
+		{"symlink from elsewhere without", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, orig), dir("d", 0, 0), link("d/l.py", "../m.py"), py("m.py", orig)}},
+			content.PycTime, map[string]bool{p311: true}},
 		{"source of the canonical time above a pair", [][]*content.Entry{pair, {root, py("m.py", content.PycTime)}}, content.PycTime + 1, map[string]bool{p311: false}},
 		{"pair of the canonical time", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, content.PycTime), py("m.py", content.PycTime)}}, content.PycTime, map[string]bool{p311: true}},
 		{"source copied above its pair, same mtime", [][]*content.Entry{pair, {root, py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true}},

@@ -18,7 +18,6 @@ import (
 )
 
 const (
-	suite    = "bookworm" // brings Python 3.11
 	packages = "python3,ca-certificates"
 	// recipe changes whenever the code below would make something else.
 	recipe = "1"
@@ -27,14 +26,34 @@ const (
 //go:embed requirements.txt
 var requirements string
 
+// kit is what a Set is made of.
+type kit struct {
+	suite, python string // of Debian, and the Python that it brings
+	requirements  string // pinned
+	imports       string // a program that imports some of it
+}
+
 // Set is the cached inputs.
 type Set struct {
 	dir string
 	say func(string)
+	kit kit
 }
 
-// Open makes the cache's directory for this recipe. say may be nil.
+// Open makes the cache's directory for Debian 12 with Python 3.11 and the packages of a large service. say may be
+// nil.
 func Open(say func(string)) (*Set, error) {
+	return open(say, kit{"bookworm", "3.11", requirements, Imports})
+}
+
+// OpenNewer is Open for Debian 13 with Python 3.13 and a few packages.
+func OpenNewer(say func(string)) (*Set, error) {
+	few := "django==5.2.19\nasgiref==3.13.0\nsqlparse==0.6.1\nattrs==26.1.0\nrequests==2.34.2\nidna==3.20\n" +
+		"certifi==2026.10.18\ncharset-normalizer==3.5.2\nurllib3\n"
+	return open(say, kit{"trixie", "3.13", few, "import django.db.models, requests, attrs"})
+}
+
+func open(say func(string), k kit) (*Set, error) {
 	cache, err := node.CacheDir()
 	if err != nil {
 		return nil, err
@@ -42,8 +61,8 @@ func Open(say func(string)) (*Set, error) {
 	if say == nil {
 		say = func(string) {}
 	}
-	key := strings.Join([]string{recipe, suite, packages, requirements, pipVersion, runtime.GOARCH}, "\n")
-	s := &Set{dir: filepath.Join(cache, "inputs", digest(key)), say: say}
+	key := strings.Join([]string{recipe, k.suite, packages, k.requirements, pipVersion, runtime.GOARCH}, "\n")
+	s := &Set{dir: filepath.Join(cache, "inputs", digest(key)), say: say, kit: k}
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		return nil, fmt.Errorf("open inputs: %w", err)
 	}
@@ -97,7 +116,7 @@ func (s *Set) rootfs(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make rootfs: %w", err)
 	}
-	args := []string{"--variant=minbase", "--include=" + packages, suite, staging}
+	args := []string{"--variant=minbase", "--include=" + packages, s.kit.suite, staging}
 	if mirror := os.Getenv("DEBIAN_MIRROR"); mirror != "" {
 		args = append(args, mirror)
 	}

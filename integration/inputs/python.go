@@ -39,7 +39,7 @@ func (s *Set) App(ctx context.Context, n int) (*image.Layer, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := s.download(ctx); err != nil {
+		if err := s.download(ctx, "wheels", s.kit.requirements); err != nil {
 			return nil, err
 		}
 		if n > 1 {
@@ -47,7 +47,11 @@ func (s *Set) App(ctx context.Context, n int) (*image.Layer, error) {
 				return nil, err
 			}
 		}
-		return s.install(ctx, base, name, n)
+		in := install{name: name, packages: lines(s.kit.requirements), check: s.kit.imports}
+		if n > 1 {
+			in.owner = OtherOwner
+		}
+		return s.install(ctx, base, in)
 	})
 }
 
@@ -66,9 +70,20 @@ func (s *Set) pause(ctx context.Context, earlier int) error {
 	}
 }
 
-// download fetches wheels for the root file system's Python with this machine's pip.
-func (s *Set) download(ctx context.Context) error {
-	wheels := filepath.Join(s.dir, "wheels")
+// lines are the requirements in a text, without comments.
+func lines(text string) (list []string) {
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+			list = append(list, line)
+		}
+	}
+	return list
+}
+
+// download fetches wheels for the root file system's Python with this machine's pip, into the
+// directory name. Pinned requirements are all there is: pip resolves nothing.
+func (s *Set) download(ctx context.Context, name, requirements string) error {
+	wheels := filepath.Join(s.dir, name)
 	if _, err := os.Stat(wheels); err == nil {
 		return nil
 	}
@@ -80,11 +95,11 @@ func (s *Set) download(ctx context.Context) error {
 	if err := os.MkdirAll(staging, 0o755); err != nil {
 		return fmt.Errorf("download wheels: %w", err)
 	}
-	list := filepath.Join(s.dir, "requirements.txt")
+	list := filepath.Join(s.dir, name+".txt")
 	if err := os.WriteFile(list, []byte(requirements), 0o644); err != nil {
 		return fmt.Errorf("download wheels: %w", err)
 	}
-	args := []string{"download", "--quiet", "--python-version", "3.11", "--implementation", "cp",
+	args := []string{"download", "--quiet", "--python-version", s.kit.python, "--implementation", "cp",
 		"--only-binary=:all:", "--dest", staging, "--requirement", list, "pip==" + pipVersion, "--platform", "any"}
 	arch := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
 	for _, glibc := range []string{"_2_36", "_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1"} {
@@ -103,10 +118,19 @@ func (s *Set) download(ctx context.Context) error {
 	return nil
 }
 
+// install is one run of pip.
+type install struct {
+	name     string
+	packages []string // requirements
+	owner    int      // of what it brings; 0 is root
+	check    string   // a program that must run afterwards
+}
+
 // install runs pip inside an overlay on the root file system; what lands in the
 // overlay's upper directory is the layer, as in a container build.
-func (s *Set) install(ctx context.Context, base, name string, n int) (_ *image.Layer, err error) {
-	s.say(fmt.Sprintf("running pip install for app %d", n))
+func (s *Set) install(ctx context.Context, base string, in install) (_ *image.Layer, err error) {
+	name := in.name
+	s.say("running pip install for " + name)
 	work, err := os.MkdirTemp(s.dir, name+"-")
 	if err != nil {
 		return nil, fmt.Errorf("install: %w", err)
@@ -123,19 +147,19 @@ func (s *Set) install(ctx context.Context, base, name string, n int) (_ *image.L
 	if err := unix.Mount("overlay", sub["root"], "overlay", 0, opts); err != nil {
 		return nil, fmt.Errorf("install: mount overlay: %w", err)
 	}
-	if err := s.pip(ctx, sub["root"]); err != nil {
+	if err := s.pip(ctx, sub["root"], in); err != nil {
 		return nil, err
 	}
 	if err := node.UnmountBelow(work); err != nil {
 		return nil, err
 	}
-	s.say(fmt.Sprintf("packing the layer of app %d", n))
+	s.say("packing the layer of " + name)
 	return image.FromDir(s.dir, image.LayerOptions{}, sub["upper"], image.DirOptions{Map: func(h *tar.Header) bool {
 		if strings.HasPrefix(h.Name, "tmp/") || strings.HasPrefix(h.Name, "root/") || strings.HasPrefix(h.Name, "mnt/") {
 			return false
 		}
-		if n > 1 && strings.HasPrefix(h.Name, "usr/local/") && !inBase(base, h.Name) {
-			h.Uid, h.Gid = OtherOwner, OtherOwner
+		if in.owner > 0 && strings.HasPrefix(h.Name, "usr/local/") && !inBase(base, h.Name) {
+			h.Uid, h.Gid = in.owner, in.owner
 		}
 		return true
 	}})
@@ -148,20 +172,14 @@ func inBase(base, name string) bool {
 
 // pip runs the downloaded pip with the root's own Python, offline, and checks that
 // what it installed can be imported there.
-func (s *Set) pip(ctx context.Context, root string) error {
+func (s *Set) pip(ctx context.Context, root string, in install) error {
 	mnt := filepath.Join(root, "mnt")
-	if err := unix.Mount(filepath.Join(s.dir, "wheels"), mnt, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(s.dir, mnt, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("install: bind wheels: %w", err)
 	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "PIP_ROOT_USER_ACTION=ignore"}
-	list := make([]string, 0, 32)
-	for line := range strings.Lines(requirements) {
-		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
-			list = append(list, line)
-		}
-	}
-	args := append([]string{root, "python3", "/mnt/pip-" + pipVersion + "-py3-none-any.whl/pip", "install",
-		"--quiet", "--no-index", "--no-cache-dir", "--break-system-packages", "--find-links", "/mnt"}, list...)
+	args := append([]string{root, "python3", "/mnt/" + Pip, "install",
+		"--quiet", "--no-index", "--no-cache-dir", "--break-system-packages", "--no-deps", "--find-links", "/mnt/wheels", "--find-links", "/mnt/" + OlderWheels}, in.packages...)
 	chroot, err := node.LookPath("chroot")
 	if err != nil {
 		return fmt.Errorf("install: %w", err)
@@ -170,7 +188,7 @@ func (s *Set) pip(ctx context.Context, root string) error {
 		return fmt.Errorf("pip install: %w", err)
 	}
 	// -B: the check must not write compiled files that pip did not.
-	if err := run(ctx, env, chroot, root, "python3", "-B", "-c", Imports); err != nil {
+	if err := run(ctx, env, chroot, root, "python3", "-B", "-c", in.check); err != nil {
 		return fmt.Errorf("import the installed packages: %w", err)
 	}
 	if err := unix.Unmount(mnt, unix.MNT_DETACH); err != nil {

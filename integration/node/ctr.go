@@ -80,8 +80,14 @@ func NewID(prefix string) string {
 // Run runs a command in a new container of an image and returns its standard output;
 // the container is removed at its end.
 func (n *Node) Run(ctx context.Context, snapshotter, ref string, command ...string) (string, error) {
+	return n.RunWith(ctx, snapshotter, nil, ref, command...)
+}
+
+// RunWith is Run with further flags of ctr run.
+func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, ref string, command ...string) (string, error) {
 	args := append([]string{"run", "--rm"}, n.runFlags(snapshotter)...)
-	return n.Ctr(ctx, append(append(args, ref, NewID("run")), command...)...)
+	args = append(append(args, flags...), ref, NewID("run"))
+	return n.Ctr(ctx, append(args, command...)...)
 }
 
 // RunDetached starts a container and returns its id; Exec runs further commands in it.
