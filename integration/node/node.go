@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"golang.org/x/sys/unix"
 )
 
@@ -264,8 +265,31 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 		if err == nil {
 			err = conn.Close()
 		}
+		if err == nil {
+			err = n.reaches(ctx)
+		}
 		return err
 	})
+}
+
+// reaches tells whether a containerd that runs has noticed the daemon: where it has tried while there was none, it
+// waits for a second before it tries again, and answers for the daemon with an error meanwhile.
+func (n *Node) reaches(ctx context.Context) error {
+	if n.opts.NoDedup || n.client == nil {
+		return nil
+	}
+	conn, err := net.Dial("unix", n.Address())
+	if err != nil {
+		return nil // it will find the daemon when it starts
+	}
+	conn.Close()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 5*time.Second)
+	defer cancel()
+	sn, key := n.client.SnapshotService(Snapshotter), NewID("reached")
+	if _, err := sn.View(ctx, key, ""); err != nil { // unlike a question, it always gets to the daemon
+		return err
+	}
+	return sn.Remove(ctx, key)
 }
 
 // StopDaemon ends the dedup daemon in order; KillDaemon with SIGKILL.
