@@ -36,7 +36,7 @@ func prepareFleet(ctx context.Context, s *stage) (func(context.Context, *Trial) 
 			}
 			all = append(all, img)
 		}
-		return fleet{[][]Image{all}}.trial, "", nil
+		return fleet{"fleet", [][]Image{all}}.trial, "", nil
 	}
 	share := min(1, 0.5*s.opts.Scale)
 	base, _, err := s.apps(ctx, 0)
@@ -64,7 +64,7 @@ func prepareFleet(ctx context.Context, s *stage) (func(context.Context, *Trial) 
 		}
 		rounds = append(rounds, round)
 	}
-	return fleet{rounds}.trial, "", nil
+	return fleet{"fleet", rounds}.trial, "", nil
 }
 
 func (s *stage) fleet(ctx context.Context, dir string, share float64) ([]*image.Layer, error) {
@@ -94,7 +94,10 @@ func (s *stage) fleet(ctx context.Context, dir string, share float64) ([]*image.
 	return layers, eg.Wait()
 }
 
-type fleet struct{ rounds [][]Image }
+type fleet struct {
+	scenario string
+	rounds   [][]Image
+}
 
 // trial pulls the services of a release one after the other, as an update does.
 func (f fleet) trial(ctx context.Context, t *Trial) error {
@@ -114,9 +117,9 @@ func (f fleet) trial(ctx context.Context, t *Trial) error {
 		if err != nil {
 			return err
 		}
-		t.record("fleet", fmt.Sprintf("pull, release %d", i+1), "s", c.wall.Seconds())
+		t.record(f.scenario, fmt.Sprintf("pull, release %d", i+1), "s", c.wall.Seconds())
 		sum = sum.plus(c)
 	}
-	t.recordPull("fleet", sum)
+	t.recordPull(f.scenario, sum)
 	return nil
 }

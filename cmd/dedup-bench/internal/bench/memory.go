@@ -81,6 +81,11 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 			return err
 		}
 	}
+	return readTogether(ctx, t, "memory", m.images)
+}
+
+// readTogether is the part of trial after the pulls.
+func readTogether(ctx context.Context, t *Trial, scenario string, images []Image) error {
 	if err := dropCaches("3"); err != nil {
 		return err
 	}
@@ -95,11 +100,11 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 	var after map[string]int64
 	var next func(i int) error
 	next = func(i int) error {
-		if i == len(m.images) {
+		if i == len(images) {
 			after, err = meminfo()
 			return err
 		}
-		return t.Active(ctx, t.Subject.Snapshotter, m.images[i].Ref, func(root string) error {
+		return t.Active(ctx, t.Subject.Snapshotter, images[i].Ref, func(root string) error {
 			start := time.Now()
 			if err := walk(ctx, root, make([]byte, 256<<10)); err != nil {
 				return err
@@ -117,10 +122,10 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 		}
 		return max(0, sum)
 	}
-	t.record("memory", "page cache", "bytes", grown("Cached"))
-	t.record("memory", "buffers", "bytes", grown("Buffers"))
-	t.record("memory", "kernel objects", "bytes", grown("Slab"))
-	t.record("memory", "reading all", "s", seconds)
+	t.record(scenario, "page cache", "bytes", grown("Cached"))
+	t.record(scenario, "buffers", "bytes", grown("Buffers"))
+	t.record(scenario, "kernel objects", "bytes", grown("Slab"))
+	t.record(scenario, "reading all", "s", seconds)
 	return nil
 }
 

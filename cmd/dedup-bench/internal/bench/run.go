@@ -49,6 +49,7 @@ func groups() []group {
 		{[]string{"start", "read", "restart"}, 8, prepareUse},
 		{[]string{"layers100"}, 6, prepareLayers},
 		{[]string{"fleet"}, 15, prepareFleet},
+		{[]string{"python"}, 25, preparePython},
 		{[]string{"memory"}, 6, prepareMemory},
 		{[]string{"scale"}, 10, prepareScale},
 	}

@@ -12,6 +12,7 @@ var descriptions = []struct{ name, text string }{
 	{"read", "all files of a mounted root, and Python imports in a container; cold and warm"},
 	{"restart", "snapshotter and containerd until they serve again, with many snapshots"},
 	{"layers100", "100 layers in ten pulls at once, every file in four of the layers"},
+	{"python", "five services in two releases, each with a real pip install; all mounted and read at last"},
 	{"fleet", "the services of one system, each with its own pip install, in two releases"},
 	{"memory", "page cache after reading ten near-equal images"},
 	{"scale", "many layers, files and snapshots"},
