@@ -13,8 +13,8 @@ import (
 )
 
 // A container in a user namespace sees the owners that it sees with overlayfs. The daemon does not map
-// ids itself, so containerd changes the owner of each file in the container's own snapshot; the store and
-// the next container keep the image's owners.
+// ids itself, so containerd changes the owner of each file in a snapshot of its own for the mapping; the
+// store and containers without one keep the image's owners.
 func TestUserNamespace(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
