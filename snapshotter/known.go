@@ -115,6 +115,15 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (layer.Ingested, 
 	if !ok {
 		return layer.Ingested{}, false
 	}
+	if w.staged {
+		// The layers of this image are unpacked side by side, but prepared one after the other.
+		in, ok := s.layers.LookupBlob(blob.Digest)
+		if ok && !w.leads(in.DiffID) {
+			s.layers.Release(in.Layer)
+			ok = false
+		}
+		return in, ok
+	}
 	in, err := s.layers.IngestBlob(ctx, blob)
 	if err != nil {
 		// Whoever unpacks it next says what is wrong.

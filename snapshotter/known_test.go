@@ -293,6 +293,10 @@ func TestStagedLayers(t *testing.T) {
 	img := newPulled(layerTar(t, map[string]string{"a": payload("a"), "gone": "x"}), layerTar(t, map[string]string{"b": payload("b"), ".wh.gone": ""}), layerTar(t, map[string]string{"c": payload("c")}))
 	img.write(t, ctx, store, 0, 1, 2)
 	base := servedBy(t, s, ctx, "", img, 0)
+	known := base
+	for i := 1; i < 3; i++ {
+		known = servedBy(t, s, ctx, known, img, i)
+	}
 	parent := base
 	for i := 1; i < 3; i++ {
 		labels := map[string]string{labelRef: img.chains[i], labelDiffID: img.diffs[i], labelParentChain: img.chains[i-1]}

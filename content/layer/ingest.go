@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -22,11 +23,11 @@ import (
 // caller whose ctx ends does not harm the others who wait. A blob that the store already
 // knows is not opened at all.
 func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
-	if in, ok := s.knownBlob(b); ok {
+	if in, ok := s.LookupBlob(b.Digest); ok {
 		return in, nil
 	}
 	return s.flights.do(ctx, b.Digest, func(ctx context.Context) (Ingested, error) {
-		if in, ok := s.knownBlob(b); ok {
+		if in, ok := s.LookupBlob(b.Digest); ok {
 			return in, nil
 		}
 		in, err := s.ingestBlob(ctx, b)
@@ -44,10 +45,11 @@ func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	})
 }
 
-func (s *Store) knownBlob(b Blob) (Ingested, bool) {
+// LookupBlob finds the layer of a blob that was ingested under the store's fidelity and holds it.
+func (s *Store) LookupBlob(blob digest.Digest) (Ingested, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t, ok := s.blobs[blobKey{s.fidelity, b.Digest}]
+	t, ok := s.blobs[blobKey{s.fidelity, blob}]
 	if !ok {
 		return Ingested{}, false
 	}
