@@ -43,20 +43,25 @@ func open(t *testing.T, root string) *Snapshotter {
 
 func layerTar(t *testing.T, files map[string]string) []byte {
 	t.Helper()
+	b, err := tarOfFiles(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func tarOfFiles(files map[string]string) ([]byte, error) {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for name, data := range files {
 		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(1700000000, 0)}); err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
 		if _, err := io.WriteString(w, data); err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return buf.Bytes()
+	return buf.Bytes(), w.Close()
 }
 
 func ns(t *testing.T, name string) context.Context {
