@@ -447,8 +447,13 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 		if err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
-		for id := range ids {
-			used[id] = true
+		for id, key := range ids {
+			_, info, _, err := storage.GetInfo(ctx, key)
+			if err != nil {
+				return err
+			}
+			// A layer needs no directory once it is stored; a crash right after may have left it.
+			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
 		}
 		return walkAll(ctx, func(info snapshots.Info) error {
 			name := info.Name
