@@ -1,0 +1,112 @@
+package layer
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// smallDisk is an ext4 of 24 MiB with few inodes, in a file.
+func smallDisk(t *testing.T, inodes int) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts a file system")
+	}
+	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
+		t.Skip("needs mkfs.ext4")
+	}
+	dir := t.TempDir()
+	file, at := filepath.Join(dir, "disk"), filepath.Join(dir, "at")
+	for _, args := range [][]string{
+		{"truncate", "-s", "24M", file},
+		{"mkfs.ext4", "-q", "-N", fmt.Sprint(inodes), file},
+		{"mkdir", at},
+		{"mount", "-o", "loop", file, at},
+	} {
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("%v: %v\n%s", args, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	})
+	return at
+}
+
+// A layer that does not fit is refused with a word on what is missing, leaves nothing behind, harms no
+// other, and comes in when there is room again, without a restart.
+func TestDiskThatIsFull(t *testing.T) {
+	noise := func(n int) string {
+		b := make([]byte, n)
+		for i := range b {
+			b[i] = byte(rand.Uint32())
+		}
+		return string(b)
+	}
+	many := func(n, size int) (all []member) {
+		for i := range n {
+			all = append(all, member{name: fmt.Sprintf("f-%d", i), data: noise(size)})
+		}
+		return all
+	}
+	for _, row := range []struct {
+		name   string
+		inodes int
+		layer  []member
+		filler int // bytes of a file beside the store that takes the room
+		files  int // or how many of them
+	}{
+		{name: "blocks", inodes: 6000, layer: many(300, 40_000), filler: 12 << 20},
+		{name: "blocks for one file", inodes: 6000, layer: many(1, 17<<20), filler: 8 << 20},
+		{name: "inodes", inodes: 1024, layer: many(500, 2000), files: 400},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			at := smallDisk(t, row.inodes)
+			s := openStore(t, filepath.Join(at, "root"), content.Python)
+			good, err := s.IngestBlob(t.Context(), blobOf(makeTar(t, many(3, 3000)...)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := s.Used()
+			for i := range max(1, row.files) {
+				if err := os.WriteFile(filepath.Join(at, fmt.Sprint("filler-", i)), make([]byte, row.filler), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			tar := makeTar(t, row.layer...)
+			_, err = s.IngestBlob(t.Context(), blobOf(tar))
+			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "free space or inodes on the file system of "+at) {
+				t.Fatalf("a layer that does not fit: %v", err)
+			}
+			if after := s.Used(); after != before {
+				t.Errorf("%+v is used after the failure, %+v before", after, before)
+			}
+			if left, _ := filepath.Glob(filepath.Join(at, "root", dirIngest, "*")); len(left) > 0 {
+				t.Errorf("left in staging: %v", left)
+			}
+			if _, err := s.Merge(t.Context(), []content.LayerID{good.Layer}); err != nil {
+				t.Errorf("the layer that was there: %v", err)
+			}
+			fillers, _ := filepath.Glob(filepath.Join(at, "filler-*"))
+			for _, f := range fillers {
+				if err := os.Remove(f); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := s.IngestBlob(t.Context(), blobOf(tar)); err != nil {
+				t.Errorf("with room again: %v", err)
+			}
+		})
+	}
+}
