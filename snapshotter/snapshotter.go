@@ -112,6 +112,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.kernel, err = probe(opts.Root); err != nil {
 		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
 	}
+	if err := s.checkMetadata(); err != nil {
+		return nil, err
+	}
 	if s.ms, err = storage.NewMetaStore(s.path("metadata.db")); err != nil {
 		return nil, fmt.Errorf("open metadata.db: %w", err)
 	}
@@ -167,6 +170,24 @@ func checkFormat(path string) error {
 	case string(b) != layoutVersion:
 		return fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
 			path, strings.TrimSpace(string(b)), strings.TrimSpace(layoutVersion))
+	}
+	return nil
+}
+
+// checkMetadata refuses a store without metadata.db: it alone says which layers and directories are in use, and an
+// empty one would have all of them removed, what running containers wrote included.
+func (s *Snapshotter) checkMetadata() error {
+	if _, err := os.Stat(s.path("metadata.db")); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, dir := range []string{dirSnapshots, "layers"} {
+		files, err := os.ReadDir(s.path(dir))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("look for snapshots: %w", err)
+		}
+		if len(files) > 0 {
+			return fmt.Errorf("%s is missing, and %s holds data: nothing was removed; put the file back from a backup, or set another root and pull the images again", s.path("metadata.db"), s.path(dir))
+		}
 	}
 	return nil
 }

@@ -448,6 +448,27 @@ func TestOneDaemonPerRoot(t *testing.T) {
 	}
 }
 
+// Without metadata.db nobody knows what is in use: nothing is served, and nothing removed.
+func TestMissingMetadataIsRefused(t *testing.T) {
+	root := t.TempDir()
+	s := open(t, root)
+	unpack(t, s, "one", "", layerTar(t, map[string]string{"a": strings.Repeat("a", 5000)}), nil)
+	if err := stop(s); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(root, "metadata.db")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact}); err == nil || !strings.Contains(err.Error(), "metadata.db is missing") {
+		t.Fatalf("opened: %v", err)
+	}
+	for _, pattern := range []string{"objects/*/*", "layers/*"} {
+		if found, err := filepath.Glob(filepath.Join(root, pattern)); err != nil || len(found) != 1 {
+			t.Errorf("%s: %v, %v", pattern, found, err)
+		}
+	}
+}
+
 func TestUnknownLayoutIsRefused(t *testing.T) {
 	needRoot(t)
 	root := t.TempDir()

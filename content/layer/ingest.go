@@ -171,8 +171,8 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 	if err != nil {
 		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
 	}
-	if err := ss.end(enc.Objects()); err != nil {
-		return content.LayerID{}, Usage{}, err
+	if err := s.noteLeak(ss.end(enc.Objects())); err != nil {
+		log.G(ss.ctx).WithError(err).Warn("objects that nothing names stay until the next start")
 	}
 	return enc.ID, added, nil
 }

@@ -29,6 +29,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -104,7 +105,9 @@ type Store struct {
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
 	flights  flights
 	gc       sync.WaitGroup
-	closed   sync.Once
+	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
+	leaked atomic.Bool
+	closed sync.Once
 
 	// factsMu serialises changes of a tree file's header.
 	factsMu sync.Mutex
@@ -322,7 +325,7 @@ func (s *Store) Close() (err error) {
 	s.closed.Do(func() {
 		s.flights.wait()
 		s.gc.Wait()
-		if err = unix.Syncfs(s.rootFd); err == nil {
+		if err = unix.Syncfs(s.rootFd); err == nil && !s.leaked.Load() {
 			bytes, inodes := s.objects.Used()
 			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
 		}
@@ -407,19 +410,31 @@ func (s *Store) remove(id content.LayerID) error {
 		errs = append(errs, s.objects.Unref(o, 1))
 	}
 	s.objects.MeasureDirectories()
-	return errors.Join(errs...)
+	return s.noteLeak(errors.Join(errs...))
 }
 
+// noteLeak remembers that objects stay which nothing names.
+func (s *Store) noteLeak(err error) error {
+	if err != nil {
+		s.leaked.Store(true)
+	}
+	return err
+}
+
+// unlink takes a layer that still has no holds out of the store and returns the objects that it named.
 func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
+	_, objects, err := tree.ReadFacts(s.treePath(id)) // not under the lock: a large tree takes its time
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // somebody else was faster
+	}
+	if err != nil {
+		return nil, err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.layers[id]
 	if st == nil || st.holds > 0 {
 		return nil, nil
-	}
-	_, objects, err := tree.ReadFacts(s.treePath(id))
-	if err != nil {
-		return nil, err
 	}
 	if err := os.Remove(s.treePath(id)); err != nil {
 		return nil, err
