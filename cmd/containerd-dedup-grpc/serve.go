@@ -74,6 +74,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
+		Catalog: blobs.NewCatalog(conn, c.Address),
 	}))
 
 	done := make(chan error, 1)

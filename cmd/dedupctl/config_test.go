@@ -117,9 +117,10 @@ func TestCommandLineErrors(t *testing.T) {
 		code int
 		want []string
 	}{
-		{"", exitUsage, []string{"what to do is missing: status, layers, duplicates, complete, config"}},
+		{"", exitUsage, []string{"what to do is missing: status, images, layers, duplicates, complete, config"}},
 		{"stauts", exitUsage, []string{`unknown command "stauts": want status,`}},
 		{"status now", exitUsage, []string{`status: unexpected argument "now"`}},
+		{"duplicates --limit 0", exitUsage, []string{"--limit 0: want 1 to 1000"}},
 		{"status --jsn", exitUsage, []string{"-jsn", "see --help"}},
 		{"--jsn status", exitUsage, []string{"-jsn", "see --help"}},
 		{"config", exitUsage, []string{"what to do is missing: containerd"}},
@@ -130,6 +131,7 @@ func TestCommandLineErrors(t *testing.T) {
 			[]string{"containerd does not run: no socket " + none, "systemctl start containerd", "--containerd-version 2.1"}},
 		{"status --address " + none, exitFailure, []string{"does not run: no socket " + none, "systemctl start containerd-dedup-grpc", "--address"}},
 		{"--address " + none + " layers", exitFailure, []string{"no socket " + none}},
+		{"images --address " + none, exitFailure, []string{"no socket " + none}},
 		{"--json --address " + none + " duplicates", exitFailure, []string{"no socket " + none}},
 		{"status --address " + plain, exitFailure, []string{"nobody listens on " + plain, "journalctl -u containerd-dedup-grpc"}},
 	} {

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
@@ -246,6 +247,11 @@ func checkDuplicates(t *testing.T, r *rig) {
 	r.json(t, &d, "duplicates")
 	if len(d.Equal) != 1 || len(d.Equal[0].Layers) != 2 || d.Equal[0].LogicalBytes != 10_003 || d.Ratio <= 0 {
 		t.Errorf("%+v", d)
+	}
+	for title, rows := range map[string][]DuplicateRow{"/": d.Paths, "(none)": d.Types} {
+		if diff := cmp.Diff([]DuplicateRow{{Name: title, UsedFiles: 3, UsedBytes: 30_000, Objects: 1, StoredBytes: 10_000}}, rows); diff != "" {
+			t.Error(diff)
+		}
 	}
 	_, out, _ := r.run(t, "duplicates")
 	if !strings.Contains(out, "Layers equal but for mtime, uid and gid:") || !strings.Contains(out, "3 uses of 2 layers") {

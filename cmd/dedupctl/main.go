@@ -61,7 +61,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
-		Commands:        []*cli.Command{statusCommand(), layersCommand(), duplicatesCommand(), completeCommand(), configCommand()},
+		Commands:        []*cli.Command{statusCommand(), imagesCommand(), layersCommand(), duplicatesCommand(), completeCommand(), configCommand()},
 		Action:          needVerb,
 		Writer:          stdout,
 		ErrWriter:       stderr,

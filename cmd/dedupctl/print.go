@@ -6,6 +6,8 @@ import (
 	"io"
 	"strconv"
 	"text/tabwriter"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 )
@@ -116,4 +118,15 @@ func short(digest string) string {
 		digest = digest[len(prefix):]
 	}
 	return digest[:min(digits, len(digest))]
+}
+
+// plain shows text of foreign origin without what a terminal would obey or a table would trip over.
+func plain(text string) string {
+	for _, r := range text {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			quoted := strconv.QuoteToGraphic(text)
+			return quoted[1 : len(quoted)-1]
+		}
+	}
+	return text
 }

@@ -59,6 +59,14 @@ func TestText(t *testing.T) {
 		PayloadDigest: "sha256:" + strings.Repeat("e", 64), Entries: 25_000, LogicalBytes: 412_000_000,
 		Layers: []*dedupv1.Layer{testLayer("a", 412_000_000), testLayer("b", 412_000_000)},
 	}}}
+	rows := &dedupv1.DuplicatesResponse{
+		Paths: []*dedupv1.DuplicateRow{
+			{Name: "/usr/lib/python3/dist-packages", UsedFiles: 60_000, UsedBytes: 900_000_000, Objects: 10_000, StoredBytes: 100_000_000},
+			{Name: "/opt/evil\x1b[2J\tname", UsedFiles: 2, UsedBytes: 2000, Objects: 1, StoredBytes: 1000},
+			{Name: "/opt/once", UsedFiles: 1, UsedBytes: 1000, Objects: 1, StoredBytes: 1000},
+		},
+		Packages: []*dedupv1.DuplicateRow{{Name: "numpy (pip)", UsedFiles: 4000, UsedBytes: 80_000_000, Objects: 1000, StoredBytes: 20_000_000}},
+	}
 	for _, row := range []struct{ name, got, want string }{
 		{"status", text(func(b *strings.Builder) { writeStatus(b, testStatus()) }), `
 daemon        v0.1.0, fidelity python, reuse known
@@ -84,10 +92,33 @@ aaaaaaaaaaaa  eeeeeeeeeeee  aaaaaaaaaaaa  python    25,000   1.00 kB  100 B    8
 		{"no layers", text(func(b *strings.Builder) { writeLayers(b, layersOf(nil)) }), `
 no layers: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)
 `},
-		{"duplicates", text(func(b *strings.Builder) { writeDuplicates(b, duplicatesOf(testStatus(), equal)) }), `
+		{"images, what frees most first", text(func(b *strings.Builder) {
+			writeImages(b, imagesOf([]*dedupv1.Image{
+				{Namespace: "default", Names: []string{"app:1"}, LogicalBytes: 1_200_000_000, StoredBytes: 900_000_000, ExclusiveBytes: 300_000_000, Users: 2},
+				{Namespace: "k8s.io", Names: []string{"docker.io/app@sha256:1", "docker.io/app:1", "sha256:2"}, LogicalBytes: 300, StoredBytes: 2000, ExclusiveBytes: 500,
+					FreedBytes: 500, FreedInodes: 3, FreedBlobBytes: 800},
+			}))
+		}), `
+NAMESPACE  IMAGE                 SIZE     STORED   SHARED   EXCLUSIVE  FREES  INODES  BLOBS  USED BY
+k8s.io     docker.io/app:1 (+2)  300 B    2.00 kB  1.50 kB  500 B      500 B  3       800 B  -
+default    app:1                 1.20 GB  900 MB   600 MB   300 MB     0 B    0       0 B    2 containers
+
+2 images, 1.20 GB of files as plain unpacks would store them
+`},
+		{"no images", text(func(b *strings.Builder) { writeImages(b, imagesOf(nil)) }), `
+no images: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)
+`},
+		{"duplicates", text(func(b *strings.Builder) { writeDuplicates(b, duplicatesOf(testStatus(), equal, rows)) }), `
 used         9.87 GB, 611,000 entries  every layer as often as snapshots use it: 40 uses of 14 layers
 stored       1.41 GB, 48,900 inodes    48,211 objects, trees and chain images
 dedup ratio  7.0x                      8.46 GB saved
+
+DIRECTORY                       FILES   USED     OBJECTS  STORED   SAVED
+/usr/lib/python3/dist-packages  60,000  900 MB   10,000   100 MB   800 MB
+/opt/evil\x1b[2J\tname          2       2.00 kB  1        1.00 kB  1.00 kB
+
+PACKAGE      FILES  USED     OBJECTS  STORED   SAVED
+numpy (pip)  4,000  80.0 MB  1,000    20.0 MB  60.0 MB
 
 Layers equal but for mtime, uid and gid:
 PAYLOAD       LAYER         DIFFID        ENTRIES  SIZE    ADDED    INODES  USES
@@ -112,6 +143,8 @@ func TestJSONIsComplete(t *testing.T) {
 		{&dedupv1.StatusResponse{}, Status{}},
 		{&dedupv1.Layer{}, Layer{}},
 		{&dedupv1.EqualGroup{}, EqualGroup{}},
+		{&dedupv1.Image{}, Image{}},
+		{&dedupv1.DuplicateRow{}, DuplicateRow{}},
 	} {
 		var want, got []string
 		fields := row.message.ProtoReflect().Descriptor().Fields()
@@ -132,7 +165,7 @@ func TestJSONIsComplete(t *testing.T) {
 
 // An empty list is [] in JSON, for whoever loops over it.
 func TestJSONOfNothing(t *testing.T) {
-	b, err := json.Marshal([]any{layersOf(nil), duplicatesOf(Status{}, nil), layersOf([]*dedupv1.Layer{{}})})
+	b, err := json.Marshal([]any{layersOf(nil), duplicatesOf(Status{}, nil, nil), imagesOf(nil), imagesOf([]*dedupv1.Image{{}}), layersOf([]*dedupv1.Layer{{}})})
 	if err != nil || strings.Contains(string(b), "null") {
 		t.Errorf("%s, %v", b, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -17,7 +18,7 @@ const (
 )
 
 // showProgress keeps one line on a terminal up to date while something takes long. It shows nothing where
-// nobody watches. The caller calls stop before it prints anything else.
+// nobody watches. The caller calls stop, as often as it likes, before it prints anything else.
 func showProgress(c *cli.Context, line func() string) (stop func()) {
 	if jsonWanted(c) || !terminal(c.App.ErrWriter) {
 		return func() {}
@@ -39,10 +40,10 @@ func showProgress(c *cli.Context, line func() string) (stop func()) {
 			}
 		}
 	}()
-	return func() {
+	return sync.OnceFunc(func() {
 		close(done)
 		<-ended
-	}
+	})
 }
 
 // terminal reports whether a person looks at w.

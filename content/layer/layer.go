@@ -105,6 +105,7 @@ type Store struct {
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
 	flights  flights
 	gc       sync.WaitGroup
+	distinct int // distinctMax, but for tests
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
 	closed sync.Once
@@ -168,6 +169,7 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 		rootFd:   -1,
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
+		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
 		blobs:    map[blobKey]tree.Tar{},

@@ -21,6 +21,8 @@ type Listed struct {
 	Facts
 	// Holds are the snapshots that use the layer, and ingests that are under way.
 	Holds int
+	// File is what its tree file occupies, in bytes, rounded up to blocks of 4 KiB.
+	File int64
 }
 
 // List returns all layers, sorted by id. The holds are a look at one moment, and
@@ -29,7 +31,7 @@ func (s *Store) List() []Listed {
 	s.mu.RLock()
 	list := make([]Listed, 0, len(s.layers))
 	for id, st := range s.layers {
-		l := Listed{Holds: st.holds, Facts: Facts{
+		l := Listed{Holds: st.holds, File: st.file, Facts: Facts{
 			ID:       id,
 			Fidelity: st.facts.Fidelity,
 			Payload:  st.facts.Payload,

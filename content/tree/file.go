@@ -126,26 +126,61 @@ func splitHeader(file []byte) (f Facts, objectFrame int, rest []byte, err error)
 
 // Read reads a whole tree file and verifies it against its id.
 func Read(path string, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
-	file, err := os.ReadFile(path)
+	raw, err := readVerified(path, id)
 	if err != nil {
 		return "", nil, err
-	}
-	_, _, rest, err := splitHeader(file)
-	if err != nil {
-		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
-	}
-	raw, err := decompress(rest)
-	if err != nil {
-		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
-	}
-	if sum := sha256.Sum256(raw); sum != id.Sum {
-		return "", nil, fmt.Errorf("tree of layer %s is damaged: its sha256 is %x", id, sum)
 	}
 	f, entries, err := decodeTree(raw)
 	if err != nil {
 		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
 	}
 	return f, entries, nil
+}
+
+// Walk is Read for who looks at one entry at a time: the entry is the same variable in every call, and what
+// it points to must not be changed. An error of fn ends the walk and is returned as it is.
+func Walk(path string, id content.LayerID, fn func(*content.Entry) error) error {
+	raw, err := readVerified(path, id)
+	if err != nil {
+		return err
+	}
+	var objects []byte
+	var e content.Entry
+	return eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
+		switch {
+		case n == treeObjects:
+			objects = b
+		case n == treeVersion && v != formatVersion:
+			return fmt.Errorf("tree of layer %s: %w: version %d, this build reads %d", id, errMalformed, v, formatVersion)
+		case n == treeEntry:
+			e = content.Entry{}
+			if err := decodeEntry(&e, b, objects); err != nil {
+				return fmt.Errorf("tree of layer %s: %w", id, err)
+			}
+			return fn(&e)
+		}
+		return nil
+	})
+}
+
+// readVerified returns the canonical encoding in a tree file whose sha256 is id.
+func readVerified(path string, id content.LayerID) ([]byte, error) {
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	_, _, rest, err := splitHeader(file)
+	if err != nil {
+		return nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	raw, err := decompress(rest)
+	if err != nil {
+		return nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	if sum := sha256.Sum256(raw); sum != id.Sum {
+		return nil, fmt.Errorf("tree of layer %s is damaged: its sha256 is %x", id, sum)
+	}
+	return raw, nil
 }
 
 // ReadFacts reads a tree file's facts and the ids of its objects, not its entries.

@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -302,5 +303,35 @@ func TestMergePython(t *testing.T) {
 				t.Error(d)
 			}
 		})
+	}
+}
+
+// Walk shows the entries that Read returns, one at a time, and checks the same.
+func TestWalk(t *testing.T) {
+	entries := torture()
+	enc := Encode(content.Exact, entries)
+	file, err := enc.Marshal(Facts{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "tree")
+	if err := os.WriteFile(path, file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var got []*content.Entry
+	err = Walk(path, enc.ID, func(e *content.Entry) error {
+		c := *e
+		got = append(got, &c)
+		return nil
+	})
+	if d := cmp.Diff(entries, got); err != nil || d != "" {
+		t.Error(err, d)
+	}
+	calls, stop := 0, errors.New("enough")
+	if err := Walk(path, enc.ID, func(*content.Entry) error { calls++; return stop }); err != stop || calls != 1 {
+		t.Error(err, calls)
+	}
+	if err := Walk(path, content.LayerID{}, func(*content.Entry) error { t.Error("a damaged tree is shown"); return nil }); err == nil {
+		t.Error("a damaged tree is no error")
 	}
 }

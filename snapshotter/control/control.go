@@ -1,6 +1,6 @@
 // Package control serves the control API (proto/dedup/v1/control.proto): what an operator
 // asks the running daemon. It reads, and changes nothing. Who may connect is the socket's
-// mode: root alone. No answer holds the content or the names of an image's files.
+// mode: root alone. No answer holds the content of an image's files.
 package control
 
 import (
@@ -15,6 +15,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 // Options are what the daemon was started with.
@@ -23,6 +24,8 @@ type Options struct {
 	Root     string
 	Fidelity string
 	Reuse    string
+	// Catalog lists the images of the containerd that calls.
+	Catalog *blobs.Catalog
 }
 
 // Server is a dedupv1.ControlServer.

@@ -1,5 +1,6 @@
 // The control API: what an operator asks the daemon, on the socket that also carries containerd's
-// services. Everything here reads. Answers name layers and digests, never files of an image.
+// services. Answers name layers, digests and images; of an image's files at most directories, endings of
+// names and packages, never their content.
 //
 // All sizes are in bytes. `make proto` generates the Go code.
 
@@ -609,6 +610,438 @@ func (x *EqualGroup) GetLayers() []*Layer {
 	return nil
 }
 
+type ImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagesRequest) Reset() {
+	*x = ImagesRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagesRequest) ProtoMessage() {}
+
+func (x *ImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagesRequest.ProtoReflect.Descriptor instead.
+func (*ImagesRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{8}
+}
+
+type ImagesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Sorted by namespace and name.
+	Images        []*Image `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImagesResponse) Reset() {
+	*x = ImagesResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImagesResponse) ProtoMessage() {}
+
+func (x *ImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImagesResponse.ProtoReflect.Descriptor instead.
+func (*ImagesResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ImagesResponse) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+// One image of a containerd namespace, under all its names there.
+type Image struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Names     []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	// "sha256:<hex>" of its manifest or index.
+	Target  string `protobuf:"bytes,3,opt,name=target,proto3" json:"target,omitempty"`
+	Layers  int64  `protobuf:"varint,4,opt,name=layers,proto3" json:"layers,omitempty"`
+	Entries int64  `protobuf:"varint,5,opt,name=entries,proto3" json:"entries,omitempty"`
+	// Sizes of its layers' regular files.
+	LogicalBytes int64 `protobuf:"varint,6,opt,name=logical_bytes,json=logicalBytes,proto3" json:"logical_bytes,omitempty"`
+	// What it needs of objects, trees and chain images.
+	StoredBytes  int64 `protobuf:"varint,7,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	StoredInodes int64 `protobuf:"varint,8,opt,name=stored_inodes,json=storedInodes,proto3" json:"stored_inodes,omitempty"`
+	// The part of it that no other image needs, in no namespace.
+	ExclusiveBytes  int64 `protobuf:"varint,9,opt,name=exclusive_bytes,json=exclusiveBytes,proto3" json:"exclusive_bytes,omitempty"`
+	ExclusiveInodes int64 `protobuf:"varint,10,opt,name=exclusive_inodes,json=exclusiveInodes,proto3" json:"exclusive_inodes,omitempty"`
+	// What goes from the disk when all its names are removed: the exclusive part, unless a container uses it.
+	FreedBytes  int64 `protobuf:"varint,11,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
+	FreedInodes int64 `protobuf:"varint,12,opt,name=freed_inodes,json=freedInodes,proto3" json:"freed_inodes,omitempty"`
+	// What it needs in containerd's content store, and what of that goes with it.
+	BlobBytes      int64 `protobuf:"varint,13,opt,name=blob_bytes,json=blobBytes,proto3" json:"blob_bytes,omitempty"`
+	FreedBlobBytes int64 `protobuf:"varint,14,opt,name=freed_blob_bytes,json=freedBlobBytes,proto3" json:"freed_blob_bytes,omitempty"`
+	// Snapshots of containers, and views.
+	Users         int64 `protobuf:"varint,15,opt,name=users,proto3" json:"users,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Image) Reset() {
+	*x = Image{}
+	mi := &file_dedup_v1_control_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Image) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Image) ProtoMessage() {}
+
+func (x *Image) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Image.ProtoReflect.Descriptor instead.
+func (*Image) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Image) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Image) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *Image) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Image) GetLayers() int64 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *Image) GetEntries() int64 {
+	if x != nil {
+		return x.Entries
+	}
+	return 0
+}
+
+func (x *Image) GetLogicalBytes() int64 {
+	if x != nil {
+		return x.LogicalBytes
+	}
+	return 0
+}
+
+func (x *Image) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
+func (x *Image) GetStoredInodes() int64 {
+	if x != nil {
+		return x.StoredInodes
+	}
+	return 0
+}
+
+func (x *Image) GetExclusiveBytes() int64 {
+	if x != nil {
+		return x.ExclusiveBytes
+	}
+	return 0
+}
+
+func (x *Image) GetExclusiveInodes() int64 {
+	if x != nil {
+		return x.ExclusiveInodes
+	}
+	return 0
+}
+
+func (x *Image) GetFreedBytes() int64 {
+	if x != nil {
+		return x.FreedBytes
+	}
+	return 0
+}
+
+func (x *Image) GetFreedInodes() int64 {
+	if x != nil {
+		return x.FreedInodes
+	}
+	return 0
+}
+
+func (x *Image) GetBlobBytes() int64 {
+	if x != nil {
+		return x.BlobBytes
+	}
+	return 0
+}
+
+func (x *Image) GetFreedBlobBytes() int64 {
+	if x != nil {
+		return x.FreedBlobBytes
+	}
+	return 0
+}
+
+func (x *Image) GetUsers() int64 {
+	if x != nil {
+		return x.Users
+	}
+	return 0
+}
+
+type DuplicatesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Most rows of each kind: 0 is 20, at most 1000.
+	Limit         uint32 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DuplicatesRequest) Reset() {
+	*x = DuplicatesRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DuplicatesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DuplicatesRequest) ProtoMessage() {}
+
+func (x *DuplicatesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DuplicatesRequest.ProtoReflect.Descriptor instead.
+func (*DuplicatesRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DuplicatesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// Rows with the most saved bytes first. Files of at most 640 bytes are not in them: they are stored in trees.
+type DuplicatesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Directories: up to one that is known to hold packages, such as site-packages, else the first two.
+	Paths []*DuplicateRow `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	// Endings of file names.
+	Types []*DuplicateRow `protobuf:"bytes,2,rep,name=types,proto3" json:"types,omitempty"`
+	// Packages of pip and dpkg, as their lists in the images say; all versions of one together.
+	Packages      []*DuplicateRow `protobuf:"bytes,3,rep,name=packages,proto3" json:"packages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DuplicatesResponse) Reset() {
+	*x = DuplicatesResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DuplicatesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DuplicatesResponse) ProtoMessage() {}
+
+func (x *DuplicatesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DuplicatesResponse.ProtoReflect.Descriptor instead.
+func (*DuplicatesResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *DuplicatesResponse) GetPaths() []*DuplicateRow {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *DuplicatesResponse) GetTypes() []*DuplicateRow {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *DuplicatesResponse) GetPackages() []*DuplicateRow {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
+type DuplicateRow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Files and their sizes, counted once for each use of their layers by snapshots.
+	UsedFiles int64 `protobuf:"varint,2,opt,name=used_files,json=usedFiles,proto3" json:"used_files,omitempty"`
+	UsedBytes int64 `protobuf:"varint,3,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	// Objects that these files are stored as. One that several rows share counts for the one that came first.
+	Objects       int64 `protobuf:"varint,4,opt,name=objects,proto3" json:"objects,omitempty"`
+	StoredBytes   int64 `protobuf:"varint,5,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DuplicateRow) Reset() {
+	*x = DuplicateRow{}
+	mi := &file_dedup_v1_control_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DuplicateRow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DuplicateRow) ProtoMessage() {}
+
+func (x *DuplicateRow) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DuplicateRow.ProtoReflect.Descriptor instead.
+func (*DuplicateRow) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DuplicateRow) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DuplicateRow) GetUsedFiles() int64 {
+	if x != nil {
+		return x.UsedFiles
+	}
+	return 0
+}
+
+func (x *DuplicateRow) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *DuplicateRow) GetObjects() int64 {
+	if x != nil {
+		return x.Objects
+	}
+	return 0
+}
+
+func (x *DuplicateRow) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
 
 const file_dedup_v1_control_proto_rawDesc = "" +
@@ -661,11 +1094,50 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\x0epayload_digest\x18\x01 \x01(\tR\rpayloadDigest\x12\x18\n" +
 	"\aentries\x18\x02 \x01(\x03R\aentries\x12#\n" +
 	"\rlogical_bytes\x18\x03 \x01(\x03R\flogicalBytes\x12'\n" +
-	"\x06layers\x18\x04 \x03(\v2\x0f.dedup.v1.LayerR\x06layers2\xbd\x01\n" +
+	"\x06layers\x18\x04 \x03(\v2\x0f.dedup.v1.LayerR\x06layers\"\x0f\n" +
+	"\rImagesRequest\"9\n" +
+	"\x0eImagesResponse\x12'\n" +
+	"\x06images\x18\x01 \x03(\v2\x0f.dedup.v1.ImageR\x06images\"\xe9\x03\n" +
+	"\x05Image\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\x12\x16\n" +
+	"\x06target\x18\x03 \x01(\tR\x06target\x12\x16\n" +
+	"\x06layers\x18\x04 \x01(\x03R\x06layers\x12\x18\n" +
+	"\aentries\x18\x05 \x01(\x03R\aentries\x12#\n" +
+	"\rlogical_bytes\x18\x06 \x01(\x03R\flogicalBytes\x12!\n" +
+	"\fstored_bytes\x18\a \x01(\x03R\vstoredBytes\x12#\n" +
+	"\rstored_inodes\x18\b \x01(\x03R\fstoredInodes\x12'\n" +
+	"\x0fexclusive_bytes\x18\t \x01(\x03R\x0eexclusiveBytes\x12)\n" +
+	"\x10exclusive_inodes\x18\n" +
+	" \x01(\x03R\x0fexclusiveInodes\x12\x1f\n" +
+	"\vfreed_bytes\x18\v \x01(\x03R\n" +
+	"freedBytes\x12!\n" +
+	"\ffreed_inodes\x18\f \x01(\x03R\vfreedInodes\x12\x1d\n" +
+	"\n" +
+	"blob_bytes\x18\r \x01(\x03R\tblobBytes\x12(\n" +
+	"\x10freed_blob_bytes\x18\x0e \x01(\x03R\x0efreedBlobBytes\x12\x14\n" +
+	"\x05users\x18\x0f \x01(\x03R\x05users\")\n" +
+	"\x11DuplicatesRequest\x12\x14\n" +
+	"\x05limit\x18\x01 \x01(\rR\x05limit\"\xa4\x01\n" +
+	"\x12DuplicatesResponse\x12,\n" +
+	"\x05paths\x18\x01 \x03(\v2\x16.dedup.v1.DuplicateRowR\x05paths\x12,\n" +
+	"\x05types\x18\x02 \x03(\v2\x16.dedup.v1.DuplicateRowR\x05types\x122\n" +
+	"\bpackages\x18\x03 \x03(\v2\x16.dedup.v1.DuplicateRowR\bpackages\"\x9d\x01\n" +
+	"\fDuplicateRow\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"used_files\x18\x02 \x01(\x03R\tusedFiles\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x03 \x01(\x03R\tusedBytes\x12\x18\n" +
+	"\aobjects\x18\x04 \x01(\x03R\aobjects\x12!\n" +
+	"\fstored_bytes\x18\x05 \x01(\x03R\vstoredBytes2\xc3\x02\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +
-	"\x05Equal\x12\x16.dedup.v1.EqualRequest\x1a\x17.dedup.v1.EqualResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
+	"\x05Equal\x12\x16.dedup.v1.EqualRequest\x1a\x17.dedup.v1.EqualResponse\x12;\n" +
+	"\x06Images\x12\x17.dedup.v1.ImagesRequest\x1a\x18.dedup.v1.ImagesResponse\x12G\n" +
+	"\n" +
+	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
 
 var (
 	file_dedup_v1_control_proto_rawDescOnce sync.Once
@@ -679,32 +1151,46 @@ func file_dedup_v1_control_proto_rawDescGZIP() []byte {
 	return file_dedup_v1_control_proto_rawDescData
 }
 
-var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_dedup_v1_control_proto_goTypes = []any{
-	(*StatusRequest)(nil),  // 0: dedup.v1.StatusRequest
-	(*StatusResponse)(nil), // 1: dedup.v1.StatusResponse
-	(*LayersRequest)(nil),  // 2: dedup.v1.LayersRequest
-	(*LayersResponse)(nil), // 3: dedup.v1.LayersResponse
-	(*Layer)(nil),          // 4: dedup.v1.Layer
-	(*EqualRequest)(nil),   // 5: dedup.v1.EqualRequest
-	(*EqualResponse)(nil),  // 6: dedup.v1.EqualResponse
-	(*EqualGroup)(nil),     // 7: dedup.v1.EqualGroup
+	(*StatusRequest)(nil),      // 0: dedup.v1.StatusRequest
+	(*StatusResponse)(nil),     // 1: dedup.v1.StatusResponse
+	(*LayersRequest)(nil),      // 2: dedup.v1.LayersRequest
+	(*LayersResponse)(nil),     // 3: dedup.v1.LayersResponse
+	(*Layer)(nil),              // 4: dedup.v1.Layer
+	(*EqualRequest)(nil),       // 5: dedup.v1.EqualRequest
+	(*EqualResponse)(nil),      // 6: dedup.v1.EqualResponse
+	(*EqualGroup)(nil),         // 7: dedup.v1.EqualGroup
+	(*ImagesRequest)(nil),      // 8: dedup.v1.ImagesRequest
+	(*ImagesResponse)(nil),     // 9: dedup.v1.ImagesResponse
+	(*Image)(nil),              // 10: dedup.v1.Image
+	(*DuplicatesRequest)(nil),  // 11: dedup.v1.DuplicatesRequest
+	(*DuplicatesResponse)(nil), // 12: dedup.v1.DuplicatesResponse
+	(*DuplicateRow)(nil),       // 13: dedup.v1.DuplicateRow
 }
 var file_dedup_v1_control_proto_depIdxs = []int32{
-	4, // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
-	7, // 1: dedup.v1.EqualResponse.groups:type_name -> dedup.v1.EqualGroup
-	4, // 2: dedup.v1.EqualGroup.layers:type_name -> dedup.v1.Layer
-	0, // 3: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
-	2, // 4: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
-	5, // 5: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
-	1, // 6: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
-	3, // 7: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
-	6, // 8: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
-	6, // [6:9] is the sub-list for method output_type
-	3, // [3:6] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4,  // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
+	7,  // 1: dedup.v1.EqualResponse.groups:type_name -> dedup.v1.EqualGroup
+	4,  // 2: dedup.v1.EqualGroup.layers:type_name -> dedup.v1.Layer
+	10, // 3: dedup.v1.ImagesResponse.images:type_name -> dedup.v1.Image
+	13, // 4: dedup.v1.DuplicatesResponse.paths:type_name -> dedup.v1.DuplicateRow
+	13, // 5: dedup.v1.DuplicatesResponse.types:type_name -> dedup.v1.DuplicateRow
+	13, // 6: dedup.v1.DuplicatesResponse.packages:type_name -> dedup.v1.DuplicateRow
+	0,  // 7: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
+	2,  // 8: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
+	5,  // 9: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
+	8,  // 10: dedup.v1.Control.Images:input_type -> dedup.v1.ImagesRequest
+	11, // 11: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
+	1,  // 12: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
+	3,  // 13: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
+	6,  // 14: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
+	9,  // 15: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
+	12, // 16: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
+	12, // [12:17] is the sub-list for method output_type
+	7,  // [7:12] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_dedup_v1_control_proto_init() }
@@ -718,7 +1204,7 @@ func file_dedup_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dedup_v1_control_proto_rawDesc), len(file_dedup_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,5 +1,6 @@
 // The control API: what an operator asks the daemon, on the socket that also carries containerd's
-// services. Everything here reads. Answers name layers and digests, never files of an image.
+// services. Answers name layers, digests and images; of an image's files at most directories, endings of
+// names and packages, never their content.
 //
 // All sizes are in bytes. `make proto` generates the Go code.
 
@@ -24,9 +25,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Control_Status_FullMethodName = "/dedup.v1.Control/Status"
-	Control_Layers_FullMethodName = "/dedup.v1.Control/Layers"
-	Control_Equal_FullMethodName  = "/dedup.v1.Control/Equal"
+	Control_Status_FullMethodName     = "/dedup.v1.Control/Status"
+	Control_Layers_FullMethodName     = "/dedup.v1.Control/Layers"
+	Control_Equal_FullMethodName      = "/dedup.v1.Control/Equal"
+	Control_Images_FullMethodName     = "/dedup.v1.Control/Images"
+	Control_Duplicates_FullMethodName = "/dedup.v1.Control/Duplicates"
 )
 
 // ControlClient is the client API for Control service.
@@ -39,6 +42,10 @@ type ControlClient interface {
 	Layers(ctx context.Context, in *LayersRequest, opts ...grpc.CallOption) (*LayersResponse, error)
 	// Equal lists the layers that are equal but for mtime, uid and gid.
 	Equal(ctx context.Context, in *EqualRequest, opts ...grpc.CallOption) (*EqualResponse, error)
+	// Images lists the images of all containerd namespaces whose files are stored here. It reads every tree.
+	Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error)
+	// Duplicates tells where what is stored once and used many times comes from. It reads every tree.
+	Duplicates(ctx context.Context, in *DuplicatesRequest, opts ...grpc.CallOption) (*DuplicatesResponse, error)
 }
 
 type controlClient struct {
@@ -79,6 +86,26 @@ func (c *controlClient) Equal(ctx context.Context, in *EqualRequest, opts ...grp
 	return out, nil
 }
 
+func (c *controlClient) Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImagesResponse)
+	err := c.cc.Invoke(ctx, Control_Images_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlClient) Duplicates(ctx context.Context, in *DuplicatesRequest, opts ...grpc.CallOption) (*DuplicatesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DuplicatesResponse)
+	err := c.cc.Invoke(ctx, Control_Duplicates_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -89,6 +116,10 @@ type ControlServer interface {
 	Layers(context.Context, *LayersRequest) (*LayersResponse, error)
 	// Equal lists the layers that are equal but for mtime, uid and gid.
 	Equal(context.Context, *EqualRequest) (*EqualResponse, error)
+	// Images lists the images of all containerd namespaces whose files are stored here. It reads every tree.
+	Images(context.Context, *ImagesRequest) (*ImagesResponse, error)
+	// Duplicates tells where what is stored once and used many times comes from. It reads every tree.
+	Duplicates(context.Context, *DuplicatesRequest) (*DuplicatesResponse, error)
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -107,6 +138,12 @@ func (UnimplementedControlServer) Layers(context.Context, *LayersRequest) (*Laye
 }
 func (UnimplementedControlServer) Equal(context.Context, *EqualRequest) (*EqualResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Equal not implemented")
+}
+func (UnimplementedControlServer) Images(context.Context, *ImagesRequest) (*ImagesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Images not implemented")
+}
+func (UnimplementedControlServer) Duplicates(context.Context, *DuplicatesRequest) (*DuplicatesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Duplicates not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -183,6 +220,42 @@ func _Control_Equal_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Images_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Images(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Images_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Images(ctx, req.(*ImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Control_Duplicates_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DuplicatesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Duplicates(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Duplicates_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Duplicates(ctx, req.(*DuplicatesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -201,6 +274,14 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Equal",
 			Handler:    _Control_Equal_Handler,
+		},
+		{
+			MethodName: "Images",
+			Handler:    _Control_Images_Handler,
+		},
+		{
+			MethodName: "Duplicates",
+			Handler:    _Control_Duplicates_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,123 @@
+package layer
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// distinctMax bounds how many objects a report remembers at a time, at about 80 bytes each. A store with
+// more is read in several passes.
+const distinctMax = 1 << 18
+
+// Sharing tells which objects which layers have in common.
+type Sharing struct {
+	// Layers are those that were looked at, sorted by id.
+	Layers []Listed
+	sets   []layerSet
+	next   map[[2]int32]int32 // (set, layer) -> the set with that layer in it as well
+}
+
+// layerSet is a set of layers: layer together with those of parent, all of which come before it.
+type layerSet struct {
+	parent, layer  int32
+	objects, bytes int64 // of the objects that exactly these layers name
+}
+
+// Each calls fn for each set of layers that have objects to themselves: indexes into Layers, in ascending
+// order, valid during the call, and what these objects occupy, rounded up to blocks of 4 KiB.
+func (sh *Sharing) Each(fn func(layers []int, u Usage)) {
+	var buf []int
+	for _, s := range sh.sets {
+		if s.objects == 0 {
+			continue
+		}
+		n := 0
+		for at := s; at.parent >= 0; at = sh.sets[at.parent] {
+			n++
+		}
+		buf = append(buf[:0], make([]int, n)...)
+		for at := s; at.parent >= 0; at = sh.sets[at.parent] {
+			n--
+			buf[n] = int(at.layer)
+		}
+		fn(buf, Usage{Bytes: s.bytes, Inodes: s.objects})
+	}
+}
+
+// with returns the set that has a layer beside those of another set.
+func (sh *Sharing) with(set, layer int32) int32 {
+	key := [2]int32{set, layer}
+	n, ok := sh.next[key]
+	if !ok {
+		n = int32(len(sh.sets))
+		sh.sets = append(sh.sets, layerSet{parent: set, layer: layer})
+		sh.next[key] = n
+	}
+	return n
+}
+
+// Sharing reads the tree of every layer. What comes or goes meanwhile may or may not be counted.
+func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
+	sh := &Sharing{Layers: s.List(), sets: []layerSet{{parent: -1}}, next: map[[2]int32]int32{}}
+	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
+		seen := map[content.ObjectID]int32{} // the set that it is in so far
+		return s.walkTrees(ctx, sh.Layers, func(i int, e *content.Entry) error {
+			for _, id := range []content.ObjectID{e.Object, e.PycCanonical} {
+				if id.IsZero() || !mine(id) {
+					continue
+				}
+				set := seen[id]
+				if set != 0 && sh.sets[set].layer == int32(i) {
+					continue
+				}
+				size := blocks(e.Size) // PycCanonical has the same length
+				if set != 0 {
+					sh.sets[set].objects--
+					sh.sets[set].bytes -= size
+				}
+				set = sh.with(set, int32(i))
+				sh.sets[set].objects++
+				sh.sets[set].bytes += size
+				seen[id] = set
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	sh.next = nil
+	return sh, nil
+}
+
+// inPasses calls pass once for each part of the objects, so that none has too many to remember.
+func (s *Store) inPasses(pass func(mine func(content.ObjectID) bool) error) error {
+	n := uint32(s.objects.Len()/s.distinct + 1)
+	for part := range n {
+		err := pass(func(id content.ObjectID) bool { return binary.BigEndian.Uint32(id.Sum[:])%n == part })
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// walkTrees calls fn for the entries of each layer of list, one layer after the other, with the layer's index. A
+// layer that was removed meanwhile is left out.
+func (s *Store) walkTrees(ctx context.Context, list []Listed, fn func(i int, e *content.Entry) error) error {
+	for i, l := range list {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		err := tree.Walk(s.treePath(l.ID), l.ID, func(e *content.Entry) error { return fn(i, e) })
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}

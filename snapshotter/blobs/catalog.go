@@ -1,0 +1,232 @@
+package blobs
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	imagesapi "github.com/containerd/containerd/api/services/images/v1"
+	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
+	ctdcontent "github.com/containerd/containerd/v2/core/content"
+	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// Labels by which containerd's garbage collector goes from one thing to what it keeps.
+const (
+	labelRoot     = "containerd.io/gc.root"
+	labelContent  = "containerd.io/gc.ref.content"
+	labelSnapshot = "containerd.io/gc.ref.snapshot."
+)
+
+// Catalog lists images as containerd's garbage collector sees them: what each of them keeps from being removed.
+// It reads labels alone, no manifest.
+type Catalog struct {
+	images     imagesapi.ImagesClient
+	namespaces namespacesapi.NamespacesClient
+	content    ctdcontent.Store
+	plugins    introspection.IntrospectionClient
+	address    string
+}
+
+// NewCatalog asks the containerd behind conn for what it keeps with the snapshotter that listens on address.
+func NewCatalog(conn grpc.ClientConnInterface, address string) *Catalog {
+	return &Catalog{
+		images:     imagesapi.NewImagesClient(conn),
+		namespaces: namespacesapi.NewNamespacesClient(conn),
+		content:    contentproxy.NewContentStore(conn),
+		plugins:    introspection.NewIntrospectionClient(conn),
+		address:    address,
+	}
+}
+
+// Unpacked is one image of a namespace, under all its names there, whose files the snapshotter has.
+type Unpacked struct {
+	Namespace string
+	Names     []string // sorted
+	Target    digest.Digest
+	Chains    []content.ChainID // a snapshot for each platform that was unpacked
+	// Blobs are the bytes in the content store that the image leads to, FreedBlobs those that nothing else does
+	// in any namespace, and so go with the image; both rounded up to blocks of 4 KiB.
+	Blobs, FreedBlobs int64
+}
+
+// ErrNoPlugin is wrapped where containerd does not know the snapshotter.
+var ErrNoPlugin = errors.New("containerd has no snapshot plugin with this socket")
+
+// Images returns the images of all namespaces, sorted by namespace and name.
+func (c *Catalog) Images(ctx context.Context) ([]Unpacked, error) {
+	short, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	plugins, err := c.snapshotters(short)
+	if err != nil {
+		return nil, c.explain(ctx, short, err)
+	}
+	if len(plugins) == 0 {
+		return nil, fmt.Errorf("%w: %s; see dedupctl config containerd", ErrNoPlugin, c.address)
+	}
+	spaces, err := c.namespaces.List(short, &namespacesapi.ListNamespacesRequest{})
+	if err != nil {
+		return nil, c.explain(ctx, short, errgrpc.ToNative(err))
+	}
+	var graphs []*graph
+	for _, ns := range spaces.Namespaces {
+		g, err := c.read(ctx, ns.Name, plugins)
+		if err != nil {
+			return nil, fmt.Errorf("images of namespace %s: %w", ns.Name, err)
+		}
+		graphs = append(graphs, g)
+	}
+	return unpacked(graphs), nil
+}
+
+func (c *Catalog) explain(ctx, short context.Context, err error) error {
+	if short.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
+	}
+	return fmt.Errorf("ask containerd for its images: %w", err)
+}
+
+// snapshotters returns the names under which containerd knows the snapshotter.
+func (c *Catalog) snapshotters(ctx context.Context) ([]string, error) {
+	resp, err := c.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{"type==io.containerd.snapshotter.v1"}})
+	if err != nil {
+		return nil, errgrpc.ToNative(err)
+	}
+	var names []string
+	for _, p := range resp.Plugins {
+		if address, ok := p.Exports["address"]; ok && filepath.Clean(address) == filepath.Clean(c.address) {
+			names = append(names, p.ID)
+		}
+	}
+	return names, nil
+}
+
+// graph is what containerd's labels say in one namespace.
+type graph struct {
+	namespace string
+	images    map[digest.Digest][]string // target -> names
+	blobs     map[digest.Digest]*node
+}
+
+type node struct {
+	size   int64
+	root   bool // stays by itself
+	refs   []digest.Digest
+	chains []content.ChainID
+}
+
+func (c *Catalog) read(ctx context.Context, namespace string, plugins []string) (*graph, error) {
+	ctx = namespaces.WithNamespace(ctx, namespace)
+	g := &graph{namespace: namespace, images: map[digest.Digest][]string{}, blobs: map[digest.Digest]*node{}}
+	list, err := c.images.List(ctx, &imagesapi.ListImagesRequest{})
+	if err != nil {
+		return nil, errgrpc.ToNative(err)
+	}
+	for _, img := range list.Images {
+		target := digest.Digest(img.GetTarget().GetDigest())
+		g.images[target] = append(g.images[target], img.Name)
+	}
+	err = c.content.Walk(ctx, func(info ctdcontent.Info) error {
+		g.blobs[info.Digest] = readNode(info, plugins)
+		return nil
+	})
+	return g, err
+}
+
+func readNode(info ctdcontent.Info, plugins []string) *node {
+	const block = 4096
+	n := &node{size: (info.Size + block - 1) &^ (block - 1)}
+	for key, value := range info.Labels {
+		rest, isRef := strings.CutPrefix(key, labelContent)
+		name, isSnapshot := strings.CutPrefix(key, labelSnapshot)
+		switch {
+		case key == labelRoot:
+			n.root = true
+		case isRef && (rest == "" || rest[0] == '.' || rest[0] == '/'):
+			n.refs = append(n.refs, digest.Digest(value))
+		case isSnapshot:
+			name, _, _ = strings.Cut(name, "/")
+			if sum, err := content.ParseSum(value); err == nil && slices.Contains(plugins, name) {
+				n.chains = append(n.chains, content.ChainID{Sum: sum})
+			}
+		}
+	}
+	return n
+}
+
+// reach returns the blobs that one leads to, itself included, as far as they are there.
+func (g *graph) reach(from digest.Digest) []digest.Digest {
+	seen := map[digest.Digest]bool{}
+	var found []digest.Digest
+	for todo := []digest.Digest{from}; len(todo) > 0; {
+		d := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		n := g.blobs[d]
+		if n == nil || seen[d] {
+			continue
+		}
+		seen[d] = true
+		found = append(found, d)
+		todo = append(todo, n.refs...)
+	}
+	return found
+}
+
+// unpacked finds the images with snapshots, and counts how many images of all namespaces lead to each blob: the
+// namespaces share the files of the content store.
+func unpacked(graphs []*graph) []Unpacked {
+	leads := map[digest.Digest]int{}
+	var list []Unpacked
+	var reached [][]digest.Digest
+	for _, g := range graphs {
+		for target, names := range g.images {
+			u := Unpacked{Namespace: g.namespace, Names: slices.Sorted(slices.Values(names)), Target: target}
+			blobs := g.reach(target)
+			for _, d := range blobs {
+				leads[d]++
+				u.Blobs += g.blobs[d].size
+				u.Chains = append(u.Chains, g.blobs[d].chains...)
+			}
+			if len(u.Chains) > 0 {
+				list, reached = append(list, u), append(reached, blobs)
+			}
+		}
+		for d, n := range g.blobs {
+			if n.root {
+				for _, d := range g.reach(d) {
+					leads[d]++
+				}
+			}
+		}
+	}
+	sizes := func(d digest.Digest) (size int64) {
+		for _, g := range graphs {
+			if n := g.blobs[d]; n != nil {
+				size = n.size
+			}
+		}
+		return size
+	}
+	for i := range list {
+		for _, d := range reached[i] {
+			if leads[d] == 1 {
+				list[i].FreedBlobs += sizes(d)
+			}
+		}
+	}
+	slices.SortFunc(list, func(a, b Unpacked) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), slices.Compare(a.Names, b.Names))
+	})
+	return list
+}
