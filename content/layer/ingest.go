@@ -139,7 +139,7 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
 func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (content.LayerID, Usage, error) {
-	canonical, err := ss.settlePython(entries)
+	canonical, err := settlePython(s.fidelity, entries, ss.pyc, ss.restore)
 	if err != nil {
 		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
 	}

@@ -8,16 +8,16 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// settlePython decides for every timestamp .pyc of a layer whether it is half of a
-// pair that is valid in this layer, and gives back its exact bytes to each that is
+// settlePython decides for every timestamp .pyc of a layer (found) whether it is half of a
+// pair that is valid in this layer, and has restore give back its exact bytes to each that is
 // not. It returns, for exact fidelity, the canonical payloads of the pairs.
 //
 // A valid pair is a .pyc and the .py that it belongs to (content.PycSource), both regular
 // files with one name each, where the .pyc recorded the source's mtime and size; the source may be a symlink
 // to one beside it. A .pyc
 // whose source is not in this layer may pair up with one in a layer below (tree.Merge).
-func (ss *session) settlePython(entries []*content.Entry) (map[*content.Entry]content.Entry, error) {
-	if len(ss.pyc) == 0 {
+func settlePython(f content.Fidelity, entries []*content.Entry, found map[*content.Entry]pyc, restore func(*content.Entry, pyc) error) (map[*content.Entry]content.Entry, error) {
+	if len(found) == 0 {
 		return nil, nil
 	}
 	linked := map[string]bool{}
@@ -28,12 +28,12 @@ func (ss *session) settlePython(entries []*content.Entry) (map[*content.Entry]co
 	}
 	canonical := map[*content.Entry]content.Entry{}
 	for _, e := range entries {
-		p, ok := ss.pyc[e]
+		p, ok := found[e]
 		if !ok {
 			continue
 		}
 		paired, lone := classify(e, p.header, entries, linked)
-		if ss.s.fidelity == content.Exact {
+		if f == content.Exact {
 			if paired {
 				canonical[e] = exactPair(e, p)
 			}
@@ -44,7 +44,7 @@ func (ss *session) settlePython(entries []*content.Entry) (map[*content.Entry]co
 			e.Flags |= content.PycPaired
 			e.PycTime = p.header.Mtime
 		default:
-			if err := ss.restore(e, p); err != nil {
+			if err := restore(e, p); err != nil {
 				return nil, err
 			}
 			if lone {

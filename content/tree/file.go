@@ -126,7 +126,16 @@ func splitHeader(file []byte) (f Facts, objectFrame int, rest []byte, err error)
 
 // Read reads a whole tree file and verifies it against its id.
 func Read(path string, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
-	raw, err := readVerified(path, id)
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return "", nil, err
+	}
+	return Decode(file, id)
+}
+
+// Decode is Read for the bytes of a tree file.
+func Decode(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
+	raw, err := verified(file, id)
 	if err != nil {
 		return "", nil, err
 	}
@@ -140,7 +149,11 @@ func Read(path string, id content.LayerID) (content.Fidelity, []*content.Entry, 
 // Walk is Read for who looks at one entry at a time: the entry is the same variable in every call, and what
 // it points to must not be changed. An error of fn ends the walk and is returned as it is.
 func Walk(path string, id content.LayerID, fn func(*content.Entry) error) error {
-	raw, err := readVerified(path, id)
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	raw, err := verified(file, id)
 	if err != nil {
 		return err
 	}
@@ -163,12 +176,8 @@ func Walk(path string, id content.LayerID, fn func(*content.Entry) error) error 
 	})
 }
 
-// readVerified returns the canonical encoding in a tree file whose sha256 is id.
-func readVerified(path string, id content.LayerID) ([]byte, error) {
-	file, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
+// verified returns the canonical encoding in a tree file whose sha256 is id.
+func verified(file []byte, id content.LayerID) ([]byte, error) {
 	_, _, rest, err := splitHeader(file)
 	if err != nil {
 		return nil, fmt.Errorf("tree of layer %s: %w", id, err)
