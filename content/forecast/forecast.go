@@ -1,0 +1,259 @@
+// Package forecast tells what a store would occupy that held certain images, and what the same images occupy
+// as directories, as overlayfs keeps them.
+//
+// The figures come from the trees that an ingest would write (layer.Draft), and from the chain images that
+// would be made of them: both are made for real, and measured. What a file occupies is its size rounded up to blocks
+// of 4 KiB; what directories occupy is estimated for ext4.
+//
+// It stores nothing, and looks at no disk.
+package forecast
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// Chain is an image's layers, base first, as places in a list of drafts.
+type Chain []int
+
+// Store is what a store would occupy.
+type Store struct {
+	Objects     layer.Usage // payloads
+	Trees       layer.Usage
+	ChainImages layer.Usage
+	Directories layer.Usage
+}
+
+// Total is the sum.
+func (s Store) Total() layer.Usage {
+	return Add(s.Objects, s.Trees, s.ChainImages, s.Directories)
+}
+
+// Add adds up.
+func Add(all ...layer.Usage) (sum layer.Usage) {
+	for _, u := range all {
+		sum.Bytes += u.Bytes
+		sum.Inodes += u.Inodes
+	}
+	return sum
+}
+
+const blockSize = 4096
+
+func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1) }
+
+func file(size int64) layer.Usage { return layer.Usage{Bytes: blocks(size), Inodes: 1} }
+
+// Of returns what a store would occupy that held the drafts and the chain images of the chains, all ingested
+// under content.Exact or content.Python.
+func Of(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []Chain) (s Store, err error) {
+	objects := map[content.ObjectID]int64{}
+	seen := map[content.LayerID]bool{}
+	for _, d := range drafts {
+		t := treeOf(d, f)
+		if seen[t.ID] {
+			continue
+		}
+		seen[t.ID] = true
+		s.Trees = Add(s.Trees, file(int64(len(t.File))))
+		entries, err := t.Entries()
+		if err != nil {
+			return s, err
+		}
+		for _, e := range entries {
+			if !e.Object.IsZero() {
+				objects[e.Object] = e.Size
+			}
+			if !e.PycCanonical.IsZero() {
+				objects[e.PycCanonical] = e.Size
+			}
+		}
+	}
+	var shards [256]int
+	for id, size := range objects {
+		s.Objects = Add(s.Objects, file(size))
+		shards[id.Sum[0]]++
+	}
+	const idLen = 2 * len(content.Sum{})
+	s.Directories = layer.Usage{Bytes: blockSize, Inodes: 1} // objects/
+	for _, n := range shards {
+		s.Directories = Add(s.Directories, layer.Usage{Bytes: directory(n, n*dirent(idLen-2)), Inodes: 1})
+	}
+	s.ChainImages, err = chainImages(ctx, f, drafts, chains)
+	return s, err
+}
+
+func treeOf(d layer.Draft, f content.Fidelity) layer.DraftTree {
+	if f == content.Exact {
+		return d.Exact
+	}
+	return d.Python
+}
+
+// chainImages makes every chain image, one for each processor at a time, and counts its bytes.
+func chainImages(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []Chain) (layer.Usage, error) {
+	var distinct []Chain
+	seen := map[string]bool{}
+	for _, c := range chains {
+		name := ""
+		for _, i := range c {
+			id := treeOf(drafts[i], f).ID
+			name += string(id.Sum[:])
+		}
+		if !seen[name] {
+			seen[name] = true
+			distinct = append(distinct, c)
+		}
+	}
+	sizes := make([]int64, len(distinct))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(2)
+	for i, c := range distinct {
+		g.Go(func() (err error) {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			sizes[i], err = chainImage(f, drafts, c)
+			return err
+		})
+	}
+	err := g.Wait()
+	var sum layer.Usage
+	for _, n := range sizes {
+		sum = Add(sum, file(n))
+	}
+	return sum, err
+}
+
+func chainImage(f content.Fidelity, drafts []layer.Draft, c Chain) (int64, error) {
+	layers := make([][]*content.Entry, len(c))
+	for k, i := range c {
+		var err error
+		if layers[k], err = treeOf(drafts[i], f).Entries(); err != nil {
+			return 0, err
+		}
+	}
+	root, err := tree.Merge(layers...)
+	if err != nil {
+		return 0, fmt.Errorf("merge %d layers: %w", len(c), err)
+	}
+	return erofs.Write(io.Discard, root)
+}
+
+// Directories returns what the files of a layer occupy as directories of ext4 with inodes of 256 bytes.
+func Directories(d layer.Draft) (u layer.Usage, err error) {
+	entries, err := d.Exact.Entries()
+	if err != nil {
+		return u, err
+	}
+	type names struct{ n, bytes int }
+	children := map[string]names{}
+	for _, e := range entries {
+		if e.Path != "" {
+			dir, name := content.SplitPath(e.Path)
+			c := children[dir]
+			children[dir] = names{c.n + 1, c.bytes + dirent(len(name))}
+		}
+	}
+	for _, e := range entries {
+		var bytes int64
+		switch e.Kind {
+		case content.Hardlink:
+			continue
+		case content.Dir:
+			bytes = directory(children[e.Path].n, children[e.Path].bytes)
+		case content.Regular:
+			bytes = blocks(e.Size)
+		case content.Symlink:
+			if len(e.Target) >= fastSymlink {
+				bytes = blockSize
+			}
+		}
+		u = Add(u, layer.Usage{Bytes: bytes + xattrs(e.Xattrs), Inodes: 1})
+	}
+	return u, nil
+}
+
+// What ext4 keeps in an inode of 256 bytes (Documentation/filesystems/ext4 of the kernel).
+const (
+	fastSymlink = 60 // a shorter target needs no block
+	// inlineXattrs is what is left of the inode behind its fields, in bytes.
+	inlineXattrs = 256 - 160 - 4
+)
+
+func xattrs(list []content.Xattr) int64 {
+	need := 4 // an empty entry ends the list
+	for _, x := range list {
+		need += 16 + (len(x.Name)+3)&^3 + (len(x.Value)+3)&^3 // the name's prefix is a number; a few bytes too many
+	}
+	if len(list) == 0 || need <= inlineXattrs {
+		return 0
+	}
+	return blockSize
+}
+
+// dirent is the length of a directory entry of ext4, in bytes.
+func dirent(name int) int { return (8 + name + 3) &^ 3 }
+
+// directory is what a directory with n entries of so many bytes together occupies. Beyond one block it is a tree of
+// hashes, whose leaves are split in halves: ln 2 of them is used on average.
+func directory(n, bytes int) int64 {
+	const room = blockSize - 12 // a checksum ends each block
+	if bytes+dirent(1)+dirent(2) <= room {
+		return blockSize
+	}
+	leaves := math.Ceil(float64(bytes) / (room * math.Ln2))
+	return blockSize * (1 + int64(max(2, leaves)))
+}
+
+// Prefix is a directory of images in whose files, all below it included, there are duplicates.
+type Prefix struct {
+	Path  string
+	Bytes int64 // of the blocks that duplicates occupy: every copy but the first
+	Files int64
+}
+
+// rows is how many prefixes Duplicates returns at most.
+const rows = 12
+
+// Duplicates tells where the files lie that are there more than once, pairs of Python's bytecode and source counted as
+// content.Python stores them: the largest prefixes, each without what others of them name, most bytes first, and the sum of
+// all. copies tells for each draft how many directories have its files.
+func Duplicates(drafts []layer.Draft, copies []int) (top []Prefix, all Prefix, err error) {
+	root := &folder{}
+	seen := map[content.ObjectID]bool{}
+	for i, d := range drafts {
+		entries, err := d.Python.Entries()
+		if err != nil {
+			return nil, all, err
+		}
+		for _, e := range entries {
+			if e.Kind != content.Regular || e.Size == 0 {
+				continue
+			}
+			more := int64(copies[i])
+			if id := identity(e); !seen[id] {
+				seen[id] = true
+				more--
+			}
+			if more > 0 {
+				root.add(e.Path, more, more*blocks(e.Size))
+			}
+		}
+	}
+	all = Prefix{"", root.bytes, root.files}
+	top = root.report("", max(root.bytes/50, 1))
+	slices.SortStableFunc(top, func(a, b Prefix) int { return cmp.Compare(b.Bytes, a.Bytes) })
+	return top[:min(rows, len(top))], all, nil
+}
