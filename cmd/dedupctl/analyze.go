@@ -1,0 +1,166 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/platforms"
+	"github.com/urfave/cli/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/inventory"
+)
+
+const defaultContainerdRoot = "/var/lib/containerd"
+
+func analyzeCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "analyze",
+		Usage:     "predict what dedup would save for images that lie elsewhere",
+		ArgsUsage: "[SOURCE...]",
+		Description: "Needs no daemon, mounts nothing and changes nothing. SOURCE is one of\n" +
+			"  a containerd's root, or that of its overlayfs snapshotter (default: " + defaultContainerdRoot + ")\n" +
+			"  a Docker's root, or its overlay2 directory\n" +
+			"  an OCI layout: a directory, or a tar as docker save and ctr image export write it\n" +
+			"  the reference of an image: its layers are read from the registry as they arrive, and nothing is kept\n" +
+			"Several are taken together. Every layer goes through the code that would store it, so it is read once, whole.\n" +
+			"Exit code 1 also when an image had to be left out, after all others were analysed.",
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "platform", Usage: "`OS/ARCH` of the image, where there are several (default: this machine's)"},
+			&cli.BoolFlag{Name: "plain-http", Usage: "registries speak HTTP without TLS; on loopback they always do"},
+			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registries; the password may stand in DEDUP_REGISTRY_PASSWORD (default: what docker login stored)"},
+		},
+		Action: runAnalyze,
+	}
+}
+
+func runAnalyze(c *cli.Context) error {
+	opts := inventory.Options{PlainHTTP: c.Bool("plain-http")}
+	if text := c.String("platform"); text != "" {
+		p, err := platforms.Parse(text)
+		if err != nil {
+			return usageError{fmt.Errorf("--platform %s: %w", text, err)}
+		}
+		opts.Platform = p
+	}
+	var given bool
+	if opts.User, opts.Password, given = strings.Cut(c.String("user"), ":"); !given {
+		opts.Password = os.Getenv("DEDUP_REGISTRY_PASSWORD")
+	}
+	sources := c.Args().Slice()
+	if len(sources) == 0 {
+		sources = []string{defaultContainerdRoot}
+	}
+	var running atomic.Pointer[analysis]
+	start := time.Now()
+	stop := showProgress(c, func() string {
+		if a := running.Load(); a != nil {
+			return a.progress(time.Since(start))
+		}
+		return "looking at what there is"
+	})
+	v, err := analyze(c.Context, sources, opts, func(a *analysis) { running.Store(a) })
+	stop()
+	if err != nil {
+		return explainAnalyze(err)
+	}
+	if err := print(c, v, writeAnalysis); err != nil {
+		return err
+	}
+	if n := len(v.LeftOut); n > 0 {
+		return fmt.Errorf("analyze: %s left out: the first because of: %s", plural(int64(n), "image", "images"), v.LeftOut[0].Error)
+	}
+	return nil
+}
+
+// progress is one line for a terminal.
+func (a *analysis) progress(elapsed time.Duration) string {
+	read := a.read.Load()
+	if a.done.Load() {
+		return size(read) + " read; making the chain images"
+	}
+	return fmt.Sprintf("%s of %s read (%s)%s", size(read), size(a.total), percent(min(read, a.total), a.total), remaining(elapsed, read, a.total))
+}
+
+// remaining says how long the rest takes if it goes on like this.
+func remaining(elapsed time.Duration, done, total int64) string {
+	if done <= 0 || done >= total {
+		return ""
+	}
+	rest := time.Duration(float64(elapsed) / float64(done) * float64(total-done))
+	return ", about " + rest.Round(time.Second).String() + " left"
+}
+
+func explainAnalyze(err error) error {
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: what containerd and Docker store is root's alone; run as root (sudo dedupctl analyze ...)", err)
+	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("analyze: %w (see dedupctl analyze --help)", err)
+	}
+	return fmt.Errorf("analyze: %w%s", err, registryHint(err))
+}
+
+func writeAnalysis(w io.Writer, a Analysis) {
+	if len(a.Images) == 0 {
+		fmt.Fprintln(w, "no images there: nothing to deduplicate")
+		return
+	}
+	for _, s := range a.Sources {
+		fmt.Fprintf(w, "%s: %s of %s\n", s.Kind, plural(s.Images, "image", "images"), plural(s.Layers, "layer", "layers"))
+	}
+	fmt.Fprintln(w)
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "\tDISK\tSAVES\t\tINODES\tSAVES\t")
+		row := func(name string, u AnalysisUsage) {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", name, size(u.Bytes), signed(a.Now.Bytes-u.Bytes, size), percent(a.Now.Bytes-u.Bytes, a.Now.Bytes),
+				count(u.Inodes), signed(a.Now.Inodes-u.Inodes, count), percent(a.Now.Inodes-u.Inodes, a.Now.Inodes))
+		}
+		fmt.Fprintf(w, "now, as overlayfs\t%s\t\t\t%s\t\t\n", size(a.Now.Bytes), count(a.Now.Inodes))
+		row("each layer once", a.Layer)
+		row("each file once", a.File.AnalysisUsage)
+		row("and Python's bytecode", a.Python.AnalysisUsage)
+	})
+	fmt.Fprintf(w, "\nThe last line is what dedup stores: %s in %s, %s of trees, %s of chain images, %s of directories.\n",
+		size(a.Python.Objects.Bytes), plural(a.Python.Objects.Inodes, "object", "objects"), size(a.Python.Trees.Bytes),
+		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
+	if a.Containers > 0 {
+		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where they are.\n",
+			plural(a.Containers, "container lies", "containers lie"), size(a.InUse.Bytes), size(a.Writable.Bytes))
+	}
+	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and the objects.", plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
+	if a.DeepImages > 0 {
+		fmt.Fprintf(w, " %s more than %d.", plural(a.DeepImages, "image has", "images have"), deepStack)
+	}
+	fmt.Fprintln(w)
+	writeDuplicatePrefixes(w, a)
+	for _, l := range a.LeftOut {
+		fmt.Fprintf(w, "\nleft out: %s: %s\n", strings.Join(l.Images, ", "), l.Error)
+	}
+}
+
+func writeDuplicatePrefixes(w io.Writer, a Analysis) {
+	if len(a.Duplicates) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "\nThere more than once: %s, %s.\n", plural(a.AllDuplicates.Files, "file", "files"), size(a.AllDuplicates.Bytes))
+	table(w, func(w io.Writer) {
+		fmt.Fprintln(w, "BELOW\tDISK\t\tFILES")
+		for _, p := range a.Duplicates {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", filepath.Join("/", p.Path), size(p.Bytes), percent(p.Bytes, a.AllDuplicates.Bytes), count(p.Files))
+		}
+	})
+}
+
+// signed writes a number that may be negative.
+func signed(n int64, write func(int64) string) string {
+	if n < 0 {
+		return "-" + write(-n)
+	}
+	return write(n)
+}
