@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/log"
@@ -49,6 +50,7 @@ func nameChain(chain []content.LayerID) (n chainName) {
 type chains struct {
 	images, staging, mnt string
 	merge                func(context.Context, []content.LayerID) (*tree.Node, error)
+	counters             *counters
 
 	mu sync.Mutex // guards what follows
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
@@ -63,12 +65,12 @@ type chains struct {
 
 const imageSuffix = ".erofs"
 
-func openChains(images, staging, mnt string, merge func(context.Context, []content.LayerID) (*tree.Node, error)) (*chains, error) {
+func openChains(images, staging, mnt string, merge func(context.Context, []content.LayerID) (*tree.Node, error), counters *counters) (*chains, error) {
 	if err := os.MkdirAll(mnt, 0o700); err != nil {
 		return nil, fmt.Errorf("create mount directory: %w", err)
 	}
 	c := &chains{
-		images: images, staging: staging, mnt: mnt, merge: merge,
+		images: images, staging: staging, mnt: mnt, merge: merge, counters: counters,
 		busy:  map[chainName]chan struct{}{},
 		sizes: map[chainName]int64{},
 		users: map[chainName]map[string]bool{},
@@ -176,6 +178,7 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 	if _, err := os.Stat(c.image(n)); err == nil {
 		return nil
 	}
+	start := time.Now()
 	root, err := c.merge(ctx, chain)
 	if err != nil {
 		return fmt.Errorf("build chain image: %w", err)
@@ -207,6 +210,10 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 	if err := os.Rename(f.Name(), c.image(n)); err != nil {
 		return err
 	}
+	c.counters.change(func(s *Stats) {
+		s.ChainBuilds++
+		s.ChainBuildTime += time.Since(start)
+	})
 	return c.measure(n)
 }
 
@@ -258,6 +265,7 @@ func (c *chains) ensure(ctx context.Context, chain []content.LayerID) error {
 		return nil
 	}
 	// Whatever is wrong with the image, a new one costs less than finding out.
+	c.counters.change(func(s *Stats) { s.ChainsRebuilt++ })
 	log.G(ctx).WithError(err).Warnf("chain image %s does not mount: building it again", n)
 	if err := os.Remove(c.image(n)); err != nil {
 		return fmt.Errorf("remove chain image: %w", err)

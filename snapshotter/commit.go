@@ -97,6 +97,7 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	if lid, ok := layerOf(old); ok {
 		s.layers.Release(lid)
 	}
+	s.countIngest(doorApply, in)
 	s.mu.Lock()
 	s.applied = true
 	s.mu.Unlock()
@@ -165,6 +166,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 			s.advise(ctx)
 		}
 	} else if err := s.discard(ctx, id); err != nil {
+		s.countRemoveError()
 		log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
 	}
 	if extraction {
@@ -321,6 +323,7 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	if err != nil {
 		return err
 	}
+	s.countIngest(doorCommit, in)
 	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		return setPrivate(ctx, p.name, id, labels)

@@ -84,9 +84,15 @@ func want(ctx context.Context, parent string, labels map[string]string) (w wante
 func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
 	w, ok := want(ctx, parent, labels)
 	if !ok {
+		s.counters.answer(doorPrepare, false, reasonUntrusted)
 		return nil, nil
 	}
-	in, ok := s.findLayer(ctx, w)
+	in, reason, ok := s.findLayer(ctx, w)
+	hit := ok && reason != reasonIngested
+	if ok && s.layers.TakeAhead(in.Layer) {
+		hit, reason = false, reasonAhead
+	}
+	s.counters.answer(doorPrepare, hit, reason)
 	if !ok {
 		return nil, context.Cause(ctx)
 	}
@@ -96,53 +102,59 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 	return nil, s.commitKnown(ctx, key, parent, labels, in)
 }
 
-// findLayer returns the wanted layer, held.
-func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (layer.Ingested, bool) {
+// findLayer returns the wanted layer, held, and why it was found or not.
+func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingested, reason string, ok bool) {
 	if !s.opts.FetchedOnly {
-		if d, ok := s.diffIDOf(ctx, w); ok {
+		if d, reason, ok := s.diffIDOf(ctx, w); ok {
 			if id, ok := s.layers.Lookup(d); ok {
-				return layer.Ingested{Layer: id, DiffID: d}, true
+				return layer.Ingested{Layer: id, DiffID: d}, reason, true
 			}
 		}
 	}
 	if s.opts.Blobs == nil {
-		return layer.Ingested{}, false
+		return layer.Ingested{}, reasonUnknown, false
 	}
 	blob, ok, err := s.opts.Blobs.Find(ctx, w.target, w.blob)
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("look for the blob of %s", w.target.Digest())
 	}
 	if !ok {
-		return layer.Ingested{}, false
+		return layer.Ingested{}, reasonUnknown, false
 	}
 	if w.staged {
 		// The layers of this image are unpacked side by side, but prepared one after the other.
 		in, ok := s.layers.LookupBlob(blob.Digest)
 		if ok && !w.leads(in.DiffID) {
 			s.layers.Release(in.Layer)
-			ok = false
+			return layer.Ingested{}, reasonBadBlob, false
 		}
-		return in, ok
+		if !ok {
+			return layer.Ingested{}, reasonUnknown, false
+		}
+		return in, reasonBlob, true
 	}
-	in, err := s.layers.IngestBlob(ctx, blob)
+	in, err = s.layers.IngestBlob(ctx, blob)
 	if err != nil {
 		// Whoever unpacks it next says what is wrong.
 		log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
-		return layer.Ingested{}, false
+		return layer.Ingested{}, reasonBadBlob, false
 	}
 	if !w.leads(in.DiffID) {
 		log.G(ctx).Warnf("ignoring blob %s: its diffID %s does not lead from parent %q to %s", blob.Digest, in.DiffID.Digest(), w.parent, w.target.Digest())
 		s.layers.Release(in.Layer)
-		return layer.Ingested{}, false
+		return layer.Ingested{}, reasonBadBlob, false
 	}
-	return in, true
+	if in.Outcome != layer.Known {
+		return in, reasonIngested, true
+	}
+	return in, reasonBlob, true
 }
 
 // diffIDOf finds the diffID of the wanted layer: from the client, from the image in the content store, or by
 // trying all that are known.
-func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (content.DiffID, bool) {
+func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (d content.DiffID, reason string, ok bool) {
 	if !w.diffID.IsZero() {
-		return w.diffID, true
+		return w.diffID, reasonLabel, true
 	}
 	if s.opts.Blobs != nil {
 		d, ok, err := s.opts.Blobs.DiffID(ctx, w.target)
@@ -150,10 +162,11 @@ func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (content.DiffID, b
 			log.G(ctx).WithError(err).Warnf("look for the image of %s", w.target.Digest())
 		}
 		if ok && w.leads(d) {
-			return d, true
+			return d, reasonImage, true
 		}
 	}
-	return s.layers.Infer(w.parent, w.target)
+	d, ok = s.layers.Infer(w.parent, w.target)
+	return d, reasonChain, ok
 }
 
 // commitKnown commits the target, unless the same namespace was served it before, and returns

@@ -22,10 +22,14 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err != nil {
 		return nil, err
 	}
+	_, named := base.Labels[labelRef]
 	if isExtraction(key, base.Labels) {
 		s.cancelBuild(parent)
+		if !named {
+			s.counters.answer(doorPrepare, false, reasonUnnamed)
+		}
 	}
-	if _, ok := base.Labels[labelRef]; ok {
+	if named {
 		if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
 			return mounts, err
 		}

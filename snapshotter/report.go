@@ -11,10 +11,10 @@ import (
 type ChainReport struct {
 	Images int // on the disk
 	Mounts int
-	Usage  layer.Usage // of the images; zero unless measured
+	Usage  layer.Usage // of the images; with their directory when it is measured
 }
 
-// Chains reports on the chain images at this moment; measure asks for their disk usage too.
+// Chains reports on the chain images at this moment; measure looks at what they occupy anew.
 func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, err error) {
 	names, err := s.chains.list()
 	if err != nil {
@@ -28,6 +28,7 @@ func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, 
 			r.Mounts++
 		}
 	}
+	r.Usage = s.chains.usage()
 	if measure {
 		r.Usage, err = layer.DiskUsage(ctx, s.path(dirChains))
 	}

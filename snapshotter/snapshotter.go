@@ -51,6 +51,8 @@ type Snapshotter struct {
 	refs   *index // snapshot.ref -> names of committed snapshots
 	ids    *index // id -> key of an active snapshot
 
+	counters *counters
+
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -80,7 +82,7 @@ const (
 
 // New opens or creates the store below opts.Root and serves it. One process at a time may.
 func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -213,7 +215,7 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	if s.layers, err = layer.Open(ctx, layer.Options{Root: s.opts.Root, Fidelity: s.opts.Fidelity}, live); err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
-	s.chains, err = openChains(s.path(dirChains), s.path(dirIngest), filepath.Join(s.opts.RunDir, dirChains), s.layers.Merge)
+	s.chains, err = openChains(s.path(dirChains), s.path(dirIngest), filepath.Join(s.opts.RunDir, dirChains), s.layers.Merge, s.counters)
 	if err != nil {
 		return err
 	}
@@ -413,6 +415,7 @@ func (s *Snapshotter) unuse(ctx context.Context, id string) {
 	n, orphaned, busy := s.chains.unuse(id)
 	release := func(ctx context.Context) {
 		if err := s.chains.release(ctx, n); err != nil {
+			s.countRemoveError()
 			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
 		}
 	}
@@ -436,6 +439,7 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 	}
 	s.background(func(context.Context) {
 		if err := os.RemoveAll(gone); err != nil {
+			s.countRemoveError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
 		}
 	})
@@ -452,7 +456,12 @@ func (s *Snapshotter) background(fn func(context.Context)) {
 }
 
 // Cleanup removes directories, chain images and mounts that no snapshot names.
-func (s *Snapshotter) Cleanup(ctx context.Context) error {
+func (s *Snapshotter) Cleanup(ctx context.Context) (err error) {
+	defer func() {
+		if err != nil {
+			s.countRemoveError()
+		}
+	}()
 	used := map[string]bool{}
 	chainsUsed := map[chainName]bool{}
 	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge

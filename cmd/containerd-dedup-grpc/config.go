@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -33,6 +34,8 @@ type Config struct {
 	Reuse string `toml:"reuse"`
 	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
 	LogLevel string `toml:"log_level"`
+	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
+	MetricsAddress string `toml:"metrics_address"`
 }
 
 const (
@@ -80,7 +83,7 @@ func explainTOML(err error) error {
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
-		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, log_level)",
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, log_level, metrics_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -110,6 +113,12 @@ func (c Config) validate() error {
 	}
 	if c.Reuse != reuseKnown && c.Reuse != reuseFetched {
 		return fmt.Errorf("reuse = %q: want \"known\" or \"fetched\"", c.Reuse)
+	}
+	if c.MetricsAddress != "" {
+		// A name could lead elsewhere tomorrow, and no address would mean all of them.
+		if _, err := netip.ParseAddrPort(c.MetricsAddress); err != nil {
+			return fmt.Errorf("metrics_address = %q: want an IP address and a port, such as \"127.0.0.1:9741\"", c.MetricsAddress)
+		}
 	}
 	if err := log.SetLevel(c.LogLevel); err != nil {
 		return fmt.Errorf("log_level = %q: want \"trace\", \"debug\", \"info\", \"warn\", \"error\", \"fatal\" or \"panic\"", c.LogLevel)

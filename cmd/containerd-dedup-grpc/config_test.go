@@ -15,6 +15,8 @@ func TestConfig(t *testing.T) {
 		{"bad fidelity", "fidelity = 'most'", `fidelity = "most": want "exact", "python" or "normalized"`},
 		{"bad reuse", "reuse = 'all'", `reuse = "all": want`},
 		{"bad level", "log_level = 'loud'", `log_level = "loud": want`},
+		{"metrics without address", "metrics_address = ':9741'", "want an IP address"},
+		{"metrics by name", "metrics_address = 'localhost:9741'", "want an IP address"},
 		{"relative root", "root = 'r'", `root = "r": want an absolute path`},
 		{"root with a colon", "root = '/a:b'", "must not hold a comma, colon"},
 		{"wrong type", "root = 3", "line 1"},

@@ -65,8 +65,16 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
 
+	calls := newCallErrors()
+	if c.MetricsAddress != "" {
+		stop, err := serveMetrics(ctx, c.MetricsAddress, c.Root, calls, sn)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	server := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(recoverUnary), grpc.ChainStreamInterceptor(recoverStream),
+		grpc.ChainUnaryInterceptor(calls.unary, recoverUnary), grpc.ChainStreamInterceptor(calls.stream, recoverStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	applier := apply.New(sn, found)

@@ -32,7 +32,7 @@ func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
 		}
 		in, err := s.ingestBlob(ctx, b)
 		if err != nil {
-			return Ingested{}, fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err))
+			return Ingested{}, s.counters.failed(fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err)))
 		}
 		return in, nil
 	}, func(in Ingested, callers int) {
@@ -93,6 +93,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	defer plain.Close()
 
 	ss := s.newSession(ctx)
+	ss.ahead = b.Ahead
 	st := newStream(plain)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
@@ -106,42 +107,54 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
-	clock.mark("read")
+	clock.mark(stageRead)
 	t := tree.Tar{DiffID: st.diffID, Fidelity: s.fidelity, Size: st.size}
 	if b.Digest != "" {
 		t.Blobs = append(t.Blobs, b.Digest)
 	}
-	id, added, err := s.finish(ss, entries, &t, &clock)
+	in, err := s.finish(ss, entries, &t, &clock)
 	if err != nil {
 		return Ingested{}, err
 	}
-	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size, "added": added.Bytes}).Debug("ingested blob")
-	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size, Added: added}, nil
+	s.counters.ingested(ofBlobs, in, st.size, &clock)
+	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size, "added": in.Added.Bytes}).Debug("ingested blob")
+	return in, nil
 }
 
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
+	clock := stages{last: time.Now()}
 	ss := s.newSession(ctx)
 	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
 	if werr := ss.wait(); werr != nil {
 		err = werr
 	}
 	if err != nil {
-		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil))))
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil)))))
 	}
-	id, added, err := s.finish(ss, entries, nil, &stages{last: time.Now()})
+	clock.mark(stageRead)
+	in, err := s.finish(ss, entries, nil, &clock)
 	if err != nil {
-		return Ingested{}, fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err))
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
 	}
-	return Ingested{Layer: id, Added: added}, nil
+	s.counters.ingested(ofDirs, in, sizes(entries), &clock)
+	return in, nil
+}
+
+// sizes adds up the sizes of regular files.
+func sizes(entries []*content.Entry) (sum int64) {
+	for _, e := range entries {
+		sum += e.Size
+	}
+	return sum
 }
 
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
-func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (content.LayerID, Usage, error) {
+func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (Ingested, error) {
 	canonical, err := settlePython(s.fidelity, entries, ss.pyc, ss.restore)
 	if err != nil {
-		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
+		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
 	form := s.fidelity
 	if form == content.Normalized {
@@ -152,29 +165,30 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		Fidelity: form,
 		Payload:  tree.PayloadDigest(entries, canonical),
 		Entries:  int64(len(entries)),
+		Bytes:    sizes(entries),
 	}
-	for _, e := range entries {
-		facts.Bytes += e.Size
-	}
+	in := Ingested{Outcome: Same}
 	if t != nil {
-		facts.Tars = []tree.Tar{*t}
+		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
-	clock.mark("encode")
-	if id, ok, err := s.reuse(enc.ID, facts); ok || err != nil {
-		return id, Usage{}, errors.Join(err, ss.end(nil))
+	clock.mark(stageEncode)
+	var ok bool
+	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
+		return in, errors.Join(err, ss.end(nil))
 	}
-	added, err := s.publish(ss, enc, facts, clock)
+	in.Added, err = s.publish(ss, enc, facts, clock)
 	if errors.Is(err, errRaced) {
-		id, _, err := s.reuse(enc.ID, facts)
-		return id, Usage{}, errors.Join(err, ss.end(nil))
+		in.Layer, _, err = s.reuse(enc.ID, facts)
+		return in, errors.Join(err, ss.end(nil))
 	}
 	if err != nil {
-		return content.LayerID{}, Usage{}, errors.Join(err, ss.end(nil))
+		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
+	in.Layer, in.Outcome = enc.ID, New
 	if err := s.noteLeak(ss.end(enc.Objects())); err != nil {
 		log.G(ss.ctx).WithError(err).Warn("objects that nothing names stay until the next start")
 	}
-	return enc.ID, added, nil
+	return in, nil
 }
 
 // reuse finds a layer that serves for the new one: the same tree, or under
@@ -284,21 +298,21 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	if err != nil {
 		return Usage{}, err
 	}
-	clock.mark("tree")
+	clock.mark(stageTree)
 	// One sync covers the objects that this session wrote, those of others that it
 	// relies on, and the tree.
 	if err := unix.Syncfs(s.rootFd); err != nil {
 		return Usage{}, errors.Join(fmt.Errorf("sync %s: %w", s.root, err), os.Remove(tmp))
 	}
-	clock.mark("sync")
+	clock.mark(stageSync)
 	s.objects.MeasureDirectories()
-	if err := s.commit(enc.ID, tmp, facts, int64(len(file))); err != nil {
+	if err := s.commit(enc.ID, tmp, facts, int64(len(file)), ss.ahead); err != nil {
 		return Usage{}, err
 	}
 	return used, nil
 }
 
-func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64) error {
+func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if st := s.layers[id]; st != nil {
@@ -311,6 +325,7 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size in
 		return fmt.Errorf("commit layer %s: %w", id, err)
 	}
 	s.insert(id, facts, 1, size)
+	s.layers[id].ahead = ahead
 	return nil
 }
 
@@ -325,6 +340,14 @@ func syncDir(path string) error {
 	defer d.Close()
 	return d.Sync()
 }
+
+// The parts of an ingest, as the log and Stats name them; docs/performance.md says what each is.
+const (
+	stageRead   = "read"
+	stageEncode = "encode"
+	stageTree   = "tree"
+	stageSync   = "sync"
+)
 
 // stages are the times that the parts of an ingest took.
 type stages struct {

@@ -57,6 +57,8 @@ type Blob struct {
 	Size      int64
 	// Open is called at most once, and what it returns is closed by the store.
 	Open func(context.Context) (io.ReadCloser, error)
+	// Ahead: nobody has asked for the layer yet. TakeAhead tells whoever does first.
+	Ahead bool
 }
 
 // Dir is the upper directory of an overlay to be ingested.
@@ -74,7 +76,8 @@ type Ingested struct {
 	// TarSize is the length of the uncompressed tar in bytes, 0 for a directory.
 	TarSize int64
 	// Added is what the ingest really added to the disk.
-	Added Usage
+	Added   Usage
+	Outcome Outcome
 }
 
 // Usage is disk space as the file system accounts it.
@@ -106,6 +109,7 @@ type Store struct {
 	flights  flights
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
+	counters counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
 	closed sync.Once
@@ -138,6 +142,7 @@ type (
 		holds int
 		taken int   // holds ever taken, those given back too
 		file  int64 // what the tree file occupies
+		ahead bool  // ingested ahead, and not yet taken up
 	}
 )
 
@@ -176,6 +181,7 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 		payloads: map[content.PayloadDigest][]content.LayerID{},
 	}
 	s.flights.init()
+	s.counters.init()
 	defer func() {
 		if err != nil {
 			s.closeFiles()
@@ -204,6 +210,7 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 		if err != nil {
 			return nil, err
 		}
+		s.counters.change(func(st *Stats) { st.Swept = int64(n) })
 		log.G(ctx).WithField("objects", n).Info("removed what no layer names")
 	}
 	return s, nil
@@ -297,6 +304,7 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (comple
 	for id, n := range holds {
 		if n > 0 && s.layers[id] == nil {
 			complete = false
+			s.counters.change(func(st *Stats) { st.Damaged++ })
 			log.G(ctx).Errorf("layer %s is missing or damaged: snapshots that use it cannot be mounted", id)
 		}
 	}
@@ -396,6 +404,7 @@ func (s *Store) Release(id content.LayerID) {
 	}
 	s.gc.Go(func() {
 		if err := s.remove(id); err != nil {
+			s.counters.change(func(st *Stats) { st.RemoveErrors++ })
 			log.L.WithError(err).Errorf("remove layer %s", id)
 		}
 	})
@@ -442,6 +451,7 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 		return nil, err
 	}
 	delete(s.layers, id)
+	s.counters.change(func(c *Stats) { c.RemovedLayers++ })
 	s.weight -= st.weight()
 	s.setFile(st, 0)
 	for _, t := range st.facts.Tars {

@@ -33,6 +33,8 @@ type session struct {
 	stop context.CancelCauseFunc
 	jobs chan job
 	wg   sync.WaitGroup
+	// ahead is Blob.Ahead.
+	ahead bool
 
 	mu    sync.Mutex // guards what follows
 	refs  map[content.ObjectID]uint32

@@ -41,6 +41,8 @@ type Store struct {
 	shards [fanout]shard
 	// bytes and inodes are what all objects occupy, dirs are the bytes of the directories that hold them.
 	bytes, inodes, dirs atomic.Int64
+	// freedBytes and freed are what Unref has removed.
+	freedBytes, freed atomic.Int64
 }
 
 // blockSize is what a payload's size is rounded up to, to tell what it occupies.
@@ -50,6 +52,9 @@ func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1)
 
 // Used returns what the objects occupy: bytes, rounded up to blocks, and inodes.
 func (s *Store) Used() (bytes, inodes int64) { return s.bytes.Load(), s.inodes.Load() }
+
+// Freed returns what Unref has removed since Open: bytes, rounded up to blocks, and objects.
+func (s *Store) Freed() (bytes, objects int64) { return s.freedBytes.Load(), s.freed.Load() }
 
 // Directories returns what the directories of the objects occupy, as of the last MeasureDirectories.
 func (s *Store) Directories() (bytes, inodes int64) { return s.dirs.Load(), fanout + 1 }
@@ -259,6 +264,8 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 	case err == nil:
 		s.bytes.Add(-blocks(st.Size))
 		s.inodes.Add(-1)
+		s.freedBytes.Add(blocks(st.Size))
+		s.freed.Add(1)
 	case errors.Is(err, unix.ENOENT):
 		err = nil
 	}

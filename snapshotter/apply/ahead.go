@@ -136,6 +136,7 @@ func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor) {
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
+			blob.Ahead = true
 			in, err := a.snapshots.Layers().IngestBlob(ctx, blob)
 			if err != nil {
 				log.G(ctx).WithError(err).Debug("ingest a layer ahead; its Apply will say what is wrong")

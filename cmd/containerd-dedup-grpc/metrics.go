@@ -1,0 +1,228 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/log"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+)
+
+// callErrors counts calls that failed. Neither label has a value that a client chooses.
+type callErrors struct{ *prometheus.CounterVec }
+
+func newCallErrors() callErrors {
+	return callErrors{prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "dedup_grpc_errors_total",
+		Help: "Calls that ended with an error, by method and gRPC code. A known layer in Prepare is none.",
+	}, []string{"method", "code"})}
+}
+
+func (c callErrors) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	resp, err := handler(ctx, req)
+	c.count(info.FullMethod, err)
+	return resp, err
+}
+
+func (c callErrors) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	err := handler(srv, stream)
+	c.count(info.FullMethod, err)
+	return err
+}
+
+func (c callErrors) count(method string, err error) {
+	name := method[strings.LastIndexByte(method, '/')+1:]
+	// This is how Prepare serves what is known.
+	if code := status.Code(err); err != nil && (name != "Prepare" || code != codes.AlreadyExists) {
+		c.WithLabelValues(name, code.String()).Inc()
+	}
+}
+
+// collector turns what the snapshotter says of itself into metrics at the moment of a scrape.
+type collector struct {
+	sn   *snapshotter.Snapshotter
+	root string
+}
+
+// Describe sends nothing: the collector is unchecked, and its names are checked by a test.
+func (c collector) Describe(chan<- *prometheus.Desc) {}
+
+// Collect asks for nothing that grows with the store: it looks at no file of it but the chain images' directory.
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	e := emitter{out}
+	e.gauge("dedup_build_info", "1, with the daemon's version.", 1, "version", version)
+	chains, err := c.sn.Chains(context.Background(), false)
+	if err != nil {
+		e.broken("dedup_chain_images", err)
+	}
+	e.gauge("dedup_chain_images", "Chain images on the disk.", float64(chains.Images))
+	e.gauge("dedup_chain_mounts", "Chain images that are mounted.", float64(chains.Mounts))
+	c.holdings(e, chains.Usage)
+	c.snapshots(e)
+	c.work(e)
+	collectIngests(e, c.sn.Layers().Stats())
+	c.disk(e)
+}
+
+// holdings are what the store holds, and what it would hold without deduplication.
+func (c collector) holdings(e emitter, chains layer.Usage) {
+	list, used := c.sn.Layers().List(), c.sn.Layers().Used()
+	used.Bytes, used.Inodes = used.Bytes+chains.Bytes, used.Inodes+chains.Inodes
+	var logical layer.Usage
+	for _, l := range list {
+		logical.Bytes += l.Bytes * int64(l.Holds)
+		logical.Inodes += l.Entries * int64(l.Holds)
+	}
+	e.gauge("dedup_layers", "Layers in the store.", float64(len(list)))
+	e.gauge("dedup_objects", "Payloads in the store.", float64(c.sn.Layers().Objects()))
+	e.gauge("dedup_stored_bytes", "What layers, payloads and chain images occupy.", float64(used.Bytes))
+	e.gauge("dedup_stored_inodes", "Inodes that layers, payloads and chain images occupy.", float64(used.Inodes))
+	e.gauge("dedup_logical_bytes", "Sizes of all regular files of all uses of layers: what plain directories would hold.", float64(logical.Bytes))
+	e.gauge("dedup_logical_inodes", "Entries of all uses of layers: the inodes that plain directories would need.", float64(logical.Inodes))
+	e.gauge("dedup_saved_bytes", "dedup_logical_bytes less dedup_stored_bytes.", float64(logical.Bytes-used.Bytes))
+	e.gauge("dedup_saved_inodes", "dedup_logical_inodes less dedup_stored_inodes.", float64(logical.Inodes-used.Inodes))
+	if used.Bytes > 0 {
+		e.gauge("dedup_ratio", "dedup_logical_bytes divided by dedup_stored_bytes.", float64(logical.Bytes)/float64(used.Bytes))
+	}
+}
+
+func (c collector) snapshots(e emitter) {
+	counts := map[snapshots.Kind]int{snapshots.KindActive: 0, snapshots.KindView: 0, snapshots.KindCommitted: 0}
+	err := c.sn.Walk(context.Background(), func(_ context.Context, i snapshots.Info) error { counts[i.Kind]++; return nil })
+	if err != nil {
+		e.broken("dedup_snapshots", err)
+		return
+	}
+	for kind, n := range counts {
+		e.gauge("dedup_snapshots", "Snapshots by kind.", float64(n), "kind", strings.ToLower(kind.String()))
+	}
+}
+
+// work is what the snapshotter has done since it was started.
+func (c collector) work(e emitter) {
+	did := c.sn.Stats()
+	for a, n := range did.Answers {
+		result := "miss"
+		if a.Hit {
+			result = "hit"
+		}
+		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store had them, and why.",
+			float64(n), "door", a.Door, "result", result, "reason", a.Reason)
+	}
+	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.ChainBuilds))
+	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.ChainBuildTime.Seconds())
+	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.ChainsRebuilt))
+	stored := c.sn.Layers().Stats()
+	const gcErrors = "Things that could not be removed: payloads or trees of layers, directories, chain images and mounts of snapshots."
+	e.count("dedup_gc_errors_total", gcErrors, float64(stored.RemoveErrors), "what", "layer")
+	e.count("dedup_gc_errors_total", gcErrors, float64(did.RemoveErrors), "what", "snapshot")
+	e.count("dedup_gc_layers_total", "Layers that were removed because nothing named them any more.", float64(stored.RemovedLayers))
+	e.count("dedup_gc_objects_total", "Payloads that were removed because nothing named them any more.", float64(stored.Removed.Inodes))
+	e.count("dedup_gc_bytes_total", "What removed payloads had occupied.", float64(stored.Removed.Bytes))
+	e.gauge("dedup_swept_files", "Leftovers of an unclean stop that the last start removed.", float64(stored.Swept))
+	e.gauge("dedup_damaged_layers", "Layers that snapshots name and the last start could not read: their images cannot be mounted.", float64(stored.Damaged))
+}
+
+func collectIngests(e emitter, stored layer.Stats) {
+	for source, in := range map[string]layer.Ingests{"blob": stored.Blobs, "directory": stored.Dirs} {
+		const ingests = "Blobs and directories that were read, by whether their layer was new."
+		e.count("dedup_ingests_total", ingests, float64(in.New), "source", source, "result", "new")
+		e.count("dedup_ingests_total", ingests, float64(in.Same), "source", source, "result", "same")
+		e.count("dedup_ingest_bytes_total", "Bytes that were read: of uncompressed tars, or of a directory's files.", float64(in.Bytes), "source", source)
+		e.count("dedup_ingest_added_bytes_total", "What ingests added to the disk.", float64(in.Added.Bytes), "source", source)
+		e.count("dedup_ingest_added_inodes_total", "Inodes that ingests added to the disk.", float64(in.Added.Inodes), "source", source)
+		for stage, took := range in.Stages {
+			e.count("dedup_ingest_seconds_total", "Time that the stages of ingests took; ingests run side by side.", took.Seconds(), "source", source, "stage", stage)
+		}
+	}
+	for kind, n := range stored.Failed {
+		e.count("dedup_ingest_errors_total", "Ingests that failed, by what went wrong.", float64(n), "kind", string(kind))
+	}
+}
+
+// disk is the file system of the root; inodes are 0 where it has no fixed number of them.
+func (c collector) disk(e emitter) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(c.root, &st); err != nil {
+		e.broken("dedup_root_free_bytes", err)
+		return
+	}
+	e.gauge("dedup_root_free_bytes", "Free space of the file system of root, without what is reserved.", float64(st.Bavail)*float64(st.Frsize))
+	e.gauge("dedup_root_size_bytes", "Size of the file system of root.", float64(st.Blocks)*float64(st.Frsize))
+	e.gauge("dedup_root_free_inodes", "Free inodes of the file system of root.", float64(st.Ffree))
+	e.gauge("dedup_root_size_inodes", "Inodes of the file system of root.", float64(st.Files))
+}
+
+// emitter sends metrics; labels are names and values in turn.
+type emitter struct{ out chan<- prometheus.Metric }
+
+func (e emitter) gauge(name, help string, v float64, labels ...string) {
+	e.send(prometheus.GaugeValue, name, help, v, labels)
+}
+
+func (e emitter) count(name, help string, v float64, labels ...string) {
+	e.send(prometheus.CounterValue, name, help, v, labels)
+}
+
+func (e emitter) send(kind prometheus.ValueType, name, help string, v float64, labels []string) {
+	var names, values []string
+	for i := 0; i < len(labels); i += 2 {
+		names, values = append(names, labels[i]), append(values, labels[i+1])
+	}
+	e.out <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, help, names, nil), kind, v, values...)
+}
+
+// broken makes the scrape say what could not be found out; the rest of it still comes.
+func (e emitter) broken(name string, err error) {
+	e.out <- prometheus.NewInvalidMetric(prometheus.NewDesc(name, "", nil, nil), err)
+}
+
+// serveMetrics answers on a loopback address until stop.
+func serveMetrics(ctx context.Context, address, root string, calls callErrors, sn *snapshotter.Snapshotter) (stop func(), err error) {
+	reg := prometheus.NewRegistry()
+	for _, c := range []prometheus.Collector{
+		calls, collector{sn, root},
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	} {
+		if err := reg.Register(c); err != nil {
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("metrics_address: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: time.Minute}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.G(ctx).WithError(err).Error("serve metrics")
+		}
+	}()
+	return func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+		defer cancel()
+		if err := server.Shutdown(ctx); err != nil {
+			log.G(ctx).WithError(err).Warn("stop metrics")
+		}
+		<-done
+	}, nil
+}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// A scrape of a daemon that has ingested and removed shows what it did; names follow the conventions, and
+// the documentation names what there is.
+func TestMetrics(t *testing.T) {
+	c := testConfig(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.MetricsAddress = l.Addr().String()
+	l.Close()
+	stop := start(t, c)
+	ingest(t, c)
+	url := "http://" + c.MetricsAddress + "/metrics"
+	scrape := fetch(t, url)
+	for i := 0; i < 500 && !strings.Contains(scrape, "\ndedup_gc_layers_total 1\n"); i++ { // a layer goes in the background
+		time.Sleep(10 * time.Millisecond)
+		scrape = fetch(t, url)
+	}
+	problems, err := promlint.New(strings.NewReader(scrape)).Lint()
+	problems = slices.DeleteFunc(problems, func(p promlint.Problem) bool { return !strings.HasPrefix(p.Metric, "dedup_") })
+	if err != nil || len(problems) > 0 {
+		t.Error(problems, err)
+	}
+	for _, want := range []string{
+		"dedup_layers 1", "dedup_objects 1", "dedup_logical_bytes 100000", "dedup_logical_inodes 2",
+		`dedup_snapshots{kind="committed"} 1`, `dedup_snapshots{kind="active"} 1`, `dedup_snapshots{kind="view"} 0`,
+		`dedup_layer_requests_total{door="prepare",reason="unknown",result="miss"} 1`,
+		`dedup_layer_requests_total{door="prepare",reason="chain",result="hit"} 0`,
+		`dedup_layer_requests_total{door="commit",reason="new",result="miss"} 2`,
+		`dedup_ingests_total{result="new",source="directory"} 2`, `dedup_ingest_bytes_total{source="directory"} 150000`,
+		"dedup_gc_layers_total 1", "dedup_gc_objects_total 1", "dedup_gc_bytes_total 53248", `dedup_gc_errors_total{what="layer"} 0`,
+		`dedup_grpc_errors_total{code="NotFound",method="Stat"} 1`, "dedup_damaged_layers 0",
+	} {
+		if !strings.Contains(scrape, "\n"+want+"\n") {
+			t.Errorf("no %s", want)
+		}
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if t.Failed() {
+		t.Log(scrape)
+	}
+	checkDocumented(t, metricNames(scrape))
+}
+
+func fetch(t *testing.T, url string) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatal(resp.Status, err)
+	}
+	return string(body)
+}
+
+func metricNames(scrape string) (names []string) {
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE (dedup_\S+)`).FindAllStringSubmatch(scrape, -1) {
+		names = append(names, m[1])
+	}
+	return names
+}
+
+func checkDocumented(t *testing.T, names []string) {
+	t.Helper()
+	var documented []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(dedup_[a-z_]+)").FindAllStringSubmatch(readFile(t, "../../docs/monitoring.md"), -1) {
+		documented = append(documented, m[1])
+	}
+	slices.Sort(documented)
+	if d := cmp.Diff(names, documented); d != "" {
+		t.Errorf("metrics in docs/monitoring.md: %s", d)
+	}
+}
+
+// ingest commits two directories through the socket and removes one, prepares a layer that nobody knows, and fails
+// once.
+func ingest(t *testing.T, c Config) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+c.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := snapshotsapi.NewSnapshotsClient(conn)
+	must := func(_ any, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, size := range map[string]int{"kept": 100000, "gone": 50000} {
+		made, err := client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "k"})
+		must(made, err)
+		for _, o := range made.Mounts[0].Options {
+			if upper, ok := strings.CutPrefix(o, "upperdir="); ok {
+				must(nil, os.WriteFile(filepath.Join(upper, "f"), bytes.Repeat([]byte("x"), size), 0o600))
+			}
+		}
+		must(client.Commit(t.Context(), &snapshotsapi.CommitSnapshotRequest{Name: name, Key: "k"}))
+		// The ingest of a directory may run on in the background; what mounts it waits.
+		must(client.View(t.Context(), &snapshotsapi.ViewSnapshotRequest{Key: "v", Parent: name}))
+		must(client.Remove(t.Context(), &snapshotsapi.RemoveSnapshotRequest{Key: "v"}))
+	}
+	must(client.Remove(t.Context(), &snapshotsapi.RemoveSnapshotRequest{Key: "gone"}))
+	must(client.Cleanup(t.Context(), &snapshotsapi.CleanupRequest{}))
+	ref := "sha256:" + strings.Repeat("0", 64)
+	must(client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "extract-1", Labels: map[string]string{"containerd.io/snapshot.ref": ref}}))
+	if _, err := client.Stat(t.Context(), &snapshotsapi.StatSnapshotRequest{Key: "none"}); err == nil {
+		t.Fatal("a snapshot that there is not")
+	}
+}
