@@ -21,7 +21,7 @@ import (
 )
 
 // A scrape of a daemon that has ingested and removed shows what it did; names follow the conventions, and
-// the documentation names what there is.
+// documentation, alerts and dashboard name what there is.
 func TestMetrics(t *testing.T) {
 	c := testConfig(t)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -63,7 +63,10 @@ func TestMetrics(t *testing.T) {
 	if t.Failed() {
 		t.Log(scrape)
 	}
-	checkDocumented(t, metricNames(scrape))
+	names := metricNames(scrape)
+	checkDocumented(t, names)
+	checkAlerts(t, names)
+	checkDashboard(t, names)
 }
 
 func fetch(t *testing.T, url string) string {
