@@ -135,7 +135,7 @@ func (c collector) work(e emitter) {
 	e.count("dedup_gc_objects_total", "Payloads that were removed because nothing named them any more.", float64(stored.Removed.Inodes))
 	e.count("dedup_gc_bytes_total", "What removed payloads had occupied.", float64(stored.Removed.Bytes))
 	e.gauge("dedup_swept_files", "Leftovers of an unclean stop that the last start removed.", float64(stored.Swept))
-	e.gauge("dedup_damaged_layers", "Layers that snapshots name and the last start could not read: their images cannot be mounted.", float64(stored.Damaged))
+	e.gauge("dedup_damaged_layers", "Layers that are out of service since their tree or an object is damaged: their images cannot be mounted (dedupctl fsck --repair).", float64(stored.Damaged))
 }
 
 func collectIngests(e emitter, stored layer.Stats) {

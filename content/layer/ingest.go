@@ -30,7 +30,7 @@ func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
 		if in, ok := s.LookupBlob(b.Digest); ok {
 			return in, nil
 		}
-		in, err := s.ingestBlob(ctx, b)
+		in, err := s.ingestBlob(ctx, b, goal{fidelity: s.fidelity})
 		if err != nil {
 			return Ingested{}, s.counters.failed(fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err)))
 		}
@@ -53,7 +53,10 @@ func (s *Store) LookupBlob(blob digest.Digest) (Ingested, bool) {
 	if !ok {
 		return Ingested{}, false
 	}
-	id := s.diffs[diffKey{t.Fidelity, t.DiffID}]
+	id, ok := s.diffs[diffKey{t.Fidelity, t.DiffID}]
+	if !ok {
+		return Ingested{}, false
+	}
 	s.layers[id].hold()
 	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size}, true
 }
@@ -79,7 +82,22 @@ func (s *Store) explain(err error) error {
 	return err
 }
 
-func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
+// goal is what an ingest is to give.
+type goal struct {
+	fidelity content.Fidelity
+	// layer is the only one that will do; zero for any.
+	layer content.LayerID
+}
+
+// form is what trees are encoded with: one of their own is the same under python and normalized.
+func form(f content.Fidelity) content.Fidelity {
+	if f == content.Normalized {
+		return content.Python
+	}
+	return f
+}
+
+func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, error) {
 	clock := stages{last: time.Now()}
 	src, err := b.Open(ctx)
 	if err != nil {
@@ -92,7 +110,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	}
 	defer plain.Close()
 
-	ss := s.newSession(ctx)
+	ss := s.newSession(ctx, want)
 	ss.ahead = b.Ahead
 	st := newStream(plain)
 	var entries []*content.Entry
@@ -108,7 +126,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
 	clock.mark(stageRead)
-	t := tree.Tar{DiffID: st.diffID, Fidelity: s.fidelity, Size: st.size}
+	t := tree.Tar{DiffID: st.diffID, Fidelity: want.fidelity, Size: st.size}
 	if b.Digest != "" {
 		t.Blobs = append(t.Blobs, b.Digest)
 	}
@@ -124,7 +142,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob) (Ingested, error) {
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	clock := stages{last: time.Now()}
-	ss := s.newSession(ctx)
+	ss := s.newSession(ctx, goal{fidelity: s.fidelity})
 	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
 	if werr := ss.wait(); werr != nil {
 		err = werr
@@ -152,17 +170,17 @@ func sizes(entries []*content.Entry) (sum int64) {
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
 func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (Ingested, error) {
-	canonical, err := settlePython(s.fidelity, entries, ss.pyc, ss.restore)
+	canonical, err := settlePython(ss.want.fidelity, entries, ss.pyc, ss.restore)
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
-	form := s.fidelity
-	if form == content.Normalized {
-		form = content.Python // a tree of its own is the same under both
+	enc := tree.Encode(form(ss.want.fidelity), entries)
+	if want := ss.want.layer; !want.IsZero() && enc.ID != want {
+		return Ingested{}, errors.Join(fmt.Errorf("%w %s", errOtherLayer, enc.ID), ss.end(nil))
 	}
-	enc := tree.Encode(form, entries)
 	facts := tree.Facts{
-		Fidelity: form,
+		Layer:    enc.ID,
+		Fidelity: form(ss.want.fidelity),
 		Payload:  tree.PayloadDigest(entries, canonical),
 		Entries:  int64(len(entries)),
 		Bytes:    sizes(entries),
@@ -172,11 +190,13 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
 	clock.mark(stageEncode)
+	s.heal(ss.ctx) // the session may have put what was bad
 	var ok bool
 	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
 		return in, errors.Join(err, ss.end(nil))
 	}
-	in.Added, err = s.publish(ss, enc, facts, clock)
+	var counted bool
+	in.Added, counted, err = s.publish(ss, enc, facts, clock)
 	if errors.Is(err, errRaced) {
 		in.Layer, _, err = s.reuse(enc.ID, facts)
 		return in, errors.Join(err, ss.end(nil))
@@ -185,18 +205,29 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
 	in.Layer, in.Outcome = enc.ID, New
-	if err := s.noteLeak(ss.end(enc.Objects())); err != nil {
+	keep := enc.Objects()
+	if counted {
+		keep = nil
+	}
+	if err := s.noteLeak(ss.end(keep)); err != nil {
 		log.G(ss.ctx).WithError(err).Warn("objects that nothing names stay until the next start")
 	}
+	s.step("ingest.done")
+	s.recheck(ss.ctx, enc.ID)
 	return in, nil
 }
+
+// errOtherLayer means that a blob is not, or no longer, what a layer was made from.
+var errOtherLayer = errors.New("the blob gives another layer,")
 
 // reuse finds a layer that serves for the new one: the same tree, or under
 // normalized the same payload. It holds it and notes the new tar.
 func (s *Store) reuse(id content.LayerID, facts tree.Facts) (content.LayerID, bool, error) {
 	s.mu.Lock()
 	st := s.layers[id]
-	if st == nil && s.fidelity == content.Normalized {
+	if st != nil && st.damage != nil {
+		st = nil
+	} else if st == nil && s.fidelity == content.Normalized {
 		for _, same := range s.payloads[facts.Payload] {
 			if s.layers[same].facts.Fidelity == facts.Fidelity {
 				id, st = same, s.layers[same]
@@ -244,12 +275,14 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 	}
 	file, err := tree.WithFacts(old, facts)
 	if err != nil {
+		s.harm(context.Background(), id, Damage{Tree: err})
 		return fmt.Errorf("note tar of layer %s: %w", id, err)
 	}
 	tmp, err := s.writeStaged("facts-", file, true)
 	if err != nil {
 		return err
 	}
+	s.step("facts.staged")
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := os.Rename(tmp, s.treePath(id)); err != nil {
@@ -258,7 +291,9 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 	st := s.layers[id]
 	st.facts = facts
 	s.setFile(st, int64(len(file)))
-	s.insertTar(id, t)
+	if st.damage == nil {
+		s.insertTar(id, t)
+	}
 	return nil
 }
 
@@ -281,52 +316,69 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 	return f.Name(), nil
 }
 
-// publish makes all that a layer consists of durable, then the layer visible.
-func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (Usage, error) {
-	used := ss.added
+// publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
+func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
+	used = ss.added
 	file, err := enc.Marshal(facts)
 	if err != nil {
-		return Usage{}, fmt.Errorf("encode tree: %w", err)
+		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
 	}
 	used.Bytes += blocks(int64(len(file)))
 	used.Inodes++
 	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
 	if file, err = tree.WithFacts(file, facts); err != nil {
-		return Usage{}, fmt.Errorf("encode tree: %w", err)
+		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
 	}
 	tmp, err := s.writeStaged("tree-", file, false)
 	if err != nil {
-		return Usage{}, err
+		return Usage{}, false, err
 	}
+	s.step("ingest.tree")
 	clock.mark(stageTree)
 	// One sync covers the objects that this session wrote, those of others that it
 	// relies on, and the tree.
-	if err := unix.Syncfs(s.rootFd); err != nil {
-		return Usage{}, errors.Join(fmt.Errorf("sync %s: %w", s.root, err), os.Remove(tmp))
+	if err := s.makeDurable(); err != nil {
+		return Usage{}, false, errors.Join(err, os.Remove(tmp))
 	}
+	s.step("ingest.synced")
 	clock.mark(stageSync)
 	s.objects.MeasureDirectories()
-	if err := s.commit(enc.ID, tmp, facts, int64(len(file)), ss.ahead); err != nil {
-		return Usage{}, err
+	if counted, err = s.commit(enc.ID, tmp, facts, int64(len(file)), ss.ahead); err != nil {
+		return Usage{}, false, err
 	}
-	return used, nil
+	s.step("ingest.committed")
+	s.noteWritten()
+	return used, counted, nil
 }
 
-func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) error {
+// commit renames a tree into place, also over a damaged one. counted tells that the store had counted the layer's
+// objects before.
+func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) (counted bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if st := s.layers[id]; st != nil {
-		return errors.Join(errRaced, os.Remove(tmp))
+	old := s.layers[id]
+	if old != nil && old.damage == nil {
+		return false, errors.Join(errRaced, os.Remove(tmp))
+	}
+	if old != nil && old.damage.Tree != nil {
+		_ = os.RemoveAll(s.treePath(id)) // it may not even be a file
 	}
 	if err := os.Rename(tmp, s.treePath(id)); err != nil {
-		return fmt.Errorf("commit layer %s: %w", id, err)
+		return false, errors.Join(fmt.Errorf("commit layer %s: %w", id, err), os.Remove(tmp))
 	}
-	if err := syncDir(s.path(dirLayers)); err != nil {
-		return fmt.Errorf("commit layer %s: %w", id, err)
+	if s.opts.Durability == Strict {
+		if err := syncDir(s.path(dirLayers)); err != nil {
+			return false, fmt.Errorf("commit layer %s: %w", id, err)
+		}
 	}
-	s.insert(id, facts, 1, size)
-	s.layers[id].ahead = ahead
-	return nil
+	st := &state{facts: facts, holds: 1, taken: 1, counted: true, ahead: ahead}
+	if old != nil {
+		counted = old.counted
+		st.holds, st.taken = old.holds+1, old.taken+1
+		s.forget(id, old)
+	}
+	s.insert(id, st, size)
+	return counted, nil
 }
 
 // errRaced means that another ingest committed the same tree a moment earlier.

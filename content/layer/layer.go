@@ -18,6 +18,12 @@
 //
 // Holds keep layers alive. Release of the last one removes the tree first and
 // then the objects that no other layer names, in the background.
+//
+// # What is damaged
+//
+// A layer whose tree cannot be read, or that names an object which is missing or has other bytes, is out of service: it
+// is found no more, and cannot be mounted. Whoever ingests it again, or another layer with the same payload,
+// heals it, since an object that is known to be bad is written anew.
 package layer
 
 import (
@@ -28,6 +34,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -35,7 +42,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
-	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
@@ -48,6 +54,14 @@ type Options struct {
 	Root string
 	// Fidelity under which new layers are ingested; "" is content.Python.
 	Fidelity content.Fidelity
+	// Durability of new layers; "" is Strict.
+	Durability Durability
+	// Reserve is what ingests leave free on the file system.
+	Reserve Usage
+	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
+	Pressure func(context.Context)
+	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
+	Step func(name string)
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.
@@ -103,8 +117,11 @@ type Facts struct {
 type Store struct {
 	root     string
 	rootFd   int
+	opts     Options
 	fidelity content.Fidelity
 	objects  *object.Store
+	room     room
+	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
 	flights  flights
 	gc       sync.WaitGroup
@@ -116,6 +133,8 @@ type Store struct {
 
 	// factsMu serialises changes of a tree file's header.
 	factsMu sync.Mutex
+	// damagedMu serialises writing the list of what is damaged.
+	damagedMu sync.Mutex
 
 	mu       sync.RWMutex // guards what follows, and renames and unlinks in layers/
 	layers   map[content.LayerID]*state
@@ -125,6 +144,8 @@ type Store struct {
 	// trees is what the tree files occupy, weight the sum of all layers'.
 	trees  Usage
 	weight int64
+	// damaged is how many layers are out of service.
+	damaged int
 }
 
 type (
@@ -143,6 +164,10 @@ type (
 		taken int   // holds ever taken, those given back too
 		file  int64 // what the tree file occupies
 		ahead bool  // ingested ahead, and not yet taken up
+		// counted: the layer's objects are counted as referenced. Those of a tree that could not be read are not.
+		counted bool
+		// damage is why the layer is out of service; nil for one that serves.
+		damage *Damage
 	}
 )
 
@@ -150,6 +175,10 @@ const (
 	dirObjects = "objects"
 	dirLayers  = "layers"
 	dirIngest  = "ingest"
+	// fileDamaged lists what is known to be damaged, for the next start.
+	fileDamaged = "damaged"
+	// fileRunning was written by the daemon that runs or was killed. What came in up to its mtime is on the disk.
+	fileRunning = "running"
 	// fileClean exists while no daemon is running and the last one stopped cleanly. It says what the
 	// objects occupy, which nobody else knows without looking at each.
 	fileClean   = "clean"
@@ -158,168 +187,59 @@ const (
 	memoryLimit = 64 << 20
 )
 
-// Open opens or creates the store below opts.Root. live names every layer that a
-// snapshot refers to, once per reference: each gets one hold, every other layer is
-// removed.
-func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, err error) {
-	switch opts.Fidelity {
-	case "":
-		opts.Fidelity = content.Python
-	case content.Exact, content.Python, content.Normalized:
-	default:
-		return nil, fmt.Errorf("fidelity %q: want exact, python or normalized", opts.Fidelity)
-	}
-	s := &Store{
-		root:     opts.Root,
-		rootFd:   -1,
-		fidelity: opts.Fidelity,
-		memory:   semaphore.NewWeighted(memoryLimit),
-		distinct: distinctMax,
-		layers:   map[content.LayerID]*state{},
-		diffs:    map[diffKey]content.LayerID{},
-		blobs:    map[blobKey]tree.Tar{},
-		payloads: map[content.PayloadDigest][]content.LayerID{},
-	}
-	s.flights.init()
-	s.counters.init()
-	defer func() {
-		if err != nil {
-			s.closeFiles()
-		}
-	}()
-	if err := s.openDirs(); err != nil {
-		return nil, err
-	}
-	clean, err := s.markRunning()
-	if err != nil {
-		return nil, err
-	}
-	holds := map[content.LayerID]int{}
-	for _, id := range live {
-		holds[id]++
-	}
-	complete, dropped, err := s.load(ctx, holds)
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case !complete:
-		log.G(ctx).Warn("layers are damaged: unreferenced objects are kept until they are repaired")
-	case !clean || dropped:
-		n, err := s.objects.Sweep()
-		if err != nil {
-			return nil, err
-		}
-		s.counters.change(func(st *Stats) { st.Swept = int64(n) })
-		log.G(ctx).WithField("objects", n).Info("removed what no layer names")
-	}
-	return s, nil
-}
-
 func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.root}, elem...)...)
 }
 
 func (s *Store) treePath(id content.LayerID) string { return s.path(dirLayers, id.Hex()) }
 
-func (s *Store) openDirs() error {
-	if err := os.RemoveAll(s.path(dirIngest)); err != nil {
-		return fmt.Errorf("empty staging directory: %w", err)
-	}
-	for _, d := range []string{dirIngest, dirLayers, dirObjects} {
-		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
-			return fmt.Errorf("create store: %w", err)
-		}
-	}
-	fd, err := unix.Open(s.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open store %s: %w", s.root, err)
-	}
-	s.rootFd = fd
-	s.objects, err = object.Open(s.path(dirObjects))
-	return err
-}
-
-func (s *Store) closeFiles() {
-	if s.objects != nil {
-		_ = s.objects.Close()
-	}
-	if s.rootFd >= 0 {
-		_ = unix.Close(s.rootFd)
-	}
-}
-
-// markRunning takes the mark of a clean stop away and reports whether it was there.
-func (s *Store) markRunning() (clean bool, err error) {
-	mark, err := os.ReadFile(s.path(fileClean))
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err == nil {
-		err = os.Remove(s.path(fileClean))
-	}
-	if err != nil {
-		return false, fmt.Errorf("mark store as running: %w", err)
-	}
-	var bytes, inodes int64
-	if _, err := fmt.Sscanf(string(mark), cleanFormat, &bytes, &inodes); err == nil {
-		clean = true
-		s.objects.SetUsed(bytes, inodes)
-	}
-	return clean, unix.Fsync(s.rootFd)
-}
-
-// load reads the headers of all trees. complete is false when the tree of a live layer
-// cannot be read, dropped is true when a layer that nothing refers to was removed.
-func (s *Store) load(ctx context.Context, holds map[content.LayerID]int) (complete, dropped bool, err error) {
-	dir, err := os.ReadDir(s.path(dirLayers))
-	if err != nil {
-		return false, false, fmt.Errorf("list layers: %w", err)
-	}
-	complete = true
-	for _, d := range dir {
-		sum, err := content.ParseSum(d.Name())
-		id := content.LayerID{Sum: sum}
-		if err != nil || holds[id] == 0 {
-			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
-				return false, false, fmt.Errorf("remove unused layer: %w", err)
-			}
-			dropped = true
-			continue
-		}
-		facts, objects, err := tree.ReadFacts(s.treePath(id))
-		if err != nil {
-			log.G(ctx).WithError(err).Errorf("layer %s is damaged", id)
-			complete = false
-			continue
-		}
-		fi, err := os.Stat(s.treePath(id))
-		if err != nil {
-			return false, false, fmt.Errorf("read layer: %w", err)
-		}
-		s.objects.Load(objects)
-		s.insert(id, facts, holds[id], fi.Size())
-		delete(holds, id)
-	}
-	for id, n := range holds {
-		if n > 0 && s.layers[id] == nil {
-			complete = false
-			s.counters.change(func(st *Stats) { st.Damaged++ })
-			log.G(ctx).Errorf("layer %s is missing or damaged: snapshots that use it cannot be mounted", id)
-		}
-	}
-	return complete, dropped, nil
-}
-
-// insert makes a layer visible; size is its tree file's. Under mu, or before the store is shared.
-func (s *Store) insert(id content.LayerID, facts tree.Facts, holds int, size int64) {
-	st := &state{facts: facts, holds: holds, taken: holds}
+// insert adds a layer; size is its tree file's. Under mu, or before the store is shared.
+func (s *Store) insert(id content.LayerID, st *state, size int64) {
 	s.layers[id] = st
 	s.weight += st.weight()
 	s.setFile(st, size)
-	s.payloads[facts.Payload] = append(s.payloads[facts.Payload], id)
-	for _, t := range facts.Tars {
+	if st.damage != nil {
+		s.damaged++
+		return
+	}
+	s.show(id, st)
+}
+
+// forget takes a layer out of the store. Under mu.
+func (s *Store) forget(id content.LayerID, st *state) {
+	if st.damage != nil {
+		s.damaged--
+	} else {
+		s.hide(id, st)
+	}
+	delete(s.layers, id)
+	s.weight -= st.weight()
+	s.setFile(st, 0)
+}
+
+// show lets a layer be found. Under mu.
+func (s *Store) show(id content.LayerID, st *state) {
+	s.payloads[st.facts.Payload] = append(s.payloads[st.facts.Payload], id)
+	for _, t := range st.facts.Tars {
 		s.insertTar(id, t)
+	}
+}
+
+// hide is the reverse of show. Under mu.
+func (s *Store) hide(id content.LayerID, st *state) {
+	for _, t := range st.facts.Tars {
+		key := diffKey{t.Fidelity, t.DiffID}
+		if s.diffs[key] != id {
+			continue // came in again as another layer meanwhile
+		}
+		delete(s.diffs, key)
+		for _, b := range t.Blobs {
+			delete(s.blobs, blobKey{t.Fidelity, b})
+		}
+	}
+	same := slices.DeleteFunc(slices.Clone(s.payloads[st.facts.Payload]), func(o content.LayerID) bool { return o == id })
+	if s.payloads[st.facts.Payload] = same; len(same) == 0 {
+		delete(s.payloads, st.facts.Payload)
 	}
 }
 
@@ -328,20 +248,6 @@ func (s *Store) insertTar(id content.LayerID, t tree.Tar) {
 	for _, b := range t.Blobs {
 		s.blobs[blobKey{t.Fidelity, b}] = t
 	}
-}
-
-// Close waits for background work. Holds end with it.
-func (s *Store) Close() (err error) {
-	s.closed.Do(func() {
-		s.flights.wait()
-		s.gc.Wait()
-		if err = unix.Syncfs(s.rootFd); err == nil && !s.leaked.Load() {
-			bytes, inodes := s.objects.Used()
-			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
-		}
-		s.closeFiles()
-	})
-	return err
 }
 
 // Wait waits until what has been released by now is removed.
@@ -397,7 +303,7 @@ func (s *Store) Release(id content.LayerID) {
 	defer s.mu.Unlock()
 	st := s.layers[id]
 	if st == nil {
-		return // a damaged layer has no holds
+		return
 	}
 	if st.holds--; st.holds > 0 {
 		return
@@ -416,9 +322,11 @@ func (s *Store) remove(id content.LayerID) error {
 	if err != nil {
 		return err
 	}
+	s.step("remove.tree")
 	var errs []error
 	for _, o := range objects {
 		errs = append(errs, s.objects.Unref(o, 1))
+		s.step("remove.object")
 	}
 	s.objects.MeasureDirectories()
 	return s.noteLeak(errors.Join(errs...))
@@ -434,41 +342,24 @@ func (s *Store) noteLeak(err error) error {
 
 // unlink takes a layer that still has no holds out of the store and returns the objects that it named.
 func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
-	_, objects, err := tree.ReadFacts(s.treePath(id)) // not under the lock: a large tree takes its time
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // somebody else was faster
-	}
-	if err != nil {
-		return nil, err
-	}
+	_, objects, err := tree.ReadFacts(s.treePath(id), id) // not under the lock: a large tree takes its time
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.layers[id]
 	if st == nil || st.holds > 0 {
-		return nil, nil
+		return nil, nil // somebody else was faster
 	}
-	if err := os.Remove(s.treePath(id)); err != nil {
+	if err != nil && !isDamage(err) {
 		return nil, err
 	}
-	delete(s.layers, id)
+	if err := os.RemoveAll(s.treePath(id)); err != nil {
+		return nil, err
+	}
+	s.forget(id, st)
 	s.counters.change(func(c *Stats) { c.RemovedLayers++ })
-	s.weight -= st.weight()
-	s.setFile(st, 0)
-	for _, t := range st.facts.Tars {
-		delete(s.diffs, diffKey{t.Fidelity, t.DiffID})
-		for _, b := range t.Blobs {
-			delete(s.blobs, blobKey{t.Fidelity, b})
-		}
-	}
-	same := s.payloads[st.facts.Payload]
-	for i := range same {
-		if same[i] == id {
-			same = append(same[:i:i], same[i+1:]...)
-			break
-		}
-	}
-	if s.payloads[st.facts.Payload] = same; len(same) == 0 {
-		delete(s.payloads, st.facts.Payload)
+	if err != nil || !st.counted {
+		s.leaked.Store(true) // nobody can tell what it named
+		return nil, nil
 	}
 	return objects, nil
 }
@@ -517,7 +408,9 @@ func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node,
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			_, trees[i], err = tree.Read(s.treePath(id), id)
+			if _, trees[i], err = tree.Read(s.treePath(id), id); isDamage(err) {
+				s.harm(ctx, id, Damage{Tree: err})
+			}
 			return err
 		})
 	}

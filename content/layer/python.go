@@ -115,7 +115,6 @@ func (ss *session) restore(e *content.Entry, p pyc) error {
 	if err != nil {
 		return err
 	}
-	ss.took(id, added)
 	e.Object = id
-	return nil
+	return ss.took(id, added)
 }

@@ -13,8 +13,6 @@ import (
 	"strings"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
@@ -29,6 +27,7 @@ const (
 // session takes the payloads of one ingest. It implements archive.Payloads.
 type session struct {
 	s    *Store
+	want goal
 	ctx  context.Context
 	stop context.CancelCauseFunc
 	jobs chan job
@@ -58,10 +57,10 @@ type pyc struct {
 	canonical content.ObjectID
 }
 
-func (s *Store) newSession(ctx context.Context) *session {
+func (s *Store) newSession(ctx context.Context, want goal) *session {
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
-		s: s, ctx: ctx, stop: stop,
+		s: s, want: want, ctx: ctx, stop: stop,
 		jobs: make(chan job, 256),
 		refs: map[content.ObjectID]uint32{},
 		pyc:  map[*content.Entry]pyc{},
@@ -107,7 +106,7 @@ func (ss *session) end(keep []content.ObjectID) error {
 // Put reads one payload and hands it to a worker.
 func (ss *session) Put(e *content.Entry, r io.Reader) error {
 	if e.Size > claimMin {
-		if err := ss.s.checkSpace(e.Size); err != nil {
+		if err := ss.s.checkRoom(ss.ctx, e.Size); err != nil {
 			return err
 		}
 	}
@@ -133,18 +132,6 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 	}
 }
 
-// checkSpace refuses a payload that cannot fit before any of it is written.
-func (s *Store) checkSpace(size int64) error {
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(s.rootFd, &st); err != nil {
-		return fmt.Errorf("free space of %s: %w", s.root, err)
-	}
-	if free := int64(st.Bavail) * st.Bsize; size > free {
-		return fmt.Errorf("declares %d bytes, and %s has %d bytes free: %w", size, s.root, free, unix.ENOSPC)
-	}
-	return nil
-}
-
 // store names and stores one payload.
 func (ss *session) store(j job) error {
 	e, buf := j.e, j.buf
@@ -153,7 +140,7 @@ func (ss *session) store(j job) error {
 		header, isPyc = content.ParsePyc(buf)
 	}
 	p := pyc{header: header}
-	if isPyc && ss.s.fidelity != content.Exact {
+	if isPyc && ss.want.fidelity != content.Exact {
 		// Most of them turn out to be half of a valid pair. finish undoes it for the others.
 		content.SetPycTime(buf, content.PycTime)
 	}
@@ -166,8 +153,10 @@ func (ss *session) store(j job) error {
 			return err
 		}
 		e.Object = id
-		ss.took(id, added)
-		if p.canonical = id; isPyc && ss.s.fidelity == content.Exact {
+		if err := ss.took(id, added); err != nil {
+			return err
+		}
+		if p.canonical = id; isPyc && ss.want.fidelity == content.Exact {
 			p.canonical = canonicalID(buf)
 		}
 	}
@@ -190,14 +179,24 @@ func canonicalID(buf []byte) (id content.ObjectID) {
 	return id
 }
 
-func (ss *session) took(id content.ObjectID, added int64) {
+// took counts an object that was put; every so often it looks at how much room is left.
+func (ss *session) took(id content.ObjectID, added int64) error {
 	ss.mu.Lock()
-	defer ss.mu.Unlock()
 	ss.refs[id]++
-	if added > 0 {
-		ss.added.Bytes += blocks(added)
-		ss.added.Inodes++
+	if added == 0 {
+		ss.mu.Unlock()
+		return nil
 	}
+	before := ss.added
+	ss.added.Bytes += blocks(added)
+	ss.added.Inodes++
+	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
+	ss.mu.Unlock()
+	ss.s.step("ingest.object")
+	if !look {
+		return nil
+	}
+	return ss.s.checkRoom(ss.ctx, 0)
 }
 
 // stage writes a large payload to a file, hashing it beside.
@@ -228,8 +227,7 @@ func (ss *session) stage(e *content.Entry, r io.Reader) error {
 		return err
 	}
 	e.Object = id
-	ss.took(id, added)
-	return nil
+	return ss.took(id, added)
 }
 
 type ctxReader struct {

@@ -3,8 +3,6 @@ package layer
 import (
 	"context"
 	"encoding/binary"
-	"errors"
-	"io/fs"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
@@ -108,14 +106,14 @@ func (s *Store) inPasses(pass func(mine func(content.ObjectID) bool) error) erro
 }
 
 // walkTrees calls fn for the entries of each layer of list, one layer after the other, with the layer's index. A
-// layer that was removed meanwhile is left out.
+// layer that was removed meanwhile, or whose tree is damaged, is left out.
 func (s *Store) walkTrees(ctx context.Context, list []Listed, fn func(i int, e *content.Entry) error) error {
 	for i, l := range list {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		err := tree.Walk(s.treePath(l.ID), l.ID, func(e *content.Entry) error { return fn(i, e) })
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !isDamage(err) {
 			return err
 		}
 	}

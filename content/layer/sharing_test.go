@@ -57,7 +57,7 @@ func bruteSharing(t *testing.T, s *Store) map[string]Usage {
 	t.Helper()
 	having := map[content.ObjectID][]int{}
 	for i, l := range s.List() {
-		_, objects, err := tree.ReadFacts(s.treePath(l.ID))
+		_, objects, err := tree.ReadFacts(s.treePath(l.ID), l.ID)
 		if err != nil {
 			t.Fatal(err)
 		}

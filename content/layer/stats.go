@@ -36,7 +36,7 @@ type Stats struct {
 	RemovedLayers int64
 	RemoveErrors  int64
 	Swept         int64
-	// Damaged are layers that snapshots name and Open could not read.
+	// Damaged are layers that are out of service now.
 	Damaged int64
 }
 
@@ -142,6 +142,9 @@ func (s *Store) Stats() (out Stats) {
 		out.Blobs.Stages, out.Dirs.Stages = maps.Clone(have.Blobs.Stages), maps.Clone(have.Dirs.Stages)
 	})
 	out.Removed.Bytes, out.Removed.Inodes = s.objects.Freed()
+	s.mu.RLock()
+	out.Damaged = int64(s.damaged)
+	s.mu.RUnlock()
 	return out
 }
 

@@ -20,6 +20,7 @@
 package object
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -34,6 +35,9 @@ import (
 )
 
 const fanout = 256
+
+// stagedPrefix stands before the name of a file that is about to replace a bad object.
+const stagedPrefix = "new-"
 
 // Store is the objects directory. Safe for concurrent use.
 type Store struct {
@@ -86,13 +90,15 @@ type shard struct {
 	refs map[content.ObjectID]uint32
 	// busy objects are being written or unlinked right now; the channel is closed after.
 	busy map[content.ObjectID]chan struct{}
+	// bad are those of refs that are missing or have other bytes.
+	bad map[content.ObjectID]struct{}
 }
 
 // Open opens or creates the objects directory.
 func Open(dir string) (*Store, error) {
 	s := &Store{dir: dir}
 	for i := range s.shards {
-		s.shards[i] = shard{fd: -1, refs: map[content.ObjectID]uint32{}, busy: map[content.ObjectID]chan struct{}{}}
+		s.shards[i] = shard{fd: -1, refs: map[content.ObjectID]uint32{}, busy: map[content.ObjectID]chan struct{}{}, bad: map[content.ObjectID]struct{}{}}
 	}
 	for i := range s.shards {
 		sub := filepath.Join(dir, fmt.Sprintf("%02x", i))
@@ -150,16 +156,21 @@ func (s *Store) Len() int {
 	return n
 }
 
-// Put takes one reference to an object, and writes it when it is the first. It
-// reports how many bytes it added to the disk, 0 when the object was known.
+// Put takes one reference to an object, and writes it when it is the first, or when the object is known to be
+// bad. It reports how many bytes it added to the disk, 0 when the object was there.
 func (s *Store) Put(id content.ObjectID, data []byte) (added int64, err error) {
-	return s.put(id, int64(len(data)), func(sh *shard) error { return sh.write(id, data) })
+	return s.put(id, int64(len(data)), func(sh *shard, replace bool) error {
+		if replace {
+			return sh.replace(id, data)
+		}
+		return sh.write(name(id), data)
+	})
 }
 
 // PutFile is Put for a payload that lies in a file of the same file system. The
 // file is renamed, or left alone when the object was known.
 func (s *Store) PutFile(id content.ObjectID, path string, size int64) (added int64, err error) {
-	return s.put(id, size, func(sh *shard) error {
+	return s.put(id, size, func(sh *shard, _ bool) error {
 		if err := unix.Renameat(unix.AT_FDCWD, path, sh.fd, name(id)); err != nil {
 			return fmt.Errorf("rename staged object %s: %w", id, err)
 		}
@@ -167,19 +178,12 @@ func (s *Store) PutFile(id content.ObjectID, path string, size int64) (added int
 	})
 }
 
-func (s *Store) put(id content.ObjectID, size int64, create func(*shard) error) (int64, error) {
+func (s *Store) put(id content.ObjectID, size int64, create func(sh *shard, replace bool) error) (int64, error) {
 	sh := s.shard(id)
 	sh.mu.Lock()
-	for {
-		done, busy := sh.busy[id]
-		if !busy {
-			break
-		}
-		sh.mu.Unlock()
-		<-done
-		sh.mu.Lock()
-	}
-	if sh.refs[id] > 0 {
+	sh.await(id)
+	_, bad := sh.bad[id]
+	if sh.refs[id] > 0 && !bad {
 		sh.refs[id]++
 		sh.mu.Unlock()
 		return 0, nil
@@ -188,7 +192,12 @@ func (s *Store) put(id content.ObjectID, size int64, create func(*shard) error) 
 	sh.busy[id] = done
 	sh.mu.Unlock()
 
-	err := create(sh)
+	var old int64
+	var was bool
+	if bad {
+		old, was = sh.size(id)
+	}
+	err := create(sh, bad)
 
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
@@ -197,32 +206,67 @@ func (s *Store) put(id content.ObjectID, size int64, create func(*shard) error) 
 	if err != nil {
 		return 0, err
 	}
-	sh.refs[id] = 1
-	s.bytes.Add(blocks(size))
-	s.inodes.Add(1)
+	sh.refs[id]++
+	delete(sh.bad, id)
+	s.bytes.Add(blocks(size) - blocks(old))
+	if !was {
+		s.inodes.Add(1)
+	}
 	return size, nil
 }
 
-// write creates the object under its final name: a crash leaves at worst a file that
-// no layer names. A file that lies there already is such a leftover.
-func (sh *shard) write(id content.ObjectID, data []byte) error {
-	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_CLOEXEC
-	fd, err := unix.Openat(sh.fd, name(id), flags, 0o400)
-	if errors.Is(err, unix.EEXIST) {
-		if err := unix.Unlinkat(sh.fd, name(id), 0); err != nil {
-			return fmt.Errorf("remove leftover of object %s: %w", id, err)
+// await waits until nobody is busy with an object. Under mu, which it gives up meanwhile.
+func (sh *shard) await(id content.ObjectID) {
+	for {
+		done, busy := sh.busy[id]
+		if !busy {
+			return
 		}
-		fd, err = unix.Openat(sh.fd, name(id), flags, 0o400)
+		sh.mu.Unlock()
+		<-done
+		sh.mu.Lock()
+	}
+}
+
+// size is that of an object's file, if there is one.
+func (sh *shard) size(id content.ObjectID) (size int64, ok bool) {
+	var st unix.Stat_t
+	err := unix.Fstatat(sh.fd, name(id), &st, unix.AT_SYMLINK_NOFOLLOW)
+	return st.Size, err == nil
+}
+
+// write creates an object under its final name: a crash leaves at worst a file that
+// no layer names. A file that lies there already is such a leftover.
+func (sh *shard) write(file string, data []byte) error {
+	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_CLOEXEC
+	fd, err := unix.Openat(sh.fd, file, flags, 0o400)
+	if errors.Is(err, unix.EEXIST) {
+		if err := unix.Unlinkat(sh.fd, file, 0); err != nil {
+			return fmt.Errorf("remove leftover of object %s: %w", file, err)
+		}
+		fd, err = unix.Openat(sh.fd, file, flags, 0o400)
 	}
 	if err != nil {
-		return fmt.Errorf("create object %s: %w", id, err)
+		return fmt.Errorf("create object %s: %w", file, err)
 	}
 	err = writeAll(fd, data)
 	if cerr := unix.Close(fd); err == nil {
 		err = cerr
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("write object %s: %w", id, err), unix.Unlinkat(sh.fd, name(id), 0))
+		return errors.Join(fmt.Errorf("write object %s: %w", file, err), unix.Unlinkat(sh.fd, file, 0))
+	}
+	return nil
+}
+
+// replace writes a bad object anew. Containers may have the old file open.
+func (sh *shard) replace(id content.ObjectID, data []byte) error {
+	staged := stagedPrefix + name(id)
+	if err := sh.write(staged, data); err != nil {
+		return err
+	}
+	if err := unix.Renameat(sh.fd, staged, sh.fd, name(id)); err != nil {
+		return errors.Join(fmt.Errorf("replace object %s: %w", id, err), unix.Unlinkat(sh.fd, staged, 0))
 	}
 	return nil
 }
@@ -250,24 +294,24 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 		sh.mu.Unlock()
 		return nil
 	}
+	sh.await(id) // somebody may be replacing it
+	if have := sh.refs[id]; have > n {
+		sh.refs[id] = have - n
+		sh.mu.Unlock()
+		return nil
+	}
 	delete(sh.refs, id)
+	delete(sh.bad, id)
 	done := make(chan struct{})
 	sh.busy[id] = done
 	sh.mu.Unlock()
 
-	var st unix.Stat_t
-	err := unix.Fstatat(sh.fd, name(id), &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == nil {
-		err = unix.Unlinkat(sh.fd, name(id), 0)
-	}
-	switch {
-	case err == nil:
-		s.bytes.Add(-blocks(st.Size))
+	size, err := sh.unlink(name(id))
+	if err == nil && size >= 0 {
+		s.bytes.Add(-blocks(size))
 		s.inodes.Add(-1)
-		s.freedBytes.Add(blocks(st.Size))
+		s.freedBytes.Add(blocks(size))
 		s.freed.Add(1)
-	case errors.Is(err, unix.ENOENT):
-		err = nil
 	}
 
 	sh.mu.Lock()
@@ -280,55 +324,30 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 	return nil
 }
 
-// Sweep removes every file that is no referenced object and returns how many it
-// removed. It finds out what the others occupy. Nothing may be put while it runs.
-func (s *Store) Sweep() (removed int, err error) {
-	s.SetUsed(0, 0)
-	for i := range s.shards {
-		n, err := s.sweepShard(i)
-		removed += n
-		if err != nil {
-			return removed, err
-		}
+// unlink removes a file and returns its size, -1 when there was none.
+func (sh *shard) unlink(file string) (int64, error) {
+	var st unix.Stat_t
+	err := unix.Fstatat(sh.fd, file, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err == nil {
+		err = unix.Unlinkat(sh.fd, file, 0)
 	}
-	return removed, nil
+	if errors.Is(err, unix.ENOENT) {
+		return -1, nil
+	}
+	return st.Size, err
 }
 
-func (s *Store) sweepShard(i int) (removed int, err error) {
-	sub := filepath.Join(s.dir, fmt.Sprintf("%02x", i))
-	d, err := os.Open(sub)
-	if err != nil {
-		return 0, fmt.Errorf("sweep objects: %w", err)
-	}
-	defer d.Close()
-	names, err := d.Readdirnames(-1)
-	if err != nil {
-		return 0, fmt.Errorf("sweep objects in %s: %w", sub, err)
-	}
-	for _, file := range names {
-		sum, err := content.ParseSum(fmt.Sprintf("%02x", i) + file)
-		if err == nil && s.shards[i].refs[content.ObjectID{Sum: sum}] > 0 {
-			var st unix.Stat_t
-			if err := unix.Fstatat(s.shards[i].fd, file, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-				return removed, fmt.Errorf("sweep objects: %s/%s: %w", sub, file, err)
-			}
-			s.bytes.Add(blocks(st.Size))
-			s.inodes.Add(1)
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(sub, file)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return removed, fmt.Errorf("sweep objects: %w", err)
-		}
-		removed++
-	}
-	return removed, nil
-}
-
-// Read returns an object's bytes. The caller holds a reference to it.
+// Read returns an object's bytes. The caller holds a reference to it. One that is found to be damaged is bad from then on.
 func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 	b, err := os.ReadFile(filepath.Join(s.dir, id.Path()))
+	if err == nil && sha256.Sum256(b) != id.Sum {
+		err = ErrDamaged
+	}
+	if errors.Is(err, ErrDamaged) || errors.Is(err, fs.ErrNotExist) {
+		s.SetBad(id)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("read object: %w", err)
+		return nil, fmt.Errorf("read object %s: %w", id, err)
 	}
 	return b, nil
 }

@@ -79,7 +79,7 @@ func BenchmarkRead(b *testing.B) {
 	b.Run("facts", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, _, err := ReadFacts(path); err != nil {
+			if _, _, err := ReadFacts(path, enc.ID); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -153,7 +153,10 @@ func appendEntry(b []byte, e *content.Entry, index map[content.ObjectID]uint64) 
 	return b
 }
 
-var errMalformed = errors.New("malformed tree")
+// ErrDamaged is wrapped where a tree file is not what its name says, or nothing that can be read.
+var ErrDamaged = errors.New("damaged tree")
+
+var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 
 // decodeTree parses a canonical encoding. raw is kept: the entries' Data point into it.
 func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {

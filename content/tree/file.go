@@ -37,6 +37,8 @@ var crcTable = crc32.MakeTable(crc32.Castagnoli)
 
 // Facts are what is known of a layer beside its tree.
 type Facts struct {
+	// Layer is what the file should be named; zero in files of older builds.
+	Layer    content.LayerID
 	Fidelity content.Fidelity // that the tree was encoded with
 	Payload  content.PayloadDigest
 	Tars     []Tar
@@ -64,6 +66,7 @@ const (
 	factsUsedBytes  protowire.Number = 5
 	factsUsedInodes protowire.Number = 6
 	factsFidelity   protowire.Number = 7
+	factsLayer      protowire.Number = 8
 
 	tarDiffID   protowire.Number = 1
 	tarSize     protowire.Number = 2
@@ -73,6 +76,7 @@ const (
 
 // Marshal returns the bytes of a tree file.
 func (enc Encoded) Marshal(f Facts) ([]byte, error) {
+	f.Layer = enc.ID
 	w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		return nil, fmt.Errorf("zstd encoder: %w", err)
@@ -98,7 +102,10 @@ func header(f Facts, objectFrame int) []byte {
 
 // WithFacts returns the bytes of a tree file with its facts replaced.
 func WithFacts(file []byte, f Facts) ([]byte, error) {
-	_, objectFrame, rest, err := splitHeader(file)
+	old, objectFrame, rest, err := splitHeader(file)
+	if err == nil && !old.Layer.IsZero() && old.Layer != f.Layer {
+		err = fmt.Errorf("%w: it is layer %s", ErrDamaged, old.Layer)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -184,17 +191,28 @@ func verified(file []byte, id content.LayerID) ([]byte, error) {
 	}
 	raw, err := decompress(rest)
 	if err != nil {
-		return nil, fmt.Errorf("tree of layer %s: %w", id, err)
+		return nil, fmt.Errorf("tree of layer %s: %w: %w", id, ErrDamaged, err)
 	}
 	if sum := sha256.Sum256(raw); sum != id.Sum {
-		return nil, fmt.Errorf("tree of layer %s is damaged: its sha256 is %x", id, sum)
+		return nil, fmt.Errorf("tree of layer %s: %w: its sha256 is %x", id, ErrDamaged, sum)
 	}
 	return raw, nil
 }
 
 // ReadFacts reads a tree file's facts and the ids of its objects, not its entries.
-// The objects are covered by no checksum but zstd's own.
-func ReadFacts(path string) (Facts, []content.ObjectID, error) {
+// The objects are covered by no checksum but zstd's own, and what the facts say of the id.
+func ReadFacts(path string, id content.LayerID) (Facts, []content.ObjectID, error) {
+	f, ids, err := readFacts(path)
+	if err == nil && !f.Layer.IsZero() && f.Layer != id {
+		err = fmt.Errorf("%s: %w: it is layer %s", path, ErrDamaged, f.Layer)
+	}
+	if err != nil {
+		return Facts{}, nil, err
+	}
+	return f, ids, nil
+}
+
+func readFacts(path string) (Facts, []content.ObjectID, error) {
 	file, err := os.Open(path)
 	if err != nil {
 		return Facts{}, nil, err
@@ -209,7 +227,7 @@ func ReadFacts(path string) (Facts, []content.ObjectID, error) {
 	if n >= frameHeader {
 		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
 			head = make([]byte, want)
-			if _, err := file.ReadAt(head, 0); err != nil {
+			if _, err := file.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
 				return Facts{}, nil, fmt.Errorf("read header of %s: %w", path, err)
 			}
 		}
@@ -221,13 +239,18 @@ func ReadFacts(path string) (Facts, []content.ObjectID, error) {
 	if objectFrame == 0 {
 		return f, nil, nil
 	}
+	if fi, err := file.Stat(); err == nil && int64(objectFrame) > fi.Size() {
+		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	}
 	frame := make([]byte, objectFrame)
-	if _, err := file.ReadAt(frame, int64(len(head)-len(rest))); err != nil {
+	if _, err := file.ReadAt(frame, int64(len(head)-len(rest))); errors.Is(err, io.EOF) {
+		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	} else if err != nil {
 		return Facts{}, nil, fmt.Errorf("read objects of %s: %w", path, err)
 	}
 	raw, err := decompress(frame)
 	if err != nil {
-		return Facts{}, nil, fmt.Errorf("objects of %s: %w", path, err)
+		return Facts{}, nil, fmt.Errorf("objects of %s: %w: %w", path, ErrDamaged, err)
 	}
 	ids, err := decodeObjects(raw)
 	if err != nil {
@@ -284,7 +307,11 @@ func appendFacts(b []byte, f Facts) []byte {
 	b = appendUint(b, factsBytes, uint64(f.Bytes))
 	b = appendUint(b, factsUsedBytes, uint64(f.UsedBytes))
 	b = appendUint(b, factsUsedInodes, uint64(f.UsedInodes))
-	return appendString(b, factsFidelity, string(f.Fidelity))
+	b = appendString(b, factsFidelity, string(f.Fidelity))
+	if f.Layer.IsZero() {
+		return b
+	}
+	return appendString(b, factsLayer, string(f.Layer.Sum[:]))
 }
 
 func decodeFacts(raw []byte) (f Facts, err error) {
@@ -306,6 +333,8 @@ func decodeFacts(raw []byte) (f Facts, err error) {
 			f.UsedInodes = int64(v)
 		case factsFidelity:
 			f.Fidelity = content.Fidelity(b)
+		case factsLayer:
+			copy(f.Layer.Sum[:], b)
 		}
 		return nil
 	})

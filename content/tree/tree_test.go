@@ -46,6 +46,7 @@ func TestTreeFileRoundTrip(t *testing.T) {
 		Tars: []Tar{{DiffID: content.DiffID(object("d")), Fidelity: content.Python, Size: 10240, Blobs: []digest.Digest{digest.FromString("blob")}}},
 	}
 	enc := Encode(content.Python, entries)
+	facts.Layer = enc.ID
 	file, err := enc.Marshal(facts)
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +65,7 @@ func TestTreeFileRoundTrip(t *testing.T) {
 	if d := cmp.Diff(entries, got); d != "" {
 		t.Error(d)
 	}
-	gotFacts, ids, err := ReadFacts(path)
+	gotFacts, ids, err := ReadFacts(path, enc.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,8 +86,17 @@ func TestTreeFileRoundTrip(t *testing.T) {
 	if _, got, err = Read(path, enc.ID); err != nil || len(got) != len(entries) {
 		t.Fatal(len(got), err)
 	}
-	if gotFacts, _, err = ReadFacts(path); err != nil || cmp.Diff(facts, gotFacts) != "" {
+	if gotFacts, _, err = ReadFacts(path, enc.ID); err != nil || cmp.Diff(facts, gotFacts) != "" {
 		t.Fatal(err, cmp.Diff(facts, gotFacts))
+	}
+
+	other := content.LayerID(object("f"))
+	if _, _, err := ReadFacts(path, other); !errors.Is(err, ErrDamaged) {
+		t.Errorf("the file under another name: %v", err)
+	}
+	facts.Layer = other
+	if _, err := WithFacts(file, facts); !errors.Is(err, ErrDamaged) {
+		t.Errorf("another layer's facts: %v", err)
 	}
 }
 

@@ -1,0 +1,301 @@
+package layer
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// ErrDamaged is wrapped where a layer is out of service.
+var ErrDamaged = errors.New("layer is damaged")
+
+// Damage is why a layer is out of service.
+type Damage struct {
+	// Tree tells what is wrong with the tree file; nil when nothing is.
+	Tree error
+	// Objects are those that the layer names and that are missing or have other bytes.
+	Objects []content.ObjectID
+}
+
+func (d Damage) Error() string {
+	switch n := len(d.Objects); {
+	case d.Tree != nil:
+		return d.Tree.Error()
+	case n == 1:
+		return "object " + d.Objects[0].Hex() + " is missing or has other bytes"
+	default:
+		return fmt.Sprintf("%d objects are missing or have other bytes", n)
+	}
+}
+
+// isDamage tells what is wrong with a file from what is wrong with the machine.
+func isDamage(err error) bool {
+	return errors.Is(err, tree.ErrDamaged) || errors.Is(err, object.ErrDamaged) ||
+		errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EISDIR)
+}
+
+// InService returns an error that wraps ErrDamaged for the first layer that is damaged.
+func (s *Store) InService(chain ...content.LayerID) error {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, id := range chain {
+		switch st := s.layers[id]; {
+		case st == nil:
+			return fmt.Errorf("layer %s: %w", id, fs.ErrNotExist)
+		case st.damage != nil:
+			return fmt.Errorf("%w: %s: %w (`dedupctl fsck --repair` heals what can be had again; otherwise remove the image and pull it again)", ErrDamaged, id, *st.damage)
+		}
+	}
+	return nil
+}
+
+// Damaged returns the layers that are out of service, and why.
+func (s *Store) Damaged() map[content.LayerID]Damage {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	out := map[content.LayerID]Damage{}
+	for id, st := range s.layers {
+		if st.damage != nil {
+			out[id] = *st.damage
+		}
+	}
+	return out
+}
+
+// harm takes a layer out of service.
+func (s *Store) harm(ctx context.Context, id content.LayerID, d Damage) {
+	s.mu.Lock()
+	changed := s.harmLocked(ctx, id, d)
+	s.mu.Unlock()
+	if changed {
+		s.saveDamaged(ctx)
+	}
+}
+
+func (s *Store) harmLocked(ctx context.Context, id content.LayerID, d Damage) (changed bool) {
+	st := s.layers[id]
+	if st == nil {
+		return false // removed meanwhile
+	}
+	if st.damage == nil {
+		s.hide(id, st)
+		s.damaged++
+		log.G(ctx).WithError(d).Errorf("layer %s is damaged and out of service", id)
+		st.damage = &d
+		return true
+	}
+	merged := *st.damage
+	if merged.Tree == nil {
+		merged.Tree = d.Tree
+	}
+	for _, o := range d.Objects {
+		if !slices.Contains(merged.Objects, o) {
+			merged.Objects = append(merged.Objects[:len(merged.Objects):len(merged.Objects)], o)
+		}
+	}
+	changed = (merged.Tree != nil) != (st.damage.Tree != nil) || len(merged.Objects) != len(st.damage.Objects)
+	st.damage = &merged
+	return changed
+}
+
+// assess looks at what an earlier run found damaged and at layers that may not be whole, before anything is served.
+func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
+	before, err := s.loadDamaged()
+	if err != nil {
+		return err
+	}
+	s.objects.SetBad(before.objects...)
+	var objects []content.ObjectID
+	for _, id := range append(before.trees, suspects...) {
+		st := s.layers[id]
+		if st == nil || st.damage != nil && st.damage.Tree != nil {
+			continue
+		}
+		named, err := s.verifyTree(id)
+		if err != nil {
+			s.harmLocked(ctx, id, Damage{Tree: err})
+		} else if slices.Contains(suspects, id) {
+			objects = append(objects, named...)
+		}
+	}
+	if len(suspects) > 0 {
+		log.G(ctx).WithField("layers", len(suspects)).Info("verifying what came in right before an unclean stop")
+	}
+	slices.SortFunc(objects, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
+	if err := s.verifyObjects(ctx, slices.Compact(objects), func(int64) {}); err != nil {
+		return fmt.Errorf("verify what came in last: %w", s.explain(err))
+	}
+	s.blame(ctx)
+	if s.damaged == 0 && len(before.objects)+len(before.trees) == 0 {
+		return nil
+	}
+	s.saveDamaged(ctx)
+	return nil
+}
+
+// verifyTree compares a tree with its name, and returns the objects that it names.
+func (s *Store) verifyTree(id content.LayerID) ([]content.ObjectID, error) {
+	if _, _, err := tree.Read(s.treePath(id), id); err != nil {
+		return nil, err
+	}
+	_, objects, err := tree.ReadFacts(s.treePath(id), id)
+	return objects, err
+}
+
+// blame takes every layer out of service that names a bad object.
+func (s *Store) blame(ctx context.Context) {
+	bad := map[content.ObjectID]bool{}
+	for _, id := range s.objects.Bad() {
+		bad[id] = true
+	}
+	if len(bad) == 0 {
+		return
+	}
+	s.mu.RLock()
+	ids := make([]content.LayerID, 0, len(s.layers))
+	for id := range s.layers {
+		ids = append(ids, id)
+	}
+	s.mu.RUnlock()
+	for _, id := range ids {
+		s.blameOne(ctx, id, func(o content.ObjectID) bool { return bad[o] })
+	}
+}
+
+func (s *Store) blameOne(ctx context.Context, id content.LayerID, bad func(content.ObjectID) bool) {
+	_, objects, err := tree.ReadFacts(s.treePath(id), id)
+	if err != nil {
+		return // found by whoever reads the tree
+	}
+	var d Damage
+	for _, o := range objects {
+		if bad(o) {
+			d.Objects = append(d.Objects, o)
+		}
+	}
+	if len(d.Objects) > 0 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.harmLocked(ctx, id, d)
+	}
+}
+
+// recheck looks at a layer that came in while objects were found to be bad.
+func (s *Store) recheck(ctx context.Context, id content.LayerID) {
+	if s.objects.AnyBad() {
+		s.blameOne(ctx, id, s.objects.IsBad)
+		s.saveDamaged(ctx)
+	}
+}
+
+// heal puts layers back into service that have nothing damaged any more.
+func (s *Store) heal(ctx context.Context) {
+	s.mu.RLock()
+	damaged := s.damaged
+	s.mu.RUnlock()
+	if damaged == 0 {
+		return
+	}
+	// What was put anew is durable before the list of what is damaged forgets it.
+	if err := unix.Syncfs(s.rootFd); err != nil {
+		log.G(ctx).WithError(err).Warn("sync repaired objects")
+		return
+	}
+	s.mu.Lock()
+	changed := false
+	for id, st := range s.layers {
+		if st.damage == nil {
+			continue
+		}
+		d := Damage{Tree: st.damage.Tree, Objects: slices.DeleteFunc(slices.Clone(st.damage.Objects), func(o content.ObjectID) bool { return !s.objects.IsBad(o) })}
+		changed = changed || len(d.Objects) != len(st.damage.Objects)
+		if st.damage = &d; d.Tree == nil && len(d.Objects) == 0 {
+			st.damage = nil
+			s.damaged--
+			s.show(id, st)
+			changed = true
+			log.G(ctx).Infof("layer %s is whole again", id)
+		}
+	}
+	s.mu.Unlock()
+	if changed {
+		s.saveDamaged(ctx)
+	}
+}
+
+// damagedList is the file that carries what is known to be damaged over a restart: a line for each,
+// "object <hex>" or "tree <hex>".
+type damagedList struct {
+	objects []content.ObjectID
+	trees   []content.LayerID
+}
+
+func (s *Store) loadDamaged() (l damagedList, err error) {
+	data, err := os.ReadFile(s.path(fileDamaged))
+	if errors.Is(err, fs.ErrNotExist) {
+		return l, nil
+	}
+	if err != nil {
+		return l, fmt.Errorf("read what is damaged: %w", err)
+	}
+	lines := bufio.NewScanner(bytes.NewReader(data))
+	for lines.Scan() {
+		kind, hex, _ := strings.Cut(lines.Text(), " ")
+		sum, err := content.ParseSum(hex)
+		switch {
+		case err != nil:
+		case kind == "object":
+			l.objects = append(l.objects, content.ObjectID{Sum: sum})
+		case kind == "tree":
+			l.trees = append(l.trees, content.LayerID{Sum: sum})
+		}
+	}
+	return l, nil
+}
+
+func (s *Store) saveDamaged(ctx context.Context) {
+	s.damagedMu.Lock()
+	defer s.damagedMu.Unlock()
+	var lines []string
+	for _, o := range s.objects.Bad() {
+		lines = append(lines, "object "+o.Hex()+"\n")
+	}
+	for id, d := range s.Damaged() {
+		if d.Tree != nil {
+			lines = append(lines, "tree "+id.Hex()+"\n")
+		}
+	}
+	slices.Sort(lines)
+	path := s.path(fileDamaged)
+	var err error
+	if len(lines) == 0 {
+		if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+	} else {
+		var tmp string
+		if tmp, err = s.writeStaged("damaged-", []byte(strings.Join(lines, "")), true); err == nil {
+			err = os.Rename(tmp, path)
+		}
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("note what is damaged: a restart would serve it until it is found again")
+	}
+}

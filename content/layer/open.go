@@ -1,0 +1,233 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/log"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+)
+
+// Open opens or creates the store below opts.Root. live names every layer that a
+// snapshot refers to, once per reference: each gets one hold, every other layer is
+// removed. What an unclean stop may have damaged is found here; live layers that are damaged are out of service.
+func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, err error) {
+	s, err := newStore(opts)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			s.closeFiles()
+		}
+	}()
+	if err := s.openDirs(); err != nil {
+		return nil, err
+	}
+	clean, suspect, err := s.markRunning()
+	if err != nil {
+		return nil, err
+	}
+	holds := map[content.LayerID]int{}
+	for _, id := range live {
+		holds[id]++
+	}
+	suspects, dropped, err := s.load(ctx, holds, suspect)
+	if err != nil {
+		return nil, err
+	}
+	if !clean || dropped || s.damaged > 0 {
+		if err := s.sweep(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return s, s.assess(ctx, suspects)
+}
+
+func newStore(opts Options) (*Store, error) {
+	switch opts.Fidelity {
+	case "":
+		opts.Fidelity = content.Python
+	case content.Exact, content.Python, content.Normalized:
+	default:
+		return nil, fmt.Errorf("fidelity %q: want exact, python or normalized", opts.Fidelity)
+	}
+	switch opts.Durability {
+	case "":
+		opts.Durability = Strict
+	case Strict, Deferred:
+	default:
+		return nil, fmt.Errorf("durability %q: want strict or deferred", opts.Durability)
+	}
+	s := &Store{
+		root:     opts.Root,
+		rootFd:   -1,
+		opts:     opts,
+		fidelity: opts.Fidelity,
+		memory:   semaphore.NewWeighted(memoryLimit),
+		distinct: distinctMax,
+		layers:   map[content.LayerID]*state{},
+		diffs:    map[diffKey]content.LayerID{},
+		blobs:    map[blobKey]tree.Tar{},
+		payloads: map[content.PayloadDigest][]content.LayerID{},
+	}
+	s.flights.init()
+	s.counters.init()
+	return s, nil
+}
+
+// step names a point at which a test may end the process.
+func (s *Store) step(name string) {
+	if s.opts.Step != nil {
+		s.opts.Step(name)
+	}
+}
+
+func (s *Store) openDirs() error {
+	if err := os.RemoveAll(s.path(dirIngest)); err != nil {
+		return fmt.Errorf("empty staging directory: %w", err)
+	}
+	for _, d := range []string{dirIngest, dirLayers, dirObjects} {
+		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+			return fmt.Errorf("create store: %w", err)
+		}
+	}
+	fd, err := unix.Open(s.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open store %s: %w", s.root, err)
+	}
+	s.rootFd = fd
+	s.objects, err = object.Open(s.path(dirObjects))
+	return err
+}
+
+func (s *Store) closeFiles() {
+	if s.objects != nil {
+		_ = s.objects.Close()
+	}
+	if s.rootFd >= 0 {
+		_ = unix.Close(s.rootFd)
+	}
+}
+
+// suspectMargin is how much older than the mark a layer may be that a power cut could still have caught.
+const suspectMargin = 2 * time.Second
+
+// markRunning takes the mark of a clean stop away and reports whether it was there. After a stop that was not
+// clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero.
+func (s *Store) markRunning() (clean bool, suspect time.Time, err error) {
+	mark, err := os.ReadFile(s.path(fileClean))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+	}
+	var bytes, inodes int64
+	if _, serr := fmt.Sscanf(string(mark), cleanFormat, &bytes, &inodes); err == nil && serr == nil {
+		clean = true
+		s.objects.SetUsed(bytes, inodes)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		boot = []byte("unknown") // as after a reboot
+	}
+	if !clean {
+		last, err := os.ReadFile(s.path(fileRunning))
+		fi, serr := os.Stat(s.path(fileRunning))
+		if err == nil && serr == nil && (string(last) != string(boot) || strings.HasPrefix(string(boot), "unknown")) {
+			suspect = fi.ModTime().Add(-suspectMargin)
+		}
+	}
+	if err := os.WriteFile(s.path(fileRunning), boot, 0o600); err != nil {
+		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+	}
+	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+	}
+	return clean, suspect, unix.Fsync(s.rootFd)
+}
+
+// load reads the headers of all trees. dropped is true when a layer that nothing refers to was removed; suspects
+// are the layers whose trees were written since a time that is not zero.
+func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID, dropped bool, err error) {
+	dir, err := os.ReadDir(s.path(dirLayers))
+	if err != nil {
+		return nil, false, fmt.Errorf("list layers: %w", err)
+	}
+	for _, d := range dir {
+		sum, err := content.ParseSum(d.Name())
+		id := content.LayerID{Sum: sum}
+		if err != nil || holds[id] == 0 {
+			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
+				return nil, false, fmt.Errorf("remove unused layer: %w", err)
+			}
+			dropped = true
+			continue
+		}
+		fi, err := os.Stat(s.treePath(id))
+		if err != nil {
+			return nil, false, fmt.Errorf("read layer: %w", err)
+		}
+		if !since.IsZero() && fi.ModTime().After(since) {
+			suspects = append(suspects, id)
+		}
+		st := &state{holds: holds[id], taken: holds[id], counted: true}
+		var objects []content.ObjectID
+		if st.facts, objects, err = tree.ReadFacts(s.treePath(id), id); err != nil {
+			if !isDamage(err) {
+				return nil, false, fmt.Errorf("read layer: %w", s.explain(err))
+			}
+			st.damage, st.counted = &Damage{Tree: err}, false
+		}
+		s.objects.Load(objects)
+		s.insert(id, st, fi.Size())
+	}
+	for id, n := range holds {
+		if s.layers[id] == nil {
+			err := fmt.Errorf("its tree %s is missing: %w", filepath.Join(dirLayers, id.Hex()), fs.ErrNotExist)
+			s.insert(id, &state{holds: n, taken: n, damage: &Damage{Tree: err}}, 0)
+		}
+	}
+	return suspects, dropped, nil
+}
+
+// sweep removes what no layer names. Where it cannot be told what a damaged layer names, everything stays.
+func (s *Store) sweep(ctx context.Context) error {
+	for _, st := range s.layers {
+		if !st.counted {
+			log.G(ctx).Warn("the trees of some layers are damaged: objects that nothing else names stay until these are repaired or removed")
+			s.leaked.Store(true)
+			return s.objects.Survey()
+		}
+	}
+	n, err := s.objects.Sweep()
+	s.counters.change(func(st *Stats) { st.Swept = int64(n) })
+	if err == nil && n > 0 {
+		log.G(ctx).WithField("objects", n).Info("removed what no layer names")
+	}
+	return err
+}
+
+// Close waits for background work. Holds end with it.
+func (s *Store) Close() (err error) {
+	s.closed.Do(func() {
+		s.flights.wait()
+		s.gc.Wait()
+		s.written.stop()
+		if err = unix.Syncfs(s.rootFd); err == nil && !s.leaked.Load() {
+			bytes, inodes := s.objects.Used()
+			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
+		}
+		s.closeFiles()
+	})
+	return err
+}

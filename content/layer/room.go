@@ -1,0 +1,59 @@
+package layer
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// roomBytes and roomInodes are how much an ingest writes between two looks at what is free.
+	roomBytes  = 8 << 20
+	roomInodes = 512
+	// pressureEvery is the least time between two calls of Pressure.
+	pressureEvery = 5 * time.Second
+)
+
+// room guards the reserve.
+type room struct {
+	mu   sync.Mutex
+	last time.Time // of the last call of Pressure
+}
+
+// checkRoom refuses a payload of this many bytes that cannot fit, before any of it is written, or, with 0, to write on
+// when the reserve is reached.
+func (s *Store) checkRoom(ctx context.Context, size int64) error {
+	err := s.hasRoom(size)
+	if err == nil || s.opts.Pressure == nil {
+		return err
+	}
+	s.room.mu.Lock()
+	defer s.room.mu.Unlock()
+	if time.Since(s.room.last) > pressureEvery {
+		s.opts.Pressure(ctx)
+		s.room.last = time.Now()
+	}
+	return s.hasRoom(size)
+}
+
+func (s *Store) hasRoom(size int64) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(s.rootFd, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", s.root, err)
+	}
+	free := int64(st.Bavail) * st.Bsize
+	reserve := s.opts.Reserve
+	switch {
+	case size > free-reserve.Bytes && size > 0:
+		return fmt.Errorf("declares %d bytes, and %s has %d bytes free, %d of them kept in reserve: %w", size, s.root, free, reserve.Bytes, unix.ENOSPC)
+	case free < reserve.Bytes:
+		return fmt.Errorf("%s has %d bytes free, and %d are kept in reserve: %w", s.root, free, reserve.Bytes, unix.ENOSPC)
+	// A file system without a fixed number of inodes says 0 of 0, or as many as fit into its free space.
+	case st.Files > 0 && int64(st.Ffree) < reserve.Inodes:
+		return fmt.Errorf("%s has %d inodes free, and %d are kept in reserve: %w", s.root, st.Ffree, reserve.Inodes, unix.ENOSPC)
+	}
+	return nil
+}
