@@ -18,6 +18,7 @@ import (
 	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
@@ -136,6 +137,10 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 	} else {
 		labels[labelPending] = "true"
+		// metadata.db is about to say that the directory is a layer: after a power cut it has to be.
+		if err := unix.Syncfs(int(s.lock.Fd())); err != nil {
+			return fmt.Errorf("commit snapshot %q: sync %s: %w", key, s.opts.Root, err)
+		}
 		du, err := cfs.DiskUsage(ctx, s.upper(id))
 		if err != nil {
 			return fmt.Errorf("commit snapshot %q: %w", key, err)

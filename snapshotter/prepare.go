@@ -83,6 +83,19 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	return s.mounts(kind, id, lower), nil
 }
 
+// restoreDirs creates the directories of an active snapshot again. metadata.db is durable before them, so a power
+// cut may leave it without.
+func (s *Snapshotter) restoreDirs(id string, l lower) error {
+	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	err := s.makeDirs(id)
+	if err == nil && l.chain && l.mounted {
+		err = copyRoot(l.dir, s.upper(id))
+	}
+	return err
+}
+
 // makeDirs creates what an overlay mount writes to.
 func (s *Snapshotter) makeDirs(id string) error {
 	for _, dir := range []string{s.upper(id), s.work(id)} {
@@ -144,6 +157,11 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	l, err := s.lower(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+	}
+	if info.Kind == snapshots.KindActive {
+		if err := s.restoreDirs(id, l); err != nil {
+			return nil, fmt.Errorf("mounts of snapshot %q: %w", key, err)
+		}
 	}
 	return s.mounts(info.Kind, id, l), nil
 }

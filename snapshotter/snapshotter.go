@@ -166,7 +166,7 @@ func checkFormat(path string) error {
 	b, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return os.WriteFile(path, []byte(layoutVersion), 0o600)
+		return createFormat(path)
 	case err != nil:
 		return fmt.Errorf("read format: %w", err)
 	case string(b) != layoutVersion:
@@ -176,8 +176,8 @@ func checkFormat(path string) error {
 	return nil
 }
 
-// checkMetadata refuses a store without metadata.db: it alone says which layers and directories are in use, and an
-// empty one would have all of them removed, what running containers wrote included.
+// checkMetadata creates metadata.db in a new store and refuses any other one without: it alone says which layers and
+// directories are in use, and an empty one would have all of them removed, what running containers wrote included.
 func (s *Snapshotter) checkMetadata() error {
 	if _, err := os.Stat(s.path("metadata.db")); !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -191,7 +191,7 @@ func (s *Snapshotter) checkMetadata() error {
 			return fmt.Errorf("%s is missing, and %s holds data: nothing was removed; put the file back from a backup, or set another root and pull the images again", s.path("metadata.db"), s.path(dir))
 		}
 	}
-	return nil
+	return createMetadata(s.path("metadata.db"))
 }
 
 // openStores opens the layers with the holds that snapshots have, and the chain images with

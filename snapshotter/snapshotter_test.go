@@ -479,3 +479,37 @@ func TestUnknownLayoutIsRefused(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// metadata.db is durable before the directories of an active snapshot are: a power cut may leave it without, and its
+// container still has to start.
+func TestDirectoriesThatAPowerCutTook(t *testing.T) {
+	root := t.TempDir()
+	s := open(t, root)
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": "text"}), nil)
+	mounts, err := s.Prepare(t.Context(), "container", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Dir(upperIn(t, s, mounts))); err != nil {
+		t.Fatal(err)
+	}
+	again, err := s.Mounts(t.Context(), "container")
+	if err != nil || cmp.Diff(mounts, again) != "" {
+		t.Fatal(cmp.Diff(mounts, again), err)
+	}
+	err = mount.WithTempMount(t.Context(), again, func(dir string) error {
+		return os.WriteFile(filepath.Join(dir, "a"), []byte("changed"), 0o600)
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func upperIn(t *testing.T, s *Snapshotter, mounts []mount.Mount) string {
+	t.Helper()
+	upper, ok := s.upperOf(mounts)
+	if !ok {
+		t.Fatalf("no upper directory in %+v", mounts)
+	}
+	return upper
+}

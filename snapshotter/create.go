@@ -1,0 +1,56 @@
+package snapshotter
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/bbolt"
+)
+
+// create makes a file under another name, and gives it its own only when it is durable: a power cut in between
+// would leave one that is empty, or full of zeros, and the store would not open any more.
+func create(path string, write func(path string) error) (err error) {
+	tmp := path + ".new"
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("create %s: %w", path, err)
+		}
+	}()
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
+	if err := write(tmp); err != nil {
+		return err
+	}
+	if err := fsync(tmp); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return err
+	}
+	return fsync(filepath.Dir(path))
+}
+
+func fsync(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func createFormat(path string) error {
+	return create(path, func(path string) error { return os.WriteFile(path, []byte(layoutVersion), 0o600) })
+}
+
+func createMetadata(path string) error {
+	return create(path, func(path string) error {
+		db, err := bbolt.Open(path, 0o600, nil)
+		if err != nil {
+			return err
+		}
+		return db.Close()
+	})
+}
