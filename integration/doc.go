@@ -10,6 +10,7 @@
 //	inputs    Debian, Python and busybox file systems, cached
 //	torture   layers with every kind of entry
 //	rootfs    dumping, comparing and measuring directory trees
+//	powercut  cutting the power of a store after any flush of its disk (tests only)
 //	tools     go.mod files of the programs that are built from the Go module proxy
 //
 // Each test has a node of its own and may run beside others. They need root, and skip by

@@ -1,0 +1,228 @@
+package powercut
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+)
+
+func TestMain(m *testing.M) {
+	if err := log.SetLevel("error"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
+// cutsPerRun are tried with one recording; a new one has another seed.
+const cutsPerRun = 500
+
+// A store whose power is cut, after any flush and between, with what was not flushed lost, kept or kept in part, loses
+// nothing that was acknowledged and holds nothing else. DEDUP_LONG=1 or DEDUP_POWERCUTS=n asks for more cuts,
+// DEDUP_POWERCUT_SEED=n for the same ones again.
+func TestPowerCut(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts file systems")
+	}
+	for _, row := range []struct {
+		fs          fileSystem
+		short, long int
+	}{
+		{ext4, 160, 4000},
+		{xfs, 80, 1500},
+	} {
+		t.Run(row.fs.name, func(t *testing.T) {
+			cuts := row.short
+			if os.Getenv("DEDUP_LONG") != "" {
+				cuts = row.long
+			}
+			cuts = int(number(t, "DEDUP_POWERCUTS", uint64(cuts)))
+			seed := number(t, "DEDUP_POWERCUT_SEED", rand.Uint64())
+			t.Logf("seed %d", seed)
+			for tried := 0; tried < cuts && !t.Failed(); tried += cutsPerRun {
+				record(t, row.fs, seed+uint64(tried), min(cutsPerRun, cuts-tried))
+			}
+		})
+	}
+}
+
+func number(t *testing.T, env string, otherwise uint64) uint64 {
+	t.Helper()
+	text := os.Getenv(env)
+	if text == "" {
+		return otherwise
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		t.Fatalf("%s: %v", env, err)
+	}
+	return n
+}
+
+// record runs the workload once and cuts what it left behind n times.
+func record(t *testing.T, on fileSystem, seed uint64, n int) {
+	t.Helper()
+	dir := memory(t)
+	d, base := format(t, dir, on)
+	at := filepath.Join(dir, "at")
+	if err := os.Mkdir(at, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ops := min(150, 40+n)
+	var w world
+	t.Run("workload", func(t *testing.T) {
+		d.attach(t, on.name, at)
+		w = work(t, d, task{Dir: at, RunDir: filepath.Join(t.TempDir(), "run"), Seed: seed, Ops: ops})
+	})
+	if t.Failed() {
+		return
+	}
+	r := rand.New(rand.NewPCG(seed, 100))
+	rp := &replay{log: d.recorded()[:w[len(w)-1].at], durable: base}
+	rp.cuts = chooseCuts(rp.log, n, r)
+	flushes, bytes := 0, 0
+	for _, o := range rp.log {
+		if bytes += len(o.data); o.data == nil {
+			flushes++
+		}
+	}
+	t.Logf("seed %d: %d operations by clients; %d writes (%d MB) and %d flushes of the disk", seed, ops, len(rp.log)-flushes, bytes>>20, flushes)
+	start := time.Now()
+	tried, counts := tryCuts(t, on, dir, w, rp), [3]int{}
+	for _, c := range tried {
+		counts[c.fate]++
+	}
+	t.Logf("tried %d cuts on %s in %s: unflushed writes dropped %d times, kept %d times, kept in part %d times",
+		len(tried), on.name, time.Since(start).Round(time.Second), counts[dropped], counts[kept], counts[some])
+}
+
+// format makes an empty file system; base is a copy of it.
+func format(t *testing.T, dir string, on fileSystem) (d *disk, base *os.File) {
+	t.Helper()
+	command := node.Command{Name: on.mkfs[0], Packages: on.packages}
+	if err := node.Require(t.Context(), func(s string) { t.Log(s) }, command); err != nil {
+		t.Skip(err)
+	}
+	mkfs, err := node.LookPath(on.mkfs[0])
+	if err != nil {
+		t.Skip(err)
+	}
+	var files [3]*os.File
+	for i, name := range []string{"made", "recorded", "durable"} {
+		if files[i], err = os.Create(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = files[i].Close() })
+	}
+	if err := files[0].Truncate(on.size); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(mkfs, append(on.mkfs[1:], files[0].Name())...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", mkfs, err, out)
+	}
+	if err := errors.Join(copySparse(files[1], files[0]), copySparse(files[2], files[0]), os.Remove(files[0].Name())); err != nil {
+		t.Fatal(err)
+	}
+	return &disk{file: files[1]}, files[2]
+}
+
+// work runs the workload in a process and notes what it says.
+func work(t *testing.T, d *disk, job task) (w world) {
+	t.Helper()
+	text, err := json.Marshal(job)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fromChild, events, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	answers, toChild, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestWorkload$")
+	cmd.Env = append(os.Environ(), workloadEnv+"="+string(text))
+	cmd.ExtraFiles = []*os.File{events, answers}
+	var out strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err = cmd.Start()
+	_, _ = events.Close(), answers.Close()
+	defer fromChild.Close()
+	defer toChild.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.UnmountBelow(job.RunDir); err != nil {
+			t.Error(err)
+		}
+	})
+	in, answer := json.NewDecoder(fromChild), json.NewEncoder(toChild)
+	for {
+		var e event
+		if err := in.Decode(&e); err != nil {
+			if !errors.Is(err, io.EOF) {
+				t.Error(err)
+			}
+			break
+		}
+		w = append(w, noted{d.length(), e})
+		if e.Kind == "failed" {
+			t.Error(e.Error)
+		}
+		if err := answer.Encode(true); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the workload: %v\n%s", err, out.String())
+	}
+	return append(w, noted{at: d.length()})
+}
+
+// tryCuts tries cuts, two at a time, until one fails.
+func tryCuts(t *testing.T, on fileSystem, dir string, w world, rp *replay) (tried []cut) {
+	t.Helper()
+	var wg sync.WaitGroup
+	var mu sync.Mutex // guards tried
+	for i := range 2 {
+		c := &checker{t: t, fs: on, dir: filepath.Join(dir, fmt.Sprint("checker-", i))}
+		if err := os.Mkdir(c.dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			for !t.Failed() {
+				cut, ok, err := c.try(w, rp)
+				if err != nil {
+					t.Errorf("%s of %d: %v", cut, len(rp.log), err)
+				}
+				if !ok {
+					return
+				}
+				mu.Lock()
+				tried = append(tried, cut)
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return tried
+}
