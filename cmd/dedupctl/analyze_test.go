@@ -203,6 +203,7 @@ func TestAnalyzeErrors(t *testing.T) {
 		{[]string{"NoRef:x:y"}, exitFailure, "no path that exists, and no image reference"},
 		{[]string{"127.0.0.1:1/app:1"}, exitFailure, "127.0.0.1:1/app:1"},
 		{[]string{"--platform", "linux/", dir}, exitUsage, "--platform linux/"},
+		{[]string{dir, "--json"}, exitUsage, "--json stands behind an argument: flags come first"},
 		{[]string{"--nonsense"}, exitUsage, "see --help"},
 	} {
 		if code, out, errs := dedupctl(t, append([]string{"analyze"}, row.args...)...); code != row.code || out != "" || !strings.Contains(errs, row.want) {

@@ -68,6 +68,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			duplicatesCommand(),
 			analyzeCommand(),
 			completeCommand(),
+			migrateCommand(),
 			configCommand(),
 		},
 		Action:       needVerb,
@@ -104,6 +105,11 @@ func prepare(commands []*cli.Command) {
 		c.Action = func(c *cli.Context) error {
 			if c.NArg() > 0 && c.Command.ArgsUsage == "" {
 				return usageError{fmt.Errorf("%s: unexpected argument %q (see --help)", c.Command.FullName(), c.Args().First())}
+			}
+			for _, arg := range c.Args().Slice() {
+				if len(arg) > 1 && arg[0] == '-' {
+					return usageError{fmt.Errorf("%s: %s stands behind an argument: flags come first (see --help)", c.Command.FullName(), arg)}
+				}
 			}
 			return action(c)
 		}
