@@ -288,20 +288,21 @@ func (c *chains) mountImage(n chainName) error {
 	if err := os.MkdirAll(c.mountPoint(n), 0o700); err != nil {
 		return fmt.Errorf("create mount point: %w", err)
 	}
-	return mountErofs(c.image(n), c.mountPoint(n))
+	_, err := mountErofs(c.image(n), c.mountPoint(n))
+	return err
 }
 
 // mountErofs mounts an image from its file where the kernel can (6.12), else from a loop device.
-func mountErofs(image, target string) error {
-	err := unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+func mountErofs(image, target string) (loop bool, err error) {
+	err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
 	if errors.Is(err, unix.ENOTBLK) {
 		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
-		err = m.Mount(target)
+		loop, err = true, m.Mount(target)
 	}
 	if err != nil {
-		return fmt.Errorf("mount %s: %w", image, err)
+		return loop, fmt.Errorf("mount %s: %w", image, err)
 	}
-	return nil
+	return loop, nil
 }
 
 func (c *chains) unmount(n chainName) error {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -28,33 +29,92 @@ type kernel struct {
 // probePrefix names the probe's directory below the root.
 const probePrefix = "probe-"
 
-// probe mounts a small chain image over one object, writable, in a private directory
-// below root, and reads it back. Versions are not compared: distributions backport.
+// Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
+// distributions backport.
+type Features struct {
+	// Erofs, Upper and DataOnly tell why EROFS cannot be mounted, the file system cannot hold overlayfs's upper
+	// directories, or overlayfs does not serve data-only lower layers: nil when they can. Without EROFS nothing
+	// is said of DataOnly.
+	Erofs, Upper, DataOnly error
+	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
+	Loop bool
+	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
+	Options  []string
+	Metacopy bool
+	// IDMapped tells why the chain image's mount cannot be ID-mapped; only Examine looks.
+	IDMapped error
+}
+
+// Examine tries out what the daemon needs, in a private directory below dir, which it removes.
+func Examine(dir string) (Features, error) {
+	return examine(dir, true)
+}
+
+// probe examines the root and says what the daemon cannot do without.
 func probe(root string) (k kernel, err error) {
-	dir, err := os.MkdirTemp(root, probePrefix)
-	if err != nil {
+	f, err := examine(root, false)
+	switch {
+	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
+	case f.Erofs != nil:
+		return k, fmt.Errorf("the kernel does not mount EROFS (load it with `modprobe erofs`, or use a kernel with CONFIG_EROFS_FS; "+
+			"before Linux 6.12 loop devices are needed too): %w", f.Erofs)
+	case f.Upper != nil:
+		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories (use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", f.Upper)
+	case f.DataOnly != nil:
+		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
+	}
+	return kernel{options: f.Options, metacopy: f.Metacopy}, nil
+}
+
+// examine mounts a small chain image over one object, writable, and reads it back.
+func examine(parent string, idmap bool) (f Features, err error) {
+	dir, err := os.MkdirTemp(parent, probePrefix)
+	if err != nil {
+		return f, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	payload := []byte("served from an object")
 	if err := writeProbe(dir, payload); err != nil {
-		return k, fmt.Errorf("probe: %w", err)
+		return f, err
 	}
-	image := filepath.Join(dir, "image")
-	if err := mountErofs(filepath.Join(dir, "chain.erofs"), image); err != nil {
-		return k, fmt.Errorf("the kernel does not mount EROFS (load it with `modprobe erofs`, or use a kernel with CONFIG_EROFS_FS; "+
-			"before Linux 6.12 loop devices are needed too): %w", err)
+	empty, image := filepath.Join(dir, "empty"), filepath.Join(dir, "image")
+	if err := os.Mkdir(empty, 0o755); err != nil {
+		return f, err
+	}
+	f.Upper = tryOverlay(dir, empty, nil, nil)
+	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image); f.Erofs != nil {
+		return f, nil
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
-	if err := tryOverlay(dir, filepath.Join(root, dirEmpty), nil, nil); err != nil {
-		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories (use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", err)
-	}
-	for _, k := range kernelChoices() {
-		if err = tryOverlay(dir, image, k.options, payload); err == nil {
-			return k, nil
+	if f.Upper == nil {
+		for _, k := range kernelChoices() {
+			if f.DataOnly = tryOverlay(dir, image, k.options, payload); f.DataOnly == nil {
+				f.Options, f.Metacopy = k.options, k.metacopy
+				break
+			}
 		}
 	}
-	return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", err)
+	if idmap {
+		f.IDMapped = tryIDMap(dir, image)
+	}
+	return f, nil
+}
+
+func tryIDMap(dir, image string) (err error) {
+	users, err := mount.GetUsernsFD("0:100000:65536", "0:100000:65536")
+	if err != nil {
+		return err
+	}
+	defer users.Close()
+	target := filepath.Join(dir, "mapped")
+	if err := os.Mkdir(target, 0o700); err != nil {
+		return err
+	}
+	if err := mount.IDMapMount(image, target, int(users.Fd())); err != nil {
+		return err
+	}
+	return unix.Unmount(target, unix.MNT_DETACH)
 }
 
 // kernelChoices are the sets of options to try, the best first.

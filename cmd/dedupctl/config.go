@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -14,11 +15,8 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-const (
-	defaultContainerdAddress = "/run/containerd/containerd.sock"
-	// versionTimeout bounds the question for containerd's version, which is answered from memory.
-	versionTimeout = 10 * time.Second
-)
+// versionTimeout bounds the question for containerd's version, which is answered from memory.
+const versionTimeout = 10 * time.Second
 
 func configCommand() *cli.Command {
 	return &cli.Command{
@@ -26,16 +24,22 @@ func configCommand() *cli.Command {
 		Usage: "configuration for other programs",
 		Subcommands: []*cli.Command{{
 			Name:  "containerd",
-			Usage: "print what containerd's config.toml needs",
+			Usage: "print what containerd's config.toml needs, or install it",
 			Description: "Prints the part of containerd's config.toml that makes the daemon known to it, in the form that the\n" +
-				"running containerd reads, or the one given with --containerd-version.",
+				"running containerd reads, or the one given with --containerd-version. --write puts it beside the config.toml of\n" +
+				"that containerd, as conf.d/dedup-snapshotter.toml, and adds that to its imports; --remove undoes that. Both\n" +
+				"show what they will do and ask. containerd has to be restarted after either.",
 			Flags: []cli.Flag{
 				&cli.StringFlag{Name: "containerd-version", Usage: "write for this `VERSION`, without asking containerd"},
-				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerdAddress},
+				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerd},
+				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
 				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs", Value: defaultRoot},
 				&cli.BoolFlag{Name: "cri", Usage: "make it the kubelet's snapshotter, too"},
+				&cli.BoolFlag{Name: "write", Usage: "install it as a drop-in, after asking"},
+				&cli.BoolFlag{Name: "remove", Usage: "take away what --write installed, after asking"},
+				&cli.BoolFlag{Name: "yes", Aliases: []string{"y"}, Usage: "do not ask"},
 			},
-			Action: printContainerdConfig,
+			Action: configureContainerd,
 		}},
 	}
 }
@@ -47,21 +51,42 @@ type ContainerdConfig struct {
 	TOML              string `json:"toml"`
 }
 
-func printContainerdConfig(c *cli.Context) error {
+func configureContainerd(c *cli.Context) error {
+	switch {
+	case c.Bool("write") && c.Bool("remove"):
+		return usageError{errors.New("config containerd: --write and --remove exclude each other")}
+	case c.Bool("remove"):
+		return removeDropIn(c)
+	}
+	p, err := containerdSnippet(c)
+	if err != nil {
+		return err
+	}
+	out, err := p.render()
+	if err != nil {
+		return err
+	}
+	if c.Bool("write") {
+		return writeDropIn(c, p, out)
+	}
+	return print(c, ContainerdConfig{ContainerdVersion: p.Containerd, ConfigVersion: p.Version, TOML: out},
+		func(w io.Writer, v ContainerdConfig) { fmt.Fprint(w, v.TOML) })
+}
+
+// containerdSnippet finds out what the config has to say.
+func containerdSnippet(c *cli.Context) (p snippet, err error) {
 	text := c.String("containerd-version")
 	asked := text == ""
 	if asked {
-		var err error
 		if text, err = askContainerd(c.Context, c.String("containerd-address")); err != nil {
-			return err
+			return p, err
 		}
 	}
-	p := snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri")}
-	var err error
+	p = snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri")}
 	if p.Version, p.Staging, err = configVersion(text); err != nil && !asked {
-		return usageError{err}
+		return p, usageError{err}
 	} else if err != nil {
-		return err
+		return p, err
 	}
 	if !c.IsSet("root") {
 		// A daemon that does not run yet has nothing to say about this.
@@ -69,12 +94,7 @@ func printContainerdConfig(c *cli.Context) error {
 			p.Root = s.Root
 		}
 	}
-	out, err := p.render()
-	if err != nil {
-		return err
-	}
-	return print(c, ContainerdConfig{ContainerdVersion: text, ConfigVersion: p.Version, TOML: out},
-		func(w io.Writer, v ContainerdConfig) { fmt.Fprint(w, v.TOML) })
+	return p, nil
 }
 
 func askContainerd(ctx context.Context, socket string) (string, error) {

@@ -1,0 +1,141 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/ctdconfig"
+)
+
+// ConfigChanges is what `config containerd --write --json` and `--remove --json` print.
+type ConfigChanges struct {
+	Config  string       `json:"config"` // containerd's main file
+	Changes []FileChange `json:"changes"`
+}
+
+// FileChange is one file that was changed.
+type FileChange struct {
+	Path   string `json:"path"`
+	Action string `json:"action"` // "create", "change" or "remove"
+}
+
+func writeDropIn(c *cli.Context, p snippet, text string) error {
+	path, err := containerdConfigPath(c)
+	if err != nil {
+		return err
+	}
+	whole := p.Version == 2 // containerd 1.7
+	have, err := ctdconfig.Read(path, whole, ctdconfig.DropInPath(path))
+	if err != nil {
+		return err
+	}
+	if whole && have.Version < 2 && len(have.Files) > 0 {
+		return fmt.Errorf("%s is in the old format (version 1), and a drop-in of version 2 would make containerd ignore its plugins: "+
+			"write it anew with `containerd config migrate`, then run this again", path)
+	}
+	dropIn, err := have.DropIn(text, whole)
+	if err != nil {
+		return err
+	}
+	plan, err := ctdconfig.Install(path, dropIn, p.Version)
+	if err != nil {
+		return err
+	}
+	if len(plan) > 0 {
+		if conn, err := dial(c.Context, p.Address); err == nil {
+			conn.Close()
+		} else {
+			fmt.Fprintf(c.App.ErrWriter, "note: containerd-dedup-grpc does not run yet (no answer on %s): start it before you restart containerd, or pulls fail\n", p.Address)
+		}
+	}
+	return carryOut(c, path, plan)
+}
+
+func removeDropIn(c *cli.Context) error {
+	path, err := containerdConfigPath(c)
+	if err != nil {
+		return err
+	}
+	plan, err := ctdconfig.Remove(path)
+	if err != nil {
+		return err
+	}
+	return carryOut(c, path, plan)
+}
+
+// containerdConfigPath returns the main file of the containerd that runs, or the one that the user names.
+func containerdConfigPath(c *cli.Context) (string, error) {
+	if path := c.String("containerd-config"); path != "" {
+		return path, nil
+	}
+	p, err := findContainerd(c.Context, c.String("containerd-address"))
+	if err != nil {
+		return ctdconfig.DefaultPath, nil // not running: it will start with its default
+	}
+	if p.otherMounts {
+		return "", fmt.Errorf("containerd (pid %d) runs in another mount namespace, so its config is not a file here: "+
+			"run this there, or name the file with --containerd-config", p.pid)
+	}
+	return p.config, nil
+}
+
+// carryOut shows a plan, asks, and executes it.
+func carryOut(c *cli.Context, config string, plan []ctdconfig.Change) error {
+	v := ConfigChanges{Config: config, Changes: []FileChange{}}
+	for _, change := range plan {
+		action := "change"
+		switch {
+		case change.Before == nil:
+			action = "create"
+		case change.After == nil:
+			action = "remove"
+		}
+		v.Changes = append(v.Changes, FileChange{change.Path, action})
+	}
+	if len(plan) > 0 {
+		if err := confirm(c, v); err != nil {
+			return err
+		}
+		if err := ctdconfig.Execute(plan); err != nil {
+			return err
+		}
+	}
+	return print(c, v, func(w io.Writer, v ConfigChanges) {
+		if len(v.Changes) == 0 {
+			fmt.Fprintf(w, "nothing to do: %s is as it should be\n", v.Config)
+			return
+		}
+		for _, f := range v.Changes {
+			fmt.Fprintf(w, "%sd %s\n", f.Action, f.Path)
+		}
+		fmt.Fprintln(w, "restart containerd to have it read them:  systemctl restart containerd  (running containers go on)")
+	})
+}
+
+// confirm asks unless --yes says that nobody wants to be asked.
+func confirm(c *cli.Context, v ConfigChanges) error {
+	if c.Bool("yes") {
+		return nil
+	}
+	if !terminal(os.Stdin) {
+		return usageError{errors.New("this changes containerd's configuration and asks before it does: add --yes where nobody can answer")}
+	}
+	for _, f := range v.Changes {
+		fmt.Fprintf(c.App.ErrWriter, "%s %s\n", f.Action, f.Path)
+	}
+	fmt.Fprint(c.App.ErrWriter, "Go on? [y/N] ")
+	answer, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("read the answer: %w", err)
+	}
+	if answer = strings.ToLower(strings.TrimSpace(answer)); answer != "y" && answer != "yes" {
+		return errors.New("nothing was changed")
+	}
+	return nil
+}

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+// build makes the real binary.
+func build(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "dedupctl")
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, ".")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return path
+}
+
+// openTerminal returns both ends of a pseudo terminal.
+func openTerminal(t *testing.T) (ours, its *os.File) {
+	t.Helper()
+	ours, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip("needs pseudo terminals: ", err)
+	}
+	t.Cleanup(func() { ours.Close() })
+	n, err := unix.IoctlGetInt(int(ours.Fd()), unix.TIOCGPTN)
+	if err := errors.Join(err, unix.IoctlSetPointerInt(int(ours.Fd()), unix.TIOCSPTLCK, 0)); err != nil {
+		t.Fatal(err)
+	}
+	its, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip("needs pseudo terminals: ", err)
+	}
+	t.Cleanup(func() { its.Close() })
+	return ours, its
+}
+
+// A person is asked, and what is no yes changes nothing.
+func TestWriteAsks(t *testing.T) {
+	ctl := build(t)
+	for answer, code := range map[string]int{"\n": exitFailure, "no\n": exitFailure, "y\n": exitOK, "YES\n": exitOK} {
+		t.Run(strings.TrimSpace(answer), func(t *testing.T) {
+			dir := t.TempDir()
+			config := filepath.Join(dir, "config.toml")
+			if err := os.WriteFile(config, []byte("version = 3\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			ours, its := openTerminal(t)
+			if _, err := io.WriteString(ours, answer); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(ctl, "--address", filepath.Join(dir, "none"), "config", "containerd", "--containerd-version", "2.1", "--containerd-config", config, "--write")
+			cmd.Stdin = its
+			out, _ := cmd.CombinedOutput()
+			for _, want := range []string{"create " + filepath.Join(dir, "conf.d/dedup-snapshotter.toml"), "change " + config, "Go on? [y/N]"} {
+				if !strings.Contains(string(out), want) {
+					t.Errorf("%q is not in %s", want, out)
+				}
+			}
+			b, err := os.ReadFile(config)
+			if changed := string(b) != "version = 3\n"; err != nil || cmd.ProcessState.ExitCode() != code || changed != (code == exitOK) {
+				t.Errorf("exit code %d, %v\n%s\n%s", cmd.ProcessState.ExitCode(), err, b, out)
+			}
+		})
+	}
+}
+
+func TestWriteErrors(t *testing.T) {
+	dir := t.TempDir()
+	old, none := filepath.Join(dir, "old.toml"), filepath.Join(dir, "none")
+	if err := os.WriteFile(old, []byte("[plugins.cri]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"--write --remove", exitUsage, "--write and --remove exclude each other"},
+		{"--write --yes --containerd-version 1.7 --containerd-config " + old, exitFailure, "containerd config migrate"},
+		{"--write --yes --containerd-version 2.1 --containerd-config " + dir, exitFailure, "is a directory"},
+		{"--write --yes --containerd-address " + none, exitFailure, "containerd does not run"},
+		{"--write --containerd-version 2.1 --containerd-config " + none, exitUsage, "add --yes"},
+		{"--remove --containerd-config " + none, exitOK, ""},
+	} {
+		args := append(strings.Fields("--address "+none+" config containerd"), strings.Fields(row.args)...)
+		if code, _, errs := dedupctl(t, args...); code != row.code || !strings.Contains(errs, row.want) {
+			t.Errorf("%s: exit code %d, %s", row.args, code, errs)
+		}
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 1 {
+		t.Error(left, err)
+	}
+}
+
+func TestConfigArgument(t *testing.T) {
+	for line, want := range map[string]string{
+		"containerd":                              "/etc/containerd/config.toml",
+		"containerd -l info --config /a":          "/a",
+		"/usr/bin/containerd -c rel.toml -a /x":   "rel.toml",
+		"containerd --config=/a/b=c":              "/a/b=c",
+		"containerd -c=/a":                        "/a",
+		"containerd --address /x --config":        "/etc/containerd/config.toml",
+		"/opt/config --state /y":                  "/etc/containerd/config.toml",
+		"containerd --address=/config -log-level": "/etc/containerd/config.toml",
+	} {
+		if d := cmp.Diff(want, configArgument(strings.Fields(line))); d != "" {
+			t.Errorf("%s: %s", line, d)
+		}
+	}
+}
