@@ -120,6 +120,13 @@ func (c *chains) unuse(id string) (n chainName, orphaned, busy bool) {
 	return n, true, c.busy[n] != nil
 }
 
+// isUsed tells whether a snapshot may be mounted over a chain, or somebody is busy with it.
+func (c *chains) isUsed(n chainName) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.users[n]) > 0 || c.busy[n] != nil
+}
+
 // release unmounts a chain that has no users.
 func (c *chains) release(ctx context.Context, n chainName) error {
 	done, err := c.acquire(ctx, n)

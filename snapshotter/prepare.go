@@ -131,6 +131,9 @@ func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction b
 	if extraction && s.usesApply() {
 		return l, nil
 	}
+	if err := s.healthy(ctx, chain); err != nil {
+		return lower{}, err
+	}
 	s.chains.use(name, id)
 	l.mounted = true
 	return l, s.chains.ensure(ctx, chain)

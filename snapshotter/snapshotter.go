@@ -35,6 +35,10 @@ type Options struct {
 	// FetchedOnly turns hits in Prepare off: a known layer is served only to a pull that
 	// fetched its blob itself.
 	FetchedOnly bool
+	// Durability, Reserve and Step are those of layer.Options.
+	Durability layer.Durability
+	Reserve    layer.Usage
+	Step       func(name string)
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
@@ -57,6 +61,8 @@ type Snapshotter struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	close  sync.Once
+
+	repairing sync.Mutex // held by who repairs layers
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
@@ -212,7 +218,11 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read metadata.db: %w", err)
 	}
-	if s.layers, err = layer.Open(ctx, layer.Options{Root: s.opts.Root, Fidelity: s.opts.Fidelity}, live); err != nil {
+	s.layers, err = layer.Open(ctx, layer.Options{
+		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability,
+		Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
+	}, live)
+	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
 	s.chains, err = openChains(s.path(dirChains), s.path(dirIngest), filepath.Join(s.opts.RunDir, dirChains), s.layers.Merge, s.counters)
@@ -453,65 +463,6 @@ func (s *Snapshotter) background(fn func(context.Context)) {
 	if !s.closed {
 		s.wg.Go(func() { fn(s.ctx) })
 	}
-}
-
-// Cleanup removes directories, chain images and mounts that no snapshot names.
-func (s *Snapshotter) Cleanup(ctx context.Context) (err error) {
-	defer func() {
-		if err != nil {
-			s.countRemoveError()
-		}
-	}()
-	used := map[string]bool{}
-	chainsUsed := map[chainName]bool{}
-	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
-	if err != nil {
-		return fmt.Errorf("list snapshot directories: %w", err)
-	}
-	images, err := s.chains.list()
-	if err != nil {
-		return err
-	}
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		ids, err := storage.IDMap(ctx)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return err
-		}
-		for id, key := range ids {
-			_, info, _, err := storage.GetInfo(ctx, key)
-			if err != nil {
-				return err
-			}
-			// A layer needs no directory once it is stored; a crash right after may have left it.
-			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
-		}
-		return walkAll(ctx, func(info snapshots.Info) error {
-			name := info.Name
-			if info.Kind != snapshots.KindCommitted {
-				name = info.Parent
-			}
-			chain, pending, err := chainOf(ctx, name)
-			if err == nil && pending == nil {
-				chainsUsed[nameChain(chain)] = true
-			}
-			return err
-		})
-	})
-	if err != nil {
-		return fmt.Errorf("read metadata.db: %w", err)
-	}
-	var errs []error
-	for _, d := range dirs {
-		if !used[d.Name()] {
-			errs = append(errs, os.RemoveAll(s.path(dirSnapshots, d.Name())))
-		}
-	}
-	for _, name := range images {
-		if !chainsUsed[name] {
-			errs = append(errs, s.chains.drop(ctx, name))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // Close waits for background work. It unmounts nothing, since containers go on. A

@@ -49,15 +49,21 @@ func completeCommand() *cli.Command {
 		Description: "A layer that the node knows is not downloaded, so its blob is missing where somebody wants the\n" +
 			"image as such: ctr image push, export, convert, or another snapshotter. This fetches what is missing from\n" +
 			"the registry that IMAGE names, checked by digest, and keeps it as long as the image. No layer is unpacked.",
-		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
+		Flags: append(registryFlags(),
 			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the image", Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.BoolFlag{Name: "all-platforms", Usage: "fetch what belongs to other platforms too"},
-			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password may stand in DEDUP_REGISTRY_PASSWORD"},
-			&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry", Value: "/etc/containerd/certs.d"},
-			&cli.BoolFlag{Name: "plain-http", Usage: "the registry speaks HTTP without TLS"},
-		},
+		),
 		Action: runComplete,
+	}
+}
+
+// registryFlags are those of the verbs that fetch blobs.
+func registryFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
+		&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password may stand in DEDUP_REGISTRY_PASSWORD"},
+		&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry", Value: "/etc/containerd/certs.d"},
+		&cli.BoolFlag{Name: "plain-http", Usage: "the registry speaks HTTP without TLS"},
 	}
 }
 
@@ -72,34 +78,45 @@ func runComplete(c *cli.Context) error {
 		return err
 	}
 	defer ctd.Close()
+	done, err := fetchMissing(ctx, c, ctd, name, false)
+	if err != nil {
+		return err
+	}
+	return print(c, done, printCompleted)
+}
+
+// fetchMissing fetches the blobs of an image, in the namespace of ctx, that are not in the content store. verify looks
+// whether those that are there are what their digests say, and fetches the others again.
+func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name string, verify bool) (Completed, error) {
+	ns, _ := namespaces.Namespace(ctx)
 	img, err := ctd.ImageService().Get(ctx, name)
 	if errdefs.IsNotFound(err) {
-		return fmt.Errorf("no image %q in containerd's namespace %q: see `ctr -n %s images ls -q`, or name the namespace with --namespace", name, c.String("namespace"), c.String("namespace"))
+		return Completed{}, fmt.Errorf("no image %q in containerd's namespace %q: see `ctr -n %s images ls -q`, or name the namespace with --namespace", name, ns, ns)
 	}
 	if err != nil {
-		return fmt.Errorf("look up image %s: %w", name, err)
+		return Completed{}, fmt.Errorf("look up image %s: %w", name, err)
 	}
 	fetcher, err := resolver(c).Fetcher(ctx, name)
 	if err != nil {
-		return fmt.Errorf("registry of %s: %w", name, err)
+		return Completed{}, fmt.Errorf("registry of %s: %w", name, err)
 	}
 	ctx, done, err := ctd.WithLease(ctx)
 	if err != nil {
-		return fmt.Errorf("take a lease: %w", err)
+		return Completed{}, fmt.Errorf("take a lease: %w", err)
 	}
 	defer func() { _ = done(context.WithoutCancel(ctx)) }() // it would expire by itself
 	match := platforms.Only(platforms.DefaultSpec())
 	if c.Bool("all-platforms") {
 		match = platforms.All
 	}
-	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, verify: verify, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
 	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " fetched" })
 	err = out.run(ctx, img, match)
 	stop()
 	if err != nil {
-		return fmt.Errorf("complete %s: %w%s", name, err, registryHint(err))
+		return Completed{}, fmt.Errorf("complete %s: %w%s", name, err, registryHint(err))
 	}
-	return print(c, out.result, printCompleted)
+	return out.result, nil
 }
 
 func printCompleted(w io.Writer, v Completed) {
@@ -165,6 +182,7 @@ func registryHint(err error) string {
 type completion struct {
 	store   content.Store
 	fetcher remotes.Fetcher
+	verify  bool
 
 	mu     sync.Mutex // guards result
 	result Completed
@@ -178,6 +196,11 @@ func (c *completion) run(ctx context.Context, img images.Image, match platforms.
 // fetch fetches one blob, unless it is there.
 func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	_, err := c.store.Info(ctx, desc.Digest)
+	if err == nil && c.verify {
+		if err = c.drop(ctx, desc); err != nil {
+			err = fmt.Errorf("verify: %w", err)
+		}
+	}
 	if err == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -195,6 +218,24 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 	c.result.Fetched = append(c.result.Fetched, CompletedBlob{desc.Digest.String(), desc.MediaType, desc.Size})
 	c.result.FetchedBytes += desc.Size
 	return nil, nil
+}
+
+// drop removes a blob that is not what its digest says, and returns errdefs.ErrNotFound then.
+func (c *completion) drop(ctx context.Context, desc ocispec.Descriptor) error {
+	ra, err := c.store.ReaderAt(ctx, desc)
+	if err != nil {
+		return err
+	}
+	verifier := desc.Digest.Verifier()
+	_, err = io.Copy(verifier, content.NewReader(ra))
+	ra.Close()
+	if err == nil && verifier.Verified() {
+		return nil
+	}
+	if err := c.store.Delete(ctx, desc.Digest); err != nil {
+		return fmt.Errorf("remove damaged blob: %w", err)
+	}
+	return errdefs.ErrNotFound
 }
 
 // soFar is how many bytes have arrived.

@@ -1,6 +1,7 @@
 // Command dedupctl shows an operator what the daemon containerd-dedup-grpc stores, and how to set it up.
 //
-// Exit codes: 0 done, 1 it did not work (the message says what to do), 2 the command line is wrong.
+// Exit codes: 0 done, 1 it did not work (the message says what to do), 2 the command line is wrong, 3 fsck found damage
+// that is still there.
 package main
 
 import (
@@ -23,6 +24,8 @@ const (
 	exitOK      = 0
 	exitFailure = 1
 	exitUsage   = 2
+	// exitDamage: fsck found damage that is still there.
+	exitDamage = 3
 )
 
 const (
@@ -47,8 +50,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	fmt.Fprintln(stderr, "dedupctl:", err)
-	if errors.As(err, new(usageError)) {
+	switch {
+	case errors.As(err, new(usageError)):
 		return exitUsage
+	case errors.Is(err, errDamage):
+		return exitDamage
 	}
 	return exitFailure
 }
@@ -58,7 +64,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Name:            "dedupctl",
 		Usage:           "see what containerd-dedup-grpc stores, and set it up",
 		Version:         version,
-		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong.",
+		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
 		Commands: []*cli.Command{
@@ -69,6 +75,8 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			analyzeCommand(),
 			completeCommand(),
 			migrateCommand(),
+			gcCommand(),
+			fsckCommand(),
 			configCommand(),
 		},
 		Action:       needVerb,

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -71,7 +72,7 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 	s.blame(ctx)
 	s.heal(ctx)
 	s.saveDamaged(ctx)
-	findings = append(findings, s.damageFindings()...)
+	findings = append(findings, s.Findings()...)
 	orphans, err := s.orphans(ctx, false)
 	return append(findings, orphans...), err
 }
@@ -145,8 +146,8 @@ func (s *Store) verifyObjects(ctx context.Context, ids []content.ObjectID, read 
 	return g.Wait()
 }
 
-// damageFindings tells what is damaged, sorted by path.
-func (s *Store) damageFindings() (findings []Finding) {
+// Findings tells what is known to be damaged, sorted by path.
+func (s *Store) Findings() (findings []Finding) {
 	byObject := map[content.ObjectID][]content.LayerID{}
 	for id, d := range s.Damaged() {
 		if d.Tree != nil {
@@ -256,4 +257,16 @@ func (s *Store) Repair(ctx context.Context, id content.LayerID, b Blob) error {
 		}
 	}
 	return fmt.Errorf("repair layer %s from blob %s: %w", id, b.Digest, s.explain(err))
+}
+
+// Blobs returns the digests of the blobs that a layer was ingested from.
+func (s *Store) Blobs(id content.LayerID) (blobs []digest.Digest) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if st := s.layers[id]; st != nil {
+		for _, t := range st.facts.Tars {
+			blobs = append(blobs, t.Blobs...)
+		}
+	}
+	return blobs
 }

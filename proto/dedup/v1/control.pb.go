@@ -1042,6 +1042,469 @@ func (x *DuplicateRow) GetStoredBytes() int64 {
 	return 0
 }
 
+type CheckRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Heal what is damaged from blobs in containerd's content store, and remove what nothing uses.
+	Repair bool `protobuf:"varint,1,opt,name=repair,proto3" json:"repair,omitempty"`
+	// Verify nothing anew: repair, and report on, what is known to be damaged.
+	KnownOnly     bool `protobuf:"varint,2,opt,name=known_only,json=knownOnly,proto3" json:"known_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckRequest) Reset() {
+	*x = CheckRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckRequest) ProtoMessage() {}
+
+func (x *CheckRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckRequest.ProtoReflect.Descriptor instead.
+func (*CheckRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *CheckRequest) GetRepair() bool {
+	if x != nil {
+		return x.Repair
+	}
+	return false
+}
+
+func (x *CheckRequest) GetKnownOnly() bool {
+	if x != nil {
+		return x.KnownOnly
+	}
+	return false
+}
+
+type CheckResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Answer:
+	//
+	//	*CheckResponse_Progress
+	//	*CheckResponse_Finding
+	Answer        isCheckResponse_Answer `protobuf_oneof:"answer"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckResponse) Reset() {
+	*x = CheckResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckResponse) ProtoMessage() {}
+
+func (x *CheckResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckResponse.ProtoReflect.Descriptor instead.
+func (*CheckResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *CheckResponse) GetAnswer() isCheckResponse_Answer {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
+func (x *CheckResponse) GetProgress() *CheckProgress {
+	if x != nil {
+		if x, ok := x.Answer.(*CheckResponse_Progress); ok {
+			return x.Progress
+		}
+	}
+	return nil
+}
+
+func (x *CheckResponse) GetFinding() *Finding {
+	if x != nil {
+		if x, ok := x.Answer.(*CheckResponse_Finding); ok {
+			return x.Finding
+		}
+	}
+	return nil
+}
+
+type isCheckResponse_Answer interface {
+	isCheckResponse_Answer()
+}
+
+type CheckResponse_Progress struct {
+	Progress *CheckProgress `protobuf:"bytes,1,opt,name=progress,proto3,oneof"`
+}
+
+type CheckResponse_Finding struct {
+	Finding *Finding `protobuf:"bytes,2,opt,name=finding,proto3,oneof"`
+}
+
+func (*CheckResponse_Progress) isCheckResponse_Answer() {}
+
+func (*CheckResponse_Finding) isCheckResponse_Answer() {}
+
+type CheckProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "layers", in bytes of objects and trees, then "chain images", in images.
+	Stage         string `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	Done          int64  `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	Total         int64  `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckProgress) Reset() {
+	*x = CheckProgress{}
+	mi := &file_dedup_v1_control_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckProgress) ProtoMessage() {}
+
+func (x *CheckProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckProgress.ProtoReflect.Descriptor instead.
+func (*CheckProgress) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *CheckProgress) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *CheckProgress) GetDone() int64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *CheckProgress) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+// One thing that is not as it should be.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "object", "tree", "chain image", "metadata", "snapshot" (damage); "orphan", "directory", "unused chain image", "mount",
+	// "loop device" (of no use).
+	Kind    string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Path    string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	Problem string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	// It harms what it belongs to; otherwise it only takes space.
+	Damaged bool `protobuf:"varint,4,opt,name=damaged,proto3" json:"damaged,omitempty"`
+	// It has been repaired or removed.
+	Fixed bool `protobuf:"varint,5,opt,name=fixed,proto3" json:"fixed,omitempty"`
+	// What to do about it.
+	Hint  string `protobuf:"bytes,6,opt,name=hint,proto3" json:"hint,omitempty"`
+	Bytes int64  `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Names of the committed snapshots that stand for the damaged layers.
+	Snapshots []string `protobuf:"bytes,8,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	// The images that have them; none when containerd does not answer.
+	Images        []*ImageNames `protobuf:"bytes,9,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_dedup_v1_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Finding) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Finding) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Finding) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *Finding) GetDamaged() bool {
+	if x != nil {
+		return x.Damaged
+	}
+	return false
+}
+
+func (x *Finding) GetFixed() bool {
+	if x != nil {
+		return x.Fixed
+	}
+	return false
+}
+
+func (x *Finding) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *Finding) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Finding) GetSnapshots() []string {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *Finding) GetImages() []*ImageNames {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type ImageNames struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImageNames) Reset() {
+	*x = ImageNames{}
+	mi := &file_dedup_v1_control_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImageNames) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImageNames) ProtoMessage() {}
+
+func (x *ImageNames) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImageNames.ProtoReflect.Descriptor instead.
+func (*ImageNames) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ImageNames) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ImageNames) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+type GCRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// List what would go.
+	DryRun bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// The chain images that no container uses now, too: the next start of one builds them again.
+	ChainImages   bool `protobuf:"varint,2,opt,name=chain_images,json=chainImages,proto3" json:"chain_images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GCRequest) Reset() {
+	*x = GCRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GCRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GCRequest) ProtoMessage() {}
+
+func (x *GCRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GCRequest.ProtoReflect.Descriptor instead.
+func (*GCRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *GCRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *GCRequest) GetChainImages() bool {
+	if x != nil {
+		return x.ChainImages
+	}
+	return false
+}
+
+type GCResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Removed       []*Finding             `protobuf:"bytes,1,rep,name=removed,proto3" json:"removed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GCResponse) Reset() {
+	*x = GCResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GCResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GCResponse) ProtoMessage() {}
+
+func (x *GCResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GCResponse.ProtoReflect.Descriptor instead.
+func (*GCResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *GCResponse) GetRemoved() []*Finding {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
 
 const file_dedup_v1_control_proto_rawDesc = "" +
@@ -1130,14 +1593,48 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"used_bytes\x18\x03 \x01(\x03R\tusedBytes\x12\x18\n" +
 	"\aobjects\x18\x04 \x01(\x03R\aobjects\x12!\n" +
-	"\fstored_bytes\x18\x05 \x01(\x03R\vstoredBytes2\xc3\x02\n" +
+	"\fstored_bytes\x18\x05 \x01(\x03R\vstoredBytes\"E\n" +
+	"\fCheckRequest\x12\x16\n" +
+	"\x06repair\x18\x01 \x01(\bR\x06repair\x12\x1d\n" +
+	"\n" +
+	"known_only\x18\x02 \x01(\bR\tknownOnly\"\x7f\n" +
+	"\rCheckResponse\x125\n" +
+	"\bprogress\x18\x01 \x01(\v2\x17.dedup.v1.CheckProgressH\x00R\bprogress\x12-\n" +
+	"\afinding\x18\x02 \x01(\v2\x11.dedup.v1.FindingH\x00R\afindingB\b\n" +
+	"\x06answer\"O\n" +
+	"\rCheckProgress\x12\x14\n" +
+	"\x05stage\x18\x01 \x01(\tR\x05stage\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\x03R\x04done\x12\x14\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\"\xf1\x01\n" +
+	"\aFinding\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x18\n" +
+	"\adamaged\x18\x04 \x01(\bR\adamaged\x12\x14\n" +
+	"\x05fixed\x18\x05 \x01(\bR\x05fixed\x12\x12\n" +
+	"\x04hint\x18\x06 \x01(\tR\x04hint\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x03R\x05bytes\x12\x1c\n" +
+	"\tsnapshots\x18\b \x03(\tR\tsnapshots\x12,\n" +
+	"\x06images\x18\t \x03(\v2\x14.dedup.v1.ImageNamesR\x06images\"@\n" +
+	"\n" +
+	"ImageNames\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\"G\n" +
+	"\tGCRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12!\n" +
+	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
+	"\n" +
+	"GCResponse\x12+\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved2\xb0\x03\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +
 	"\x05Equal\x12\x16.dedup.v1.EqualRequest\x1a\x17.dedup.v1.EqualResponse\x12;\n" +
 	"\x06Images\x12\x17.dedup.v1.ImagesRequest\x1a\x18.dedup.v1.ImagesResponse\x12G\n" +
 	"\n" +
-	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
+	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponse\x12:\n" +
+	"\x05Check\x12\x16.dedup.v1.CheckRequest\x1a\x17.dedup.v1.CheckResponse0\x01\x12/\n" +
+	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
 
 var (
 	file_dedup_v1_control_proto_rawDescOnce sync.Once
@@ -1151,7 +1648,7 @@ func file_dedup_v1_control_proto_rawDescGZIP() []byte {
 	return file_dedup_v1_control_proto_rawDescData
 }
 
-var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_dedup_v1_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: dedup.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: dedup.v1.StatusResponse
@@ -1167,6 +1664,13 @@ var file_dedup_v1_control_proto_goTypes = []any{
 	(*DuplicatesRequest)(nil),  // 11: dedup.v1.DuplicatesRequest
 	(*DuplicatesResponse)(nil), // 12: dedup.v1.DuplicatesResponse
 	(*DuplicateRow)(nil),       // 13: dedup.v1.DuplicateRow
+	(*CheckRequest)(nil),       // 14: dedup.v1.CheckRequest
+	(*CheckResponse)(nil),      // 15: dedup.v1.CheckResponse
+	(*CheckProgress)(nil),      // 16: dedup.v1.CheckProgress
+	(*Finding)(nil),            // 17: dedup.v1.Finding
+	(*ImageNames)(nil),         // 18: dedup.v1.ImageNames
+	(*GCRequest)(nil),          // 19: dedup.v1.GCRequest
+	(*GCResponse)(nil),         // 20: dedup.v1.GCResponse
 }
 var file_dedup_v1_control_proto_depIdxs = []int32{
 	4,  // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
@@ -1176,21 +1680,29 @@ var file_dedup_v1_control_proto_depIdxs = []int32{
 	13, // 4: dedup.v1.DuplicatesResponse.paths:type_name -> dedup.v1.DuplicateRow
 	13, // 5: dedup.v1.DuplicatesResponse.types:type_name -> dedup.v1.DuplicateRow
 	13, // 6: dedup.v1.DuplicatesResponse.packages:type_name -> dedup.v1.DuplicateRow
-	0,  // 7: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
-	2,  // 8: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
-	5,  // 9: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
-	8,  // 10: dedup.v1.Control.Images:input_type -> dedup.v1.ImagesRequest
-	11, // 11: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
-	1,  // 12: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
-	3,  // 13: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
-	6,  // 14: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
-	9,  // 15: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
-	12, // 16: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
-	12, // [12:17] is the sub-list for method output_type
-	7,  // [7:12] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	16, // 7: dedup.v1.CheckResponse.progress:type_name -> dedup.v1.CheckProgress
+	17, // 8: dedup.v1.CheckResponse.finding:type_name -> dedup.v1.Finding
+	18, // 9: dedup.v1.Finding.images:type_name -> dedup.v1.ImageNames
+	17, // 10: dedup.v1.GCResponse.removed:type_name -> dedup.v1.Finding
+	0,  // 11: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
+	2,  // 12: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
+	5,  // 13: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
+	8,  // 14: dedup.v1.Control.Images:input_type -> dedup.v1.ImagesRequest
+	11, // 15: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
+	14, // 16: dedup.v1.Control.Check:input_type -> dedup.v1.CheckRequest
+	19, // 17: dedup.v1.Control.GC:input_type -> dedup.v1.GCRequest
+	1,  // 18: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
+	3,  // 19: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
+	6,  // 20: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
+	9,  // 21: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
+	12, // 22: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
+	15, // 23: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
+	20, // 24: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
+	18, // [18:25] is the sub-list for method output_type
+	11, // [11:18] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_dedup_v1_control_proto_init() }
@@ -1198,13 +1710,17 @@ func file_dedup_v1_control_proto_init() {
 	if File_dedup_v1_control_proto != nil {
 		return
 	}
+	file_dedup_v1_control_proto_msgTypes[15].OneofWrappers = []any{
+		(*CheckResponse_Progress)(nil),
+		(*CheckResponse_Finding)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dedup_v1_control_proto_rawDesc), len(file_dedup_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,8 @@ const (
 	Control_Equal_FullMethodName      = "/dedup.v1.Control/Equal"
 	Control_Images_FullMethodName     = "/dedup.v1.Control/Images"
 	Control_Duplicates_FullMethodName = "/dedup.v1.Control/Duplicates"
+	Control_Check_FullMethodName      = "/dedup.v1.Control/Check"
+	Control_GC_FullMethodName         = "/dedup.v1.Control/GC"
 )
 
 // ControlClient is the client API for Control service.
@@ -46,6 +48,12 @@ type ControlClient interface {
 	Images(ctx context.Context, in *ImagesRequest, opts ...grpc.CallOption) (*ImagesResponse, error)
 	// Duplicates tells where what is stored once and used many times comes from. It reads every tree.
 	Duplicates(ctx context.Context, in *DuplicatesRequest, opts ...grpc.CallOption) (*DuplicatesResponse, error)
+	// Check verifies all that is stored against its names, while others use it, and repairs it if asked to. It answers with
+	// progress, then with what it found. Layers that are damaged are out of service from then on.
+	Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CheckResponse], error)
+	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
+	// be removed then.
+	GC(ctx context.Context, in *GCRequest, opts ...grpc.CallOption) (*GCResponse, error)
 }
 
 type controlClient struct {
@@ -106,6 +114,35 @@ func (c *controlClient) Duplicates(ctx context.Context, in *DuplicatesRequest, o
 	return out, nil
 }
 
+func (c *controlClient) Check(ctx context.Context, in *CheckRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CheckResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Control_ServiceDesc.Streams[0], Control_Check_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[CheckRequest, CheckResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Control_CheckClient = grpc.ServerStreamingClient[CheckResponse]
+
+func (c *controlClient) GC(ctx context.Context, in *GCRequest, opts ...grpc.CallOption) (*GCResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GCResponse)
+	err := c.cc.Invoke(ctx, Control_GC_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -120,6 +157,12 @@ type ControlServer interface {
 	Images(context.Context, *ImagesRequest) (*ImagesResponse, error)
 	// Duplicates tells where what is stored once and used many times comes from. It reads every tree.
 	Duplicates(context.Context, *DuplicatesRequest) (*DuplicatesResponse, error)
+	// Check verifies all that is stored against its names, while others use it, and repairs it if asked to. It answers with
+	// progress, then with what it found. Layers that are damaged are out of service from then on.
+	Check(*CheckRequest, grpc.ServerStreamingServer[CheckResponse]) error
+	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
+	// be removed then.
+	GC(context.Context, *GCRequest) (*GCResponse, error)
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -144,6 +187,12 @@ func (UnimplementedControlServer) Images(context.Context, *ImagesRequest) (*Imag
 }
 func (UnimplementedControlServer) Duplicates(context.Context, *DuplicatesRequest) (*DuplicatesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Duplicates not implemented")
+}
+func (UnimplementedControlServer) Check(*CheckRequest, grpc.ServerStreamingServer[CheckResponse]) error {
+	return status.Error(codes.Unimplemented, "method Check not implemented")
+}
+func (UnimplementedControlServer) GC(context.Context, *GCRequest) (*GCResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GC not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -256,6 +305,35 @@ func _Control_Duplicates_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Check_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(CheckRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(ControlServer).Check(m, &grpc.GenericServerStream[CheckRequest, CheckResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Control_CheckServer = grpc.ServerStreamingServer[CheckResponse]
+
+func _Control_GC_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GCRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).GC(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_GC_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).GC(ctx, req.(*GCRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -283,7 +361,17 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Duplicates",
 			Handler:    _Control_Duplicates_Handler,
 		},
+		{
+			MethodName: "GC",
+			Handler:    _Control_GC_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Check",
+			Handler:       _Control_Check_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "dedup/v1/control.proto",
 }

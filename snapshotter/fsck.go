@@ -1,0 +1,540 @@
+package snapshotter
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// Kinds of findings beside those of content/layer.
+const (
+	DamagedChain    layer.FindingKind = "chain image"
+	DamagedMetadata layer.FindingKind = "metadata"
+	StrayDirectory  layer.FindingKind = "directory"
+	StrayChain      layer.FindingKind = "unused chain image"
+	StrayMount      layer.FindingKind = "mount"
+	StrayLoop       layer.FindingKind = "loop device"
+	PendingSnapshot layer.FindingKind = "snapshot"
+)
+
+// Finding is one thing that is not as it should be, and what became of it.
+type Finding struct {
+	layer.Finding
+	// Snapshots are the names of the committed snapshots that the damaged layers stand for.
+	Snapshots []string
+	// Fixed: it has been repaired, or removed. Otherwise Hint says what to do.
+	Fixed bool
+	Hint  string
+}
+
+// Damaged tells damage from what only takes space.
+func (f Finding) Damaged() bool {
+	switch f.Kind {
+	case layer.DamagedObject, layer.DamagedTree, DamagedChain, DamagedMetadata, PendingSnapshot:
+		return true
+	}
+	return false
+}
+
+// Harmed are the layers whose images the finding concerns.
+func (f Finding) Harmed() []content.LayerID {
+	if f.Kind == DamagedChain {
+		return f.Layers[len(f.Layers)-1:] // whoever has the last one has this chain, or one above it
+	}
+	return f.Layers
+}
+
+// CheckOptions say what Check does with what it finds.
+type CheckOptions struct {
+	// Repair heals what can be healed from here, and removes what nothing uses.
+	Repair bool
+	// Progress hears what is being done, and how much of how much: bytes of objects and trees, then chain images.
+	// It is called from one goroutine at a time.
+	Progress func(stage string, done, total int64)
+}
+
+// Check verifies all that is stored, while others use it. Layers that are damaged are out of service from then on.
+func (s *Snapshotter) Check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	if opts.Progress == nil {
+		opts.Progress = func(string, int64, int64) {}
+	}
+	stored, err := s.layers.Check(ctx, func(done, total int64) { opts.Progress("layers", done, total) })
+	if err != nil {
+		return nil, err
+	}
+	if opts.Repair {
+		if err := s.repair(ctx, s.layers.Damaged()); err != nil {
+			return nil, err
+		}
+	}
+	broken := s.layers.Damaged()
+	for _, f := range stored {
+		found = append(found, s.judge(ctx, f, broken))
+	}
+	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile, s.checkPending, s.checkStrays} {
+		more, err := check(ctx, opts)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, more...)
+	}
+	if opts.Repair {
+		if _, err := s.layers.RemoveOrphans(ctx); err != nil {
+			return nil, err
+		}
+		for i := range found {
+			found[i].Fixed = found[i].Fixed || found[i].Kind == layer.Orphan
+		}
+	}
+	return found, nil
+}
+
+// CheckKnown is Check that verifies nothing anew: it reports on layers that are known to be damaged.
+func (s *Snapshotter) CheckKnown(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	before := s.layers.Findings()
+	if opts.Repair {
+		if err := s.repair(ctx, s.layers.Damaged()); err != nil {
+			return nil, err
+		}
+	}
+	broken := s.layers.Damaged()
+	for _, f := range before {
+		found = append(found, s.judge(ctx, f, broken))
+	}
+	return found, nil
+}
+
+// judge tells what became of a finding of the layer store.
+func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[content.LayerID]layer.Damage) Finding {
+	out := Finding{Finding: f, Hint: "remove it with `dedupctl gc`"}
+	if f.Kind == layer.Orphan {
+		return out
+	}
+	names, err := s.snapshotsOf(ctx, f.Layers)
+	if err == nil {
+		out.Snapshots = names
+	}
+	out.Fixed = !slices.ContainsFunc(f.Layers, func(id content.LayerID) bool { _, still := broken[id]; return still })
+	out.Hint = "the layer is out of service: `dedupctl fsck --repair` heals what can be had again; otherwise remove the images and pull them again"
+	if out.Fixed {
+		out.Hint = ""
+	}
+	return out
+}
+
+// snapshotsOf returns the names of the committed snapshots that stand for any of the layers, sorted.
+func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if id, ok := layerOf(info); ok && slices.Contains(layers, id) {
+				names = append(names, info.Name)
+			}
+			return nil
+		})
+	})
+	slices.Sort(names)
+	return names, err
+}
+
+// committedChains returns the layers of every committed snapshot, by chain image.
+func (s *Snapshotter) committedChains(ctx context.Context) (map[chainName][]content.LayerID, error) {
+	all := map[chainName][]content.LayerID{}
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if info.Kind != snapshots.KindCommitted {
+				return nil
+			}
+			chain, pending, err := chainOf(ctx, info.Name)
+			if err == nil && pending == nil {
+				all[nameChain(chain)] = chain
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	return all, nil
+}
+
+// checkChains builds each chain image once more, without storing it, and compares.
+func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	chains, err := s.committedChains(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var names []chainName
+	for n := range chains {
+		if s.chains.hasImage(n) && s.layers.InService(chains[n]...) == nil {
+			names = append(names, n)
+		}
+	}
+	slices.SortFunc(names, func(a, b chainName) int { return slices.Compare(a.Sum[:], b.Sum[:]) })
+	for i, n := range names {
+		problem, err := s.chains.compare(ctx, n, chains[n])
+		if err != nil {
+			return found, err
+		}
+		opts.Progress("chain images", int64(i+1), int64(len(names)))
+		if problem == "" {
+			continue
+		}
+		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.image(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
+		if f.Snapshots, err = s.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
+			return found, err
+		}
+		if opts.Repair {
+			if err := s.chains.rebuild(ctx, chains[n]); err != nil {
+				return found, fmt.Errorf("repair chain image %s: %w", n, err)
+			}
+			f.Fixed, f.Hint = true, "containers that run keep the old one until they are started again"
+		}
+		found = append(found, f)
+	}
+	return found, nil
+}
+
+// compare tells what is wrong with a chain image; "" when nothing is, or it is gone.
+func (c *chains) compare(ctx context.Context, n chainName, chain []content.LayerID) (problem string, err error) {
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	defer done()
+	have, err := hashUncached(c.image(n))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return "", nil
+	case err != nil:
+		return "it cannot be read: " + err.Error(), nil
+	}
+	root, err := c.merge(ctx, chain)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil // its snapshots were removed meanwhile
+	}
+	if err != nil {
+		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
+	}
+	h := sha256.New()
+	w := bufio.NewWriterSize(h, 1<<20)
+	if _, err := erofs.Write(w, root); err != nil {
+		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
+	}
+	if err := w.Flush(); err != nil {
+		return "", err
+	}
+	if want := content.Sum(h.Sum(nil)); want != have {
+		return "its bytes are not what its layers give", nil
+	}
+	return "", nil
+}
+
+// hashUncached reads a file from the disk, as far as the kernel lets its cached pages go.
+func hashUncached(path string) (sum content.Sum, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return sum, err
+	}
+	defer f.Close()
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return sum, err
+	}
+	h.Sum(sum[:0])
+	return sum, nil
+}
+
+// rebuild builds a chain image anew and mounts that where the old one is mounted.
+func (c *chains) rebuild(ctx context.Context, chain []content.LayerID) error {
+	n := nameChain(chain)
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := os.RemoveAll(c.image(n)); err != nil {
+		return err
+	}
+	if err := c.buildLocked(ctx, n, chain); err != nil {
+		return err
+	}
+	if !c.isMounted(n) {
+		return nil
+	}
+	return errors.Join(c.unmount(n), c.mountImage(n))
+}
+
+// checkMetadataFile lets bbolt verify a copy of metadata.db.
+func (s *Snapshotter) checkMetadataFile(ctx context.Context, _ CheckOptions) ([]Finding, error) {
+	tmp := s.path(dirIngest, "metadata-check.db")
+	defer os.Remove(tmp)
+	// Nobody else writes during a writable transaction.
+	err := s.ms.WithTransaction(ctx, true, func(context.Context) error { return copyFile(s.path("metadata.db"), tmp) })
+	if err != nil {
+		return nil, fmt.Errorf("copy metadata.db: %w", err)
+	}
+	problems, err := checkBolt(tmp)
+	if err != nil {
+		problems = append(problems, err.Error())
+	}
+	if len(problems) == 0 {
+		return nil, nil
+	}
+	return []Finding{{
+		Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: strings.Join(problems[:min(len(problems), 5)], "; ")},
+		Hint:    "stop the daemon and put metadata.db back from a backup, or set another root and pull the images again",
+	}}, nil
+}
+
+func copyFile(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// checkBolt opens and verifies a bolt file. bbolt panics on some damage.
+func checkBolt(path string) (problems []string, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("bbolt: %v", p)
+		}
+	}()
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	err = db.View(func(tx *bbolt.Tx) error {
+		for err := range tx.Check() {
+			problems = append(problems, err.Error())
+		}
+		return nil
+	})
+	return problems, err
+}
+
+// checkPending looks for committed snapshots whose directory could not be ingested.
+func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	var pending []pendingSnapshot
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			if info.Labels[labelPending] == "" {
+				return nil
+			}
+			id, _, _, err := storage.GetInfo(ctx, info.Name)
+			pending = append(pending, pendingSnapshot{id, info.Name})
+			return err
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	for _, p := range pending {
+		// One that is being ingested is fine, and so is one whose ingest works out now.
+		err := s.awaitIngest(ctx, p)
+		if err == nil {
+			continue
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		found = append(found, Finding{
+			Finding:   layer.Finding{Kind: PendingSnapshot, Path: s.path(dirSnapshots, p.id), Problem: "its files cannot be stored as a layer: " + err.Error()},
+			Snapshots: []string{p.name},
+			Hint:      "remove the image or container that it belongs to",
+		})
+	}
+	return found, nil
+}
+
+// checkStrays looks for what no snapshot uses.
+func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stray, err := s.strays(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range stray.dirs {
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
+	}
+	for _, n := range stray.chains {
+		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no snapshot has this chain"}}
+		if !s.chains.hasImage(n) {
+			f.Kind, f.Path = StrayMount, s.chains.mountPoint(n)
+		}
+		found = append(found, f)
+	}
+	for _, n := range stray.mounts {
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.mountPoint(n), Problem: "no container or view uses it"}})
+	}
+	for i := range found {
+		if fi, err := os.Lstat(found[i].Path); err == nil && fi.Mode().IsRegular() {
+			found[i].Bytes = fi.Size()
+		} else if u, err := layer.DiskUsage(ctx, found[i].Path); err == nil && found[i].Kind == StrayDirectory {
+			found[i].Bytes = u.Bytes
+		}
+		found[i].Hint = "remove it with `dedupctl gc`"
+	}
+	loops, err := s.strayLoops()
+	if err != nil {
+		return nil, err
+	}
+	found = append(found, loops...)
+	if !opts.Repair {
+		return found, nil
+	}
+	if err := s.clearStrays(ctx, stray); err != nil {
+		return nil, err
+	}
+	for i := range found {
+		if found[i].Kind != StrayLoop {
+			found[i].Fixed, found[i].Hint = true, ""
+		}
+	}
+	return found, nil
+}
+
+// strayLoops finds loop devices over images that are gone or that nothing has mounted. One that is mounted
+// nowhere any more the kernel frees by itself, unless somebody holds it.
+func (s *Snapshotter) strayLoops() (found []Finding, err error) {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("read mounts: %w", err)
+	}
+	for _, file := range files {
+		backing, err := os.ReadFile(file)
+		if err != nil {
+			continue // detached meanwhile
+		}
+		path := strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(string(backing)), "(deleted)"))
+		if !strings.HasPrefix(path, s.path(dirChains)+"/") {
+			continue
+		}
+		device := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(file)))
+		if strings.Contains(string(mounted), " "+device+" ") {
+			continue
+		}
+		found = append(found, Finding{
+			Finding: layer.Finding{Kind: StrayLoop, Path: device, Problem: "it is over " + path + " and mounted nowhere that the daemon sees"},
+			Hint:    "if no container uses it: losetup -d " + device,
+		})
+	}
+	return found, nil
+}
+
+// strays is what no snapshot uses.
+type strays struct {
+	dirs   []string    // names below snapshots/
+	chains []chainName // images or mount points of chains that no snapshot has
+	mounts []chainName // mounts of chains that snapshots have, and none needs mounted
+}
+
+// strays looks for what no snapshot uses.
+func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
+	used := map[string]bool{}
+	chainsUsed := map[chainName]bool{}
+	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
+	if err != nil {
+		return stray, fmt.Errorf("list snapshot directories: %w", err)
+	}
+	images, err := s.chains.list()
+	if err != nil {
+		return stray, err
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		for id, key := range ids {
+			_, info, _, err := storage.GetInfo(ctx, key)
+			if err != nil {
+				return err
+			}
+			// A layer needs no directory once it is stored; a crash right after may have left it.
+			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
+		}
+		return walkAll(ctx, func(info snapshots.Info) error {
+			name := info.Name
+			if info.Kind != snapshots.KindCommitted {
+				name = info.Parent
+			}
+			chain, pending, err := chainOf(ctx, name)
+			if err == nil && pending == nil {
+				chainsUsed[nameChain(chain)] = true
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return stray, fmt.Errorf("read metadata.db: %w", err)
+	}
+	for _, d := range dirs {
+		if !used[d.Name()] {
+			stray.dirs = append(stray.dirs, d.Name())
+		}
+	}
+	for _, name := range images {
+		switch {
+		case !chainsUsed[name]:
+			stray.chains = append(stray.chains, name)
+		case s.chains.isMounted(name) && !s.chains.isUsed(name):
+			stray.mounts = append(stray.mounts, name)
+		}
+	}
+	return stray, nil
+}
+
+// clearStrays removes what strays has found. What has come into use meanwhile stays.
+func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
+	var errs []error
+	for _, dir := range stray.dirs {
+		errs = append(errs, os.RemoveAll(s.path(dirSnapshots, dir)))
+	}
+	for _, n := range stray.chains {
+		errs = append(errs, s.chains.drop(ctx, n))
+	}
+	for _, n := range stray.mounts {
+		errs = append(errs, s.chains.release(ctx, n))
+	}
+	return errors.Join(errs...)
+}
+
+// Cleanup removes directories, chain images and mounts that no snapshot names.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	stray, err := s.strays(ctx)
+	if err != nil {
+		return err
+	}
+	return s.clearStrays(ctx, stray)
+}

@@ -1,0 +1,207 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// origin is where a layer's blob may be: what a namespace calls the chain that it ends.
+type origin struct {
+	namespace string
+	chain     content.ChainID
+}
+
+// repair heals damaged layers from the blobs in containerd's content store, as far as they are there. Only what is wrong
+// with this node is an error: the caller looks at what is still damaged.
+func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]layer.Damage) error {
+	if len(damaged) == 0 || s.opts.Blobs == nil {
+		return nil
+	}
+	s.repairing.Lock()
+	defer s.repairing.Unlock()
+	origins, err := s.origins(ctx, damaged)
+	if err != nil {
+		return err
+	}
+	for id := range damaged {
+		if s.layers.InService(id) == nil {
+			continue // healed with another one
+		}
+		for _, o := range origins[id] {
+			if s.repairFrom(ctx, id, o) {
+				break
+			}
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+// origins returns where the blobs of layers may be.
+func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
+	all := map[content.LayerID][]origin{}
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return walkAll(ctx, func(info snapshots.Info) error {
+			id, ok := layerOf(info)
+			if _, damaged := layers[id]; !ok || !damaged || info.Labels[labelNamespace] == "" {
+				return nil
+			}
+			o := origin{namespace: info.Labels[labelNamespace]}
+			o.chain, _ = chainOfName(info.Name)
+			if !slices.Contains(all[id], o) {
+				all[id] = append(all[id], o)
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	return all, nil
+}
+
+// repairFrom tries the blobs that one namespace has for a layer.
+func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o origin) bool {
+	ctx = namespaces.WithNamespace(ctx, o.namespace)
+	try := func(b layer.Blob) bool {
+		err := s.layers.Repair(ctx, id, b)
+		if err != nil {
+			log.G(ctx).WithError(err).Warnf("a blob is of no use for layer %s", id)
+		}
+		return err == nil
+	}
+	tried := map[digest.Digest]bool{}
+	for _, d := range s.layers.Blobs(id) {
+		tried[d] = true
+		b, err := s.opts.Blobs.Blob(ctx, ocispec.Descriptor{Digest: d})
+		if err == nil && try(b) {
+			return true
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			log.G(ctx).WithError(err).Warnf("look for a blob of layer %s", id)
+		}
+	}
+	if o.chain.IsZero() {
+		return false
+	}
+	b, ok, err := s.opts.Blobs.Find(ctx, o.chain, "")
+	if err != nil {
+		log.G(ctx).WithError(err).Warnf("look for the blob of layer %s", id)
+	}
+	return ok && !tried[b.Digest] && try(b)
+}
+
+// healthy makes sure that a chain can be served: what is damaged is healed where its blob is at hand.
+func (s *Snapshotter) healthy(ctx context.Context, chain []content.LayerID) error {
+	err := s.layers.InService(chain...)
+	if !errors.Is(err, layer.ErrDamaged) {
+		return err
+	}
+	all := s.layers.Damaged()
+	damaged := map[content.LayerID]layer.Damage{}
+	for _, id := range chain {
+		if d, ok := all[id]; ok {
+			damaged[id] = d
+		}
+	}
+	if rerr := s.repair(ctx, damaged); rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	if err := s.layers.InService(chain...); err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// LayersOf returns the layers that each image keeps here, base first.
+func (s *Snapshotter) LayersOf(ctx context.Context, refs []ImageRef) ([][]content.LayerID, error) {
+	g, err := s.snapshotGraph(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([][]content.LayerID, len(refs))
+	for i, ref := range refs {
+		for _, n := range g.of(ref) {
+			if !n.layer.IsZero() {
+				out[i] = append(out[i], n.layer)
+			}
+		}
+	}
+	return out, nil
+}
+
+// GCOptions say what GC removes.
+type GCOptions struct {
+	// DryRun lists, and removes nothing.
+	DryRun bool
+	// Chains removes the chain images that no container uses now, too. They are built again when needed, in the
+	// first start of a container.
+	Chains bool
+}
+
+// GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
+// left for GC is what could not be removed then.
+func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
+	s.layers.Wait()
+	if found, err = s.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
+		return nil, err
+	}
+	orphans := s.layers.RemoveOrphans
+	if opts.DryRun {
+		orphans = s.layers.Orphans
+	}
+	more, err := orphans(ctx)
+	for _, f := range more {
+		found = append(found, Finding{Finding: f, Fixed: !opts.DryRun})
+	}
+	if err != nil || !opts.Chains {
+		return found, err
+	}
+	unused, err := s.dropUnused(ctx, opts.DryRun)
+	return append(found, unused...), err
+}
+
+// dropUnused removes the chain images that no container uses now.
+func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
+	names, err := s.chains.list()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		fi, err := os.Stat(s.chains.image(n))
+		if err != nil || s.chains.isUsed(n) {
+			continue
+		}
+		if !dryRun {
+			if err := s.chains.drop(ctx, n); err != nil {
+				return found, err
+			}
+		}
+		found = append(found, Finding{
+			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no container uses it now", Bytes: fi.Size()},
+			Fixed:   !dryRun,
+		})
+	}
+	return found, nil
+}
+
+// pressure frees what can be had again when the file system runs out of room.
+func (s *Snapshotter) pressure(ctx context.Context) {
+	found, err := s.GC(ctx, GCOptions{Chains: true})
+	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
+}
