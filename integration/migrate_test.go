@@ -71,6 +71,11 @@ func diskUsed(t *testing.T, disk string) (bytes int64) {
 
 type usedSpace struct{ Bytes, Inodes int64 }
 
+type usedStore struct {
+	usedSpace
+	Objects usedSpace
+}
+
 // analyzed is what the tests read of `dedupctl analyze --json`.
 type analyzed struct {
 	Images     []struct{ Names []string }
@@ -78,8 +83,8 @@ type analyzed struct {
 	DiffIDs    int64 `json:"diff_ids"`
 	Now        usedSpace
 	Layer      usedSpace
-	File       usedSpace
-	Python     usedSpace
+	File       usedStore
+	Python     usedStore
 	InUse      usedSpace `json:"in_use"`
 	Containers int64
 	Writable   usedSpace

@@ -54,7 +54,9 @@ func OpenNewer(say func(string)) (*Set, error) {
 }
 
 // OpenOlder is Open for Debian 11 with Python 3.9, and no packages: App is not for it.
-func OpenOlder(say func(string)) (*Set, error) { return open(say, kit{suite: "bullseye", python: "3.9"}) }
+func OpenOlder(say func(string)) (*Set, error) {
+	return open(say, kit{suite: "bullseye", python: "3.9"})
+}
 
 func open(say func(string), k kit) (*Set, error) {
 	cache, err := node.CacheDir()

@@ -10,14 +10,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 
-	"github.com/containerd/continuity/fs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
@@ -133,16 +134,55 @@ func readDir(ctx context.Context, dir string, opts Options) (*Inventory, error) 
 
 // directory makes a Layer of a directory that overlay mounts use; whole is what goes with it.
 func directory(ctx context.Context, name, upper, whole string, diffID content.DiffID) (Layer, error) {
-	du, err := fs.DiskUsage(ctx, whole)
+	now, err := diskUsage(ctx, whole)
 	if err != nil {
 		return Layer{}, fmt.Errorf("measure %s: %w", whole, err)
 	}
 	return Layer{
-		Name: name, DiffID: diffID, Stored: true, Now: layer.Usage{Bytes: du.Size, Inodes: du.Inodes}, Size: du.Size,
+		Name: name, DiffID: diffID, Stored: true, Now: now, Size: now.Bytes,
 		Draft: func(ctx context.Context, read func(int64)) (layer.Draft, error) {
 			return layer.DraftDir(ctx, upper, diffID, read)
 		},
 	}, nil
+}
+
+// diskUsage returns what a directory and all below it occupy. It stays on its file system: a running container's merged
+// view is mounted beside its files.
+func diskUsage(ctx context.Context, root string) (u layer.Usage, err error) {
+	var top unix.Stat_t
+	if err := unix.Lstat(root, &top); err != nil {
+		return u, err
+	}
+	seen := map[uint64]bool{}
+	err = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err == nil {
+			err = ctx.Err()
+		}
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(path, &st)
+		}
+		switch {
+		case errors.Is(err, os.ErrNotExist) && path != root:
+			return nil // removed meanwhile
+		case err != nil:
+			return err
+		case st.Dev != top.Dev:
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
+		case st.Nlink > 1 && !d.IsDir():
+			if seen[st.Ino] {
+				return nil
+			}
+			seen[st.Ino] = true
+		}
+		u.Bytes += st.Blocks * 512 // stat(2): in units of 512 bytes, whatever the block size
+		u.Inodes++
+		return nil
+	})
+	return u, err
 }
 
 // blob makes a Layer of a blob.

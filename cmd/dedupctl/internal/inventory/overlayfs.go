@@ -108,7 +108,10 @@ func (o *overlayfs) readSnapshots(ctx context.Context, tmp string) error {
 		}
 		return nil
 	})
-	return err
+	if err != nil {
+		return fmt.Errorf("a copy of metadata.db: %w", err)
+	}
+	return nil
 }
 
 // copyDB copies a bolt database that another process may be writing to. Its first two pages say which of the others
