@@ -13,12 +13,14 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
 )
@@ -96,6 +98,11 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	if err != nil {
 		return Completed{}, fmt.Errorf("look up image %s: %w", name, err)
 	}
+	if verify {
+		if err := dropDamaged(ctx, ctd, img); err != nil {
+			return Completed{}, fmt.Errorf("verify the blobs of %s: %w", name, err)
+		}
+	}
 	fetcher, err := resolver(c).Fetcher(ctx, name)
 	if err != nil {
 		return Completed{}, fmt.Errorf("registry of %s: %w", name, err)
@@ -109,7 +116,7 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	if c.Bool("all-platforms") {
 		match = platforms.All
 	}
-	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, verify: verify, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
 	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " fetched" })
 	err = out.run(ctx, img, match)
 	stop()
@@ -182,7 +189,6 @@ func registryHint(err error) string {
 type completion struct {
 	store   content.Store
 	fetcher remotes.Fetcher
-	verify  bool
 
 	mu     sync.Mutex // guards result
 	result Completed
@@ -196,11 +202,6 @@ func (c *completion) run(ctx context.Context, img images.Image, match platforms.
 // fetch fetches one blob, unless it is there.
 func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	_, err := c.store.Info(ctx, desc.Digest)
-	if err == nil && c.verify {
-		if err = c.drop(ctx, desc); err != nil {
-			err = fmt.Errorf("verify: %w", err)
-		}
-	}
 	if err == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -220,22 +221,64 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 	return nil, nil
 }
 
-// drop removes a blob that is not what its digest says, and returns errdefs.ErrNotFound then.
-func (c *completion) drop(ctx context.Context, desc ocispec.Descriptor) error {
-	ra, err := c.store.ReaderAt(ctx, desc)
+// dropDamaged removes the blobs of an image that are not what their digests say from the content store, in all
+// namespaces: they share the file.
+func dropDamaged(ctx context.Context, ctd *client.Client, img images.Image) error {
+	store := ctd.ContentStore()
+	var bad []digest.Digest
+	check := func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		ok, err := verifyBlob(ctx, store, desc)
+		if err == nil && !ok {
+			bad = append(bad, desc.Digest)
+			return nil, images.ErrSkipDesc
+		}
+		return nil, err
+	}
+	children := func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		list, err := images.Children(ctx, store, desc)
+		if errdefs.IsNotFound(err) {
+			return nil, nil // of another platform
+		}
+		return list, err
+	}
+	err := images.Walk(ctx, images.Handlers(images.HandlerFunc(check), images.HandlerFunc(children)), img.Target)
+	if err != nil || len(bad) == 0 {
+		return err
+	}
+	spaces, err := ctd.NamespaceService().List(ctx)
 	if err != nil {
 		return err
 	}
+	for _, ns := range spaces {
+		for _, d := range bad {
+			if err := store.Delete(namespaces.WithNamespace(ctx, ns), d); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("remove damaged blob %s: %w", d, err)
+			}
+		}
+	}
+	// The files go with a garbage collection. Until then a fetch would take them for fetched.
+	lease, err := ctd.LeasesService().Create(ctx, leases.WithRandomID())
+	if err != nil {
+		return err
+	}
+	return ctd.LeasesService().Delete(ctx, lease, leases.SynchronousDelete)
+}
+
+// verifyBlob reports whether a blob is what its digest says; one that is not there is.
+func verifyBlob(ctx context.Context, store content.Store, desc ocispec.Descriptor) (bool, error) {
+	ra, err := store.ReaderAt(ctx, desc)
+	if errdefs.IsNotFound(err) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer ra.Close()
 	verifier := desc.Digest.Verifier()
-	_, err = io.Copy(verifier, content.NewReader(ra))
-	ra.Close()
-	if err == nil && verifier.Verified() {
-		return nil
+	if _, err := io.Copy(verifier, content.NewReader(ra)); err != nil {
+		return false, nil // a disk that cannot read it
 	}
-	if err := c.store.Delete(ctx, desc.Digest); err != nil {
-		return fmt.Errorf("remove damaged blob: %w", err)
-	}
-	return errdefs.ErrNotFound
+	return verifier.Verified(), nil
 }
 
 // soFar is how many bytes have arrived.

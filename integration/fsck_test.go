@@ -1,0 +1,287 @@
+package integration
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
+)
+
+// fsckReport is what `dedupctl fsck --json` prints.
+type fsckReport struct {
+	Findings []struct {
+		Kind, Path, Problem, Hint string
+		Damaged, Fixed            bool
+		Images                    []struct{ Names []string }
+	}
+	Damaged, Unused, Fixed int
+	Fetched                []struct{ Digest string }
+}
+
+// images are the names of all images that have damage.
+func (r fsckReport) images() (names []string) {
+	for _, f := range r.Findings {
+		for _, i := range f.Images {
+			names = append(names, i.Names...)
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// fsck runs dedupctl fsck, and checks its exit code.
+func fsck(t *testing.T, n *node.Node, code int, args ...string) (r fsckReport) {
+	t.Helper()
+	args = append([]string{"fsck", "--json", "--containerd-address", n.Address(), "--hosts-dir", "", "--plain-http"}, args...)
+	out, err := dedupctl(t, n, args...)
+	got := 0
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		got = exit.ExitCode()
+	}
+	if got != code {
+		t.Fatalf("dedupctl %q ends with %d, want %d: %s", args, got, code, out)
+	}
+	must(t, json.NewDecoder(strings.NewReader(out)).Decode(&r))
+	return r
+}
+
+// flipByte changes one byte in the middle of a file.
+func flipByte(t *testing.T, path string) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	must(t, err)
+	b[len(b)/2] ^= 0x40
+	must(t, os.WriteFile(path, b, 0o600))
+}
+
+// objectOf is the file that holds an entry's payload.
+func objectOf(n *node.Node, e image.Entry) string {
+	sum := sha256.Sum256([]byte(e.Content))
+	return filepath.Join(n.DedupRoot(), "objects", hex.EncodeToString(sum[:1]), hex.EncodeToString(sum[1:]))
+}
+
+// blobFile is a layer's blob in containerd's content store.
+func blobFile(n *node.Node, l *image.Layer) string {
+	return filepath.Join(n.Dir(), "c/io.containerd.content.v1.content/blobs/sha256", l.Hash.Hex)
+}
+
+func glob(t *testing.T, n *node.Node, pattern string) []string {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(n.DedupRoot(), pattern))
+	must(t, err)
+	if len(paths) == 0 {
+		t.Fatalf("no %s", pattern)
+	}
+	return paths
+}
+
+// Everything that can be damaged on the disk is found while containerd goes on, the right images are named, and it is healed
+// from where its bytes can still be had: the content store, the registry, or the next pull.
+func TestFsck(t *testing.T) {
+	t.Parallel()
+	n := startDedup(t, node.Options{})
+	reg := startRegistry(t)
+	ctx := testContext(t)
+	sharedEntry, ownEntry := payload("fsck", "shared", 9000), payload("fsck", "own", 9000)
+	bb, shared, own := busybox(t), layer(t, sharedEntry, payload("fsck", "more", 9000)), layer(t, ownEntry)
+	refs := []string{push(t, reg, "a:1", bb, shared), push(t, reg, "b:1", bb, shared, own), push(t, reg, "c:1", bb)}
+	var want []rootfs.Tree
+	for _, ref := range refs {
+		pull(t, n, node.Snapshotter, ref)
+		want = append(want, dump(t, n, node.Snapshotter, ref))
+	}
+	id, err := n.RunDetached(ctx, node.Snapshotter, refs[2], "sleep", "1000")
+	must(t, err)
+	intact := func() {
+		t.Helper()
+		if r := fsck(t, n, 0); len(r.Findings) > 0 {
+			t.Errorf("not whole: %+v", r.Findings)
+		}
+		for i, ref := range refs {
+			equal(t, want[i], dump(t, n, node.Snapshotter, ref), rootfs.DiffOptions{})
+		}
+		if out, err := n.Exec(ctx, id, "echo", "alive"); err != nil || out != "alive\n" {
+			t.Errorf("the running container: %q, %v", out, err)
+		}
+	}
+	intact()
+	of := func(i ...int) (names []string) {
+		for _, i := range i {
+			names = append(names, refs[i])
+		}
+		return names
+	}
+	sharedFile, ownFile := objectOf(n, sharedEntry), objectOf(n, ownEntry)
+	damages := map[string]struct {
+		do     func()
+		images []string
+	}{
+		"an object that two images share": {func() { flipByte(t, sharedFile) }, of(0, 1)},
+		"an object of one image":          {func() { must(t, os.Truncate(ownFile, 100)) }, of(1)},
+		"an object is gone":               {func() { must(t, os.Remove(ownFile)) }, of(1)},
+		"an object has another one's bytes": {func() {
+			b, err := os.ReadFile(sharedFile)
+			must(t, err)
+			must(t, os.WriteFile(ownFile, b, 0o600))
+		}, of(1)},
+		"many objects": {func() {
+			for _, path := range glob(t, n, "objects/*/*") {
+				// The running container goes on with the file that it has, and so would with a flipped one.
+				if b, err := os.ReadFile(path); err == nil && !bytes.HasPrefix(b, []byte("\x7fELF")) {
+					flipByte(t, path)
+				}
+			}
+		}, of(0, 1)},
+		"all trees": {func() {
+			for _, path := range glob(t, n, "layers/*") {
+				flipByte(t, path)
+			}
+		}, of(0, 1, 2)},
+		"trees are gone": {func() {
+			for _, path := range glob(t, n, "layers/*") {
+				must(t, os.Remove(path))
+			}
+		}, of(0, 1, 2)},
+		"chain images": {func() {
+			for _, path := range glob(t, n, "chains/*.erofs") {
+				flipByte(t, path)
+			}
+		}, of(0, 1, 2)},
+	}
+	for name, d := range damages {
+		d.do()
+		r := fsck(t, n, 3)
+		if got := r.images(); !slices.Equal(got, slices.Sorted(slices.Values(d.images))) {
+			t.Errorf("%s: harms %q, want %q", name, got, d.images)
+		}
+		r = fsck(t, n, 0, "--repair")
+		if r.Damaged > 0 || r.Fixed == 0 || len(r.Fetched) > 0 {
+			t.Errorf("%s: repaired from the content store: %+v", name, r)
+		}
+		intact()
+	}
+
+	// The blobs are gone from the content store, then damaged there: the registry has them.
+	forget(t, n, ctx, []*image.Layer{bb, shared, own})
+	flipByte(t, sharedFile)
+	flipByte(t, ownFile)
+	fsck(t, n, 3, "--repair", "--no-fetch")
+	out, err := n.Run(ctx, node.Snapshotter, refs[1], "true")
+	if err == nil || !strings.Contains(err.Error()+out, "dedupctl fsck --repair") {
+		t.Errorf("a container of a damaged image: %q, %v", out, err)
+	}
+	if out, err := dedupctl(t, n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out, "what to do:") {
+		t.Errorf("dedupctl fsck says %q, %v", out, err)
+	}
+	if r := fsck(t, n, 0, "--repair"); len(r.Fetched) < 2 {
+		t.Errorf("fetched %+v", r.Fetched)
+	}
+	intact()
+	flipByte(t, ownFile)
+	flipByte(t, blobFile(n, own))
+	if r := fsck(t, n, 0, "--repair"); len(r.Fetched) != 1 {
+		t.Errorf("fetched %+v", r.Fetched)
+	}
+	intact()
+
+	// Known damage survives a restart; whoever needs the layer heals it where its blob is at hand.
+	flipByte(t, sharedFile)
+	fsck(t, n, 3)
+	must(t, n.StopDaemon())
+	must(t, n.StartDaemon(ctx))
+	if out, err := n.Run(ctx, node.Snapshotter, refs[0], "cat", "/shared"); err != nil {
+		t.Errorf("a container heals its image: %q, %v", out, err)
+	}
+	intact()
+
+	// Nothing to be had anywhere: the image is removed and pulled again.
+	forget(t, n, ctx, []*image.Layer{own})
+	must(t, os.Remove(ownFile))
+	fsck(t, n, 3, "--repair", "--no-fetch")
+	_, err = n.Ctr(ctx, "image", "rm", "--sync", refs[1])
+	must(t, err)
+	pull(t, n, node.Snapshotter, refs[1])
+	intact()
+	must(t, n.RemoveContainer(ctx, id))
+}
+
+// What nothing uses is listed, and removed by gc: files, directories and mounts.
+func TestGC(t *testing.T) {
+	t.Parallel()
+	n := startDedup(t, node.Options{})
+	ref := push(t, startRegistry(t), "app:1", busybox(t))
+	pull(t, n, node.Snapshotter, ref)
+	run := func(args ...string) (r struct {
+		Removed []struct{ Kind, Path string }
+		Bytes   int64
+	}) {
+		t.Helper()
+		out, err := dedupctl(t, n, append([]string{"gc", "--json"}, args...)...)
+		must(t, err)
+		must(t, json.Unmarshal([]byte(out), &r))
+		return r
+	}
+	waitForChain(t, n)
+	if r := run(); len(r.Removed) > 0 {
+		t.Errorf("removed %+v from a store without garbage", r)
+	}
+	stray := []string{
+		filepath.Join(n.DedupRoot(), "objects/ab", strings.Repeat("c", 62)),
+		filepath.Join(n.DedupRoot(), "snapshots/4711/fs/file"),
+		filepath.Join(n.DedupRoot(), "chains", strings.Repeat("d", 64)+".erofs"),
+		filepath.Join(n.DedupRoot(), "layers", strings.Repeat("e", 64)),
+	}
+	for _, path := range stray {
+		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		must(t, os.WriteFile(path, make([]byte, 5000), 0o600))
+	}
+	if r := fsck(t, n, 0); r.Unused != len(stray) || r.Damaged != 0 {
+		t.Errorf("fsck finds %+v", r)
+	}
+	if r := run("--dry-run"); len(r.Removed) != len(stray) || r.Bytes < 20000 {
+		t.Errorf("would remove %+v", r)
+	}
+	for _, path := range stray {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	if r := run(); len(r.Removed) != len(stray) {
+		t.Errorf("removed %+v", r)
+	}
+	for _, path := range stray {
+		if _, err := os.Stat(path); err == nil {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	if r := run("--chain-images"); len(r.Removed) != 1 {
+		t.Errorf("removed %+v, want the chain image", r)
+	}
+	if out, err := n.Run(testContext(t), node.Snapshotter, ref, "echo", "fine"); err != nil || out != "fine\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
+// waitForChain waits for the chain image that is built in the background.
+func waitForChain(t *testing.T, n *node.Node) {
+	t.Helper()
+	for range 200 {
+		if found, _ := filepath.Glob(filepath.Join(n.DedupRoot(), "chains/*.erofs")); len(found) > 0 {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatal("no chain image was built")
+}
