@@ -284,6 +284,9 @@ func only(dir string, names map[string]bool) error {
 		}
 		return nil
 	})
+	if err != nil {
+		return err
+	}
 	for name := range missing {
 		err = errors.Join(err, fmt.Errorf("%s is missing in %s", name, dir))
 	}

@@ -26,8 +26,8 @@ import (
 type recipe struct {
 	Seed    uint64
 	Variant int
-	// Plain: no bytecode.
-	Plain bool
+	// Plain: no bytecode. Big: one file is larger than what is buffered in memory.
+	Plain, Big bool
 }
 
 // entries are the layer's. Many layers share some of their files.
@@ -41,8 +41,9 @@ func (c recipe) entries() []image.Entry {
 	for range r.IntN(4) {
 		add = append(add, image.File(fmt.Sprintf("dir/own-%x", r.Uint64()), payload(r.Uint64(), 80_000)))
 	}
-	if r.IntN(30) == 0 { // more than is buffered in memory
-		add = append(add, image.File("big", strings.Repeat(payload(uint64(100+r.IntN(2)), 9000), 1+17<<20/9000)))
+	if c.Big {
+		text := payload(uint64(100+r.IntN(2)), 9000)
+		add = append(add, image.File("big", strings.Repeat(text, 1+17<<20/len(text))))
 	}
 	add = append(add, image.Symlink("link", fmt.Sprintf("dir/target-%x", c.Seed)))
 	for i := range r.IntN(3) {

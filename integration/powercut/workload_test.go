@@ -229,7 +229,8 @@ func (c *client) recipe() recipe {
 	if c.r.IntN(2) == 0 {
 		return recipe{Seed: c.r.Uint64()}
 	}
-	return recipe{Seed: c.w.Seed + c.r.Uint64N(6), Variant: c.r.IntN(3)}
+	n := c.r.Uint64N(12)
+	return recipe{Seed: c.w.Seed + n, Variant: c.r.IntN(3), Big: n == 0}
 }
 
 func chainOf(name string) (content.ChainID, bool) {
