@@ -37,7 +37,7 @@ type Options struct {
 	FetchedOnly bool
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
-	Reserve    layer.Usage
+	Reserve    layer.Reserve
 	Step       func(name string)
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.

@@ -8,12 +8,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/log"
+	"github.com/docker/go-units"
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -32,6 +35,13 @@ type Config struct {
 	// Reuse is "known" (a known layer is served to whoever names its diffID, as containerd does
 	// with chainIDs) or "fetched" (only to a pull that has fetched the blob itself).
 	Reuse string `toml:"reuse"`
+	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out within
+	// ten seconds; what a power cut catches is found at the next start and has to be fetched again).
+	Durability string `toml:"durability"`
+	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
+	// "2GB" or "100000".
+	ReserveSpace  string `toml:"reserve_space"`
+	ReserveInodes string `toml:"reserve_inodes"`
 	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
 	LogLevel string `toml:"log_level"`
 	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
@@ -51,6 +61,9 @@ func defaultConfig() Config {
 		ContainerdAddress: "/run/containerd/containerd.sock",
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
+		Durability:        string(layer.Strict),
+		ReserveSpace:      "1%",
+		ReserveInodes:     "1%",
 		LogLevel:          "info",
 	}
 }
@@ -83,7 +96,7 @@ func explainTOML(err error) error {
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
-		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, log_level, metrics_address)",
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, reserve_space, reserve_inodes, log_level, metrics_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -114,6 +127,12 @@ func (c Config) validate() error {
 	if c.Reuse != reuseKnown && c.Reuse != reuseFetched {
 		return fmt.Errorf("reuse = %q: want \"known\" or \"fetched\"", c.Reuse)
 	}
+	if d := layer.Durability(c.Durability); d != layer.Strict && d != layer.Deferred {
+		return fmt.Errorf("durability = %q: want \"strict\" or \"deferred\"", c.Durability)
+	}
+	if _, err := c.reserve(); err != nil {
+		return err
+	}
 	if c.MetricsAddress != "" {
 		// A name could lead elsewhere tomorrow, and no address would mean all of them.
 		if _, err := netip.ParseAddrPort(c.MetricsAddress); err != nil {
@@ -124,4 +143,33 @@ func (c Config) validate() error {
 		return fmt.Errorf("log_level = %q: want \"trace\", \"debug\", \"info\", \"warn\", \"error\", \"fatal\" or \"panic\"", c.LogLevel)
 	}
 	return nil
+}
+
+// reserve reads what ingests leave free.
+func (c Config) reserve() (r layer.Reserve, err error) {
+	if r.Space, err = amount(c.ReserveSpace); err != nil {
+		return r, fmt.Errorf("reserve_space = %q: %w", c.ReserveSpace, err)
+	}
+	if r.Inodes, err = amount(c.ReserveInodes); err != nil {
+		return r, fmt.Errorf("reserve_inodes = %q: %w", c.ReserveInodes, err)
+	}
+	return r, nil
+}
+
+// maxReserve is the largest part of a disk that can be kept free, in percent.
+const maxReserve = 90
+
+func amount(text string) (a layer.Amount, err error) {
+	wrong := errors.New(`want a part such as "1%" (up to 90%), or an amount such as "2GB" or "100000"`)
+	if part, ok := strings.CutSuffix(text, "%"); ok {
+		a.Percent, err = strconv.ParseFloat(strings.TrimSpace(part), 64)
+		if err != nil || !(a.Percent >= 0 && a.Percent <= maxReserve) {
+			return a, wrong
+		}
+		return a, nil
+	}
+	if a.Fixed, err = units.FromHumanSize(text); err != nil || a.Fixed < 0 {
+		return a, wrong
+	}
+	return a, nil
 }

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 func TestConfig(t *testing.T) {
@@ -17,6 +19,10 @@ func TestConfig(t *testing.T) {
 		{"bad level", "log_level = 'loud'", `log_level = "loud": want`},
 		{"metrics without address", "metrics_address = ':9741'", "want an IP address"},
 		{"metrics by name", "metrics_address = 'localhost:9741'", "want an IP address"},
+		{"bad durability", "durability = 'never'", `durability = "never": want "strict" or "deferred"`},
+		{"reserve of all", "reserve_space = '95%'", `reserve_space = "95%": want a part`},
+		{"reserve of nothing known", "reserve_inodes = 'many'", `reserve_inodes = "many": want a part`},
+		{"negative reserve", "reserve_space = '-1GB'", `reserve_space = "-1GB": want`},
 		{"relative root", "root = 'r'", `root = "r": want an absolute path`},
 		{"root with a colon", "root = '/a:b'", "must not hold a comma, colon"},
 		{"wrong type", "root = 3", "line 1"},
@@ -48,5 +54,16 @@ func TestMissingConfig(t *testing.T) {
 	}
 	if c, err := loadConfig(path, false); err != nil || c.Root != defaultConfig().Root {
 		t.Error(c, err)
+	}
+}
+
+func TestReserve(t *testing.T) {
+	for text, want := range map[string]layer.Amount{
+		"1%": {Percent: 1}, "0": {}, "12.5 %": {Percent: 12.5}, "2GB": {Fixed: 2e9}, "100000": {Fixed: 100_000},
+	} {
+		got, err := amount(text)
+		if err != nil || got != want {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
 	}
 }

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
@@ -55,8 +56,16 @@ func serve(ctx context.Context, c Config) (err error) {
 	defer conn.Close()
 	found := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 
+	reserve, err := c.reserve()
+	if err != nil {
+		return err
+	}
+	if c.Durability == string(layer.Deferred) {
+		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
+	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
+		Durability: layer.Durability(c.Durability), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found,
 	})

@@ -6,10 +6,13 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -96,4 +99,99 @@ func BenchmarkLookup(b *testing.B) {
 		}
 		s.Release(id)
 	}
+}
+
+// BenchmarkDurability ingests new layers one after the other, each on the disk before it is served, or later.
+func BenchmarkDurability(b *testing.B) {
+	for _, d := range []Durability{Strict, Deferred} {
+		b.Run(string(d), func(b *testing.B) {
+			open := benchLayer(b)
+			s, err := Open(b.Context(), Options{Root: b.TempDir(), Durability: d}, nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(func() { closeStore(b, s) })
+			for i := 0; b.Loop(); i++ {
+				in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				b.SetBytes(in.TarSize)
+				s.Release(in.Layer)
+				s.gc.Wait()
+				b.StartTimer()
+			}
+		})
+	}
+}
+
+// BenchmarkRemove removes one layer of 500 files, half of which others have too, from stores of different sizes. DEDUP_LONG adds
+// one of 1,000,000 objects in 2,000 layers; what opening it takes, and its memory, is reported beside.
+func BenchmarkRemove(b *testing.B) {
+	sizes := []int{20, 200}
+	if os.Getenv("DEDUP_LONG") != "" {
+		sizes = append(sizes, 2000)
+	}
+	for _, layers := range sizes {
+		b.Run(fmt.Sprintf("layers=%d", layers), func(b *testing.B) { benchRemove(b, layers) })
+	}
+}
+
+// manyFiles is layer i: 250 files that only it has, 250 that layer i+1 has as well.
+func manyFiles(b *testing.B, i int) []byte {
+	var m []member
+	for f := range 500 {
+		owner := i
+		if f%2 == 1 {
+			owner = i + 1
+		}
+		// A file of layer i is shared with i-1 when f is even in i and odd in i-1.
+		m = append(m, member{name: fmt.Sprintf("f%d", f), data: strings.Repeat(fmt.Sprintf("%d of layer %d\n", f/2, owner), 60)})
+	}
+	return makeTar(b, m...)
+}
+
+func benchRemove(b *testing.B, layers int) {
+	root := b.TempDir()
+	s, err := Open(b.Context(), Options{Root: root, Durability: Deferred}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var ids []content.LayerID
+	for i := range layers {
+		// Twice as far apart as the layers that share, so that there are 500 objects for each.
+		ids = append(ids, ingest(b, s, manyFiles(b, 2*i)).Layer)
+	}
+	objects := s.Objects()
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
+	}
+	s.rootFd = -1
+	runtime.GC()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	opened := time.Now()
+	s = openStore(b, root, content.Python, ids...)
+	took := time.Since(opened)
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	var cpu [2]unix.Rusage
+	b.ResetTimer()
+	for i := 0; b.Loop(); i++ {
+		b.StopTimer()
+		// Layer 2k+1 shares half of its objects with 2k, and half with 2k+2.
+		in := ingest(b, s, manyFiles(b, 2*(i%(layers-1))+1))
+		_ = unix.Getrusage(unix.RUSAGE_SELF, &cpu[0])
+		b.StartTimer()
+		s.Release(in.Layer)
+		s.gc.Wait()
+		b.StopTimer()
+		_ = unix.Getrusage(unix.RUSAGE_SELF, &cpu[1])
+		b.StartTimer()
+	}
+	b.ReportMetric(float64(cpu[1].Stime.Nano()+cpu[1].Utime.Nano()-cpu[0].Stime.Nano()-cpu[0].Utime.Nano())/1e6, "cpu-ms")
+	b.ReportMetric(float64(objects), "objects")
+	b.ReportMetric(float64(took.Milliseconds()), "open-ms")
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/1e6, "heap-MB")
 }

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -109,4 +110,79 @@ func TestDiskThatIsFull(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Ingests stop at the reserve, of bytes and of inodes, after asking for what can be freed. What the store knows comes in
+// all the same, and when there is room again, the rest.
+func TestReserve(t *testing.T) {
+	for name, row := range map[string]struct {
+		inodes  int
+		reserve Reserve
+		layer   []member
+		want    string
+	}{
+		"space":  {4096, Reserve{Space: Amount{Percent: 70}}, filler(12, 1<<20), "reserve_space keeps"},
+		"inodes": {2048, Reserve{Inodes: Amount{Fixed: 900}}, filler(1400, 700), "reserve_inodes keeps"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := smallDisk(t, row.inodes)
+			var asked int
+			s, err := Open(t.Context(), Options{Root: root, Reserve: row.reserve, Pressure: func(context.Context) { asked++ }}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { closeStore(t, s) })
+			small := makeTar(t, row.layer[:2]...)
+			in := ingest(t, s, small)
+			before := statfs(t, root)
+			_, err = s.IngestBlob(t.Context(), blobOf(makeTar(t, row.layer...)))
+			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(), "remove images") {
+				t.Fatalf("beyond the reserve: %v", err)
+			}
+			if asked != 1 {
+				t.Errorf("asked %d times for what can be freed", asked)
+			}
+			if after := statfs(t, root); after.Bavail < before.Bavail-20 || after.Ffree < before.Ffree-20 {
+				t.Errorf("it left %d blocks and %d inodes, of %d and %d", after.Bavail, after.Ffree, before.Bavail, before.Ffree)
+			}
+			other := makeTar(t, append([]member{{name: "more", data: "inline"}}, row.layer[:2]...)...)
+			filled := filepath.Join(root, "fill")
+			if err := os.Mkdir(filled, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			for i := 0; s.hasRoom(0) == nil; i++ {
+				if err := os.WriteFile(filepath.Join(filled, fmt.Sprint(i)), make([]byte, 8192), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ingest(t, s, other)
+			if err := os.RemoveAll(filled); err != nil {
+				t.Fatal(err)
+			}
+			ingest(t, s, makeTar(t, row.layer[:len(row.layer)/4]...))
+			if err := s.InService(in.Layer); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// filler is many files that share nothing.
+func filler(n, size int) (all []member) {
+	for i := range n {
+		b := make([]byte, size)
+		for j := range b {
+			b[j] = byte(rand.Uint32())
+		}
+		all = append(all, member{name: fmt.Sprintf("f-%d", i), data: string(b)})
+	}
+	return all
+}
+
+func statfs(t *testing.T, path string) (st unix.Statfs_t) {
+	t.Helper()
+	if err := unix.Statfs(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st
 }

@@ -57,7 +57,7 @@ type Options struct {
 	// Durability of new layers; "" is Strict.
 	Durability Durability
 	// Reserve is what ingests leave free on the file system.
-	Reserve Usage
+	Reserve Reserve
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.

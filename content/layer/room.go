@@ -17,6 +17,17 @@ const (
 	pressureEvery = 5 * time.Second
 )
 
+// Reserve is what ingests leave free on the file system.
+type Reserve struct{ Space, Inodes Amount }
+
+// Amount is a number of bytes or inodes, and a part of all there are; the larger of both counts.
+type Amount struct {
+	Fixed   int64
+	Percent float64
+}
+
+func (a Amount) of(total int64) int64 { return max(a.Fixed, int64(a.Percent/100*float64(total))) }
+
 // room guards the reserve.
 type room struct {
 	mu   sync.Mutex
@@ -45,15 +56,15 @@ func (s *Store) hasRoom(size int64) error {
 		return fmt.Errorf("free space of %s: %w", s.root, err)
 	}
 	free := int64(st.Bavail) * st.Bsize
-	reserve := s.opts.Reserve
+	space, inodes := s.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize), s.opts.Reserve.Inodes.of(int64(st.Files))
 	switch {
-	case size > free-reserve.Bytes && size > 0:
-		return fmt.Errorf("declares %d bytes, and %s has %d bytes free, %d of them kept in reserve: %w", size, s.root, free, reserve.Bytes, unix.ENOSPC)
-	case free < reserve.Bytes:
-		return fmt.Errorf("%s has %d bytes free, and %d are kept in reserve: %w", s.root, free, reserve.Bytes, unix.ENOSPC)
+	case size > free-space && size > 0:
+		return fmt.Errorf("a file of %d bytes, and %s has %d bytes free, %d of them in reserve: %w", size, s.root, free, space, unix.ENOSPC)
+	case free < space:
+		return fmt.Errorf("%s has %d bytes free, and reserve_space keeps %d: %w", s.root, free, space, unix.ENOSPC)
 	// A file system without a fixed number of inodes says 0 of 0, or as many as fit into its free space.
-	case st.Files > 0 && int64(st.Ffree) < reserve.Inodes:
-		return fmt.Errorf("%s has %d inodes free, and %d are kept in reserve: %w", s.root, st.Ffree, reserve.Inodes, unix.ENOSPC)
+	case st.Files > 0 && int64(st.Ffree) < inodes:
+		return fmt.Errorf("%s has %d inodes free, and reserve_inodes keeps %d: %w", s.root, st.Ffree, inodes, unix.ENOSPC)
 	}
 	return nil
 }
