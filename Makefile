@@ -21,8 +21,14 @@ BENCHTIME ?= 1s
 PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 UNITDIR ?= $(SYSCONFDIR)/systemd/system
+TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 BINDIR = $(DESTDIR)$(PREFIX)/bin
 CONFDIR = $(DESTDIR)$(SYSCONFDIR)/containerd-dedup-grpc
+DOCDIR = /usr/share/doc/containerd-dedup-grpc
+UNIT = containerd-dedup-grpc.service
+INSTALLED = $(addprefix bin/,$(filter-out dedup-bench,$(COMMANDS)))
+# A Debian version starts with a digit: v1.2-3-gabc becomes 1.2+3+gabc, a bare commit 0+git.abc.
+DEBVERSION = $(shell echo '$(VERSION)' | sed -E 's/^v?([0-9]+\.)/\1/; t ok; s/^/0+git./; : ok; s/[^A-Za-z0-9.+~]/+/g')
 
 # Packages whose tests run once more under the race detector, where there is a C compiler.
 RACE ?= ./content/... ./snapshotter/... ./cmd/...
@@ -105,25 +111,38 @@ bench: ## Go benchmarks of the hot paths, comparable with benchstat, into out/be
 benchmarks: build ## all scenarios with overlayfs, erofs and dedup side by side, into docs/benchmarks.md (root)
 	bin/dedup-bench run --runs $(RUNS) --docs docs/benchmarks.md
 
+# It builds nothing: sudo often has no Go.
 .PHONY: install
-install: build ## binaries, config and systemd unit (PREFIX, SYSCONFDIR, UNITDIR, DESTDIR)
-	install -d "$(BINDIR)"
-	install -m 0755 $(addprefix bin/,$(filter-out dedup-bench,$(COMMANDS))) "$(BINDIR)/"
-	@if [ -f deploy/config.toml ]; then \
-		install -d "$(CONFDIR)"; \
-		if [ -e "$(CONFDIR)/config.toml" ]; then echo "keeping $(CONFDIR)/config.toml"; \
-		else install -m 0600 deploy/config.toml "$(CONFDIR)/config.toml"; fi; \
-	fi
-	@for unit in $(wildcard deploy/*.service); do \
-		install -d "$(DESTDIR)$(UNITDIR)"; \
-		sed 's|/usr/local/bin|$(PREFIX)/bin|g' "$$unit" > "$(DESTDIR)$(UNITDIR)/$$(basename "$$unit")"; \
-		chmod 0644 "$(DESTDIR)$(UNITDIR)/$$(basename "$$unit")"; \
-	done
+install: ## what build has made, config, systemd unit and tmpfiles (PREFIX, SYSCONFDIR, UNITDIR, TMPFILESDIR, DESTDIR)
+	@for f in $(INSTALLED); do [ -x "$$f" ] || { echo "no $$f: run 'make build' first, without sudo"; exit 1; }; done
+	install -d "$(BINDIR)" "$(CONFDIR)" "$(DESTDIR)$(UNITDIR)" "$(DESTDIR)$(TMPFILESDIR)"
+	install -m 0755 $(INSTALLED) "$(BINDIR)/"
+	@if [ -e "$(CONFDIR)/config.toml" ]; then echo "keeping $(CONFDIR)/config.toml"; \
+	else install -m 0600 deploy/config.toml "$(CONFDIR)/config.toml"; fi
+	sed 's|/usr/local/bin|$(PREFIX)/bin|g' deploy/$(UNIT) > "$(DESTDIR)$(UNITDIR)/$(UNIT)"
+	chmod 0644 "$(DESTDIR)$(UNITDIR)/$(UNIT)"
+	install -m 0644 deploy/tmpfiles.conf "$(DESTDIR)$(TMPFILESDIR)/containerd-dedup-grpc.conf"
 
 .PHONY: uninstall
 uninstall: ## what install put there; configuration and stored layers stay
-	rm -f $(addprefix "$(BINDIR)"/,$(filter-out dedup-bench,$(COMMANDS)))
-	rm -f $(addprefix "$(DESTDIR)$(UNITDIR)"/,$(notdir $(wildcard deploy/*.service)))
+	rm -f $(addprefix "$(BINDIR)"/,$(notdir $(INSTALLED)))
+	rm -f "$(DESTDIR)$(UNITDIR)/$(UNIT)" "$(DESTDIR)$(TMPFILESDIR)/containerd-dedup-grpc.conf"
+
+.PHONY: deb
+deb: build ## a Debian package, into out/
+	@command -v dpkg-deb >/dev/null || { echo "no dpkg-deb: install dpkg"; exit 1; }
+	rm -rf out/deb
+	@$(MAKE) --no-print-directory install DESTDIR="$(CURDIR)/out/deb" PREFIX=/usr SYSCONFDIR=/etc \
+		UNITDIR=/usr/lib/systemd/system TMPFILESDIR=/usr/lib/tmpfiles.d
+	install -d out/deb/DEBIAN out/deb$(DOCDIR)
+	install -m 0644 LICENSE out/deb$(DOCDIR)/copyright
+	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json out/deb$(DOCDIR)/
+	install -m 0755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm out/deb/DEBIAN/
+	install -m 0644 deploy/debian/conffiles out/deb/DEBIAN/
+	(cd out/deb && find usr -type f -exec md5sum {} +) > out/deb/DEBIAN/md5sums
+	sed "s/@VERSION@/$(DEBVERSION)/; s/@ARCH@/$$($(GO) env GOARCH)/; s/@SIZE@/$$(du -sk out/deb | cut -f1)/" \
+		deploy/debian/control > out/deb/DEBIAN/control
+	dpkg-deb --root-owner-group -z3 --build out/deb out/
 
 .PHONY: clean
 clean: ## bin/ and out/ (the cache stays)

@@ -1,0 +1,197 @@
+package integration
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/machine"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
+)
+
+// A fresh Debian that runs containerd, and a person who does what docs/quickstart.md says, command by command. Two things are
+// made to be as if there were a network: docker.io is answered for on loopback, and Go's modules are there. The build starts from an empty
+// cache with DEDUP_LONG=1.
+func TestQuickstart(t *testing.T) {
+	t.Parallel()
+	steps := commands(t, "docs/quickstart.md")
+	if d := cmp.Diff(steps, commands(t, "README.md", "## Use it")); d != "" {
+		t.Errorf("commands in docs/quickstart.md and README.md: %s", d)
+	}
+	m := bootContainerd(t, addSource)
+	ctx := testContext(t)
+	start := time.Now()
+	for _, step := range steps {
+		out, err := m.Run(ctx, "cd dedup-snapshotter\n"+step)
+		if strings.Contains(step, "image pull") {
+			out = "" // a hundred lines of progress
+		}
+		t.Logf("$ %s\n%s", step, out)
+		if err != nil {
+			log, _ := m.Run(ctx, "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u containerd -u containerd-dedup-grpc")
+			t.Fatalf("%v\n%s", err, log)
+		}
+		switch {
+		case strings.Contains(step, "ctr run") && !strings.HasSuffix(out, "hello\n"):
+			t.Errorf("the container says %q", out)
+		case strings.Contains(step, "dedupctl status") && !strings.Contains(out, "/var/lib/containerd-dedup-grpc"):
+			t.Errorf("status says %q", out)
+		}
+	}
+	t.Logf("all of it took %s", time.Since(start).Round(time.Second))
+	checkHardened(t, m)
+}
+
+// checkHardened looks at what systemd made of the unit: few capabilities, and containerd's mount namespace.
+func checkHardened(t *testing.T, m *machine.Machine) {
+	t.Helper()
+	out, err := m.Run(testContext(t), `
+pid=$(systemctl show -P MainPID containerd-dedup-grpc)
+[ "$(readlink /proc/$pid/ns/mnt)" = "$(readlink /proc/$(systemctl show -P MainPID containerd)/ns/mnt)" ] || echo "another mount namespace than containerd's"
+grep -q '^NoNewPrivs:.1$' /proc/$pid/status || echo "may gain privileges"
+capsh=$(sed -n 's/^CapBnd:.//p' /proc/$pid/status)
+[ $((0x$capsh & (1 << 16 | 1 << 23 | 1 << 19))) = 0 ] || echo "may load modules, trace or change priorities: $capsh"
+stat -c '%a %U' /run/containerd-dedup-grpc /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc/containerd-dedup-grpc.sock
+systemd-analyze verify containerd-dedup-grpc.service 2>&1`)
+	if want := "700 root\n700 root\n600 root\n"; err != nil || out != want {
+		t.Errorf("the unit: %q, %v, want %q", out, err, want)
+	}
+}
+
+// bootContainerd boots a machine on which containerd runs; add puts more into it.
+func bootContainerd(t *testing.T, add func(*testing.T, *machine.Options)) *machine.Machine {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: namespaces and mounts do")
+	}
+	ctx := testContext(t)
+	say := func(s string) { t.Log(s) }
+	tools, err := node.Build(ctx, node.DefaultVersion, say)
+	must(t, err)
+	r := startRegistry(t)
+	opts := machine.Options{Dir: t.TempDir(), Say: say, Files: map[string]string{
+		"/etc/systemd/system/containerd.service": containerdUnit,
+	}}
+	standInForDockerHub(t, r, &opts)
+	for _, bin := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
+		opts.Binds = append(opts.Binds, machine.Bind{Source: filepath.Join(tools.Dir, bin), Target: "/usr/local/bin/" + bin})
+	}
+	add(t, &opts)
+	pushPython(t, r)
+	m, err := machine.Boot(ctx, opts)
+	must(t, err)
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err = m.Run(ctx, "systemctl enable --now --quiet containerd")
+	must(t, err)
+	return m
+}
+
+const containerdUnit = `[Unit]
+Description=containerd
+After=network.target local-fs.target
+[Service]
+Type=notify
+ExecStart=/usr/local/bin/containerd
+Delegate=yes
+KillMode=process
+Restart=always
+[Install]
+WantedBy=multi-user.target
+`
+
+// copySource copies the files of the repository, as they are now.
+func copySource(t *testing.T) string {
+	t.Helper()
+	root, err := node.ModuleRoot()
+	must(t, err)
+	list := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+	list.Dir = root
+	names, err := list.Output()
+	must(t, err)
+	src := t.TempDir()
+	for name := range strings.SplitSeq(strings.TrimRight(string(names), "\x00"), "\x00") {
+		data, err := os.ReadFile(filepath.Join(root, name))
+		if os.IsNotExist(err) {
+			continue // deleted, and not yet committed
+		}
+		must(t, err)
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(src, name)), 0o755))
+		must(t, os.WriteFile(filepath.Join(src, name), data, 0o644))
+	}
+	return src
+}
+
+// addSource puts the repository into root's home, and Go with the modules into the machine.
+func addSource(t *testing.T, opts *machine.Options) {
+	t.Helper()
+	env := func(name string) string {
+		out, err := exec.Command("go", "env", name).Output()
+		must(t, err)
+		return string(bytes.TrimSpace(out))
+	}
+	cache := env("GOCACHE")
+	if os.Getenv("DEDUP_LONG") != "" {
+		cache = t.TempDir()
+	}
+	opts.Binds = append(opts.Binds,
+		machine.Bind{Source: copySource(t), Target: "/root/dedup-snapshotter", Writable: true},
+		machine.Bind{Source: env("GOROOT"), Target: "/usr/local/go"},
+		machine.Bind{Source: env("GOMODCACHE"), Target: "/root/go/pkg/mod"},
+		machine.Bind{Source: cache, Target: "/root/.cache/go-build", Writable: true},
+	)
+	opts.Env = append(opts.Env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/go/bin",
+		"GOPROXY=off", "GOFLAGS=-buildvcs=false", "GOTOOLCHAIN=local", "GOMAXPROCS="+strconv.Itoa(runtime.GOMAXPROCS(0)))
+}
+
+// pushPython pushes Debian with Python under the name that the documentation pulls.
+func pushPython(t *testing.T, r *registry.Registry) {
+	t.Helper()
+	set, err := inputs.Open(func(s string) { t.Log(s) })
+	must(t, err)
+	debian, err := set.Debian(testContext(t))
+	must(t, err)
+	push(t, r, "library/python:3.12", debian)
+}
+
+// commands returns the shell commands of a Markdown file's blocks, or of one of its sections': one element for each line.
+func commands(t *testing.T, file string, section ...string) (lines []string) {
+	t.Helper()
+	root, err := node.ModuleRoot()
+	must(t, err)
+	data, err := os.ReadFile(filepath.Join(root, file))
+	must(t, err)
+	text := string(data)
+	for _, s := range section {
+		_, after, ok := strings.Cut(text, "\n"+s+"\n")
+		if !ok {
+			t.Fatalf("%s has no section %q", file, s)
+		}
+		text, _, _ = strings.Cut(after, "\n## ")
+	}
+	for _, m := range regexp.MustCompile("(?ms)^```sh\n(.*?)^```$").FindAllStringSubmatch(text, -1) {
+		for line := range strings.Lines(m[1]) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+				lines = append(lines, line)
+			}
+		}
+	}
+	if len(lines) == 0 {
+		t.Fatalf("%s %v has no commands", file, section)
+	}
+	return lines
+}
