@@ -91,6 +91,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
+		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
 		Catalog: blobs.NewCatalog(conn, c.Address),
 	}))
 

@@ -74,15 +74,15 @@ func containerdConfigPath(c *cli.Context) (string, error) {
 	if path := c.String("containerd-config"); path != "" {
 		return path, nil
 	}
-	p, err := findContainerd(c.Context, c.String("containerd-address"))
+	p, err := ctdconfig.Listener(c.Context, c.String("containerd-address"))
 	if err != nil {
 		return ctdconfig.DefaultPath, nil // not running: it will start with its default
 	}
-	if p.otherMounts {
+	if p.OtherMounts {
 		return "", fmt.Errorf("containerd (pid %d) runs in another mount namespace, so its config is not a file here: "+
-			"run this there, or name the file with --containerd-config", p.pid)
+			"run this there, or name the file with --containerd-config", p.Pid)
 	}
-	return p.config, nil
+	return p.Config(ctdconfig.DefaultPath)
 }
 
 // carryOut shows a plan, asks, and executes it.

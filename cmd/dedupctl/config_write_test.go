@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
 
@@ -100,22 +99,5 @@ func TestWriteErrors(t *testing.T) {
 	}
 	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 1 {
 		t.Error(left, err)
-	}
-}
-
-func TestConfigArgument(t *testing.T) {
-	for line, want := range map[string]string{
-		"containerd":                              "/etc/containerd/config.toml",
-		"containerd -l info --config /a":          "/a",
-		"/usr/bin/containerd -c rel.toml -a /x":   "rel.toml",
-		"containerd --config=/a/b=c":              "/a/b=c",
-		"containerd -c=/a":                        "/a",
-		"containerd --address /x --config":        "/etc/containerd/config.toml",
-		"/opt/config --state /y":                  "/etc/containerd/config.toml",
-		"containerd --address=/config -log-level": "/etc/containerd/config.toml",
-	} {
-		if d := cmp.Diff(want, configArgument(strings.Fields(line))); d != "" {
-			t.Errorf("%s: %s", line, d)
-		}
 	}
 }

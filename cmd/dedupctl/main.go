@@ -1,7 +1,7 @@
 // Command dedupctl shows an operator what the daemon containerd-dedup-grpc stores, and how to set it up.
 //
 // Exit codes: 0 done, 1 it did not work (the message says what to do), 2 the command line is wrong, 3 fsck found damage
-// that is still there.
+// that is still there, or doctor a problem.
 package main
 
 import (
@@ -24,7 +24,7 @@ const (
 	exitOK      = 0
 	exitFailure = 1
 	exitUsage   = 2
-	// exitDamage: fsck found damage that is still there.
+	// exitDamage: fsck found damage that is still there, or doctor a problem.
 	exitDamage = 3
 )
 
@@ -53,7 +53,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	switch {
 	case errors.As(err, new(usageError)):
 		return exitUsage
-	case errors.Is(err, errDamage):
+	case errors.Is(err, errDamage), errors.Is(err, errProblems):
 		return exitDamage
 	}
 	return exitFailure
@@ -64,7 +64,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Name:            "dedupctl",
 		Usage:           "see what containerd-dedup-grpc stores, and set it up",
 		Version:         version,
-		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage.",
+		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage; doctor: there is a problem.",
 		HideHelpCommand: true,
 		Flags:           globalFlags(),
 		Commands: []*cli.Command{
@@ -77,6 +77,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			migrateCommand(),
 			gcCommand(),
 			fsckCommand(),
+			doctorCommand(),
 			configCommand(),
 		},
 		Action:       needVerb,

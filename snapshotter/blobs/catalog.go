@@ -12,12 +12,14 @@ import (
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
+	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -36,6 +38,7 @@ type Catalog struct {
 	namespaces namespacesapi.NamespacesClient
 	content    ctdcontent.Store
 	plugins    introspection.IntrospectionClient
+	version    versionapi.VersionClient
 	address    string
 }
 
@@ -46,6 +49,7 @@ func NewCatalog(conn grpc.ClientConnInterface, address string) *Catalog {
 		namespaces: namespacesapi.NewNamespacesClient(conn),
 		content:    contentproxy.NewContentStore(conn),
 		plugins:    introspection.NewIntrospectionClient(conn),
+		version:    versionapi.NewVersionClient(conn),
 		address:    address,
 	}
 }
@@ -94,7 +98,18 @@ func (c *Catalog) explain(ctx, short context.Context, err error) error {
 	if short.Err() != nil && ctx.Err() == nil {
 		return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
 	}
-	return fmt.Errorf("ask containerd for its images: %w", err)
+	return fmt.Errorf("ask containerd: %w", err)
+}
+
+// Version returns the version of the containerd.
+func (c *Catalog) Version(ctx context.Context) (string, error) {
+	short, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	r, err := c.version.Version(short, &emptypb.Empty{})
+	if err != nil {
+		return "", c.explain(ctx, short, errgrpc.ToNative(err))
+	}
+	return r.Version, nil
 }
 
 // snapshotters returns the names under which containerd knows the snapshotter.

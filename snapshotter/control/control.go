@@ -24,6 +24,9 @@ type Options struct {
 	Root     string
 	Fidelity string
 	Reuse    string
+	// RunDir and ContainerdAddress are the keys of the same names.
+	RunDir            string
+	ContainerdAddress string
 	// Catalog lists the images of the containerd that calls.
 	Catalog *blobs.Catalog
 }

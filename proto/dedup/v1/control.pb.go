@@ -1505,6 +1505,145 @@ func (x *GCResponse) GetRemoved() []*Finding {
 	return nil
 }
 
+type DoctorRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DoctorRequest) Reset() {
+	*x = DoctorRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DoctorRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DoctorRequest) ProtoMessage() {}
+
+func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
+func (*DoctorRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{21}
+}
+
+type DoctorResponse struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Version           string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Root              string                 `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
+	RunDir            string                 `protobuf:"bytes,3,opt,name=run_dir,json=runDir,proto3" json:"run_dir,omitempty"`
+	ContainerdAddress string                 `protobuf:"bytes,4,opt,name=containerd_address,json=containerdAddress,proto3" json:"containerd_address,omitempty"`
+	// What every overlay mount gets, as the kernel was found to need it.
+	OverlayOptions []string `protobuf:"bytes,5,rep,name=overlay_options,json=overlayOptions,proto3" json:"overlay_options,omitempty"`
+	// The version that the containerd there says; else why it did not answer.
+	ContainerdVersion string `protobuf:"bytes,6,opt,name=containerd_version,json=containerdVersion,proto3" json:"containerd_version,omitempty"`
+	ContainerdError   string `protobuf:"bytes,7,opt,name=containerd_error,json=containerdError,proto3" json:"containerd_error,omitempty"`
+	// Mount points of chain images that neither a container nor a view uses.
+	IdleMounts    []string `protobuf:"bytes,8,rep,name=idle_mounts,json=idleMounts,proto3" json:"idle_mounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DoctorResponse) Reset() {
+	*x = DoctorResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DoctorResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DoctorResponse) ProtoMessage() {}
+
+func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
+func (*DoctorResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DoctorResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetRunDir() string {
+	if x != nil {
+		return x.RunDir
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetContainerdAddress() string {
+	if x != nil {
+		return x.ContainerdAddress
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetOverlayOptions() []string {
+	if x != nil {
+		return x.OverlayOptions
+	}
+	return nil
+}
+
+func (x *DoctorResponse) GetContainerdVersion() string {
+	if x != nil {
+		return x.ContainerdVersion
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetContainerdError() string {
+	if x != nil {
+		return x.ContainerdError
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetIdleMounts() []string {
+	if x != nil {
+		return x.IdleMounts
+	}
+	return nil
+}
+
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
 
 const file_dedup_v1_control_proto_rawDesc = "" +
@@ -1625,7 +1764,18 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
 	"\n" +
 	"GCResponse\x12+\n" +
-	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved2\xb0\x03\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\x0f\n" +
+	"\rDoctorRequest\"\xaa\x02\n" +
+	"\x0eDoctorResponse\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
+	"\x04root\x18\x02 \x01(\tR\x04root\x12\x17\n" +
+	"\arun_dir\x18\x03 \x01(\tR\x06runDir\x12-\n" +
+	"\x12containerd_address\x18\x04 \x01(\tR\x11containerdAddress\x12'\n" +
+	"\x0foverlay_options\x18\x05 \x03(\tR\x0eoverlayOptions\x12-\n" +
+	"\x12containerd_version\x18\x06 \x01(\tR\x11containerdVersion\x12)\n" +
+	"\x10containerd_error\x18\a \x01(\tR\x0fcontainerdError\x12\x1f\n" +
+	"\vidle_mounts\x18\b \x03(\tR\n" +
+	"idleMounts2\xed\x03\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +
@@ -1634,7 +1784,8 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponse\x12:\n" +
 	"\x05Check\x12\x16.dedup.v1.CheckRequest\x1a\x17.dedup.v1.CheckResponse0\x01\x12/\n" +
-	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
+	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponse\x12;\n" +
+	"\x06Doctor\x12\x17.dedup.v1.DoctorRequest\x1a\x18.dedup.v1.DoctorResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
 
 var (
 	file_dedup_v1_control_proto_rawDescOnce sync.Once
@@ -1648,7 +1799,7 @@ func file_dedup_v1_control_proto_rawDescGZIP() []byte {
 	return file_dedup_v1_control_proto_rawDescData
 }
 
-var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_dedup_v1_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: dedup.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: dedup.v1.StatusResponse
@@ -1671,6 +1822,8 @@ var file_dedup_v1_control_proto_goTypes = []any{
 	(*ImageNames)(nil),         // 18: dedup.v1.ImageNames
 	(*GCRequest)(nil),          // 19: dedup.v1.GCRequest
 	(*GCResponse)(nil),         // 20: dedup.v1.GCResponse
+	(*DoctorRequest)(nil),      // 21: dedup.v1.DoctorRequest
+	(*DoctorResponse)(nil),     // 22: dedup.v1.DoctorResponse
 }
 var file_dedup_v1_control_proto_depIdxs = []int32{
 	4,  // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
@@ -1691,15 +1844,17 @@ var file_dedup_v1_control_proto_depIdxs = []int32{
 	11, // 15: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
 	14, // 16: dedup.v1.Control.Check:input_type -> dedup.v1.CheckRequest
 	19, // 17: dedup.v1.Control.GC:input_type -> dedup.v1.GCRequest
-	1,  // 18: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
-	3,  // 19: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
-	6,  // 20: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
-	9,  // 21: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
-	12, // 22: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
-	15, // 23: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
-	20, // 24: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
-	18, // [18:25] is the sub-list for method output_type
-	11, // [11:18] is the sub-list for method input_type
+	21, // 18: dedup.v1.Control.Doctor:input_type -> dedup.v1.DoctorRequest
+	1,  // 19: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
+	3,  // 20: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
+	6,  // 21: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
+	9,  // 22: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
+	12, // 23: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
+	15, // 24: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
+	20, // 25: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
+	22, // 26: dedup.v1.Control.Doctor:output_type -> dedup.v1.DoctorResponse
+	19, // [19:27] is the sub-list for method output_type
+	11, // [11:19] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -1720,7 +1875,7 @@ func file_dedup_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dedup_v1_control_proto_rawDesc), len(file_dedup_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

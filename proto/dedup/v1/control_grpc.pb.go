@@ -32,6 +32,7 @@ const (
 	Control_Duplicates_FullMethodName = "/dedup.v1.Control/Duplicates"
 	Control_Check_FullMethodName      = "/dedup.v1.Control/Check"
 	Control_GC_FullMethodName         = "/dedup.v1.Control/GC"
+	Control_Doctor_FullMethodName     = "/dedup.v1.Control/Doctor"
 )
 
 // ControlClient is the client API for Control service.
@@ -54,6 +55,8 @@ type ControlClient interface {
 	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
 	// be removed then.
 	GC(ctx context.Context, in *GCRequest, opts ...grpc.CallOption) (*GCResponse, error)
+	// Doctor is what only the daemon itself can see of its surroundings.
+	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
 }
 
 type controlClient struct {
@@ -143,6 +146,16 @@ func (c *controlClient) GC(ctx context.Context, in *GCRequest, opts ...grpc.Call
 	return out, nil
 }
 
+func (c *controlClient) Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DoctorResponse)
+	err := c.cc.Invoke(ctx, Control_Doctor_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServer is the server API for Control service.
 // All implementations must embed UnimplementedControlServer
 // for forward compatibility.
@@ -163,6 +176,8 @@ type ControlServer interface {
 	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
 	// be removed then.
 	GC(context.Context, *GCRequest) (*GCResponse, error)
+	// Doctor is what only the daemon itself can see of its surroundings.
+	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
 	mustEmbedUnimplementedControlServer()
 }
 
@@ -193,6 +208,9 @@ func (UnimplementedControlServer) Check(*CheckRequest, grpc.ServerStreamingServe
 }
 func (UnimplementedControlServer) GC(context.Context, *GCRequest) (*GCResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GC not implemented")
+}
+func (UnimplementedControlServer) Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Doctor not implemented")
 }
 func (UnimplementedControlServer) mustEmbedUnimplementedControlServer() {}
 func (UnimplementedControlServer) testEmbeddedByValue()                 {}
@@ -334,6 +352,24 @@ func _Control_GC_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Doctor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DoctorRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Doctor(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Doctor_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Doctor(ctx, req.(*DoctorRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Control_ServiceDesc is the grpc.ServiceDesc for Control service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -364,6 +400,10 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GC",
 			Handler:    _Control_GC_Handler,
+		},
+		{
+			MethodName: "Doctor",
+			Handler:    _Control_Doctor_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -254,3 +254,20 @@ func TestReadErrorsNameTheLine(t *testing.T) {
 		}
 	}
 }
+
+func TestConfigArgument(t *testing.T) {
+	for line, want := range map[string]string{
+		"containerd":                              "/etc/containerd/config.toml",
+		"containerd -l info --config /a":          "/a",
+		"/usr/bin/containerd -c rel.toml -a /x":   "rel.toml",
+		"containerd --config=/a/b=c":              "/a/b=c",
+		"containerd -c=/a":                        "/a",
+		"containerd --address /x --config":        "/etc/containerd/config.toml",
+		"/opt/config --state /y":                  "/etc/containerd/config.toml",
+		"containerd --address=/config -log-level": "/etc/containerd/config.toml",
+	} {
+		if d := cmp.Diff(want, configArgument(strings.Fields(line), DefaultPath)); d != "" {
+			t.Errorf("%s: %s", line, d)
+		}
+	}
+}

@@ -1,0 +1,104 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+)
+
+func owner(fi os.FileInfo) int {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return int(st.Uid)
+	}
+	return -1
+}
+
+// place is the root, or what is there of the way to it.
+func (n *node) place() string {
+	for dir := n.Settings.Root; ; dir = filepath.Dir(dir) {
+		if fi, err := os.Stat(dir); err == nil && fi.IsDir() || dir == filepath.Dir(dir) {
+			return dir
+		}
+	}
+}
+
+// lookAtKernel tries out mounts as the daemon makes them.
+func (n *node) lookAtKernel(context.Context) {
+	f, err := snapshotter.Examine(n.place())
+	if err != nil {
+		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v", n.place(), err)
+		return
+	}
+	switch {
+	case f.Erofs != nil:
+		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
+			"EROFS cannot be mounted: %v", f.Erofs)
+	case f.Loop:
+		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs")
+	default:
+		n.ok("kernel.erofs", "EROFS is mounted straight from its files")
+	}
+	if f.Upper != nil {
+		n.add(Problem, "kernel.upper", "put root on ext4, or on XFS with ftype=1; not on overlayfs, NFS or FUSE",
+			"%s cannot hold what containers write: %v", n.place(), f.Upper)
+	} else {
+		n.ok("kernel.upper", "overlayfs can write to the file system of root")
+	}
+	switch {
+	case f.Erofs != nil || f.Upper != nil:
+	case f.DataOnly != nil:
+		n.add(Problem, "kernel.data-only", "a kernel of Linux 6.5 or newer (Debian 13, Ubuntu 24.04 and later have one)",
+			"overlayfs does not serve data-only lower layers: %v", f.DataOnly)
+	case f.Metacopy:
+		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, with metacopy=on")
+	default:
+		n.ok("kernel.data-only", "overlayfs serves data-only lower layers, without metacopy")
+	}
+	if f.Erofs == nil {
+		if f.IDMapped != nil {
+			n.add(Info, "kernel.id-mapped", "", "chain images cannot be ID-mapped (%v): containers in user namespaces get a copy of their files, as now", f.IDMapped)
+		} else {
+			n.ok("kernel.id-mapped", "mounts of chain images can be ID-mapped")
+		}
+	}
+	n.lookAtVerity()
+}
+
+// lookAtVerity: fs-verity is not used, but whoever plans with it wants to know.
+func (n *node) lookAtVerity() {
+	const fsIocMeasureVerity = 0xc0046686 // linux/fsverity.h
+	f, err := os.CreateTemp(n.place(), "probe-verity-")
+	if err != nil {
+		n.failed("kernel.fs-verity", err)
+		return
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	var digest [64]byte
+	err = ioctl(f, fsIocMeasureVerity, &digest)
+	switch {
+	case errors.Is(err, unix.ENODATA): // supported, and not on for this file
+		n.ok("kernel.fs-verity", "the file system knows fs-verity; dedup does without")
+	default:
+		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v); dedup does without", err)
+	}
+}
+
+func fileSystem(magic int64) string {
+	names := map[int64]string{
+		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.TMPFS_MAGIC: "tmpfs",
+		unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.NFS_SUPER_MAGIC: "nfs", unix.FUSE_SUPER_MAGIC: "fuse", 0x2fc12fc1: "zfs",
+		unix.F2FS_SUPER_MAGIC: "f2fs", 0xca451a4e: "bcachefs",
+	}
+	if name := names[magic]; name != "" {
+		return name
+	}
+	return fmt.Sprintf("a file system of type %#x", magic)
+}
