@@ -78,6 +78,16 @@ type AnalysisPrefix struct {
 	Path  string `json:"path"`
 	Bytes int64  `json:"bytes"` // of all copies but one
 	Files int64  `json:"files"`
+	// Parts are the largest directories in one that holds packages.
+	Parts []AnalysisPrefix `json:"parts,omitempty"`
+}
+
+func prefix(p forecast.Prefix) AnalysisPrefix {
+	out := AnalysisPrefix{Path: p.Path, Bytes: p.Bytes, Files: p.Files}
+	for _, part := range p.Parts {
+		out.Parts = append(out.Parts, prefix(part))
+	}
+	return out
 }
 
 // AnalysisError is a layer that could not be read; the images that have it are not counted.
@@ -232,10 +242,10 @@ func (a *analysis) compute(ctx context.Context) error {
 		*into = store(s)
 	}
 	top, all, err := forecast.Duplicates(drafts, times)
-	a.out.AllDuplicates = AnalysisPrefix(all)
+	a.out.AllDuplicates = prefix(all)
 	a.out.Duplicates = []AnalysisPrefix{}
 	for _, p := range top {
-		a.out.Duplicates = append(a.out.Duplicates, AnalysisPrefix(p))
+		a.out.Duplicates = append(a.out.Duplicates, prefix(p))
 	}
 	return err
 }

@@ -61,7 +61,7 @@ func checkTwoBuilds(t *testing.T, a Analysis) {
 	if want := (AnalysisUsage{5*4096 + 2*(2*10+2)*4096 + 6*4096, 13}); a.Now != want || a.Layer != want {
 		t.Errorf("now %+v, by layer %+v, want %+v", a.Now, a.Layer, want)
 	}
-	if d := cmp.Diff([]AnalysisPrefix{{"srv", 3 * 10 * 4096, 3}}, a.Duplicates); d != "" {
+	if d := cmp.Diff([]AnalysisPrefix{{Path: "srv", Bytes: 3 * 10 * 4096, Files: 3}}, a.Duplicates); d != "" {
 		t.Error(d)
 	}
 }

@@ -59,19 +59,22 @@ func (f *folder) report(path string, least int64) (out []Prefix) {
 	if f.bytes < least {
 		return nil
 	}
-	rest := Prefix{path, f.bytes, f.files}
-	if !collections[path[strings.LastIndexByte(path, '/')+1:]] {
-		for _, name := range slices.Sorted(maps.Keys(f.children)) {
-			c := f.children[name]
-			below := c.report(strings.TrimPrefix(path+"/"+name, "/"), least)
-			if len(below) > 0 {
-				// What is too small to be named below is the child's, and not ours.
-				out = append(out, below...)
-				rest.Bytes -= c.bytes
-				rest.Files -= c.files
-			}
+	rest := Prefix{Path: path, Bytes: f.bytes, Files: f.files}
+	holdsPackages := collections[path[strings.LastIndexByte(path, '/')+1:]]
+	for _, name := range slices.Sorted(maps.Keys(f.children)) {
+		c := f.children[name]
+		if holdsPackages {
+			rest.Parts = append(rest.Parts, Prefix{Path: name, Bytes: c.bytes, Files: c.files})
+			continue
+		}
+		// What is too small to be named below is the child's, and not ours.
+		if below := c.report(strings.TrimPrefix(path+"/"+name, "/"), least); len(below) > 0 {
+			out = append(out, below...)
+			rest.Bytes -= c.bytes
+			rest.Files -= c.files
 		}
 	}
+	rest.Parts = largest(rest.Parts, parts)
 	if rest.Bytes >= least {
 		out = append(out, rest)
 	}

@@ -222,10 +222,15 @@ type Prefix struct {
 	Path  string
 	Bytes int64 // of the blocks that duplicates occupy: every copy but the first
 	Files int64
+	// Parts are the largest directories in it, where it is one that holds packages; their paths are theirs within it.
+	Parts []Prefix
 }
 
-// rows is how many prefixes Duplicates returns at most.
-const rows = 12
+// rows is how many prefixes Duplicates returns at most, and parts how many parts of one.
+const (
+	rows  = 12
+	parts = 6
+)
 
 // Duplicates tells where the files lie that are there more than once, pairs of Python's bytecode and source counted as
 // content.Python stores them: the largest prefixes, each without what others of them name, most bytes first, and the sum of
@@ -252,8 +257,12 @@ func Duplicates(drafts []layer.Draft, copies []int) (top []Prefix, all Prefix, e
 			}
 		}
 	}
-	all = Prefix{"", root.bytes, root.files}
-	top = root.report("", max(root.bytes/50, 1))
-	slices.SortStableFunc(top, func(a, b Prefix) int { return cmp.Compare(b.Bytes, a.Bytes) })
-	return top[:min(rows, len(top))], all, nil
+	all = Prefix{Bytes: root.bytes, Files: root.files}
+	return largest(root.report("", max(root.bytes/50, 1)), rows), all, nil
+}
+
+// largest sorts prefixes by their bytes and returns the first few.
+func largest(list []Prefix, n int) []Prefix {
+	slices.SortStableFunc(list, func(a, b Prefix) int { return cmp.Compare(b.Bytes, a.Bytes) })
+	return list[:min(n, len(list))]
 }
