@@ -51,6 +51,7 @@ type chains struct {
 	images, staging, mnt string
 	merge                func(context.Context, []content.LayerID) (*tree.Node, error)
 	counters             *counters
+	step                 func(name string)
 
 	mu sync.Mutex // guards what follows
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
@@ -70,7 +71,7 @@ func openChains(images, staging, mnt string, merge func(context.Context, []conte
 		return nil, fmt.Errorf("create mount directory: %w", err)
 	}
 	c := &chains{
-		images: images, staging: staging, mnt: mnt, merge: merge, counters: counters,
+		images: images, staging: staging, mnt: mnt, merge: merge, step: func(string) {}, counters: counters,
 		busy:  map[chainName]chan struct{}{},
 		sizes: map[chainName]int64{},
 		users: map[chainName]map[string]bool{},
@@ -214,9 +215,11 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 	if err != nil {
 		return err
 	}
+	c.step("chain.staged")
 	if err := os.Rename(f.Name(), c.image(n)); err != nil {
 		return err
 	}
+	c.step("chain.renamed")
 	c.counters.change(func(s *Stats) {
 		s.ChainBuilds++
 		s.ChainBuildTime += time.Since(start)
@@ -295,7 +298,9 @@ func (c *chains) mountImage(n chainName) error {
 	if err := os.MkdirAll(c.mountPoint(n), 0o700); err != nil {
 		return fmt.Errorf("create mount point: %w", err)
 	}
+	c.step("chain.mounting")
 	_, err := mountErofs(c.image(n), c.mountPoint(n))
+	c.step("chain.mounted")
 	return err
 }
 
@@ -318,6 +323,7 @@ func (c *chains) unmount(n chainName) error {
 			return fmt.Errorf("unmount chain image %s: %w", n, err)
 		}
 	}
+	c.step("chain.unmounted")
 	if err := os.Remove(c.mountPoint(n)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove mount point: %w", err)
 	}
@@ -362,5 +368,6 @@ func (c *chains) drop(ctx context.Context, n chainName) error {
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil
 	}
+	c.step("chain.dropped")
 	return errors.Join(err, c.measure(n), c.unmount(n))
 }

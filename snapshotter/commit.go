@@ -98,6 +98,7 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	if lid, ok := layerOf(old); ok {
 		s.layers.Release(lid)
 	}
+	s.step("applied.noted")
 	s.countIngest(doorApply, in)
 	s.mu.Lock()
 	s.applied = true
@@ -162,6 +163,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
 	}
+	s.step("commit.recorded")
 	s.ids.remove(id, key)
 	s.unuse(ctx, id)
 	extraction := isExtraction(key, active.Labels)
@@ -328,6 +330,7 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	if err != nil {
 		return err
 	}
+	s.step("pending.ingested")
 	s.countIngest(doorCommit, in)
 	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
@@ -340,6 +343,7 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 		}
 		return fmt.Errorf("note layer of snapshot %q: %w", p.name, err)
 	}
+	s.step("pending.noted")
 	return s.discard(ctx, id)
 }
 

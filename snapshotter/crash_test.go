@@ -64,6 +64,7 @@ type crashWorld struct {
 	have              map[string]crashSnapshot
 	round             int
 	commits, removals int
+	steps             func(name string) // hears what the process comes by; may be nil
 }
 
 const crashEnv = "DEDUP_CRASH_CHILD"
@@ -79,6 +80,14 @@ func (w *crashWorld) run(t *testing.T, seed uint64, after time.Duration) {
 	slices.Sort(known)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$", "-test.v")
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%d\n%d\n%s", crashEnv, w.root, seed, w.round, strings.Join(known, "\n")))
+	if errs, killed := w.watch(t, cmd, after); !killed {
+		t.Fatalf("the process ended by itself: %s", errs)
+	}
+}
+
+// watch runs the process, and kills it some time after it is ready, unless after is 0.
+func (w *crashWorld) watch(t *testing.T, cmd *exec.Cmd, after time.Duration) (stderr string, killed bool) {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +111,7 @@ func (w *crashWorld) run(t *testing.T, seed uint64, after time.Duration) {
 			if open = ok; !ok {
 				break
 			}
-			if line == "ready" {
+			if line == "ready" && after > 0 {
 				kill = time.After(after)
 			}
 			w.note(t, line)
@@ -114,9 +123,7 @@ func (w *crashWorld) run(t *testing.T, seed uint64, after time.Duration) {
 		}
 	}
 	_ = cmd.Wait() // killed
-	if cmd.ProcessState.Exited() {
-		t.Fatalf("the process ended by itself: %s", errs.String())
-	}
+	return errs.String(), !cmd.ProcessState.Exited()
 }
 
 // note takes what the process said.
@@ -138,6 +145,10 @@ func (w *crashWorld) note(t *testing.T, line string) {
 	case "removed":
 		delete(w.have, f[1])
 		w.removals++
+	case "step":
+		if w.steps != nil {
+			w.steps(f[1])
+		}
 	case "error":
 		t.Error(line)
 	}
@@ -308,6 +319,7 @@ type crashChild struct {
 	round          string
 	n              int
 	names, parents []string
+	lastSeed       uint64 // of pull
 }
 
 func (c *crashChild) step(ctx context.Context) error {
@@ -343,6 +355,7 @@ func (c *crashChild) committed(name, parent string, seed uint64) {
 func (c *crashChild) pull(ctx context.Context) error {
 	c.n++
 	parent, seed := c.parent(), c.r.Uint64()
+	c.lastSeed = seed
 	blob, err := tarOfFiles(crashFiles(seed))
 	if err != nil {
 		return err
@@ -356,9 +369,7 @@ func (c *crashChild) pull(ctx context.Context) error {
 	if err != nil || !ok {
 		return fmt.Errorf("extraction: %v, %w", ok, err)
 	}
-	in, err := c.s.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(blob)), nil
-	}})
+	in, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
 	if err != nil {
 		return err
 	}
@@ -392,6 +403,12 @@ func (c *crashChild) build(ctx context.Context) error {
 	}
 	c.committed(name, parent, seed)
 	return nil
+}
+
+func blobOfBytes(b []byte) layer.Blob {
+	return layer.Blob{Digest: digest.FromBytes(b), Open: func(context.Context) (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(b)), nil
+	}}
 }
 
 func (c *crashChild) view(ctx context.Context) error {

@@ -192,6 +192,7 @@ func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, label
 	if err != nil {
 		s.layers.Release(in.Layer)
 	}
+	s.step("known.recorded")
 	if err != nil && !errdefs.IsAlreadyExists(err) {
 		return fmt.Errorf("commit known layer %s as %q: %w", in.Layer, name, err)
 	}

@@ -66,11 +66,13 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			err = errors.Join(err, s.Remove(context.WithoutCancel(ctx), key))
 		}
 	}()
+	s.step("prepare.recorded")
 	if kind == snapshots.KindActive {
 		if err := s.makeDirs(id); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
+	s.step("prepare.made")
 	lower, err := s.lower(ctx, id, parent, isExtraction(key, labels))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)

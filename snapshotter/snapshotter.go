@@ -135,6 +135,13 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	return s, s.resumeIngests(ctx)
 }
 
+// step names a point at which a test may end the process.
+func (s *Snapshotter) step(name string) {
+	if s.opts.Step != nil {
+		s.opts.Step(name)
+	}
+}
+
 func (s *Snapshotter) path(elem ...string) string {
 	return filepath.Join(append([]string{s.opts.Root}, elem...)...)
 }
@@ -229,6 +236,7 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.chains.step = s.step
 	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
 			if info.Kind == snapshots.KindCommitted {
@@ -408,6 +416,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 		}
 		return fmt.Errorf("remove snapshot %q: %w", key, err)
 	}
+	s.step("remove.recorded")
 	s.ids.remove(id, key)
 	s.cancelBuild(key)
 	if lid, ok := layerOf(info); ok {
@@ -447,7 +456,9 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 	if err != nil {
 		return fmt.Errorf("remove snapshot directory: %w", err)
 	}
+	s.step("discard.renamed")
 	s.background(func(context.Context) {
+		defer s.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
 			s.countRemoveError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")

@@ -292,6 +292,7 @@ func (s *Store) saveDamaged(ctx context.Context) {
 			err = os.Rename(tmp, path)
 		}
 	}
+	s.step("damaged.noted")
 	if err == nil {
 		err = syncDir(filepath.Dir(path))
 	}

@@ -288,6 +288,7 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 	if err := os.Rename(tmp, s.treePath(id)); err != nil {
 		return fmt.Errorf("note tar of layer: %w", err)
 	}
+	s.step("facts.renamed")
 	st := s.layers[id]
 	st.facts = facts
 	s.setFile(st, int64(len(file)))
@@ -366,6 +367,7 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size in
 	if err := os.Rename(tmp, s.treePath(id)); err != nil {
 		return false, errors.Join(fmt.Errorf("commit layer %s: %w", id, err), os.Remove(tmp))
 	}
+	s.step("ingest.renamed")
 	if s.opts.Durability == Strict {
 		if err := syncDir(s.path(dirLayers)); err != nil {
 			return false, fmt.Errorf("commit layer %s: %w", id, err)

@@ -329,6 +329,7 @@ func (s *Store) remove(id content.LayerID) error {
 		s.step("remove.object")
 	}
 	s.objects.MeasureDirectories()
+	s.step("remove.done")
 	return s.noteLeak(errors.Join(errs...))
 }
 

@@ -209,6 +209,7 @@ func (s *Store) sweep(ctx context.Context) error {
 			return s.objects.Survey()
 		}
 	}
+	s.step("open.sweep")
 	n, err := s.objects.Sweep()
 	s.counters.change(func(st *Stats) { st.Swept = int64(n) })
 	if err == nil && n > 0 {

@@ -222,6 +222,7 @@ func (ss *session) stage(e *content.Entry, r io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("stage payload: %w", err)
 	}
+	ss.s.step("ingest.staged")
 	added, err := ss.s.objects.PutFile(id, f.Name(), e.Size)
 	if err != nil {
 		return err

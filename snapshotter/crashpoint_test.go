@@ -1,0 +1,236 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// Every named step of ingest, commit, removal, garbage collection, repair and the making of chain images is one at which a process
+// kills itself: the first time that it comes by, in the middle and the last time. After each the store opens, shows all that
+// was committed byte for byte, verifies, and holds nothing else. A step that the work does not come by fails the test.
+func TestKilledAtEveryStep(t *testing.T) {
+	needRoot(t)
+	counts := crashSteps(t, t.TempDir(), "", 0, nil)
+	for _, name := range stepNames {
+		if counts[name] == 0 {
+			t.Errorf("nothing was killed at step %s: the work does not come by", name)
+		}
+	}
+	kills := 0
+	for name, n := range counts {
+		if !slices.Contains(stepNames, name) {
+			t.Errorf("step %s is not in the list", name)
+		}
+		at := []int{1, (n + 1) / 2, n}
+		if os.Getenv("DEDUP_LONG") != "" {
+			at = nil
+			for i := range n {
+				at = append(at, i+1)
+			}
+		}
+		slices.Sort(at)
+		for _, k := range slices.Compact(at) {
+			t.Run(fmt.Sprintf("%s/%d of %d", name, k, n), func(t *testing.T) {
+				root := t.TempDir()
+				w := &crashWorld{root: root, have: map[string]crashSnapshot{}}
+				t.Cleanup(func() { unmountAll(t, root) })
+				if reached := crashSteps(t, root, name, k, w); reached == nil {
+					w.check(t, 0)
+				}
+				// What was going on can be done again.
+				crashSteps(t, root, "", 0, w)
+				w.check(t, 0)
+			})
+			kills++
+		}
+	}
+	t.Logf("%d kills at %d steps", kills, len(counts))
+}
+
+// stepNames are all there are; grep for step(" finds them.
+var stepNames = []string{
+	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested", "pending.noted",
+	"ingest.object", "ingest.staged", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
+	"facts.staged", "facts.renamed", "damaged.noted",
+	"chain.staged", "chain.renamed", "chain.mounting", "chain.mounted", "chain.unmounted", "chain.dropped",
+	"remove.recorded", "remove.tree", "remove.object", "remove.done", "discard.renamed", "discard.done", "open.sweep",
+}
+
+const stepEnv = "DEDUP_CRASH_STEP"
+
+// crashSteps runs the work in a process that kills itself when it comes by a step for the nth time. It returns nil then, and how often
+// each step was come by when the work went through.
+func crashSteps(t *testing.T, root, step string, nth int, w *crashWorld) map[string]int {
+	t.Helper()
+	if w == nil {
+		w = &crashWorld{root: root, have: map[string]crashSnapshot{}}
+		defer unmountAll(t, root)
+	}
+	w.round++
+	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashStepChild$", "-test.v")
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%s\n%d\n%d", stepEnv, root, step, nth, w.round))
+	counts := map[string]int{}
+	w.steps = func(name string) { counts[name]++ }
+	errs, killed := w.watch(t, cmd, 0)
+	w.steps = nil
+	if killed {
+		return nil
+	}
+	if errs != "" {
+		t.Logf("%s", errs)
+	}
+	if step != "" {
+		t.Logf("the process did not come by %s %d times: it depends on what overtakes what", step, nth)
+	}
+	return counts
+}
+
+// TestCrashStepChild is the process that TestKilledAtEveryStep runs.
+func TestCrashStepChild(t *testing.T) {
+	text := os.Getenv(stepEnv)
+	if text == "" {
+		t.Skip("started by TestKilledAtEveryStep alone")
+	}
+	lines := strings.Split(text, "\n")
+	nth, err := strconv.Atoi(lines[2])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	seen := 0
+	hook := func(name string) {
+		mu.Lock()
+		defer mu.Unlock()
+		fmt.Printf("step|%s\n", name)
+		if name != lines[1] {
+			return
+		}
+		if seen++; seen == nth {
+			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+			select {} // until it arrives
+		}
+	}
+	if err := crashWork(ns(t, "crash"), lines[0], lines[3], hook); err != nil {
+		fmt.Println("\nerror|" + strings.ReplaceAll(err.Error(), "\n", " "))
+	}
+	fmt.Println("\nended")
+}
+
+// crashWork comes by every step: layers from blobs and directories, known and new, large and small, their removal, damage and its
+// repair, views, and a garbage collection.
+func crashWork(ctx context.Context, root, round string, hook func(string)) error {
+	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: hook})
+	if err != nil {
+		return err
+	}
+	fmt.Println("\nready")
+	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round}
+	work := []func(context.Context) error{c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.view, c.remove, c.collect, c.remove, c.pull}
+	for _, do := range work {
+		if err := do(ctx); err != nil {
+			return err
+		}
+		s.layers.Wait()
+	}
+	for len(c.names) > 2 {
+		if err := c.remove(ctx); err != nil {
+			return err
+		}
+	}
+	return s.Close()
+}
+
+// pullKnown is a hit in Prepare on the last layer that was pulled, and another blob of the same content.
+func (c *crashChild) pullKnown(ctx context.Context) error {
+	c.n++
+	seed := c.lastSeed
+	blob, err := tarOfFiles(crashFiles(seed))
+	if err != nil {
+		return err
+	}
+	in, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
+	if err != nil {
+		return err
+	}
+	c.s.Layers().Release(in.Layer)
+	target := content.ChainID(in.DiffID)
+	key := fmt.Sprintf("crash/%s-%d/extract-known", c.round, c.n)
+	name := hitName("crash", "", target.Digest().String())
+	_, err = c.s.Prepare(ctx, key, "", snapshots.WithLabels(map[string]string{labelRef: target.Digest().String()}))
+	if !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("%s is not known: %w", target, err)
+	}
+	for _, have := range c.names {
+		if have == name {
+			return nil
+		}
+	}
+	c.committed(name, "", seed)
+	return nil
+}
+
+// pullLarge ingests a payload that is staged in a file.
+func (c *crashChild) pullLarge(ctx context.Context) error {
+	blob, err := tarOfFiles(map[string]string{"large": strings.Repeat("large", 17<<20/5)})
+	if err != nil {
+		return err
+	}
+	in, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
+	if err != nil {
+		return err
+	}
+	c.s.Layers().Release(in.Layer)
+	return nil
+}
+
+// harm damages an object and heals it by pulling again.
+func (c *crashChild) harm(ctx context.Context) error {
+	blob, err := tarOfFiles(map[string]string{"harmed": strings.Repeat("harmed", 1000)})
+	if err != nil {
+		return err
+	}
+	in, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
+	if err != nil {
+		return err
+	}
+	defer c.s.Layers().Release(in.Layer)
+	paths, err := filepath.Glob(filepath.Join(c.s.opts.Root, "objects/*/*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		if b, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(b), "harmedharmed") {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+		}
+	}
+	if found, err := c.s.Check(ctx, CheckOptions{}); err != nil || len(found) == 0 {
+		return fmt.Errorf("found %v, %w", found, err)
+	}
+	again, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
+	if err == nil {
+		c.s.Layers().Release(again.Layer)
+	}
+	return err
+}
+
+func (c *crashChild) collect(ctx context.Context) error {
+	_, err := c.s.GC(ctx, GCOptions{Chains: true})
+	return err
+}
