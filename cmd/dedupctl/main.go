@@ -79,11 +79,13 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			fsckCommand(),
 			doctorCommand(),
 			configCommand(),
+			completionCommand(),
 		},
-		Action:       needVerb,
-		Writer:       stdout,
-		ErrWriter:    stderr,
-		OnUsageError: onUsageError,
+		EnableBashCompletion: true,
+		Action:               needVerb,
+		Writer:               stdout,
+		ErrWriter:            stderr,
+		OnUsageError:         onUsageError,
 		// run turns errors into exit codes.
 		ExitErrHandler: func(*cli.Context, error) {},
 	}
