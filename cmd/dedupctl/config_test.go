@@ -117,7 +117,7 @@ func TestCommandLineErrors(t *testing.T) {
 		code int
 		want []string
 	}{
-		{"", exitUsage, []string{"what to do is missing: status, images, layers,", "config (see --help)"}},
+		{"", exitUsage, []string{"what to do is missing: status, images, layers,", "config, completion (see --help)"}},
 		{"stauts", exitUsage, []string{`unknown command "stauts": want status,`}},
 		{"status now", exitUsage, []string{`status: unexpected argument "now"`}},
 		{"duplicates --limit 0", exitUsage, []string{"--limit 0: want 1 to 1000"}},
