@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -27,10 +30,17 @@ func (n *Node) CRI(ctx context.Context) (*CRI, error) {
 		return nil, fmt.Errorf("connect to CRI: %w", err)
 	}
 	c := &CRI{cri.NewImageServiceClient(conn), cri.NewRuntimeServiceClient(conn), conn}
-	if _, err := c.Status(ctx, &cri.StatusRequest{}, grpc.WaitForReady(true)); err != nil {
-		return nil, errors.Join(fmt.Errorf("ask CRI for its status: %w", err), conn.Close())
+	for {
+		_, err := c.Status(ctx, &cri.StatusRequest{}, grpc.WaitForReady(true))
+		if err == nil {
+			return c, nil
+		}
+		// The plugin comes up a little after the socket.
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
+			return nil, errors.Join(fmt.Errorf("ask CRI for its status: %w", err), conn.Close())
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
-	return c, nil
 }
 
 // Close ends the connection.
