@@ -59,6 +59,7 @@ func checkHardened(t *testing.T, m *machine.Machine) {
 	out, err := m.Run(testContext(t), `
 pid=$(systemctl show -P MainPID containerd-dedup-grpc)
 [ "$(readlink /proc/$pid/ns/mnt)" = "$(readlink /proc/$(systemctl show -P MainPID containerd)/ns/mnt)" ] || echo "another mount namespace than containerd's"
+grep -q '^Seccomp:.2$' /proc/$pid/status || echo "may make any system call"
 grep -q '^NoNewPrivs:.1$' /proc/$pid/status || echo "may gain privileges"
 capsh=$(sed -n 's/^CapBnd:.//p' /proc/$pid/status)
 [ $((0x$capsh & (1 << 16 | 1 << 23 | 1 << 19))) = 0 ] || echo "may load modules, trace or change priorities: $capsh"

@@ -76,6 +76,13 @@ func (s *Snapshotter) Check(ctx context.Context, opts CheckOptions) (found []Fin
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}
 	}
+	if found, err = s.check(ctx, opts); err == nil {
+		s.countCheck(found)
+	}
+	return found, err
+}
+
+func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
 	stored, err := s.layers.Check(ctx, func(done, total int64) { opts.Progress("layers", done, total) })
 	if err != nil {
 		return nil, err

@@ -203,5 +203,8 @@ func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Find
 // pressure frees what can be had again when the file system runs out of room.
 func (s *Snapshotter) pressure(ctx context.Context) {
 	found, err := s.GC(ctx, GCOptions{Chains: true})
+	if err != nil {
+		s.countRemoveError()
+	}
 	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
 }

@@ -66,6 +66,10 @@ type Stats struct {
 	ChainsRebuilt  int64
 	// RemoveErrors are directories, chain images and mounts that could not be removed.
 	RemoveErrors int64
+	// Checked is when the last Check came to its end, zero for none; Findings are what it found and did not mend, by
+	// kind: every kind is there.
+	Checked  time.Time
+	Findings map[layer.FindingKind]int64
 }
 
 // counters are the Stats while they change.
@@ -75,7 +79,7 @@ type counters struct {
 }
 
 func newCounters() *counters {
-	c := &counters{s: Stats{Answers: map[Answer]int64{}}}
+	c := &counters{s: Stats{Answers: map[Answer]int64{}, Findings: noFindings()}}
 	for _, a := range answers() {
 		c.s.Answers[a] = 0
 	}
@@ -96,12 +100,33 @@ func (c *counters) answer(door string, hit bool, reason string) {
 func (s *Snapshotter) Stats() (out Stats) {
 	s.counters.change(func(have *Stats) {
 		out = *have
-		out.Answers = maps.Clone(have.Answers)
+		out.Answers, out.Findings = maps.Clone(have.Answers), maps.Clone(have.Findings)
 	})
 	return out
 }
 
 func (s *Snapshotter) countRemoveError() { s.counters.change(func(s *Stats) { s.RemoveErrors++ }) }
+
+func noFindings() map[layer.FindingKind]int64 {
+	none := map[layer.FindingKind]int64{}
+	for _, k := range []layer.FindingKind{
+		layer.DamagedObject, layer.DamagedTree, layer.Orphan, DamagedChain, DamagedMetadata, PendingSnapshot,
+		StrayDirectory, StrayChain, StrayMount, StrayLoop,
+	} {
+		none[k] = 0
+	}
+	return none
+}
+
+func (s *Snapshotter) countCheck(found []Finding) {
+	left := noFindings()
+	for _, f := range found {
+		if !f.Fixed {
+			left[f.Kind]++
+		}
+	}
+	s.counters.change(func(s *Stats) { s.Checked, s.Findings = time.Now(), left })
+}
 
 // countIngest counts a layer that came in by Apply or Commit.
 func (s *Snapshotter) countIngest(door string, in layer.Ingested) {

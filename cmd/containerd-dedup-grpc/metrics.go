@@ -127,6 +127,12 @@ func (c collector) work(e emitter) {
 	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.ChainBuilds))
 	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.ChainBuildTime.Seconds())
 	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.ChainsRebuilt))
+	if !did.Checked.IsZero() {
+		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))
+		for kind, n := range did.Findings {
+			e.gauge("dedup_fsck_findings", "What the last dedupctl fsck found and did not mend, by kind.", float64(n), "kind", string(kind))
+		}
+	}
 	stored := c.sn.Layers().Stats()
 	const gcErrors = "Things that could not be removed: payloads or trees of layers, directories, chain images and mounts of snapshots."
 	e.count("dedup_gc_errors_total", gcErrors, float64(stored.RemoveErrors), "what", "layer")

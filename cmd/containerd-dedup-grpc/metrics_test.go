@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -18,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 )
 
 // A scrape of a daemon that has ingested and removed shows what it did; names follow the conventions, and
@@ -52,6 +55,7 @@ func TestMetrics(t *testing.T) {
 		`dedup_ingests_total{result="new",source="directory"} 2`, `dedup_ingest_bytes_total{source="directory"} 150000`,
 		"dedup_gc_layers_total 1", "dedup_gc_objects_total 1", "dedup_gc_bytes_total 53248", `dedup_gc_errors_total{what="layer"} 0`,
 		`dedup_grpc_errors_total{code="NotFound",method="Stat"} 1`, "dedup_damaged_layers 0",
+		`dedup_fsck_findings{kind="object"} 0`, `dedup_fsck_findings{kind="orphan"} 1`,
 	} {
 		if !strings.Contains(scrape, "\n"+want+"\n") {
 			t.Errorf("no %s", want)
@@ -102,8 +106,8 @@ func checkDocumented(t *testing.T, names []string) {
 	}
 }
 
-// ingest commits two directories through the socket and removes one, prepares a layer that nobody knows, and fails
-// once.
+// ingest commits two directories through the socket and removes one, checks a store with a file too many, prepares a
+// layer that nobody knows, and fails once.
 func ingest(t *testing.T, c Config) {
 	t.Helper()
 	conn, err := grpc.NewClient("unix://"+c.Address, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -135,6 +139,15 @@ func ingest(t *testing.T, c Config) {
 	must(client.Cleanup(t.Context(), &snapshotsapi.CleanupRequest{}))
 	ref := "sha256:" + strings.Repeat("0", 64)
 	must(client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "extract-1", Labels: map[string]string{"containerd.io/snapshot.ref": ref}}))
+	must(nil, os.WriteFile(filepath.Join(c.Root, "objects/00", strings.Repeat("0", 62)), nil, 0o400)) // nothing names it
+	fsck, err := dedupv1.NewControlClient(conn).Check(t.Context(), &dedupv1.CheckRequest{})
+	must(fsck, err)
+	for err == nil {
+		_, err = fsck.Recv()
+	}
+	if !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
 	if _, err := client.Stat(t.Context(), &snapshotsapi.StatSnapshotRequest{Key: "none"}); err == nil {
 		t.Fatal("a snapshot that there is not")
 	}
