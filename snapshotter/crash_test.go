@@ -190,6 +190,11 @@ func (w *crashWorld) check(t *testing.T, kill int) {
 		}
 	}
 	holdsNothingElse(t, s, ctx)
+	if kill%4 == 0 {
+		if found, err := s.Check(ctx, CheckOptions{}); err != nil || len(found) > 0 {
+			t.Errorf("fsck: %+v, %v", found, err)
+		}
+	}
 }
 
 // dropStrays removes what a client that died never heard of: active ones, and committed ones without an answer.
