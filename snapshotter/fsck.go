@@ -420,11 +420,30 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		return nil, err
 	}
 	for i := range found {
-		if found[i].Kind != StrayLoop {
-			found[i].Fixed, found[i].Hint = true, ""
+		if found[i].Kind == StrayLoop {
+			if err := detachLoop(found[i].Path); err != nil {
+				return nil, err
+			}
 		}
+		found[i].Fixed, found[i].Hint = true, ""
 	}
 	return found, nil
+}
+
+// detachLoop lets a loop device go. One that somebody has open, in a mount that the daemon does not see, goes when that does.
+func detachLoop(device string) error {
+	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("detach loop device: %w", err)
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("detach %s: %w", device, err)
+	}
+	return nil
 }
 
 // strayLoops finds loop devices over images that are gone or that nothing has mounted. One that is mounted
@@ -453,7 +472,7 @@ func (s *Snapshotter) strayLoops() (found []Finding, err error) {
 		}
 		found = append(found, Finding{
 			Finding: layer.Finding{Kind: StrayLoop, Path: device, Problem: "it is over " + path + " and mounted nowhere that the daemon sees"},
-			Hint:    "if no container uses it: losetup -d " + device,
+			Hint:    "remove it with `dedupctl gc`",
 		})
 	}
 	return found, nil
