@@ -206,7 +206,22 @@ func migrationImages(t *testing.T) (base *image.Layer, images map[string][]*imag
 // Images of overlayfs are migrated while a container runs, run from dedup, and go back.
 func TestMigrate(t *testing.T) {
 	t.Parallel()
-	n, r := startNode(t, node.Options{}), startRegistry(t)
+	versions := []string{node.DefaultVersion, "1.7.35"}
+	if os.Getenv("DEDUP_LONG") != "" {
+		var err error
+		versions, err = node.Versions()
+		must(t, err)
+	}
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			migratesAndGoesBack(t, node.Options{Version: version})
+		})
+	}
+}
+
+func migratesAndGoesBack(t *testing.T, opts node.Options) {
+	n, r := startDedup(t, opts), startRegistry(t)
 	ctx := testContext(t)
 	busyboxes, data := busyboxTwice(t), dataLayer(t)
 	own, other := layer(t, payload("migrate", "own", 20_000)), layer(t, payload("migrate", "other", 20_000))
@@ -225,6 +240,7 @@ func TestMigrate(t *testing.T) {
 	// zstd lacks what others bring, partial what nobody has.
 	forget(t, n, ctx, []*image.Layer{busyboxes[1], other})
 
+	must(t, n.StopDaemon())
 	if out := migrateText(t, n); !strings.Contains(out, "systemctl start containerd-dedup-grpc") {
 		t.Errorf("without the daemon: %s", out)
 	}
