@@ -112,6 +112,10 @@ benchmarks: build ## all scenarios with overlayfs, erofs and dedup side by side,
 	bin/dedup-bench run --runs $(RUNS) --docs docs/benchmarks.md
 
 # It builds nothing: sudo often has no Go.
+.PHONY: screens
+screens: build ## play an operator's session for real and write its outputs into docs/screens.md and docs/sentry.md (root)
+	bin/dedup-bench screens --docs docs/screens.md --docs docs/sentry.md
+
 .PHONY: install
 install: ## what build has made, config, systemd unit and tmpfiles (PREFIX, SYSCONFDIR, UNITDIR, TMPFILESDIR, DESTDIR)
 	@for f in $(INSTALLED); do [ -x "$$f" ] || { echo "no $$f: run 'make build' first, without sudo"; exit 1; }; done

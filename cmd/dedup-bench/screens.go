@@ -181,7 +181,24 @@ func (s *screens) session(ctx context.Context, fleet []fleetImage) error {
 			return err
 		}
 	}
-	return nil
+	return s.illness(ctx)
+}
+
+// illness shows what doctor says of a daemon that does not run, and of a config that asks the wrong differ first.
+func (s *screens) illness(ctx context.Context) error {
+	if err := s.node.StopDaemon(); err != nil {
+		return err
+	}
+	config := filepath.Join(s.node.Dir(), "containerd.toml")
+	text, err := os.ReadFile(config)
+	if err != nil {
+		return fmt.Errorf("read containerd's config: %w", err)
+	}
+	wrong := differOrder.ReplaceAll(text, []byte("default = ['walking', '"+node.Differ+"']"))
+	if err := os.WriteFile(config, wrong, 0o600); err != nil {
+		return fmt.Errorf("write containerd's config: %w", err)
+	}
+	return s.dedupctl(ctx, "illness", "doctor", "--quiet")
 }
 
 // start runs a container of the newest image of each service.
@@ -213,7 +230,7 @@ func (s *screens) dedupctl(ctx context.Context, name string, args ...string) err
 	case "migrate":
 		real = append(real, "--containerd-address", s.node.Address())
 	case "doctor":
-		real = append(real, "--config", filepath.Join(s.node.Dir(), "dedup.toml"), "--containerd-config", filepath.Join(s.node.Dir(), "containerd.toml"))
+		real = append(real, "--config", filepath.Join(s.node.Dir(), "dedup.toml"))
 	}
 	return s.show(ctx, name, "dedupctl "+strings.Join(args, " "), filepath.Join(root, "bin/dedupctl"), real...)
 }
@@ -255,6 +272,8 @@ var container = regexp.MustCompile(`detached-\d+-`)
 
 // build is how `make build` names a version between releases.
 var build = regexp.MustCompile(`\b[0-9a-f]{7,12}(-dirty)?( runs|, fidelity)`)
+
+var differOrder = regexp.MustCompile(`default = \[[^]]*\]`)
 
 // trailing blanks pad a table's last column.
 var trailing = regexp.MustCompile(`(?m) +$`)

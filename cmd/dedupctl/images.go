@@ -17,7 +17,7 @@ func imagesCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "images",
 		Usage: "every image: its size, what of it is shared, and what removing it would free",
-		Description: "SIZE      its files, as a plain unpack would store them\n" +
+		Description: "SIZE      its files, before a file system rounds them up to blocks\n" +
 			"STORED    what it needs here: objects, trees and its chain image\n" +
 			"SHARED    the part of STORED that other images need too\n" +
 			"EXCLUSIVE the part that no other image needs\n" +
@@ -88,7 +88,7 @@ func writeImages(w io.Writer, list []Image) {
 			logical += i.LogicalBytes
 		}
 	})
-	fmt.Fprintf(w, "\n%s, %s of files as plain unpacks would store them\n", plural(int64(len(list)), "image", "images"), size(logical))
+	fmt.Fprintf(w, "\n%s with %s of files\n", plural(int64(len(list)), "image", "images"), size(logical))
 }
 
 // imageName shows the name that a person gave: the kubelet's images go by their digests, too.

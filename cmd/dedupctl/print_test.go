@@ -103,7 +103,7 @@ NAMESPACE  IMAGE                 SIZE     STORED   SHARED   EXCLUSIVE  FREES  IN
 k8s.io     docker.io/app:1 (+2)  300 B    2.00 kB  1.50 kB  500 B      500 B  3       800 B  -
 default    app:1                 1.20 GB  900 MB   600 MB   300 MB     0 B    0       0 B    2 containers
 
-2 images, 1.20 GB of files as plain unpacks would store them
+2 images with 1.20 GB of files
 `},
 		{"no images", text(func(b *strings.Builder) { writeImages(b, imagesOf(nil)) }), `
 no images: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)

@@ -141,7 +141,14 @@ func (n *node) readConfig(c *containerd) {
 		n.add(Warning, "containerd.config", "mend the file: containerd will not start again with it", "%v", err)
 		return
 	}
-	n.ok("containerd.config", "%s, %d files", path, len(c.config.Files))
+	switch more := len(c.config.Files) - 1; {
+	case more < 0:
+		n.add(Info, "containerd.config", "", "containerd has no config file %s: it runs with its defaults", path)
+	case more == 0:
+		n.ok("containerd.config", "its config is %s", path)
+	default:
+		n.ok("containerd.config", "its config is %s and %d imported", path, more)
+	}
 }
 
 // ours finds the plugins of a type that lead to the daemon.
@@ -215,9 +222,9 @@ func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	walking := slices.Index(order, "walking")
 	switch {
 	case ours < 0:
-		n.add(Warning, "containerd.differ-order", install, "the diff service's order %q has no dedup-diff: what CRI and nerdctl pull is written out as plain files first", order)
+		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v has no dedup-diff: what CRI and nerdctl pull is written out as plain files first", order)
 	case walking >= 0 && walking < ours:
-		n.add(Warning, "containerd.differ-order", install, "the diff service's order %q asks walking first: what CRI and nerdctl pull is written out as plain files first", order)
+		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v asks walking first: what CRI and nerdctl pull is written out as plain files first", order)
 	default:
 		n.ok("containerd.differ-order", "the diff service asks %s first", order[ours])
 	}
