@@ -83,10 +83,7 @@ type samples map[string]float64
 
 func scrape(t *testing.T, address string) samples {
 	t.Helper()
-	resp, err := http.Get("http://" + address + "/metrics")
-	must(t, err)
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	body, err := httpGet("http://" + address + "/metrics")
 	must(t, err)
 	s := samples{}
 	for _, m := range regexp.MustCompile(`(?m)^(\w+(?:\{.*\})?) (\S+)$`).FindAllSubmatch(body, -1) {
@@ -95,6 +92,18 @@ func scrape(t *testing.T, address string) samples {
 		s[string(m[1])] = v
 	}
 	return s
+}
+
+func httpGet(url string) ([]byte, error) {
+	resp, err := http.Get(url)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("get %s: %s", url, resp.Status)
+	}
+	return io.ReadAll(resp.Body)
 }
 
 // of returns the samples of a metric that have all labels, written name="value".

@@ -48,5 +48,6 @@ mkdir oldroot
 pivot_root . oldroot
 umount -l /oldroot
 rmdir /oldroot
+mount --make-rshared /
 hostname localhost
 exec env -i container=dedup-machine PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system --log-target=console --show-status=no $version

@@ -209,6 +209,11 @@ func (m *Machine) Run(ctx context.Context, script string) (string, error) {
 	return out.String(), nil
 }
 
+// Path returns where this machine sees a path of the other one.
+func (m *Machine) Path(path string) string {
+	return filepath.Join(fmt.Sprintf("/proc/%d/root", m.init), path)
+}
+
 // Close ends the machine and removes what it leaves outside of its directory.
 func (m *Machine) Close() error {
 	if m.done != nil {

@@ -24,8 +24,11 @@ type CRI struct {
 }
 
 // CRI connects to a node that was started with Options.CRI. The caller closes it.
-func (n *Node) CRI(ctx context.Context) (*CRI, error) {
-	conn, err := grpc.NewClient("unix://"+n.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+func (n *Node) CRI(ctx context.Context) (*CRI, error) { return DialCRI(ctx, n.Address()) }
+
+// DialCRI is CRI for any containerd's socket.
+func DialCRI(ctx context.Context, socket string) (*CRI, error) {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return nil, fmt.Errorf("connect to CRI: %w", err)
 	}

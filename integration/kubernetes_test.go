@@ -1,0 +1,314 @@
+package integration
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+	sigsyaml "sigs.k8s.io/yaml"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/machine"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+)
+
+// manifests are what deploy/kubernetes/dedup-snapshotter.yaml holds.
+type manifests struct {
+	config corev1.ConfigMap
+	daemon appsv1.DaemonSet
+	class  nodev1.RuntimeClass
+}
+
+// readManifests decodes the file into Kubernetes' own types; a key that they do not have is an error.
+func readManifests(t *testing.T) (m manifests) {
+	t.Helper()
+	root, err := node.ModuleRoot()
+	must(t, err)
+	data, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/dedup-snapshotter.yaml"))
+	must(t, err)
+	// The machine's network is that of everything that is tested at the same time.
+	_, port, err := net.SplitHostPort(freeAddress(t))
+	must(t, err)
+	data = bytes.ReplaceAll(data, []byte("9741"), []byte(port))
+	docs := yaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(data)))
+	for _, into := range []any{&m.config, &m.daemon, &m.class} {
+		doc, err := docs.Read()
+		must(t, err)
+		if err := sigsyaml.UnmarshalStrict(doc, into); err != nil {
+			t.Fatalf("%v\n%s", err, doc)
+		}
+	}
+	if _, err := docs.Read(); !errors.Is(err, io.EOF) {
+		t.Error("more documents than are looked at")
+	}
+	return m
+}
+
+// The manifests fit together, and the daemon's pod has what mounting for containerd takes.
+func TestManifests(t *testing.T) {
+	m := readManifests(t)
+	if m.config.Kind != "ConfigMap" || m.daemon.Kind != "DaemonSet" || m.class.Kind != "RuntimeClass" {
+		t.Errorf("kinds are %s, %s, %s", m.config.Kind, m.daemon.Kind, m.class.Kind)
+	}
+	template := m.daemon.Spec.Template
+	for k, v := range m.daemon.Spec.Selector.MatchLabels {
+		if template.Labels[k] != v {
+			t.Errorf("the selector's %s=%s is no label of the pod", k, v)
+		}
+	}
+	for k, v := range m.class.Scheduling.NodeSelector {
+		if template.Spec.NodeSelector[k] != v {
+			t.Errorf("pods of the class go to nodes without the daemon: %s=%s", k, v)
+		}
+	}
+	volumes := map[string]corev1.Volume{}
+	for _, v := range template.Spec.Volumes {
+		volumes[v.Name] = v
+	}
+	container := template.Spec.Containers[0]
+	want := map[string]corev1.MountPropagationMode{
+		"/run/containerd-dedup-grpc": corev1.MountPropagationBidirectional, "/run/containerd": corev1.MountPropagationHostToContainer,
+		"/var/lib/containerd-dedup-grpc": "", "/var/lib/containerd/io.containerd.content.v1.content": "",
+	}
+	for _, vm := range container.VolumeMounts {
+		v, ok := volumes[vm.Name]
+		var mode corev1.MountPropagationMode
+		if vm.MountPropagation != nil {
+			mode = *vm.MountPropagation
+		}
+		switch {
+		case !ok:
+			t.Errorf("there is no volume %s", vm.Name)
+		case v.ConfigMap != nil && v.ConfigMap.Name != m.config.Name:
+			t.Errorf("there is no ConfigMap %s", v.ConfigMap.Name)
+		case v.HostPath == nil:
+		case v.HostPath.Path != vm.MountPath || mode != want[vm.MountPath]:
+			t.Errorf("%s of the node is at %s, propagation %q", v.HostPath.Path, vm.MountPath, mode)
+		default:
+			delete(want, vm.MountPath)
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("not mounted: %v", want)
+	}
+	if p := container.SecurityContext.Privileged; p == nil || !*p {
+		t.Error("Kubernetes refuses Bidirectional without privileged")
+	}
+}
+
+// The DaemonSet's pod serves pods of its RuntimeClass, on a fresh machine through CRI as a kubelet starts them: both mount
+// in containerd's sight, other pods stay with overlayfs, and containers outlive the daemon's pod.
+func TestDaemonSet(t *testing.T) {
+	t.Parallel()
+	k := bootKubelet(t)
+	k.startDaemonSet(t)
+
+	app := k.startPod(t, k.m.class.Handler, "app")
+	plain := k.startPod(t, "", "plain")
+	if got := k.rootfs(t, app); !strings.Contains(got, "/run/containerd-dedup-grpc/chains/") {
+		t.Errorf("a pod of the class runs from %s", got)
+	}
+	if got := k.rootfs(t, plain); strings.Contains(got, "dedup") {
+		t.Errorf("a pod without class runs from %s", got)
+	}
+
+	k.remove(t, k.daemon)
+	if out := k.exec(t, app, "cat /data | wc -c; echo new > /new; cat /new"); out != "300000\nnew\n" {
+		t.Errorf("without the daemon a container reads %q", out)
+	}
+	k.startDaemonSet(t)
+	second := k.startPod(t, k.m.class.Handler, "second")
+	if out := k.exec(t, second, "cat /data | wc -c"); out != "300000\n" {
+		t.Errorf("a container of the daemon's next pod reads %q", out)
+	}
+	for _, p := range []pod{app, second, plain} {
+		k.remove(t, p)
+	}
+	eventually(t, "chain images of gone pods to be unmounted on the node", func() bool {
+		return k.run(t, "grep -c /run/containerd-dedup-grpc/chains/ /proc/mounts || true") == "0\n"
+	})
+}
+
+// kubelet starts pods on a machine as the kubelet does.
+type kubelet struct {
+	*node.CRI
+	machine *machine.Machine
+	m       manifests
+	images  map[string]string // name -> reference
+	daemon  pod
+}
+
+type pod struct{ sandbox, container string }
+
+func bootKubelet(t *testing.T) *kubelet {
+	t.Helper()
+	r := startRegistry(t)
+	root, err := node.ModuleRoot()
+	must(t, err)
+	k := &kubelet{m: readManifests(t), images: map[string]string{}}
+	pause, err := image.New(image.Options{Cmd: []string{"/bin/sleep", "100000"}}, busybox(t))
+	must(t, err)
+	k.images["pause"] = pushImage(t, r, "pause:1", pause)
+	k.images["app"] = push(t, r, "app:1", busybox(t), layer(t, payload("daemonset", "data", 300000)))
+	k.images["daemon"] = push(t, r, "daemon:1", busybox(t), daemonLayer(t, root))
+	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
+	must(t, err)
+	k.machine = bootContainerd(t, func(_ *testing.T, o *machine.Options) {
+		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true", "SystemdCgroup = false", 1)
+		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
+			"[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"" + k.images["pause"] + "\"\n" +
+			// What a container on this machine, which may be one itself, cannot do.
+			"[plugins.\"io.containerd.cri.v1.runtime\"]\n  restrict_oom_score_adj = true\n  disable_apparmor = true\n"
+		for name, text := range k.m.config.Data {
+			o.Files["/configmap/"+name] = text
+		}
+		o.Binds = append(o.Binds, machine.Bind{Source: filepath.Join(root, "bin/dedupctl"), Target: "/usr/local/bin/dedupctl"})
+	})
+	k.run(t, "dedupctl config containerd --write --yes; systemctl restart containerd")
+	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
+	must(t, err)
+	t.Cleanup(func() { _ = k.Close() })
+	return k
+}
+
+// daemonLayer holds what the image of the DaemonSet needs.
+func daemonLayer(t *testing.T, root string) *image.Layer {
+	t.Helper()
+	var entries []image.Entry
+	for _, name := range []string{"containerd-dedup-grpc", "dedupctl"} {
+		bin, err := os.ReadFile(filepath.Join(root, "bin", name))
+		if errors.Is(err, os.ErrNotExist) {
+			t.Skipf("needs bin/%s: run `make build`", name)
+		}
+		must(t, err)
+		e := image.File("usr/bin/"+name, string(bin))
+		e.Mode = 0o755
+		entries = append(entries, e)
+	}
+	return layer(t, entries...)
+}
+
+func (k *kubelet) run(t *testing.T, script string) string {
+	t.Helper()
+	out, err := k.machine.Run(testContext(t), script)
+	if err != nil {
+		log, _ := k.machine.Run(testContext(t), "journalctl -n 60 -u containerd | grep -v 'loading plugin'; cat /var/log/pods/*.log")
+		t.Fatal(err, log)
+	}
+	return out
+}
+
+// startDaemonSet starts the pod of the DaemonSet and waits until it serves.
+func (k *kubelet) startDaemonSet(t *testing.T) {
+	t.Helper()
+	spec := k.m.daemon.Spec.Template.Spec
+	hosts := map[string]string{}
+	for _, v := range spec.Volumes {
+		switch {
+		case v.ConfigMap != nil:
+			hosts[v.Name] = "/configmap"
+		case v.HostPath.Type != nil && *v.HostPath.Type == corev1.HostPathDirectoryOrCreate:
+			k.run(t, "mkdir -p "+v.HostPath.Path)
+			fallthrough
+		default:
+			hosts[v.Name] = v.HostPath.Path
+		}
+	}
+	c := spec.Containers[0]
+	config := &cri.ContainerConfig{
+		Image: &cri.ImageSpec{Image: k.images["daemon"]}, Command: c.Command,
+		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
+			Privileged: *c.SecurityContext.Privileged, ReadonlyRootfs: *c.SecurityContext.ReadOnlyRootFilesystem,
+		}},
+	}
+	for _, vm := range c.VolumeMounts {
+		m := &cri.Mount{ContainerPath: vm.MountPath, HostPath: hosts[vm.Name], Readonly: vm.ReadOnly}
+		switch {
+		case vm.MountPropagation == nil:
+		case *vm.MountPropagation == corev1.MountPropagationBidirectional:
+			m.Propagation = cri.MountPropagation_PROPAGATION_BIDIRECTIONAL
+		case *vm.MountPropagation == corev1.MountPropagationHostToContainer:
+			m.Propagation = cri.MountPropagation_PROPAGATION_HOST_TO_CONTAINER
+		}
+		config.Mounts = append(config.Mounts, m)
+	}
+	k.daemon = k.start(t, "", "daemon", config)
+	probe := c.StartupProbe.HTTPGet
+	url := "http://" + probe.Host + ":" + probe.Port.String() + probe.Path
+	eventually(t, "the daemon's startup probe", func() bool {
+		_, err := httpGet(url)
+		return err == nil
+	})
+}
+
+// startPod starts a pod that sleeps, of a runtime class with that handler.
+func (k *kubelet) startPod(t *testing.T, handler, name string) pod {
+	t.Helper()
+	return k.start(t, handler, name, &cri.ContainerConfig{
+		Image: &cri.ImageSpec{Image: k.images["app"]}, Command: []string{"/bin/sleep", "100000"},
+		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{}},
+	})
+}
+
+func (k *kubelet) start(t *testing.T, handler, name string, config *cri.ContainerConfig) pod {
+	t.Helper()
+	ctx := testContext(t)
+	hostNetwork := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}
+	privileged := config.Linux.SecurityContext.Privileged
+	sandbox := &cri.PodSandboxConfig{
+		Metadata:     &cri.PodSandboxMetadata{Name: name, Uid: node.NewID("uid"), Namespace: "test"},
+		LogDirectory: "/var/log/pods",
+		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{
+			NamespaceOptions: hostNetwork, Privileged: privileged,
+		}},
+	}
+	config.Metadata, config.LogPath = &cri.ContainerMetadata{Name: name}, name+".log"
+	config.Linux.SecurityContext.NamespaceOptions = hostNetwork
+	config.Image.RuntimeHandler = handler
+	_, err := k.PullImage(ctx, &cri.PullImageRequest{Image: config.Image, SandboxConfig: sandbox})
+	must(t, err)
+	ran, err := k.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandbox, RuntimeHandler: handler})
+	must(t, err)
+	made, err := k.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: ran.PodSandboxId, Config: config, SandboxConfig: sandbox})
+	must(t, err)
+	_, err = k.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: made.ContainerId})
+	must(t, err)
+	return pod{ran.PodSandboxId, made.ContainerId}
+}
+
+func (k *kubelet) exec(t *testing.T, p pod, script string) string {
+	t.Helper()
+	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container, Cmd: []string{"sh", "-c", script}, Timeout: 60})
+	must(t, err)
+	return string(done.Stdout) + string(done.Stderr)
+}
+
+// rootfs returns the mount that is the root of a pod's container.
+func (k *kubelet) rootfs(t *testing.T, p pod) string {
+	t.Helper()
+	return k.run(t, "grep /io.containerd.runtime.v2.task/k8s.io/"+p.container+"/rootfs /proc/mounts")
+}
+
+func (k *kubelet) remove(t *testing.T, p pod) {
+	t.Helper()
+	ctx := testContext(t)
+	_, err := k.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: p.container, Timeout: 20})
+	must(t, err)
+	_, err = k.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: p.container})
+	must(t, err)
+	_, err = k.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.sandbox})
+	must(t, err)
+	_, err = k.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.sandbox})
+	must(t, err)
+}
