@@ -34,7 +34,7 @@ import (
 // an hour.
 func TestSoak(t *testing.T) {
 	t.Parallel()
-	plan := soakPlan{clients: 4, troubled: 2, calm: 3, ops: 10}
+	plan := soakPlan{clients: 4, troubled: 2, calm: 2, ops: 12}
 	if os.Getenv("DEDUP_LONG") != "" {
 		plan = soakPlan{clients: 6, troubled: 30, calm: 30, ops: 40}
 	}
