@@ -88,8 +88,8 @@ func (c cut) keeper(r *rand.Rand) func([]byte) bool {
 	return func([]byte) bool { return r.IntN(8) < share }
 }
 
-// chooseCuts returns n cuts in order: after each flush, each followed by nothing more, and at random places between
-// with each fate. Where there are more places than cuts, a random part of them.
+// chooseCuts returns n cuts in order, or, if n is 0, one after every flush and as many at random places between. With
+// n, half of them come after flushes, any of them.
 func chooseCuts(log []op, n int, r *rand.Rand) []cut {
 	var flushes, between []int
 	for i, o := range log {
@@ -99,16 +99,18 @@ func chooseCuts(log []op, n int, r *rand.Rand) []cut {
 			between = append(between, i+1)
 		}
 	}
+	if n == 0 {
+		n = 2 * len(flushes)
+	}
 	r.Shuffle(len(flushes), func(i, j int) { flushes[i], flushes[j] = flushes[j], flushes[i] })
 	at := map[int][]cut{}
 	for i := range n {
 		c := cut{seed: r.Uint64()}
-		switch {
-		case i%3 == 0 && len(flushes) > 0:
-			c.at, flushes = flushes[0], flushes[1:]
-		case len(between) > 0:
+		if i%2 == 0 && i/2 < len(flushes) {
+			c.at = flushes[i/2]
+		} else {
 			c.at, c.fate = between[r.IntN(len(between))], fate(r.IntN(3))
-			if c.fate == some || c.fate == kept {
+			if c.fate != dropped {
 				c.at = epochEnd(log, c.at, r)
 			}
 		}

@@ -45,6 +45,7 @@ type task struct {
 	Dir, RunDir string // Dir is on the disk whose power is cut
 	Seed        uint64
 	Ops         int
+	Durability  layer.Durability
 }
 
 // TestWorkload is the process whose disk is recorded.
@@ -94,7 +95,9 @@ func (w *workload) tell(e event) error {
 }
 
 func (w *workload) open(ctx context.Context) (err error) {
-	w.sn, err = snapshotter.New(ctx, snapshotter.Options{Root: filepath.Join(w.Dir, "root"), RunDir: w.RunDir, Fidelity: w.fidelity})
+	w.sn, err = snapshotter.New(ctx, snapshotter.Options{
+		Root: filepath.Join(w.Dir, "root"), RunDir: w.RunDir, Fidelity: w.fidelity, Durability: w.Durability,
+	})
 	return err
 }
 
