@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
 
@@ -48,9 +49,10 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 		return err
 	}
 	if len(plan) > 0 {
-		if conn, err := dial(c.Context, p.Address); err == nil {
+		conn, err := dial(c.Context, p.Address)
+		if err == nil {
 			conn.Close()
-		} else {
+		} else if !errors.Is(err, fs.ErrPermission) {
 			fmt.Fprintf(c.App.ErrWriter, "note: containerd-dedup-grpc does not run yet (no answer on %s): start it before you restart containerd, or pulls fail\n", p.Address)
 		}
 	}
@@ -102,7 +104,11 @@ func carryOut(c *cli.Context, config string, plan []ctdconfig.Change) error {
 		if err := confirm(c, v); err != nil {
 			return err
 		}
-		if err := ctdconfig.Execute(plan); err != nil {
+		err := ctdconfig.Execute(plan)
+		if errors.Is(err, fs.ErrPermission) {
+			return fmt.Errorf("%w: run as root (sudo dedupctl ...)", err)
+		}
+		if err != nil {
 			return err
 		}
 	}

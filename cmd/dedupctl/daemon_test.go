@@ -259,24 +259,45 @@ func checkDuplicates(t *testing.T, r *rig) {
 	}
 }
 
-// checkStranger asks as a user without rights.
+// checkStranger asks as a user without rights: every verb that needs any refuses, and says what to do.
 func checkStranger(t *testing.T, r *rig) {
-	// The binary and the socket's directory must not be what keeps it out.
+	// The binary and the sockets' directory must not be what keeps it out.
 	dir, err := os.MkdirTemp("", "dedupctl-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	ctl := filepath.Join(dir, "dedupctl")
+	ctl, config, containerd := filepath.Join(dir, "dedupctl"), filepath.Join(dir, "config.toml"), filepath.Join(dir, "containerd")
 	b, err := os.ReadFile(r.ctl)
-	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(ctl, b, 0o755), os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
+	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(ctl, b, 0o755), os.WriteFile(config, nil, 0o644),
+		os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(ctl, "--address", r.socket, "status")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	out, err := cmd.CombinedOutput()
-	if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(string(out), "permission denied on "+r.socket) || !strings.Contains(string(out), "sudo") {
-		t.Errorf("%v: %s", err, out)
+	l, err := net.Listen("unix", containerd)
+	if err == nil {
+		err = os.Chmod(containerd, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ours, theirs := "permission denied on "+r.socket, "permission denied on "+containerd
+	for verb, want := range map[string]string{
+		"status": ours, "images": ours, "layers": ours, "duplicates": ours, "gc": ours, "gc --dry-run": ours, "fsck": ours, "fsck --repair": ours,
+		"doctor": "sudo dedupctl doctor", "complete --containerd-address " + containerd + " app:1": theirs, "migrate --containerd-address " + containerd: theirs,
+		"config containerd --containerd-address " + containerd:                                   theirs,
+		"config containerd --write --yes --containerd-version 2.1 --containerd-config " + config: "permission denied",
+		"analyze " + r.root: "permission denied",
+	} {
+		cmd := exec.Command(ctl, append([]string{"--address", r.socket}, strings.Fields(verb)...)...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+		out, _ := cmd.CombinedOutput()
+		if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(string(out), want) || !strings.Contains(string(out), "root") {
+			t.Errorf("dedupctl %s: exit code %d, %s", verb, cmd.ProcessState.ExitCode(), out)
+		}
+	}
+	if b, err := os.ReadFile(config); err != nil || len(b) > 0 {
+		t.Errorf("a stranger wrote %q, %v", b, err)
 	}
 }
 

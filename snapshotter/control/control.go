@@ -1,5 +1,5 @@
 // Package control serves the control API (proto/dedup/v1/control.proto): what an operator
-// asks the running daemon. It reads, and changes nothing. Who may connect is the socket's
+// asks the running daemon. Check and GC aside, it changes nothing. Who may connect is the socket's
 // mode: root alone. No answer holds the content of an image's files.
 package control
 
