@@ -127,12 +127,15 @@ func TestDaemonSet(t *testing.T) {
 	if out := k.exec(t, app, "cat /data | wc -c; echo new > /new; cat /new"); out != "300000\nnew\n" {
 		t.Errorf("without the daemon a container reads %q", out)
 	}
+	// Nor do other pods need it, above all its own: it could never come back on a node that has to pull its image.
+	k.images["app"] = k.images["unknown"]
+	other := k.startPod(t, "", "other")
 	k.startDaemonSet(t)
 	second := k.startPod(t, k.m.class.Handler, "second")
 	if out := k.exec(t, second, "cat /data | wc -c"); out != "300000\n" {
 		t.Errorf("a container of the daemon's next pod reads %q", out)
 	}
-	for _, p := range []pod{app, second, plain} {
+	for _, p := range []pod{app, second, plain, other} {
 		k.remove(t, p)
 	}
 	eventually(t, "chain images of gone pods to be unmounted on the node", func() bool {
@@ -161,6 +164,7 @@ func bootKubelet(t *testing.T) *kubelet {
 	must(t, err)
 	k.images["pause"] = pushImage(t, r, "pause:1", pause)
 	k.images["app"] = push(t, r, "app:1", busybox(t), layer(t, payload("daemonset", "data", 300000)))
+	k.images["unknown"] = push(t, r, "unknown:1", layer(t, payload("unknown", "data", 300000)), busybox(t))
 	k.images["daemon"] = push(t, r, "daemon:1", busybox(t), daemonLayer(t, root))
 	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
 	must(t, err)
