@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -152,8 +154,29 @@ func format(t *testing.T, dir string, on fileSystem) (d *disk, base *os.File) {
 	return &disk{file: files[1]}, files[2]
 }
 
-// work runs the workload in a process and notes what it says.
+// work runs the workload and notes what it says. Two times its process is killed, so that what a start cleans up after
+// that is recorded as well.
 func work(t *testing.T, d *disk, job task) (w world) {
+	t.Helper()
+	t.Cleanup(func() {
+		if err := node.UnmountBelow(job.RunDir); err != nil {
+			t.Error(err)
+		}
+	})
+	const parts = 3
+	total := job.Ops
+	for job.Part = range parts {
+		job.Ops = total * (job.Part + 1) / parts
+		w = workPart(t, d, job, w, job.Part < parts-1)
+		state := w.at(d.length())
+		job.Have = slices.Collect(maps.Values(state.have))
+		job.First = job.Ops + 10 // no name is used twice
+	}
+	return append(w, noted{at: d.length()})
+}
+
+// workPart is one process. One that is to be killed is so when the number of its operations comes near its end.
+func workPart(t *testing.T, d *disk, job task, w world, kill bool) world {
 	t.Helper()
 	text, err := json.Marshal(job)
 	if err != nil {
@@ -181,11 +204,6 @@ func work(t *testing.T, d *disk, job task) (w world) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := node.UnmountBelow(job.RunDir); err != nil {
-			t.Error(err)
-		}
-	})
 	in, answer := json.NewDecoder(fromChild), json.NewEncoder(toChild)
 	for {
 		var e event
@@ -203,11 +221,18 @@ func work(t *testing.T, d *disk, job task) (w world) {
 			t.Error(err)
 			break
 		}
+		if kill && e.Kind == "doing" && e.Op >= job.Ops-2 {
+			time.Sleep(time.Duration(job.Seed%10) * time.Millisecond) // somewhere in what it does
+			if err := cmd.Process.Kill(); err != nil {
+				t.Error(err)
+			}
+			break
+		}
 	}
-	if err := cmd.Wait(); err != nil {
+	if err := cmd.Wait(); err != nil && !kill {
 		t.Errorf("the workload: %v\n%s", err, out.String())
 	}
-	return append(w, noted{at: d.length()})
+	return w
 }
 
 // tryCuts tries cuts, two at a time, until one fails. refused is how often a snapshot was out of service.

@@ -44,8 +44,12 @@ const workloadEnv = "DEDUP_POWERCUT_WORKLOAD"
 type task struct {
 	Dir, RunDir string // Dir is on the disk whose power is cut
 	Seed        uint64
-	Ops         int
-	Durability  layer.Durability
+	// Part of the workload that this process is, from 0. Operations are numbered from First to Ops.
+	Part       int
+	First, Ops int
+	Durability layer.Durability
+	// Have is what clients know to be there.
+	Have []snapshot
 }
 
 // TestWorkload is the process whose disk is recorded.
@@ -106,13 +110,19 @@ func (w *workload) run(ctx context.Context) error {
 	if err := w.open(ctx); err != nil {
 		return err
 	}
+	w.ops.Store(int64(w.First))
 	stop, stopNeighbour := context.WithCancel(ctx)
 	defer stopNeighbour()
 	neighbour := make(chan error, 1)
 	go func() { neighbour <- w.neighbour(stop) }()
 	var g errgroup.Group
 	for i := range 2 {
-		c := &client{w: w, ns: fmt.Sprint("client", i), r: rand.New(rand.NewPCG(w.Seed, uint64(10+i)))}
+		c := &client{w: w, ns: fmt.Sprint("client", i), r: rand.New(rand.NewPCG(w.Seed, uint64(10+10*w.Part+i)))}
+		for _, s := range w.Have {
+			if s.Client == c.ns {
+				c.have = append(c.have, s)
+			}
+		}
 		g.Go(func() error {
 			for int(w.ops.Load()) < w.Ops {
 				if err := c.step(ctx); err != nil {
