@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -42,7 +43,7 @@ type Migration struct {
 	RemovedBytes int64 `json:"removed_bytes"`
 	// Kept are those of the migrated images that containers still use.
 	Kept       int64    `json:"kept_snapshots"`
-	Containers []string `json:"containers"` // namespace/id of those
+	Containers []string `json:"containers"` // namespace/id of those, or of a snapshot that belongs to none
 }
 
 // MigrationImage is one manifest that From has unpacked.
@@ -488,23 +489,38 @@ func (m *migration) collect(ctx context.Context, namespace string) (map[string]s
 	return left, nil
 }
 
-// users notes the containers that lie on snapshots of the images.
+// users notes who lies on snapshots of the images: containers of containerd's, and what else has made a snapshot. Docker tells
+// containerd of a container only when it starts; it names the snapshots after it.
 func (m *migration) users(ctx context.Context, namespace string, o old) error {
 	all, err := m.ctd.ContainerService().List(ctx)
 	if err != nil {
 		return fmt.Errorf("list containers of namespace %s: %w", namespace, err)
 	}
+	owner := map[string]string{} // snapshot -> container
 	for _, c := range all {
-		if c.Snapshotter != m.from {
-			continue
-		}
-		for name := c.SnapshotKey; name != ""; name = o.infos[name].Parent {
-			if _, ok := o.sizes[name]; ok {
-				m.out.Containers = append(m.out.Containers, namespace+"/"+c.ID)
-				break
-			}
+		if c.Snapshotter == m.from {
+			owner[c.SnapshotKey] = c.ID
 		}
 	}
+	users := map[string]bool{}
+	for key, info := range o.infos {
+		if info.Kind == snapshots.KindCommitted {
+			continue
+		}
+		name := key
+		for name != "" {
+			if _, ok := o.sizes[name]; ok {
+				id, ok := owner[key]
+				if !ok {
+					id = strings.TrimSuffix(key, "-init")
+				}
+				users[namespace+"/"+id] = true
+				break
+			}
+			name = o.infos[name].Parent
+		}
+	}
+	m.out.Containers = append(m.out.Containers, slices.Sorted(maps.Keys(users))...)
 	return nil
 }
 
