@@ -20,7 +20,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
 
-// A fresh Debian that runs containerd, and a person who does what docs/quickstart.md says, command by command. Two things are
+// A fresh Debian that runs containerd, and a person who does what docs/quickstart.md says, command by command, and then what docs/operations.md says to
+// be rid of it again. Two things are
 // made to be as if there were a network: docker.io is answered for on loopback, and Go's modules are there. The build starts from an empty
 // cache with DEDUP_LONG=1.
 func TestQuickstart(t *testing.T) {
@@ -30,19 +31,9 @@ func TestQuickstart(t *testing.T) {
 		t.Errorf("commands in docs/quickstart.md and README.md: %s", d)
 	}
 	m := bootContainerd(t, addSource)
-	ctx := testContext(t)
 	start := time.Now()
 	for _, step := range steps {
-		out, err := m.Run(ctx, "cd dedup-snapshotter\n"+step)
-		if strings.Contains(step, "image pull") {
-			out = "" // a hundred lines of progress
-		}
-		t.Logf("$ %s\n%s", step, out)
-		if err != nil {
-			log, _ := m.Run(ctx, "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u containerd -u containerd-dedup-grpc")
-			t.Fatalf("%v\n%s", err, log)
-		}
-		switch {
+		switch out := follow(t, m, step); {
 		case strings.Contains(step, "ctr run") && !strings.HasSuffix(out, "hello\n"):
 			t.Errorf("the container says %q", out)
 		case strings.Contains(step, "dedupctl status") && !strings.Contains(out, "/var/lib/containerd-dedup-grpc"):
@@ -51,6 +42,48 @@ func TestQuickstart(t *testing.T) {
 	}
 	t.Logf("all of it took %s", time.Since(start).Round(time.Second))
 	checkHardened(t, m)
+	goBack(t, m)
+}
+
+// follow does what a page says, in the repository's directory.
+func follow(t *testing.T, m *machine.Machine, step string) string {
+	t.Helper()
+	out, err := m.Run(testContext(t), "cd dedup-snapshotter\n"+step)
+	if strings.Contains(step, "image pull") {
+		out = "" // a hundred lines of progress
+	}
+	t.Logf("$ %s\n%s", step, out)
+	if err != nil {
+		log, _ := m.Run(testContext(t), "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u containerd -u containerd-dedup-grpc")
+		t.Fatalf("%v\n%s", err, log)
+	}
+	return out
+}
+
+// goBack removes dedup as docs/operations.md says, while a container runs. Nothing of it is left, and the image is there.
+func goBack(t *testing.T, m *machine.Machine) {
+	t.Helper()
+	const image = "docker.io/library/python:3.12"
+	steps := commands(t, "docs/operations.md", "## Removal, back to overlayfs")
+	follow(t, m, "ctr run --detach --snapshotter dedup "+image+" kept sleep 1000; ctr task exec --exec-id a kept sh -c 'echo mine > /mine'")
+	follow(t, m, steps[0])
+	if out := follow(t, m, "ctr run --rm --snapshotter overlayfs "+image+" new python3 -c 'print(1)'; ctr task exec --exec-id b kept sh -c 'cat /mine; wc -c < /usr/bin/python3'"); !strings.HasPrefix(out, "1\nmine\n") {
+		t.Errorf("after %s: %q", steps[0], out)
+	}
+	// It is made anew.
+	follow(t, m, "ctr task kill --signal KILL kept; sleep 1; ctr task delete kept; ctr container delete kept")
+	if out := follow(t, m, "ctr snapshot --snapshotter dedup ls | grep -c Active || true"); out != "0\n" {
+		t.Errorf("%s snapshots are still used", out)
+	}
+	for _, step := range steps[1:] {
+		follow(t, m, step)
+	}
+	out := follow(t, m, `ctr run --rm --snapshotter overlayfs `+image+` new python3 -c 'print(2)'
+grep containerd-dedup-grpc /proc/mounts || true
+find /etc /usr /run /var/lib -xdev -name '*dedup*' -not -path '/etc/containerd-dedup-grpc*'`)
+	if out != "2\n" {
+		t.Errorf("left after the removal: %q", out)
+	}
 }
 
 // checkHardened looks at what systemd made of the unit: few capabilities, and containerd's mount namespace.
