@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
@@ -76,6 +77,7 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 		"prefix": {base, shared},                                                              // all of it is in others
 		"alone":  {layer(t, files(200, 260)...), layer(t, image.File("small", "x"))},          // nothing is
 		"both":   {base, layer(t, files(300, 350)...), layer(t, files(300, 330)...)},          // in two namespaces
+		"leased": {base, layer(t, files(500, 520)...)},                                        // a build, say, has a lease on it
 		"used":   {base, layer(t, files(400, 450)...), layer(t, image.File("etc/mark", "u"))}, // by a container
 	} {
 		refs[name] = push(t, r, name+":1", layers...)
@@ -87,6 +89,11 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	must(t, n.Pull(ctx, "native", push(t, r, "native:1", layer(t, files(0, 3)...)))) // not ours: not in the list
 	container, err := n.RunDetached(ctx, node.Snapshotter, refs["used"], "sleep", "1000")
 	must(t, err)
+	lease, err := n.Client().LeasesService().Create(ctx, leases.WithID("build"))
+	must(t, err)
+	chain, err := n.ChainID(ctx, refs["leased"])
+	must(t, err)
+	must(t, n.Client().LeasesService().AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" + node.Snapshotter}))
 	settle(t, n)
 
 	shown := shownImages(t, n)
@@ -96,6 +103,9 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	used := shown["default "+refs["used"]]
 	if used.Users != 1 || used.FreedBytes != 0 || used.ExclusiveBytes < 1_000_000 {
 		t.Errorf("an image that a container uses: %+v", used)
+	}
+	if l := shown["default "+refs["leased"]]; l.FreedBytes != 0 || l.ExclusiveBytes < 100_000 {
+		t.Errorf("an image with a lease on its files: %+v", l)
 	}
 	if p := shown["default "+refs["prefix"]]; p.ExclusiveBytes != 0 || p.Layers != 2 || p.StoredBytes < 1_000_000 {
 		t.Errorf("an image that others contain: %+v", p)
@@ -112,6 +122,7 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 		{"prefix", ctx, []string{refs["prefix"]}},
 		{"a", ctx, []string{"alias.example/a:2", refs["a"]}},
 		{"used", ctx, []string{refs["used"]}},
+		{"leased", ctx, []string{refs["leased"]}},
 		{"both", ctx, []string{refs["both"]}},
 		{"alone", ctx, []string{refs["alone"]}},
 		{"both", elsewhere, []string{refs["both"]}},
@@ -124,6 +135,7 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 		t.Run(ns+" "+step.name, func(t *testing.T) { removes(t, n, step.ctx, ns, step.refs) })
 	}
 	must(t, n.RemoveContainer(ctx, container))
+	must(t, n.Client().LeasesService().Delete(ctx, lease, leases.SynchronousDelete))
 	settle(t, n)
 	if left, err := filepath.Glob(filepath.Join(n.DedupRoot(), "objects/*/*")); err != nil || len(left) > 0 {
 		t.Errorf("%d objects are left when all is removed, %v", len(left), err)

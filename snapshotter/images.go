@@ -24,15 +24,15 @@ type ImageUsage struct {
 	// Bytes are the sizes of its layers' regular files.
 	Bytes int64
 	// Stored is what it needs, Exclusive the part of it that no other image needs. Freed is what goes
-	// when the image goes: the exclusive part without what a container or a view still uses.
+	// when the image goes: the exclusive part without what a container, a view or a lease still keeps.
 	Stored, Exclusive, Freed layer.Usage
 	// Users are the containers' snapshots and views of it.
 	Users int
 }
 
-// Images returns the usage of each image of refs, which have to be all there are: what
-// none of them leads to counts as used by somebody else.
-func (s *Snapshotter) Images(ctx context.Context, refs []ImageRef) ([]ImageUsage, error) {
+// Images returns the usage of each image of refs, which have to be all there are: what none of them leads to counts
+// as needed by somebody else. What others lead to is used like a container's files.
+func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]ImageUsage, error) {
 	stored, err := s.snapshotGraph(ctx)
 	if err != nil {
 		return nil, err
@@ -46,6 +46,11 @@ func (s *Snapshotter) Images(ctx context.Context, refs []ImageRef) ([]ImageUsage
 		r.images[i].chains, r.images[i].snapshots = ref.Chains, stored.of(ref)
 		for _, n := range r.images[i].snapshots {
 			n.images++
+		}
+	}
+	for _, ref := range others {
+		for _, n := range stored.of(ref) {
+			n.used = true
 		}
 	}
 	stored.markOthers()
@@ -69,7 +74,7 @@ type snapshotNode struct {
 	chain  chainName       // of a committed one's layers
 	whole  bool            // it has a chain: none of its layers is pending
 	images int             // how many images lead to it
-	// foreign: something that is no image keeps it. used: a container or a view does.
+	// foreign: something that is no image needs it. used: a container, a view or a lease keeps it.
 	foreign, used bool
 	// users are the containers and views directly on it.
 	users int

@@ -8,9 +8,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
@@ -19,6 +21,8 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -29,6 +33,8 @@ const (
 	labelRoot     = "containerd.io/gc.root"
 	labelContent  = "containerd.io/gc.ref.content"
 	labelSnapshot = "containerd.io/gc.ref.snapshot."
+	labelExpire   = "containerd.io/gc.expire"
+	labelFlat     = "containerd.io/gc.flat"
 )
 
 // Catalog lists images as containerd's garbage collector sees them: what each of them keeps from being removed.
@@ -38,6 +44,7 @@ type Catalog struct {
 	namespaces namespacesapi.NamespacesClient
 	content    ctdcontent.Store
 	plugins    introspection.IntrospectionClient
+	leases     leasesapi.LeasesClient
 	version    versionapi.VersionClient
 	address    string
 }
@@ -49,6 +56,7 @@ func NewCatalog(conn grpc.ClientConnInterface, address string) *Catalog {
 		namespaces: namespacesapi.NewNamespacesClient(conn),
 		content:    contentproxy.NewContentStore(conn),
 		plugins:    introspection.NewIntrospectionClient(conn),
+		leases:     leasesapi.NewLeasesClient(conn),
 		version:    versionapi.NewVersionClient(conn),
 		address:    address,
 	}
@@ -65,33 +73,43 @@ type Unpacked struct {
 	Blobs, FreedBlobs int64
 }
 
+// Leased is what leases of a namespace keep beside images: those of a build, or of a pull that was killed.
+type Leased struct {
+	Namespace string
+	Chains    []content.ChainID
+}
+
 // ErrNoPlugin is wrapped where containerd does not know the snapshotter.
 var ErrNoPlugin = errors.New("containerd has no snapshot plugin with this socket")
 
-// Images returns the images of all namespaces, sorted by namespace and name.
-func (c *Catalog) Images(ctx context.Context) ([]Unpacked, error) {
+// Images returns the images of all namespaces, sorted by namespace and name, and what else is kept.
+func (c *Catalog) Images(ctx context.Context) ([]Unpacked, []Leased, error) {
 	short, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	plugins, err := c.snapshotters(short)
 	if err != nil {
-		return nil, c.explain(ctx, short, err)
+		return nil, nil, c.explain(ctx, short, err)
 	}
 	if len(plugins) == 0 {
-		return nil, fmt.Errorf("%w: %s; see dedupctl config containerd", ErrNoPlugin, c.address)
+		return nil, nil, fmt.Errorf("%w: %s; see dedupctl config containerd", ErrNoPlugin, c.address)
 	}
 	spaces, err := c.namespaces.List(short, &namespacesapi.ListNamespacesRequest{})
 	if err != nil {
-		return nil, c.explain(ctx, short, errgrpc.ToNative(err))
+		return nil, nil, c.explain(ctx, short, errgrpc.ToNative(err))
 	}
 	var graphs []*graph
 	for _, ns := range spaces.Namespaces {
 		g, err := c.read(ctx, ns.Name, plugins)
 		if err != nil {
-			return nil, fmt.Errorf("images of namespace %s: %w", ns.Name, err)
+			return nil, nil, fmt.Errorf("images of namespace %s: %w", ns.Name, err)
 		}
 		graphs = append(graphs, g)
 	}
-	return unpacked(graphs), nil
+	var leased []Leased
+	for _, g := range graphs {
+		leased = append(leased, Leased{g.namespace, g.leasedChains()})
+	}
+	return unpacked(graphs), leased, nil
 }
 
 func (c *Catalog) explain(ctx, short context.Context, err error) error {
@@ -132,6 +150,14 @@ type graph struct {
 	namespace string
 	images    map[digest.Digest][]string // target -> names
 	blobs     map[digest.Digest]*node
+	leases    []lease
+}
+
+// lease keeps what it names, and, unless it is flat, what that leads to.
+type lease struct {
+	flat   bool
+	blobs  []digest.Digest
+	chains []content.ChainID
 }
 
 type node struct {
@@ -156,7 +182,80 @@ func (c *Catalog) read(ctx context.Context, namespace string, plugins []string) 
 		g.blobs[info.Digest] = readNode(info, plugins)
 		return nil
 	})
-	return g, err
+	if err != nil {
+		return nil, err
+	}
+	return g, c.readLeases(ctx, g, plugins)
+}
+
+// readLeases reads the leases that have not expired.
+func (c *Catalog) readLeases(ctx context.Context, g *graph, plugins []string) error {
+	list, err := c.leases.List(ctx, &leasesapi.ListRequest{})
+	if err != nil {
+		return errgrpc.ToNative(err)
+	}
+	for _, l := range list.Leases {
+		if until, err := time.Parse(time.RFC3339, l.Labels[labelExpire]); err == nil && until.Before(time.Now()) {
+			continue
+		}
+		resources, err := c.leases.ListResources(ctx, &leasesapi.ListResourcesRequest{ID: l.ID})
+		if status.Code(err) == codes.NotFound {
+			continue // it has gone meanwhile
+		}
+		if err != nil {
+			return errgrpc.ToNative(err)
+		}
+		_, flat := l.Labels[labelFlat]
+		kept := lease{flat: flat}
+		for _, r := range resources.Resources {
+			kept.add(r, g, plugins)
+		}
+		g.leases = append(g.leases, kept)
+	}
+	return nil
+}
+
+func (l *lease) add(r *leasesapi.Resource, g *graph, plugins []string) {
+	kind, name, _ := strings.Cut(r.Type, "/")
+	switch kind {
+	case "content":
+		l.blobs = append(l.blobs, digest.Digest(r.ID))
+	case "images":
+		for target, names := range g.images {
+			if slices.Contains(names, r.ID) {
+				l.blobs = append(l.blobs, target)
+			}
+		}
+	case "snapshots":
+		if sum, err := content.ParseSum(r.ID); err == nil && slices.Contains(plugins, name) {
+			l.chains = append(l.chains, content.ChainID{Sum: sum})
+		}
+	}
+}
+
+// leased returns the blobs that a lease keeps.
+func (g *graph) leased(l lease) (found []digest.Digest) {
+	for _, d := range l.blobs {
+		if !l.flat {
+			found = append(found, g.reach(d)...)
+		} else if g.blobs[d] != nil {
+			found = append(found, d)
+		}
+	}
+	return found
+}
+
+func (g *graph) leasedChains() (chains []content.ChainID) {
+	for _, l := range g.leases {
+		chains = append(chains, l.chains...)
+		if l.flat {
+			continue
+		}
+		for _, d := range g.leased(l) {
+			chains = append(chains, g.blobs[d].chains...)
+		}
+	}
+	return chains
 }
 
 func readNode(info ctdcontent.Info, plugins []string) *node {
@@ -222,6 +321,11 @@ func unpacked(graphs []*graph) []Unpacked {
 				for _, d := range g.reach(d) {
 					leads[d]++
 				}
+			}
+		}
+		for _, l := range g.leases {
+			for _, d := range g.leased(l) {
+				leads[d]++
 			}
 		}
 	}

@@ -88,7 +88,7 @@ type imageLayers struct {
 }
 
 func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
-	images, err := s.opts.Catalog.Images(ctx)
+	images, _, err := s.opts.Catalog.Images(ctx)
 	if err != nil {
 		return nil, err
 	}

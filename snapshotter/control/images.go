@@ -12,7 +12,7 @@ import (
 
 // Images lists the images whose files are stored here.
 func (s *Server) Images(ctx context.Context, _ *dedupv1.ImagesRequest) (*dedupv1.ImagesResponse, error) {
-	images, err := s.opts.Catalog.Images(ctx)
+	images, leased, err := s.opts.Catalog.Images(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, answer(ctx.Err())
@@ -23,7 +23,11 @@ func (s *Server) Images(ctx context.Context, _ *dedupv1.ImagesRequest) (*dedupv1
 	for i, img := range images {
 		refs[i] = snapshotter.ImageRef{Namespace: img.Namespace, Chains: img.Chains}
 	}
-	usage, err := s.sn.Images(ctx, refs)
+	others := make([]snapshotter.ImageRef, len(leased))
+	for i, l := range leased {
+		others[i] = snapshotter.ImageRef{Namespace: l.Namespace, Chains: l.Chains}
+	}
+	usage, err := s.sn.Images(ctx, refs, others)
 	if err != nil {
 		return nil, answer(err)
 	}
