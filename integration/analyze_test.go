@@ -40,7 +40,7 @@ func TestAnalyzePlaces(t *testing.T) {
 	t.Parallel()
 	n, r := startNode(t, node.Options{NoDedup: true, Version: "1.7.35"}), startRegistry(t)
 	ctx := testContext(t)
-	d, err := n.StartDocker(ctx)
+	d, err := n.StartDocker(ctx, "")
 	must(t, err)
 	t.Cleanup(func() { must(t, d.Close()) })
 	bb, data := busybox(t), dataLayer(t)

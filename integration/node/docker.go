@@ -14,26 +14,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Docker is the distribution's dockerd on a node's containerd, with the storage driver overlay2 and without networks. It is
-// not installed: its packages are unpacked into the cache.
+// Docker is a dockerd on a node's containerd, without networks. Nothing is installed: the distribution's packages are unpacked into
+// the cache.
 type Docker struct {
 	node    *Node
 	tools   string
 	process *process
 }
 
-// StartDocker fetches dockerd if need be, starts it and waits until it serves. The caller closes it before the node.
-func (n *Node) StartDocker(ctx context.Context) (*Docker, error) {
+// StartDocker fetches or builds dockerd if need be, starts it and waits until it serves. With a snapshotter it is Docker 29 with the
+// containerd image store on that one, else the distribution's dockerd with its own storage driver overlay2. The caller
+// closes it before the node.
+func (n *Node) StartDocker(ctx context.Context, snapshotter string) (*Docker, error) {
 	tools, err := fetchDocker(ctx, n.opts.Say)
 	if err != nil {
 		return nil, err
 	}
 	d := &Docker{node: n, tools: tools}
-	d.process, err = startProcess("docker", n.LogPath("docker"), d.env(), filepath.Join(tools, "usr/sbin/dockerd"),
-		"--data-root", d.Root(), "--exec-root", filepath.Join(n.dir, "run/docker"), "--pidfile", filepath.Join(n.dir, "run/docker.pid"),
-		"--containerd", n.Address(), "--host", d.host(), "--storage-driver", "overlay2",
-		"--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false")
-	if err != nil {
+	bin := filepath.Join(tools, "usr/sbin/dockerd")
+	args := []string{"--storage-driver", "overlay2"}
+	if snapshotter != "" {
+		if bin, err = BuildDockerd(ctx, n.opts.Say); err != nil {
+			return nil, err
+		}
+		// Time namespaces want a newer runc than Debian 12 has.
+		args = []string{"--storage-driver", snapshotter, "--feature", "containerd-snapshotter=true", "--feature", "time-namespaces=false"}
+	}
+	args = append(args, "--data-root", d.Root(), "--exec-root", filepath.Join(n.dir, "run/docker"), "--pidfile", filepath.Join(n.dir, "run/docker.pid"),
+		"--containerd", n.Address(), "--host", d.host(),
+		"--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false", "--userland-proxy=false")
+	if d.process, err = startProcess("docker", n.LogPath("docker"), d.env(), bin, args...); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
@@ -64,7 +74,8 @@ func (d *Docker) env() []string {
 	}
 	libs, _ := filepath.Glob(filepath.Join(d.tools, "usr/lib/*-linux-gnu"))
 	more, _ := filepath.Glob(filepath.Join(d.tools, "lib/*-linux-gnu"))
-	return append(env, "LD_LIBRARY_PATH="+strings.Join(append(libs, more...), ":"))
+	// A newer dockerd shall answer the distribution's older client.
+	return append(env, "DOCKER_MIN_API_VERSION=1.24", "LD_LIBRARY_PATH="+strings.Join(append(libs, more...), ":"))
 }
 
 // Run runs Docker's client and returns its standard output.
@@ -79,6 +90,9 @@ func (d *Docker) Run(ctx context.Context, args ...string) (string, error) {
 	return out.String(), nil
 }
 
+// Stop ends dockerd, and with it what runs in containers.
+func (d *Docker) Stop() error { return d.process.stop(unix.SIGTERM, 30*time.Second) }
+
 // Close removes all containers and ends dockerd.
 func (d *Docker) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
@@ -88,7 +102,7 @@ func (d *Docker) Close() error {
 		_, err := d.Run(ctx, append([]string{"rm", "--force"}, strings.Fields(ids)...)...)
 		errs = append(errs, err)
 	}
-	return errors.Join(append(errs, d.process.stop(unix.SIGTERM, 30*time.Second))...)
+	return errors.Join(append(errs, d.Stop())...)
 }
 
 // fetchDocker unpacks the packages of dockerd and of the libraries that it needs into the cache.

@@ -56,6 +56,12 @@ func BuildCrane(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "crane"), err
 }
 
+// BuildDockerd returns the path of Docker 29's daemon, built like Build does (two minutes).
+func BuildDockerd(ctx context.Context, say func(string)) (string, error) {
+	dir, err := buildModule(ctx, "dockerd", say, "", "github.com/moby/moby/v2/cmd/dockerd")
+	return filepath.Join(dir, "dockerd"), err
+}
+
 // buildModule builds packages of the module integration/tools/<name> into the cache.
 // The directory appears by a rename, so it is complete whenever it exists.
 func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string, error) {
