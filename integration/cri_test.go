@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,18 @@ func criLife(t *testing.T, version string) {
 	}
 	criFsInfo(t, n, c, ctx)
 
+	// To the kubelet one image has three names, and it removes all of them.
+	settle(t, n)
+	var shown shownImage
+	for names, i := range shownImages(t, n) {
+		if strings.HasPrefix(names, node.CRINamespace+" ") && slices.Contains(i.Names, app) {
+			shown = i
+		}
+	}
+	if len(shown.Names) != 3 || shown.FreedBytes < 2<<20 {
+		t.Errorf("dedupctl images: %+v", shown)
+	}
+	before := usage(t, n.DedupRoot())
 	_, err = c.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: status.Image.Id}})
 	must(t, err)
 	k8s := namespaces.WithNamespace(ctx, node.CRINamespace)
@@ -63,6 +76,10 @@ func criLife(t *testing.T, version string) {
 		must(t, err)
 		return len(left) == 1
 	})
+	settle(t, n)
+	if got := before.Sub(usage(t, n.DedupRoot())); !near(shown.FreedBytes, got.Bytes) || shown.FreedInodes != got.Inodes {
+		t.Errorf("removing the image frees %+v, dedupctl images said %+v", got, shown)
+	}
 	if _, err := c.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: pause}}); err != nil {
 		t.Error(err)
 	}

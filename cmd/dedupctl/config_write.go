@@ -32,7 +32,11 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 		return err
 	}
 	whole := p.Version == 2 // containerd 1.7
-	have, err := ctdconfig.Read(path, whole, ctdconfig.DropInPath(path))
+	dropInPath, err := ctdconfig.DropInPath(path)
+	if err != nil {
+		return err
+	}
+	have, err := ctdconfig.Read(path, whole, dropInPath)
 	if err != nil {
 		return err
 	}
@@ -56,7 +60,24 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 			fmt.Fprintf(c.App.ErrWriter, "note: containerd-dedup-grpc does not run yet (no answer on %s): start it before you restart containerd, or pulls fail\n", p.Address)
 		}
 	}
-	return carryOut(c, path, plan)
+	if err := carryOut(c, path, plan); err != nil {
+		return err
+	}
+	return overridden(path, whole, p.Address)
+}
+
+// overridden tells of a file that counts over the drop-in.
+func overridden(path string, whole bool, address string) error {
+	c, err := ctdconfig.Read(path, whole)
+	if err != nil {
+		return err
+	}
+	order := ctdconfig.Strings(c.Plugin(ctdconfig.DiffService)["default"])
+	if c.Proxy("dedup")["address"] != address || len(order) == 0 || order[0] != "dedup-diff" {
+		return fmt.Errorf("what was installed does not count, since a later one of %s says something else: "+
+			"take proxy_plugins.dedup and the diff service's default out of it", strings.Join(c.Files[1:], ", "))
+	}
+	return nil
 }
 
 func removeDropIn(c *cli.Context) error {

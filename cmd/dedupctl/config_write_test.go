@@ -101,3 +101,19 @@ func TestWriteErrors(t *testing.T) {
 		t.Error(left, err)
 	}
 }
+
+// A file that counts over the drop-in is named.
+func TestWriteIsOverridden(t *testing.T) {
+	dir := t.TempDir()
+	config := filepath.Join(dir, "config.toml")
+	late := "version = 3\n[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"walking\"]\n"
+	for path, text := range map[string]string{config: "version = 3\nimports = [\"conf.d/*.toml\"]\n", filepath.Join(dir, "conf.d/zz.toml"): late} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	code, _, errs := dedupctl(t, "--address", filepath.Join(dir, "none"), "config", "containerd", "--write", "--yes", "--containerd-version", "2.1", "--containerd-config", config)
+	if code != exitFailure || !strings.Contains(errs, "conf.d/zz.toml") || !strings.Contains(errs, "does not count") {
+		t.Error(code, errs)
+	}
+}

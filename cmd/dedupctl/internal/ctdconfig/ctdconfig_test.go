@@ -67,6 +67,8 @@ func TestInstallAndRemove(t *testing.T) {
 		"empty":                  "",
 		"no newline":             "version = 3",
 		"imports":                "version = 3\nimports = [\"/etc/other.toml\"] # others\n[grpc]\n",
+		"a trailing comma":       "version = 3\nimports = [\n  \"/etc/a.toml\", # a, ]\n  '/etc/b#].toml' , # \"c\"\n  # none\n]\n",
+		"escapes":                "version = 3\nimports = [\"/etc/\\\"]a.toml\"]\n",
 		"empty imports":          "imports = []\nversion = 3\n",
 		"imports on many lines":  "version = 3\nimports = [\n  \"/etc/a.toml\", # a\n  \"/etc/b*.toml\",\n]\n[grpc]\n",
 		"imports in a table":     "version = 3\n[plugins.\"x\"]\nimports = [\"no\"]\n",
@@ -121,7 +123,11 @@ func installs(t *testing.T, config string) {
 		t.Fatal(err)
 	}
 	values, err := decode(config, b)
-	if err != nil || !covers(config, values, DropInPath(config)) {
+	path, perr := DropInPath(config)
+	if perr != nil {
+		t.Fatal(perr)
+	}
+	if err != nil || !covers(config, values, path) {
 		t.Errorf("%v: the drop-in is not imported by\n%s", err, b)
 	}
 	if err := Execute(plan); err == nil || !strings.Contains(err.Error(), "has changed meanwhile") {
@@ -141,7 +147,11 @@ func TestModesAndLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	installs(t, config)
-	for _, path := range []string{real, config + backupSuffix, DropInPath(config)} {
+	dropIn, err := DropInPath(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{real, config + backupSuffix, dropIn} {
 		if fi, err := os.Lstat(path); err != nil || fi.Mode() != 0o600 {
 			t.Errorf("%s: %v, %v", path, fi, err)
 		}
@@ -269,5 +279,32 @@ func TestConfigArgument(t *testing.T) {
 		if d := cmp.Diff(want, configArgument(strings.Fields(line), DefaultPath)); d != "" {
 			t.Errorf("%s: %s", line, d)
 		}
+	}
+}
+
+// A directory all of which is imported takes the drop-in, and the main file stays as it is: some distributions of
+// Kubernetes write it anew at every start.
+func TestImportedDirectory(t *testing.T) {
+	dir := t.TempDir()
+	config, drop := filepath.Join(dir, "rancher/config.toml"), filepath.Join(dir, "drop")
+	write(t, config, "version = 3\nimports = [\"/etc/one.toml\", \""+drop+"/*.toml\"]\n")
+	write(t, filepath.Join(drop, "theirs.toml"), "version = 3\n")
+	before := files(t, dir)
+	installs(t, config)
+	want := files(t, dir)
+	delete(want, "drop/"+dropInName)
+	if d := cmp.Diff(before, want); d != "" || len(files(t, dir)) != 3 {
+		t.Errorf("%v: %s", files(t, dir), d)
+	}
+	plan, err := Remove(config)
+	if err == nil {
+		err = Execute(plan)
+	}
+	if d := cmp.Diff(before, files(t, dir)); err != nil || d != "" {
+		t.Error(err, d)
+	}
+	write(t, config, "version = 3\n")
+	if _, err := Install(config, nil, 3); err == nil || !strings.Contains(err.Error(), ".toml.tmpl") {
+		t.Error(err)
 	}
 }

@@ -29,9 +29,24 @@ const (
 	Transfer    = "io.containerd.transfer.v1.local"
 )
 
-// DropInPath is where the drop-in of a main file lies.
-func DropInPath(config string) string {
-	return filepath.Join(filepath.Dir(config), "conf.d", dropInName)
+// DropInPath is where the drop-in of a main file lies, or would: in a directory all of which the file imports, else in
+// conf.d beside it.
+func DropInPath(config string) (string, error) {
+	text, err := readOrNil(config)
+	if err != nil {
+		return "", err
+	}
+	values, err := decode(config, text)
+	if err != nil {
+		return "", err
+	}
+	for _, pattern := range Strings(values["imports"]) {
+		dir, names := filepath.Split(absolute(config, pattern))
+		if ok, err := filepath.Match(names, dropInName); ok && err == nil && names != dropInName && !strings.Contains(dir, "*") {
+			return filepath.Join(dir, dropInName), nil
+		}
+	}
+	return filepath.Join(filepath.Dir(config), "conf.d", dropInName), nil
 }
 
 // DropIn returns what the drop-in has to hold so that everything in snippet counts, and nothing
@@ -115,7 +130,10 @@ type Change struct {
 // format of a main file that has to be made. No changes mean that all is in place.
 func Install(config string, dropIn []byte, version int) ([]Change, error) {
 	var plan []Change
-	path := DropInPath(config)
+	path, err := DropInPath(config)
+	if err != nil {
+		return nil, err
+	}
 	old, err := readOrNil(path)
 	if err != nil {
 		return nil, err
@@ -137,6 +155,10 @@ func Install(config string, dropIn []byte, version int) ([]Change, error) {
 	}
 	if covers(config, values, path) {
 		return plan, nil
+	}
+	if strings.Contains(config, "/rancher/") {
+		return nil, fmt.Errorf("k3s and RKE2 write %s anew at every start: put what `dedupctl config containerd` prints into the template beside it "+
+			"(config-v3.toml.tmpl, or config.toml.tmpl for containerd 1.7)", config)
 	}
 	edited, err := addImport(config, text, values, path)
 	if err != nil {
@@ -180,11 +202,11 @@ func addImport(config string, text []byte, values map[string]any, path string) (
 	var edited []byte
 	switch version := versionLine.FindIndex(text[:end]); {
 	case list != nil && list[0] < end:
-		entry := fmt.Sprintf("%q", path)
-		if len(Strings(values["imports"])) > 0 {
-			entry += ", "
+		at, entry := endOfList(text, list[1]), fmt.Sprintf("%q", path)
+		if at > list[1] && text[at-1] != ',' {
+			entry = ", " + entry
 		}
-		edited = slices.Concat(text[:list[1]], []byte(entry), text[list[1]:])
+		edited = slices.Concat(text[:at], []byte(entry), text[at:])
 	case version != nil && version[1] < len(text):
 		edited = slices.Concat(text[:version[1]+1], []byte(line), text[version[1]+1:])
 	case version != nil:
@@ -195,7 +217,7 @@ func addImport(config string, text []byte, values map[string]any, path string) (
 	// Whatever the file looks like: only what is meant may have changed.
 	got, err := decode(config, edited)
 	want := maps.Clone(values)
-	want["imports"] = slices.Concat([]string{path}, Strings(values["imports"]))
+	want["imports"] = slices.Concat(Strings(values["imports"]), []string{path}) // the last file counts over the others
 	if err == nil {
 		got["imports"] = Strings(got["imports"])
 	}
@@ -205,10 +227,39 @@ func addImport(config string, text []byte, values map[string]any, path string) (
 	return edited, nil
 }
 
+// endOfList returns the place behind the last element, or the last comma, of a list that begins at start.
+func endOfList(text []byte, start int) int {
+	end := start
+	for i := start; i < len(text); i++ {
+		switch c := text[i]; c {
+		case ']':
+			return end
+		case '#':
+			for i < len(text) && text[i] != '\n' {
+				i++
+			}
+		case '"', '\'':
+			for i++; i < len(text) && text[i] != c; i++ {
+				if c == '"' && text[i] == '\\' {
+					i++
+				}
+			}
+			end = i + 1
+		case ' ', '\t', '\r', '\n':
+		default:
+			end = i + 1
+		}
+	}
+	return min(end, len(text))
+}
+
 // Remove plans to take away what Install put there.
 func Remove(config string) ([]Change, error) {
 	var plan []Change
-	path := DropInPath(config)
+	path, err := DropInPath(config)
+	if err != nil {
+		return nil, err
+	}
 	text, err := readOrNil(config)
 	if err != nil {
 		return nil, err
@@ -246,9 +297,10 @@ func withoutImport(text []byte, path string) []byte {
 	if list == nil {
 		return text
 	}
-	for _, entry := range []string{fmt.Sprintf("%q, ", path), fmt.Sprintf("%q", path)} {
-		if rest, ok := bytes.CutPrefix(text[list[1]:], []byte(entry)); ok {
-			return slices.Concat(text[:list[1]], rest)
+	end := endOfList(text, list[1])
+	for _, entry := range []string{fmt.Sprintf(", %q", path), fmt.Sprintf("%q", path)} {
+		if rest, ok := bytes.CutSuffix(text[:end], []byte(entry)); ok && len(rest) >= list[1] {
+			return slices.Concat(rest, text[end:])
 		}
 	}
 	return text
