@@ -32,7 +32,7 @@ import (
 
 // event is what the workload tells the recorder.
 type event struct {
-	Kind     string // doing, done, removing, removed, failed
+	Kind     string // doing, done, removing, removed, kept, failed
 	Op       int    // of doing and done
 	Snapshot snapshot
 	Error    string
@@ -401,7 +401,11 @@ func (c *client) remove(ctx context.Context) error {
 	if err := c.w.tell(event{Kind: "removing", Snapshot: s}); err != nil {
 		return err
 	}
-	if err := c.w.sn.Remove(ctx, s.Name); err != nil {
+	err := c.w.sn.Remove(ctx, s.Name)
+	if errdefs.IsFailedPrecondition(err) { // it has a child, of which a process that was killed told nobody
+		return c.w.tell(event{Kind: "kept", Snapshot: s})
+	}
+	if err != nil {
 		return err
 	}
 	c.have = slices.Delete(c.have, i, i+1)

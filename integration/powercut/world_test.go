@@ -53,6 +53,9 @@ func (w world) at(n int) state {
 		case "removing":
 			s.going[name] = s.have[name]
 			delete(s.have, name)
+		case "kept":
+			s.have[name] = s.going[name]
+			delete(s.going, name)
 		case "removed":
 			delete(s.going, name)
 		}
