@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -194,4 +195,36 @@ func mustDiff(b *testing.B, blob []byte) content.Sum {
 		b.Fatal(err)
 	}
 	return sum
+}
+
+// Verifying metadata.db of a node with many snapshots, as every start does.
+func BenchmarkCheckBolt(b *testing.B) {
+	path := filepath.Join(b.TempDir(), "metadata.db")
+	ms, err := storage.NewMetaStore(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	err = ms.WithTransaction(b.Context(), true, func(ctx context.Context) error {
+		for i := range 10000 {
+			ref := digest.FromString(fmt.Sprint(i))
+			labels := map[string]string{labelRef: ref.String(), labelLayer: ref.Encoded(), labelNamespace: "default"}
+			if _, err := storage.CreateSnapshot(ctx, snapshots.KindView, ref.String(), "", snapshots.WithLabels(labels)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err = errors.Join(err, ms.Close()); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		data, err := os.ReadFile(path)
+		if err == nil {
+			_, err = checkBolt(data)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.SetBytes(int64(len(data)))
+	}
 }

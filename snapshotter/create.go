@@ -1,12 +1,14 @@
 package snapshotter
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 
-	"go.etcd.io/bbolt"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 )
 
 // create makes a file under another name, and gives it its own only when it is durable: a power cut in between
@@ -45,12 +47,20 @@ func createFormat(path string) error {
 	return create(path, func(path string) error { return os.WriteFile(path, []byte(layoutVersion), 0o600) })
 }
 
+// createMetadata makes an empty metadata.db with all that storage needs in it: one without is none of ours.
 func createMetadata(path string) error {
 	return create(path, func(path string) error {
-		db, err := bbolt.Open(path, 0o600, nil)
+		ms, err := storage.NewMetaStore(path)
 		if err != nil {
 			return err
 		}
-		return db.Close()
+		err = ms.WithTransaction(context.Background(), true, func(ctx context.Context) error {
+			if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, "first", ""); err != nil {
+				return err
+			}
+			_, _, err := storage.Remove(ctx, "first")
+			return err
+		})
+		return errors.Join(err, ms.Close())
 	})
 }

@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -290,62 +289,28 @@ func (c *chains) rebuild(ctx context.Context, chain []content.LayerID) error {
 	return errors.Join(c.unmount(n), c.mountImage(n))
 }
 
-// checkMetadataFile lets bbolt verify a copy of metadata.db.
+// checkMetadataFile verifies metadata.db as it is on the disk, or in the page cache.
 func (s *Snapshotter) checkMetadataFile(ctx context.Context, _ CheckOptions) ([]Finding, error) {
-	tmp := s.path(dirIngest, "metadata-check.db")
-	defer os.Remove(tmp)
+	var data []byte
 	// Nobody else writes during a writable transaction.
-	err := s.ms.WithTransaction(ctx, true, func(context.Context) error { return copyFile(s.path("metadata.db"), tmp) })
-	if err != nil {
-		return nil, fmt.Errorf("copy metadata.db: %w", err)
+	err := s.ms.WithTransaction(ctx, true, func(context.Context) (err error) {
+		data, err = os.ReadFile(s.path("metadata.db"))
+		return errors.Join(err, errUnchanged)
+	})
+	if !errors.Is(err, errUnchanged) || data == nil {
+		return nil, fmt.Errorf("read metadata.db: %w", layer.Explain(err, s.opts.Root))
 	}
-	problems, err := checkBolt(tmp)
-	if err != nil {
-		problems = append(problems, err.Error())
-	}
-	if len(problems) == 0 {
+	if _, err = checkBolt(data); err == nil {
 		return nil, nil
 	}
 	return []Finding{{
-		Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: strings.Join(problems[:min(len(problems), 5)], "; ")},
+		Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: err.Error()},
 		Hint:    "stop the daemon and put metadata.db back from a backup, or set another root and pull the images again",
 	}}, nil
 }
 
-func copyFile(from, to string) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.OpenFile(to, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
-}
-
-// checkBolt opens and verifies a bolt file. bbolt panics on some damage.
-func checkBolt(path string) (problems []string, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("bbolt: %v", p)
-		}
-	}()
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
-	if err != nil {
-		return nil, err
-	}
-	defer db.Close()
-	err = db.View(func(tx *bbolt.Tx) error {
-		for err := range tx.Check() {
-			problems = append(problems, err.Error())
-		}
-		return nil
-	})
-	return problems, err
-}
+// errUnchanged ends a transaction without a write: a disk may have no room for one.
+var errUnchanged = errors.New("nothing was changed")
 
 // checkPending looks for committed snapshots whose directory could not be ingested.
 func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {

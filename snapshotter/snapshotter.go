@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -120,7 +121,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if s.kernel, err = probe(opts.Root); err != nil {
 		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
 	}
-	if err := s.checkMetadata(); err != nil {
+	if err := s.checkMetadata(ctx); err != nil {
 		return nil, err
 	}
 	if s.ms, err = storage.NewMetaStore(s.path("metadata.db")); err != nil {
@@ -189,22 +190,62 @@ func checkFormat(path string) error {
 	return nil
 }
 
-// checkMetadata creates metadata.db in a new store and refuses any other one without: it alone says which layers and
-// directories are in use, and an empty one would have all of them removed, what running containers wrote included.
-func (s *Snapshotter) checkMetadata() error {
-	if _, err := os.Stat(s.path("metadata.db")); !errors.Is(err, os.ErrNotExist) {
-		return err
+// refused is what to do when metadata.db cannot be used.
+const refused = "nothing was removed; put the file back from a backup, or set another root and pull the images again"
+
+// checkMetadata creates metadata.db in a new store and refuses any other one without, or with a damaged one: it alone says which
+// layers and directories are in use, and an empty one would have all of them removed, what running containers wrote included.
+func (s *Snapshotter) checkMetadata(ctx context.Context) error {
+	path := s.path("metadata.db")
+	data, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist), err == nil && len(data) == 0:
+		if err := s.refuseData("is missing or empty"); err != nil {
+			return err
+		}
+		return createMetadata(path)
+	case err != nil:
+		return fmt.Errorf("read metadata.db: %w", layer.Explain(err, s.opts.Root))
 	}
+	back, err := checkBolt(data)
+	if err != nil {
+		return fmt.Errorf("%s is damaged: %w: %s", path, err, refused)
+	}
+	if back {
+		log.G(ctx).Warnf("%s is damaged: its last change is lost, and the one before counts", path)
+	}
+	if ours, err := holdsSnapshots(path); err != nil || !ours {
+		return errors.Join(err, s.refuseData("is another program's"))
+	}
+	return nil
+}
+
+// holdsSnapshots tells whether a bolt file has the buckets of containerd's storage package, which takes them for granted.
+func holdsSnapshots(path string) (ours bool, err error) {
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		return false, fmt.Errorf("open %s: %w", path, err)
+	}
+	err = db.View(func(tx *bbolt.Tx) error {
+		v1 := tx.Bucket([]byte("v1"))
+		ours = v1 != nil && v1.Bucket([]byte("snapshots")) != nil && v1.Bucket([]byte("parents")) != nil
+		return nil
+	})
+	return ours, errors.Join(err, db.Close())
+}
+
+// refuseData returns an error when the store holds data.
+func (s *Snapshotter) refuseData(problem string) error {
 	for _, dir := range []string{dirSnapshots, "layers"} {
 		files, err := os.ReadDir(s.path(dir))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("look for snapshots: %w", err)
 		}
 		if len(files) > 0 {
-			return fmt.Errorf("%s is missing, and %s holds data: nothing was removed; put the file back from a backup, or set another root and pull the images again", s.path("metadata.db"), s.path(dir))
+			return fmt.Errorf("%s %s, and %s holds data: %s", s.path("metadata.db"), problem, s.path(dir), refused)
 		}
 	}
-	return createMetadata(s.path("metadata.db"))
+	return nil
 }
 
 // openStores opens the layers with the holds that snapshots have, and the chain images with
@@ -213,8 +254,11 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	var live []content.LayerID
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
-			if id, ok := layerOf(info); ok {
+			id, ok := layerOf(info)
+			if ok {
 				live = append(live, id)
+			} else if info.Kind == snapshots.KindCommitted && info.Labels[labelPending] == "" {
+				return fmt.Errorf("snapshot %q names no layer: %s", info.Name, refused)
 			}
 			if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
 				s.refs.add(info.Labels[labelRef], info.Name)

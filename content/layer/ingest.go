@@ -11,7 +11,6 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
@@ -59,27 +58,6 @@ func (s *Store) LookupBlob(blob digest.Digest) (Ingested, bool) {
 	}
 	s.layers[id].hold()
 	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size}, true
-}
-
-// explain adds what to do to errors of the system.
-func (s *Store) explain(err error) error {
-	for _, known := range []struct {
-		errno unix.Errno
-		hint  string
-	}{
-		{unix.ENOSPC, "free space or inodes on the file system of %s, or remove images"},
-		{unix.EDQUOT, "raise the disk quota on %s, or remove images"},
-		{unix.EROFS, "the file system of %s has become read-only: check the kernel log"},
-		{unix.EIO, "the disk under %s does not work: check the kernel log"},
-		{unix.EMFILE, "the daemon for %s has too many files open: raise LimitNOFILE in its unit"},
-		{unix.ENFILE, "the machine of %s has too many files open: raise fs.file-max"},
-		{unix.ENOMEM, "the kernel has no memory for %s: free memory, or raise the limit of the daemon's unit"},
-	} {
-		if errors.Is(err, known.errno) {
-			return fmt.Errorf("%w ("+known.hint+")", err, s.root)
-		}
-	}
-	return err
 }
 
 // goal is what an ingest is to give.

@@ -1,0 +1,44 @@
+package layer
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// explained is an error that already says what to do.
+type explained struct {
+	error
+	hint string
+}
+
+func (e explained) Error() string { return e.error.Error() + " (" + e.hint + ")" }
+func (e explained) Unwrap() error { return e.error }
+
+// Explain adds what to do to errors of the system, once. root is where most of what can run out is.
+func Explain(err error, root string) error {
+	if errors.As(err, new(explained)) {
+		return err
+	}
+	for _, known := range []struct {
+		errno unix.Errno
+		hint  string
+	}{
+		{unix.ENOSPC, "free space or inodes on the file system of %s, or remove images"},
+		{unix.EDQUOT, "raise the disk quota on %s, or remove images"},
+		{unix.EROFS, "the file system of %s has become read-only: check the kernel log"},
+		{unix.EIO, "the disk under %s does not work: check the kernel log"},
+		{unix.ESHUTDOWN, "the kernel has shut the file system of %s down: check the kernel log"},
+		{unix.EMFILE, "the daemon for %s has too many files open: raise LimitNOFILE in its unit"},
+		{unix.ENFILE, "the machine of %s has too many files open: raise fs.file-max"},
+		{unix.ENOMEM, "the kernel has no memory for %s: free memory, or raise the limit of the daemon's unit"},
+	} {
+		if errors.Is(err, known.errno) {
+			return explained{err, fmt.Sprintf(known.hint, root)}
+		}
+	}
+	return err
+}
+
+func (s *Store) explain(err error) error { return Explain(err, s.root) }
