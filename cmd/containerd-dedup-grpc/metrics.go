@@ -69,9 +69,10 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	chains, err := c.sn.Chains(context.Background(), false)
 	if err != nil {
 		e.broken("dedup_chain_images", err)
+	} else {
+		e.gauge("dedup_chain_images", "Chain images on the disk.", float64(chains.Images))
+		e.gauge("dedup_chain_mounts", "Chain images that are mounted.", float64(chains.Mounts))
 	}
-	e.gauge("dedup_chain_images", "Chain images on the disk.", float64(chains.Images))
-	e.gauge("dedup_chain_mounts", "Chain images that are mounted.", float64(chains.Mounts))
 	c.holdings(e, chains.Usage)
 	c.snapshots(e)
 	c.work(e)

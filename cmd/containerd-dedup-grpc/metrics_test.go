@@ -69,6 +69,7 @@ func TestMetrics(t *testing.T) {
 	}
 	names := metricNames(scrape)
 	checkDocumented(t, names)
+	checkReasons(t, scrape)
 	checkAlerts(t, names)
 	checkDashboard(t, names)
 }
@@ -103,6 +104,29 @@ func checkDocumented(t *testing.T, names []string) {
 	slices.Sort(documented)
 	if d := cmp.Diff(names, documented); d != "" {
 		t.Errorf("metrics in docs/monitoring.md: %s", d)
+	}
+}
+
+// checkReasons: the doors, results and reasons in the documentation's table are those that there are.
+func checkReasons(t *testing.T, scrape string) {
+	t.Helper()
+	var counted, documented []string
+	for _, m := range regexp.MustCompile(`dedup_layer_requests_total{door="(\w+)",reason="(\w+)",result="(\w+)"}`).FindAllStringSubmatch(scrape, -1) {
+		counted = append(counted, m[1]+" "+m[3]+" "+m[2])
+	}
+	door := ""
+	for _, m := range regexp.MustCompile("(?m)^\\| (?:`(\\w+)`)? ?\\| `(hit|miss)` \\| (`.*?`) \\|").FindAllStringSubmatch(readFile(t, "../../docs/monitoring.md"), -1) {
+		if m[1] != "" {
+			door = m[1]
+		}
+		for reason := range strings.SplitSeq(strings.ReplaceAll(m[3], "`", ""), ", ") {
+			documented = append(documented, door+" "+m[2]+" "+reason)
+		}
+	}
+	slices.Sort(counted)
+	slices.Sort(documented)
+	if d := cmp.Diff(counted, documented); d != "" {
+		t.Errorf("reasons in docs/monitoring.md: %s", d)
 	}
 }
 
