@@ -7,12 +7,12 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-	"maps"
 	"math/rand/v2"
 	"os"
 	"path"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,7 +42,7 @@ func (c recipe) entries() []image.Entry {
 		add = append(add, image.File(fmt.Sprintf("dir/own-%x", r.Uint64()), payload(r.Uint64(), 80_000)))
 	}
 	if c.Big {
-		text := payload(uint64(100+r.IntN(2)), 9000)
+		text := payload(100, 9000)
 		add = append(add, image.File("big", strings.Repeat(text, 1+17<<20/len(text))))
 	}
 	add = append(add, image.Symlink("link", fmt.Sprintf("dir/target-%x", c.Seed)))
@@ -72,11 +72,11 @@ func (c recipe) time() time.Time { return time.Unix(1_700_000_000+1000*int64(c.V
 
 // payload is noise of a length that follows from the seed as well.
 func payload(seed uint64, most int) string {
-	r := rand.New(rand.NewPCG(seed, 2))
-	b := make([]byte, 1+r.IntN(most))
-	for i := range b {
-		b[i] = byte(r.Uint32())
-	}
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
+	r := rand.NewChaCha8(key)
+	b := make([]byte, 1+r.Uint64()%uint64(most))
+	_, _ = r.Read(b) // it never fails
 	return string(b)
 }
 
@@ -144,25 +144,56 @@ type snapshot struct {
 	Active bool
 }
 
+// references are what layers show, made once. Safe for concurrent use.
+type references struct {
+	mu   sync.Mutex // guards made
+	made map[reference]rootfs.Tree
+}
+
+type reference struct {
+	recipe   recipe
+	fidelity content.Fidelity
+}
+
+// of returns the entries of a layer; whiteouts have no type.
+func (r *references) of(s snapshot) rootfs.Tree {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	key := reference{s.Recipe, s.Fidelity}
+	if t, ok := r.made[key]; ok {
+		return t
+	}
+	t := rootfs.Tree{}
+	for _, e := range s.Recipe.entries() {
+		name := strings.TrimSuffix(e.Name, "/")
+		if hidden, ok := strings.CutPrefix(path.Base(name), ".wh."); ok {
+			t[path.Join(path.Dir(name), hidden)] = rootfs.Entry{}
+			continue
+		}
+		t[name] = shown(e, s.Fidelity)
+	}
+	r.made[key] = t
+	return t
+}
+
 // expected is what a mount of chain, base first, shows, and what is not to be compared.
-func expected(chain []snapshot) (rootfs.Tree, rootfs.DiffOptions) {
+func (r *references) expected(chain []snapshot) (rootfs.Tree, rootfs.DiffOptions) {
 	tree, opts := rootfs.Tree{}, rootfs.DiffOptions{Paths: []string{"."}}
 	loose := map[string]bool{} // normalized takes times and owners of another
 	for _, s := range chain {
 		if s.Active {
 			continue
 		}
-		for _, e := range s.Recipe.entries() {
-			name := strings.TrimSuffix(e.Name, "/")
-			if hidden, ok := strings.CutPrefix(path.Base(name), ".wh."); ok {
-				delete(tree, path.Join(path.Dir(name), hidden))
+		for name, e := range r.of(s) {
+			if e.Type == "" {
+				delete(tree, name)
 				continue
 			}
-			tree[name] = shown(e, s.Fidelity)
+			tree[name] = e
 			loose[name] = s.Fidelity == content.Normalized
 		}
 	}
-	for name := range maps.Keys(loose) {
+	for name := range loose {
 		if loose[name] {
 			opts.Times, opts.Owners = append(opts.Times, name), append(opts.Owners, name)
 		}

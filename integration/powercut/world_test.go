@@ -29,6 +29,8 @@ func (w world) of(name string) string {
 
 // state is what clients know at one moment.
 type state struct {
+	now   int                 // operations that the disk had seen
+	told  map[string]int      // when clients were told that a snapshot is there
 	have  map[string]snapshot // is there
 	going map[string]snapshot // may be there
 	doing map[int]snapshot    // may be there
@@ -36,7 +38,7 @@ type state struct {
 
 // at returns what clients knew when the disk had seen n operations.
 func (w world) at(n int) state {
-	s := state{map[string]snapshot{}, map[string]snapshot{}, map[int]snapshot{}}
+	s := state{n, map[string]int{}, map[string]snapshot{}, map[string]snapshot{}, map[int]snapshot{}}
 	for _, e := range w {
 		if e.at > n {
 			break
@@ -48,7 +50,7 @@ func (w world) at(n int) state {
 		case "done":
 			delete(s.doing, e.Op)
 			if _, served := s.have[name]; !served { // the same hit again
-				s.have[name] = e.Snapshot
+				s.have[name], s.told[name] = e.Snapshot, e.at
 			}
 		case "removing":
 			s.going[name] = s.have[name]
@@ -61,6 +63,14 @@ func (w world) at(n int) state {
 		}
 	}
 	return s
+}
+
+// since is for how long a snapshot has been there.
+func (s state) since(name string) int {
+	if told, ok := s.told[name]; ok {
+		return s.now - told
+	}
+	return 0
 }
 
 // settle decides what may be there by what is there: names, of the snapshots found. w is for messages.
