@@ -94,12 +94,34 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 	}
 	s.counters.answer(doorPrepare, hit, reason)
 	if !ok {
+		s.missed(ctx, w.target)
 		return nil, context.Cause(ctx)
 	}
 	if w.staged {
 		return s.stage(ctx, key, labels, in)
 	}
 	return nil, s.commitKnown(ctx, key, parent, labels, in)
+}
+
+// OnMiss sets what is called when Prepare cannot serve a layer that will be applied: with the namespace, and the chain that
+// the layer ends. It must not block.
+func (s *Snapshotter) OnMiss(fn func(ctx context.Context, namespace string, chain content.ChainID)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.onMiss = fn
+}
+
+func (s *Snapshotter) missed(ctx context.Context, chain content.ChainID) {
+	s.mu.Lock()
+	fn := s.onMiss
+	if s.advised {
+		fn = nil // somebody else's differ unpacks
+	}
+	s.mu.Unlock()
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if fn != nil && err == nil {
+		fn(ctx, ns, chain)
+	}
 }
 
 // findLayer returns the wanted layer, held, and why it was found or not.

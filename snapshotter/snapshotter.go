@@ -74,6 +74,7 @@ type Snapshotter struct {
 	builds map[string]*time.Timer
 	// applied is set once our diff service has been used: extraction mounts then need no parent.
 	applied bool
+	onMiss  func(ctx context.Context, namespace string, chain content.ChainID)
 	// advised is set once the log has told how to configure the diff service.
 	advised bool
 }

@@ -25,6 +25,14 @@ func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
 	if in, ok := s.LookupBlob(b.Digest); ok {
 		return in, nil
 	}
+	in, err := s.ingestOnce(ctx, b)
+	if errors.Is(err, ErrUnverified) && !b.Arriving {
+		in, err = s.ingestOnce(ctx, b) // somebody had begun before it was whole
+	}
+	return in, err
+}
+
+func (s *Store) ingestOnce(ctx context.Context, b Blob) (Ingested, error) {
 	return s.flights.do(ctx, b.Digest, func(ctx context.Context) (Ingested, error) {
 		if in, ok := s.LookupBlob(b.Digest); ok {
 			return in, nil
@@ -90,6 +98,9 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 
 	ss := s.newSession(ctx, want)
 	ss.ahead = b.Ahead
+	if b.Arriving {
+		ss.bufferMax = bufferMaxArriving
+	}
 	st := newStream(plain)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
@@ -97,6 +108,12 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 		return err
 	})
 	err = st.finish(err)
+	if v, ok := src.(Verifier); ok && err == nil {
+		err = v.Verify()
+	}
+	if b.Arriving && err != nil && !errors.Is(err, ErrUnverified) {
+		err = fmt.Errorf("%w: %w", ErrUnverified, err) // whoever has it whole finds out what is wrong
+	}
 	if werr := ss.wait(); werr != nil {
 		err = werr
 	}

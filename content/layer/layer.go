@@ -73,7 +73,18 @@ type Blob struct {
 	Open func(context.Context) (io.ReadCloser, error)
 	// Ahead: nobody has asked for the layer yet. TakeAhead tells whoever does first.
 	Ahead bool
+	// Arriving: it is not whole yet. What Open returns waits for more, and is a Verifier.
+	Arriving bool
 }
+
+// Verifier is what a Blob is read from whose bytes nobody has compared with its digest before.
+type Verifier interface {
+	// Verify reads the rest, and returns an error that wraps ErrUnverified when they differ.
+	Verify() error
+}
+
+// ErrUnverified is wrapped where a blob that was on its way turned out to be another one, or did not arrive.
+var ErrUnverified = errors.New("blob did not arrive")
 
 // Dir is the upper directory of an overlay to be ingested.
 type Dir struct {

@@ -20,6 +20,9 @@ const (
 	// bufferMax is the largest payload that is read whole into memory, so that it is
 	// written only when the store does not have it. Larger ones are staged in a file.
 	bufferMax = 16 << 20
+	// bufferMaxArriving is the same for a blob on its way: a download that stands still must not hold
+	// the memory that others wait for.
+	bufferMaxArriving = 512 << 10
 	// claimMin is the smallest declared size that is checked against the free space.
 	claimMin = 64 << 20
 )
@@ -32,6 +35,8 @@ type session struct {
 	stop context.CancelCauseFunc
 	jobs chan job
 	wg   sync.WaitGroup
+	// bufferMax is the largest payload that waits in memory.
+	bufferMax int64
 	// ahead is Blob.Ahead.
 	ahead bool
 
@@ -60,7 +65,7 @@ type pyc struct {
 func (s *Store) newSession(ctx context.Context, want goal) *session {
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
-		s: s, want: want, ctx: ctx, stop: stop,
+		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax,
 		jobs: make(chan job, 256),
 		refs: map[content.ObjectID]uint32{},
 		pyc:  map[*content.Entry]pyc{},
@@ -110,7 +115,7 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 			return err
 		}
 	}
-	if e.Size > bufferMax {
+	if e.Size > ss.bufferMax {
 		return ss.stage(e, r)
 	}
 	if err := ss.s.memory.Acquire(ss.ctx, e.Size); err != nil {

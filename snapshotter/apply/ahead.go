@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -17,10 +18,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// containerd downloads an image's layers side by side but applies them one after the other, and
-// one gzip stream keeps one core busy. So while a layer is applied, the layers above it
-// are ingested ahead as soon as their blobs have arrived: their own Apply then finds
-// them known, or joins.
+// containerd downloads an image's layers side by side, but applies them one after the other, each when its blob is whole; and
+// one gzip stream keeps one core busy. So from the first Prepare of an image on, its layers are ingested ahead,
+// while they are still on their way: their own Apply then finds them known, or joins.
 const (
 	// aheadIdle ends a run ahead after the last Apply of its image, and frees what nobody asked for.
 	aheadIdle = 10 * time.Second
@@ -28,6 +28,8 @@ const (
 	aheadPoll = 15 * time.Millisecond
 	// aheadWindow is how many missing blobs one look asks for.
 	aheadWindow = 4
+	// arrivalWait is how long after a Prepare its blob may take to be on its way.
+	arrivalWait = 5 * time.Second
 )
 
 // ahead holds the runs, one for each manifest.
@@ -57,6 +59,43 @@ func (a *ahead) close() {
 	a.wg.Wait()
 }
 
+// missed starts the run for an image that is being pulled: one of whose layers is on its way right now.
+func (a *Applier) missed(ctx context.Context, namespace string, chain content.ChainID) {
+	ctx = namespaces.WithNamespace(a.ahead.ctx, namespace)
+	a.ahead.wg.Go(func() {
+		images, err := a.blobs.Above(ctx, chain)
+		if err != nil {
+			log.G(ctx).WithError(err).Debug("look for the image of a layer")
+			return
+		}
+		for until := time.Now().Add(arrivalWait); len(images) > 0 && time.Now().Before(until); {
+			for _, img := range images {
+				key := runKey{namespace, img.Manifest}
+				if a.ahead.running(key) {
+					return
+				}
+				if _, ok := a.blobs.Arriving(ctx, img.Layers[img.At], func() {}); ok {
+					a.ahead.mu.Lock()
+					defer a.ahead.mu.Unlock()
+					a.startRun(ctx, key, img.Layers[img.At:])
+					return
+				}
+			}
+			select {
+			case <-time.After(aheadPoll):
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+func (a *ahead) running(key runKey) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.runs[key] != nil
+}
+
 // lookAhead starts or keeps alive the runs for the images that a blob belongs to.
 func (a *Applier) lookAhead(ctx context.Context, namespace string, blob digest.Digest) {
 	images, err := a.blobs.With(ctx, blob)
@@ -69,7 +108,7 @@ func (a *Applier) lookAhead(ctx context.Context, namespace string, blob digest.D
 		a.ahead.mu.Lock()
 		if idle := a.ahead.runs[key]; idle != nil {
 			idle.Reset(aheadIdle)
-		} else if a.ahead.ctx.Err() == nil {
+		} else {
 			at := slices.IndexFunc(img.Layers, func(l ocispec.Descriptor) bool { return l.Digest == blob })
 			a.startRun(ctx, key, img.Layers[at+1:])
 		}
@@ -79,13 +118,16 @@ func (a *Applier) lookAhead(ctx context.Context, namespace string, blob digest.D
 
 // startRun is called under ahead.mu.
 func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Descriptor) {
+	if a.ahead.ctx.Err() != nil || a.ahead.runs[key] != nil {
+		return
+	}
 	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(a.ahead.ctx, cancel)
 	idle := time.AfterFunc(aheadIdle, cancel)
 	a.ahead.runs[key] = idle
 	a.ahead.wg.Go(func() {
 		defer stop()
-		a.runAhead(runCtx, layers)
+		a.runAhead(runCtx, layers, func() { idle.Reset(aheadIdle) })
 		a.ahead.mu.Lock()
 		defer a.ahead.mu.Unlock()
 		idle.Stop()
@@ -93,50 +135,59 @@ func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Des
 	})
 }
 
+// next returns the first of the layers whose blob is there or on its way, without it, and its place; -1 when there is none.
+func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, progress func()) (layer.Blob, int) {
+	for i := range min(aheadWindow, len(layers)) {
+		if blob, err := a.blobs.Blob(ctx, layers[i]); err == nil {
+			blob.Ahead = true
+			return blob, i
+		}
+		if blob, ok := a.blobs.Arriving(ctx, layers[i], progress); ok {
+			return blob, i
+		}
+	}
+	return layer.Blob{}, -1
+}
+
 // runAhead ingests layers, in order as they arrive. It keeps each until somebody else takes it
-// up, and none longer than ctx.
-func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor) {
+// up, and none longer than ctx, which progress keeps alive.
+func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor, progress func()) {
 	var (
 		wg    sync.WaitGroup
 		mu    sync.Mutex // guards held
 		held  []content.LayerID
-		slots = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))
+		slots = make(chan struct{}, runtime.GOMAXPROCS(0))
 	)
 	defer func() {
 		wg.Wait()
 		a.handOver(ctx, held)
 	}()
 	for len(layers) > 0 {
-		arrived := -1
-		var blob layer.Blob
-		for i := range min(aheadWindow, len(layers)) {
-			var err error
-			if blob, err = a.blobs.Blob(ctx, layers[i]); err == nil {
-				arrived = i
-				break
-			}
-		}
-		if arrived < 0 {
-			select {
-			case <-time.After(aheadPoll):
-				continue
-			case <-ctx.Done():
-				return
-			}
-		}
-		desc := layers[arrived]
-		layers = slices.Concat(layers[:arrived], layers[arrived+1:])
-		if !images.IsLayerType(desc.MediaType) || !archive.KnownMediaType(desc.MediaType) {
-			continue
-		}
 		select {
 		case slots <- struct{}{}:
 		case <-ctx.Done():
 			return
 		}
+		var blob layer.Blob
+		at := -1
+		for at < 0 {
+			if blob, at = a.next(ctx, layers, progress); at >= 0 {
+				break
+			}
+			select {
+			case <-time.After(aheadPoll):
+			case <-ctx.Done():
+				return
+			}
+		}
+		desc := layers[at]
+		layers = slices.Concat(layers[:at], layers[at+1:])
+		if !images.IsLayerType(desc.MediaType) || !archive.KnownMediaType(desc.MediaType) {
+			<-slots
+			continue
+		}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			blob.Ahead = true
 			in, err := a.snapshots.Layers().IngestBlob(ctx, blob)
 			if err != nil {
 				log.G(ctx).WithError(err).Debug("ingest a layer ahead; its Apply will say what is wrong")

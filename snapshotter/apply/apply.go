@@ -28,11 +28,16 @@ type Applier struct {
 
 // New returns an applier for the snapshots of s that reads from b.
 func New(s *snapshotter.Snapshotter, b *blobs.Store) *Applier {
-	return &Applier{snapshots: s, blobs: b, ahead: newAhead()}
+	a := &Applier{snapshots: s, blobs: b, ahead: newAhead()}
+	s.OnMiss(a.missed)
+	return a
 }
 
 // Close ends what runs in the background. It comes before the Snapshotter's.
-func (a *Applier) Close() { a.ahead.close() }
+func (a *Applier) Close() {
+	a.snapshots.OnMiss(nil)
+	a.ahead.close()
+}
 
 // Apply ingests a blob for the active snapshot that mounts belong to, and returns the descriptor of
 // its uncompressed tar. What is not ours to serve is ErrNotImplemented, so that containerd asks

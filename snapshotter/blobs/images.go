@@ -151,6 +151,21 @@ func (s *Store) With(ctx context.Context, blob digest.Digest) ([]*Image, error) 
 	return im.blob(blob), nil
 }
 
+// Above returns the images of the caller's namespace that have a chain, each with the place of the layer that ends it.
+func (s *Store) Above(ctx context.Context, chain content.ChainID) (found []Part, err error) {
+	places, err := s.places(ctx, chain)
+	for _, p := range places {
+		found = append(found, Part{p.image, p.i})
+	}
+	return found, err
+}
+
+// Part is an image from one of its layers upwards.
+type Part struct {
+	*Image
+	At int
+}
+
 // Ends tells from what has been looked up before, without asking containerd, whether a chain is all of
 // an image, or only a part of one. Both are false for one that no image was seen with.
 func (s *Store) Ends(namespace string, chain content.ChainID) (whole, part bool) {
