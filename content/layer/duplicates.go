@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
 // Duplicates tell where what is stored once and used many times comes from. Each list has the row first that saves most.
@@ -76,11 +77,11 @@ func (s *Store) Duplicates(ctx context.Context, limit int) (Duplicates, error) {
 	paths, types, packages := groups{}, groups{}, groups{}
 	list := s.List()
 	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
-		seen := map[content.ObjectID]struct{}{}
+		seen := map[shortID]struct{}{}
 		owners, of := map[string]string(nil), -1
-		return s.walkTrees(ctx, list, func(i int, e *content.Entry) (err error) {
+		return s.walkTrees(ctx, list, func(i int, f *tree.File) (err error) {
 			uses := int64(list[i].Holds)
-			if e.Object.IsZero() || uses == 0 || !mine(e.Object) {
+			if f.Object.IsZero() || uses == 0 || !mine(f.Object) {
 				return nil
 			}
 			if of != i {
@@ -89,12 +90,13 @@ func (s *Store) Duplicates(ctx context.Context, limit int) (Duplicates, error) {
 				}
 				of = i
 			}
-			_, known := seen[e.Object]
-			seen[e.Object] = struct{}{}
-			paths.add(pathGroup(e.Path), uses, e.Size, !known)
-			types.add(fileType(e.Path), uses, e.Size, !known)
-			if owner := owners[realPath(e.Path)]; owner != "" {
-				packages.add(owner, uses, e.Size, !known)
+			path := string(f.Path)
+			_, known := seen[shorten(f.Object)]
+			seen[shorten(f.Object)] = struct{}{}
+			paths.add(pathGroup(path), uses, f.Size, !known)
+			types.add(fileType(path), uses, f.Size, !known)
+			if owner := owners[realPath(path)]; owner != "" {
+				packages.add(owner, uses, f.Size, !known)
 			}
 			return nil
 		})

@@ -25,15 +25,18 @@ const (
 // say. The lists are foreign bytes: one that makes no sense names files that are not there.
 func (s *Store) packagesOf(ctx context.Context, l Listed) (map[string]string, error) {
 	owners := map[string]string{}
-	err := tree.Walk(s.treePath(l.ID), l.ID, func(e *content.Entry) error {
-		name, files := packageList(e.Path)
-		if files == nil || e.Kind != content.Regular || e.Size > maxList {
+	err := tree.Files(s.treePath(l.ID), l.ID, func(f *tree.File) error {
+		if !bytes.HasSuffix(f.Path, []byte(".list")) && !bytes.HasSuffix(f.Path, []byte("/RECORD")) {
+			return nil
+		}
+		name, files := packageList(string(f.Path))
+		if files == nil || f.Size > maxList {
 			return ctx.Err()
 		}
-		data := e.Data
-		if !e.Object.IsZero() {
+		data := f.Data
+		if !f.Object.IsZero() {
 			var err error
-			if data, err = s.objects.Read(e.Object); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if data, err = s.objects.Read(f.Object); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}

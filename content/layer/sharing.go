@@ -8,9 +8,14 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// distinctMax bounds how many objects a report remembers at a time, at about 80 bytes each. A store with
+// distinctMax bounds how many objects a report remembers at a time, at about 50 bytes each. A store with
 // more is read in several passes.
-const distinctMax = 1 << 18
+const distinctMax = 1 << 20
+
+// shortID tells objects apart: half a sha256 is enough for that.
+type shortID [16]byte
+
+func shorten(id content.ObjectID) shortID { return shortID(id.Sum[:16]) }
 
 // Sharing tells which objects which layers have in common.
 type Sharing struct {
@@ -63,17 +68,17 @@ func (sh *Sharing) with(set, layer int32) int32 {
 func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
 	sh := &Sharing{Layers: s.List(), sets: []layerSet{{parent: -1}}, next: map[[2]int32]int32{}}
 	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
-		seen := map[content.ObjectID]int32{} // the set that it is in so far
-		return s.walkTrees(ctx, sh.Layers, func(i int, e *content.Entry) error {
-			for _, id := range []content.ObjectID{e.Object, e.PycCanonical} {
+		seen := map[shortID]int32{} // the set that it is in so far
+		return s.walkTrees(ctx, sh.Layers, func(i int, f *tree.File) error {
+			for _, id := range [...]content.ObjectID{f.Object, f.PycCanonical} {
 				if id.IsZero() || !mine(id) {
 					continue
 				}
-				set := seen[id]
+				set := seen[shorten(id)]
 				if set != 0 && sh.sets[set].layer == int32(i) {
 					continue
 				}
-				size := blocks(e.Size) // PycCanonical has the same length
+				size := blocks(f.Size) // PycCanonical has the same length
 				if set != 0 {
 					sh.sets[set].objects--
 					sh.sets[set].bytes -= size
@@ -81,7 +86,7 @@ func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
 				set = sh.with(set, int32(i))
 				sh.sets[set].objects++
 				sh.sets[set].bytes += size
-				seen[id] = set
+				seen[shorten(id)] = set
 			}
 			return nil
 		})
@@ -105,14 +110,14 @@ func (s *Store) inPasses(pass func(mine func(content.ObjectID) bool) error) erro
 	return nil
 }
 
-// walkTrees calls fn for the entries of each layer of list, one layer after the other, with the layer's index. A
+// walkTrees calls fn for the regular files of each layer of list, one layer after the other, with the layer's index. A
 // layer that was removed meanwhile, or whose tree is damaged, is left out.
-func (s *Store) walkTrees(ctx context.Context, list []Listed, fn func(i int, e *content.Entry) error) error {
+func (s *Store) walkTrees(ctx context.Context, list []Listed, fn func(i int, f *tree.File) error) error {
 	for i, l := range list {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		err := tree.Walk(s.treePath(l.ID), l.ID, func(e *content.Entry) error { return fn(i, e) })
+		err := tree.Files(s.treePath(l.ID), l.ID, func(f *tree.File) error { return fn(i, f) })
 		if err != nil && !isDamage(err) {
 			return err
 		}

@@ -153,36 +153,6 @@ func Decode(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry
 	return f, entries, nil
 }
 
-// Walk is Read for who looks at one entry at a time: the entry is the same variable in every call, and what
-// it points to must not be changed. An error of fn ends the walk and is returned as it is.
-func Walk(path string, id content.LayerID, fn func(*content.Entry) error) error {
-	file, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	raw, err := verified(file, id)
-	if err != nil {
-		return err
-	}
-	var objects []byte
-	var e content.Entry
-	return eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
-		switch {
-		case n == treeObjects:
-			objects = b
-		case n == treeVersion && v != formatVersion:
-			return fmt.Errorf("tree of layer %s: %w: version %d, this build reads %d", id, errMalformed, v, formatVersion)
-		case n == treeEntry:
-			e = content.Entry{}
-			if err := decodeEntry(&e, b, objects); err != nil {
-				return fmt.Errorf("tree of layer %s: %w", id, err)
-			}
-			return fn(&e)
-		}
-		return nil
-	})
-}
-
 // verified returns the canonical encoding in a tree file whose sha256 is id.
 func verified(file []byte, id content.LayerID) ([]byte, error) {
 	_, _, rest, err := splitHeader(file)

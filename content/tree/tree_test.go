@@ -316,8 +316,8 @@ func TestMergePython(t *testing.T) {
 	}
 }
 
-// Walk shows the entries that Read returns, one at a time, and checks the same.
-func TestWalk(t *testing.T) {
+// Files shows the regular files that Read returns, one at a time, and checks the same.
+func TestFiles(t *testing.T) {
 	entries := torture()
 	enc := Encode(content.Exact, entries)
 	file, err := enc.Marshal(Facts{})
@@ -328,20 +328,37 @@ func TestWalk(t *testing.T) {
 	if err := os.WriteFile(path, file, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var got []*content.Entry
-	err = Walk(path, enc.ID, func(e *content.Entry) error {
-		c := *e
-		got = append(got, &c)
+	type seen struct {
+		Path, Data           string
+		Size                 int64
+		Object, PycCanonical content.ObjectID
+	}
+	var want, got []seen
+	for _, e := range entries {
+		if e.Kind == content.Regular {
+			want = append(want, seen{e.Path, string(e.Data), e.Size, e.Object, e.PycCanonical})
+		}
+	}
+	err = Files(path, enc.ID, func(f *File) error {
+		got = append(got, seen{string(f.Path), string(f.Data), f.Size, f.Object, f.PycCanonical})
 		return nil
 	})
-	if d := cmp.Diff(entries, got); err != nil || d != "" {
+	if d := cmp.Diff(want, got); err != nil || d != "" || len(want) < 3 {
 		t.Error(err, d)
 	}
 	calls, stop := 0, errors.New("enough")
-	if err := Walk(path, enc.ID, func(*content.Entry) error { calls++; return stop }); err != stop || calls != 1 {
+	if err := Files(path, enc.ID, func(*File) error { calls++; return stop }); err != stop || calls != 1 {
 		t.Error(err, calls)
 	}
-	if err := Walk(path, content.LayerID{}, func(*content.Entry) error { t.Error("a damaged tree is shown"); return nil }); err == nil {
+	if err := Files(path, content.LayerID{}, func(*File) error { t.Error("a damaged tree is shown"); return nil }); err == nil {
 		t.Error("a damaged tree is no error")
+	}
+	for n := range file { // no cut may panic, or pass for the whole
+		if err := os.WriteFile(path, file[:n], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := Files(path, enc.ID, func(*File) error { return nil }); err == nil {
+			t.Errorf("a tree cut to %d of %d bytes is no error", n, len(file))
+		}
 	}
 }
