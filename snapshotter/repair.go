@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -143,68 +142,4 @@ func (s *Snapshotter) LayersOf(ctx context.Context, refs []ImageRef) ([][]conten
 		}
 	}
 	return out, nil
-}
-
-// GCOptions say what GC removes.
-type GCOptions struct {
-	// DryRun lists, and removes nothing.
-	DryRun bool
-	// Chains removes the chain images that no container uses now, too. They are built again when needed, in the
-	// first start of a container.
-	Chains bool
-}
-
-// GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
-// left for GC is what could not be removed then.
-func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
-	s.layers.Wait()
-	if found, err = s.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
-		return nil, err
-	}
-	orphans := s.layers.RemoveOrphans
-	if opts.DryRun {
-		orphans = s.layers.Orphans
-	}
-	more, err := orphans(ctx)
-	for _, f := range more {
-		found = append(found, Finding{Finding: f, Fixed: !opts.DryRun})
-	}
-	if err != nil || !opts.Chains {
-		return found, err
-	}
-	unused, err := s.dropUnused(ctx, opts.DryRun)
-	return append(found, unused...), err
-}
-
-// dropUnused removes the chain images that no container uses now.
-func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
-	names, err := s.chains.list()
-	if err != nil {
-		return nil, err
-	}
-	for _, n := range names {
-		fi, err := os.Stat(s.chains.image(n))
-		if err != nil || s.chains.isUsed(n) {
-			continue
-		}
-		if !dryRun {
-			if err := s.chains.drop(ctx, n); err != nil {
-				return found, err
-			}
-		}
-		found = append(found, Finding{
-			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no container uses it now", Bytes: fi.Size()},
-			Fixed:   !dryRun,
-		})
-	}
-	return found, nil
-}
-
-// pressure frees what can be had again when the file system runs out of room.
-func (s *Snapshotter) pressure(ctx context.Context) {
-	found, err := s.GC(ctx, GCOptions{Chains: true})
-	if err != nil {
-		s.countRemoveError()
-	}
-	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
 }

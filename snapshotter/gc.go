@@ -1,0 +1,267 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// GCOptions say what GC removes.
+type GCOptions struct {
+	// DryRun lists, and removes nothing.
+	DryRun bool
+	// Chains removes the chain images that no container uses now, too. They are built again when needed, in the
+	// first start of a container.
+	Chains bool
+}
+
+// GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
+// left for GC is what could not be removed then.
+func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
+	s.layers.Wait()
+	if found, err = s.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
+		return nil, err
+	}
+	orphans := s.layers.RemoveOrphans
+	if opts.DryRun {
+		orphans = s.layers.Orphans
+	}
+	more, err := orphans(ctx)
+	for _, f := range more {
+		found = append(found, Finding{Finding: f, Fixed: !opts.DryRun})
+	}
+	if err != nil || !opts.Chains {
+		return found, err
+	}
+	unused, err := s.dropUnused(ctx, opts.DryRun)
+	return append(found, unused...), err
+}
+
+// dropUnused removes the chain images that no container uses now.
+func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
+	names, err := s.chains.list()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		fi, err := os.Stat(s.chains.image(n))
+		if err != nil || s.chains.isUsed(n) {
+			continue
+		}
+		if !dryRun {
+			if err := s.chains.drop(ctx, n); err != nil {
+				return found, err
+			}
+		}
+		found = append(found, Finding{
+			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no container uses it now", Bytes: fi.Size()},
+			Fixed:   !dryRun,
+		})
+	}
+	return found, nil
+}
+
+// pressure frees what can be had again when the file system runs out of room.
+func (s *Snapshotter) pressure(ctx context.Context) {
+	found, err := s.GC(ctx, GCOptions{Chains: true})
+	if err != nil {
+		s.countRemoveError()
+	}
+	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
+}
+
+// checkStrays looks for what no snapshot uses.
+func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stray, err := s.strays(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range stray.dirs {
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
+	}
+	for _, n := range stray.chains {
+		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no snapshot has this chain"}}
+		if !s.chains.hasImage(n) {
+			f.Kind, f.Path = StrayMount, s.chains.mountPoint(n)
+		}
+		found = append(found, f)
+	}
+	for _, n := range stray.mounts {
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.mountPoint(n), Problem: "no container or view uses it"}})
+	}
+	for i := range found {
+		if fi, err := os.Lstat(found[i].Path); err == nil && fi.Mode().IsRegular() {
+			found[i].Bytes = fi.Size()
+		} else if u, err := layer.DiskUsage(ctx, found[i].Path); err == nil && found[i].Kind == StrayDirectory {
+			found[i].Bytes = u.Bytes
+		}
+		found[i].Hint = "remove it with `dedupctl gc`"
+	}
+	loops, err := s.strayLoops()
+	if err != nil {
+		return nil, err
+	}
+	found = append(found, loops...)
+	if !opts.Repair {
+		return found, nil
+	}
+	if err := s.clearStrays(ctx, stray); err != nil {
+		return nil, err
+	}
+	for i := range found {
+		if found[i].Kind == StrayLoop {
+			if err := detachLoop(found[i].Path); err != nil {
+				return nil, err
+			}
+		}
+		found[i].Fixed, found[i].Hint = true, ""
+	}
+	return found, nil
+}
+
+// detachLoop lets a loop device go. One that somebody has open, in a mount that the daemon does not see, goes when that does.
+func detachLoop(device string) error {
+	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("detach loop device: %w", err)
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("detach %s: %w", device, err)
+	}
+	return nil
+}
+
+// strayLoops finds loop devices over images that are gone or that nothing has mounted. One that is mounted
+// nowhere any more the kernel frees by itself, unless somebody holds it.
+func (s *Snapshotter) strayLoops() (found []Finding, err error) {
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("read mounts: %w", err)
+	}
+	for _, file := range files {
+		backing, err := os.ReadFile(file)
+		if err != nil {
+			continue // detached meanwhile
+		}
+		path := strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(string(backing)), "(deleted)"))
+		if !strings.HasPrefix(path, s.path(dirChains)+"/") {
+			continue
+		}
+		device := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(file)))
+		if strings.Contains(string(mounted), " "+device+" ") {
+			continue
+		}
+		found = append(found, Finding{
+			Finding: layer.Finding{Kind: StrayLoop, Path: device, Problem: "it is over " + path + " and mounted nowhere that the daemon sees"},
+			Hint:    "remove it with `dedupctl gc`",
+		})
+	}
+	return found, nil
+}
+
+// strays is what no snapshot uses.
+type strays struct {
+	dirs   []string    // names below snapshots/
+	chains []chainName // images or mount points of chains that no snapshot has
+	mounts []chainName // mounts of chains that snapshots have, and none needs mounted
+}
+
+// strays looks for what no snapshot uses.
+func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
+	used := map[string]bool{}
+	chainsUsed := map[chainName]bool{}
+	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
+	if err != nil {
+		return stray, fmt.Errorf("list snapshot directories: %w", err)
+	}
+	images, err := s.chains.list()
+	if err != nil {
+		return stray, err
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		for id, key := range ids {
+			_, info, _, err := storage.GetInfo(ctx, key)
+			if err != nil {
+				return err
+			}
+			// A layer needs no directory once it is stored; a crash right after may have left it.
+			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
+		}
+		return walkAll(ctx, func(info snapshots.Info) error {
+			name := info.Name
+			if info.Kind != snapshots.KindCommitted {
+				name = info.Parent
+			}
+			chain, pending, err := chainOf(ctx, name)
+			if err == nil && pending == nil {
+				chainsUsed[nameChain(chain)] = true
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return stray, fmt.Errorf("read metadata.db: %w", err)
+	}
+	for _, d := range dirs {
+		if !used[d.Name()] {
+			stray.dirs = append(stray.dirs, d.Name())
+		}
+	}
+	for _, name := range images {
+		switch {
+		case !chainsUsed[name]:
+			stray.chains = append(stray.chains, name)
+		case s.chains.isMounted(name) && !s.chains.isUsed(name):
+			stray.mounts = append(stray.mounts, name)
+		}
+	}
+	return stray, nil
+}
+
+// clearStrays removes what strays has found. What has come into use meanwhile stays.
+func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
+	var errs []error
+	for _, dir := range stray.dirs {
+		errs = append(errs, os.RemoveAll(s.path(dirSnapshots, dir)))
+	}
+	for _, n := range stray.chains {
+		errs = append(errs, s.chains.drop(ctx, n))
+	}
+	for _, n := range stray.mounts {
+		errs = append(errs, s.chains.release(ctx, n))
+	}
+	return errors.Join(errs...)
+}
+
+// Cleanup removes directories, chain images and mounts that no snapshot names.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	stray, err := s.strays(ctx)
+	if err != nil {
+		return err
+	}
+	return s.clearStrays(ctx, stray)
+}
