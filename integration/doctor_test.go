@@ -125,7 +125,7 @@ func doctorIsContent(t *testing.T, n *node.Node) {
 	list := diagnose(t, n)
 	expect(t, list, nil)
 	for _, check := range []string{
-		"daemon.runs", "daemon.socket", "daemon.socket-directory", "daemon.root",
+		"daemon.runs", "daemon.socket", "daemon.socket-directory", "daemon.root", "daemon.damage", "daemon.reserve",
 		"kernel.erofs", "kernel.upper", "kernel.data-only", "kernel.id-mapped", "kernel.fs-verity",
 		"disk.type", "disk.space", "disk.inodes", "disk.inode-ratio", "disk.d_type", "disk.reflink",
 		"containerd.version", "containerd.mount-namespace", "containerd.reached", "containerd.config", "containerd.snapshotter", "containerd.exports-root",
@@ -255,6 +255,23 @@ func TestDoctorMountNamespace(t *testing.T) {
 	must(t, os.WriteFile(wrapper, []byte("#!/bin/sh\nexec /usr/bin/unshare -m --propagation private "+root+"/bin/containerd-dedup-grpc \"$@\"\n"), 0o700))
 	n := startDedup(t, node.Options{DaemonBinary: wrapper})
 	expect(t, diagnose(t, n), map[string][2]string{"containerd.mount-namespace": {"problem", "PrivateTmp"}})
+}
+
+// A store that takes no new layers, and one that lost a payload.
+func TestDoctorStore(t *testing.T) {
+	t.Parallel()
+	n, r := startDedup(t, node.Options{}), startRegistry(t)
+	file := payload("doctor", "file", 9000)
+	pull(t, n, node.Snapshotter, push(t, r, "app:1", layer(t, file)))
+	flipByte(t, objectOf(n, file))
+	fsck(t, n, 3)
+	must(t, n.StopDaemon())
+	config := filepath.Join(n.Dir(), "dedup.toml")
+	b, err := os.ReadFile(config)
+	must(t, err)
+	must(t, os.WriteFile(config, append([]byte("reserve_space = \"1000000TB\"\n"), b...), 0o600))
+	must(t, n.StartDaemon(testContext(t)))
+	expect(t, diagnose(t, n), map[string][2]string{"daemon.damage": {"problem", "dedupctl fsck --repair"}, "daemon.reserve": {"problem", "reserve_space keeps"}})
 }
 
 // copyOfDedupctl lies where anybody can run it.

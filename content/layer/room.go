@@ -50,6 +50,9 @@ func (s *Store) checkRoom(ctx context.Context, size int64) error {
 	return s.hasRoom(size)
 }
 
+// Room tells why new layers are refused, nil when they are not.
+func (s *Store) Room() error { return s.hasRoom(0) }
+
 func (s *Store) hasRoom(size int64) error {
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(s.rootFd, &st); err != nil {

@@ -15,6 +15,10 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 	resp := &dedupv1.DoctorResponse{
 		Version: s.opts.Version, Root: s.opts.Root, RunDir: s.opts.RunDir, ContainerdAddress: s.opts.ContainerdAddress,
 		OverlayOptions: s.sn.OverlayOptions(), IdleMounts: idle,
+		DamagedLayers: int64(len(s.sn.Layers().Damaged())),
+	}
+	if err := s.sn.Layers().Room(); err != nil {
+		resp.Refuses = err.Error()
 	}
 	if resp.ContainerdVersion, err = s.opts.Catalog.Version(ctx); err != nil {
 		if ctx.Err() != nil {

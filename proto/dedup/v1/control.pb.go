@@ -1553,7 +1553,11 @@ type DoctorResponse struct {
 	ContainerdVersion string `protobuf:"bytes,6,opt,name=containerd_version,json=containerdVersion,proto3" json:"containerd_version,omitempty"`
 	ContainerdError   string `protobuf:"bytes,7,opt,name=containerd_error,json=containerdError,proto3" json:"containerd_error,omitempty"`
 	// Mount points of chain images that neither a container nor a view uses.
-	IdleMounts    []string `protobuf:"bytes,8,rep,name=idle_mounts,json=idleMounts,proto3" json:"idle_mounts,omitempty"`
+	IdleMounts []string `protobuf:"bytes,8,rep,name=idle_mounts,json=idleMounts,proto3" json:"idle_mounts,omitempty"`
+	// Why new layers are refused: the reserve of space or inodes is reached. "" when they are not.
+	Refuses string `protobuf:"bytes,9,opt,name=refuses,proto3" json:"refuses,omitempty"`
+	// Layers that are known to be damaged, and out of service.
+	DamagedLayers int64 `protobuf:"varint,10,opt,name=damaged_layers,json=damagedLayers,proto3" json:"damaged_layers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1642,6 +1646,20 @@ func (x *DoctorResponse) GetIdleMounts() []string {
 		return x.IdleMounts
 	}
 	return nil
+}
+
+func (x *DoctorResponse) GetRefuses() string {
+	if x != nil {
+		return x.Refuses
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetDamagedLayers() int64 {
+	if x != nil {
+		return x.DamagedLayers
+	}
+	return 0
 }
 
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
@@ -1765,7 +1783,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"GCResponse\x12+\n" +
 	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\x0f\n" +
-	"\rDoctorRequest\"\xaa\x02\n" +
+	"\rDoctorRequest\"\xeb\x02\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x17\n" +
@@ -1775,7 +1793,10 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\x12containerd_version\x18\x06 \x01(\tR\x11containerdVersion\x12)\n" +
 	"\x10containerd_error\x18\a \x01(\tR\x0fcontainerdError\x12\x1f\n" +
 	"\vidle_mounts\x18\b \x03(\tR\n" +
-	"idleMounts2\xed\x03\n" +
+	"idleMounts\x12\x18\n" +
+	"\arefuses\x18\t \x01(\tR\arefuses\x12%\n" +
+	"\x0edamaged_layers\x18\n" +
+	" \x01(\x03R\rdamagedLayers2\xed\x03\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +

@@ -44,6 +44,8 @@ type Self struct {
 	Version, Root, RunDir, ContainerdAddress string
 	ContainerdVersion, ContainerdError       string
 	IdleMounts                               []string
+	Refuses                                  string
+	DamagedLayers                            int64
 }
 
 // Options tell where to look.
@@ -136,6 +138,25 @@ func (n *node) lookAtDaemon(ctx context.Context) {
 	}
 	n.lookAtSocket()
 	n.lookAtRoot()
+	n.lookAtStore()
+}
+
+// lookAtStore tells what the daemon knows to be wrong with what it stores.
+func (n *node) lookAtStore() {
+	if n.self == nil {
+		return
+	}
+	if damaged := n.self.DamagedLayers; damaged > 0 {
+		n.add(Problem, "daemon.damage", "dedupctl fsck names the images; dedupctl fsck --repair heals what can be had again", "%d layers are damaged and out of service", damaged)
+	} else {
+		n.ok("daemon.damage", "no layer is known to be damaged (dedupctl fsck verifies all)")
+	}
+	if n.self.Refuses != "" {
+		n.add(Problem, "daemon.reserve", "dedupctl images tells what removing each image frees; dedupctl gc --chain-images; or a smaller reserve_space or reserve_inodes",
+			"new layers are refused: %s", n.self.Refuses)
+	} else {
+		n.ok("daemon.reserve", "new layers are taken: the reserve of space and inodes is free")
+	}
 }
 
 // lookAtSocket: whoever can connect can mount any layer, and is root on the node.
