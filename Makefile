@@ -73,6 +73,10 @@ test: setup gcc ## vet and all tests; those that need root or a kernel feature s
 	fi
 	$(GO) test -timeout $(TIMEOUT) ./...
 
+.PHONY: test-vm
+test-vm: ## the store's and the snapshotter's tests under Linux 6.12 with fs-verity, in QEMU (100 MB of downloads, some ten minutes)
+	DEDUP_VM=1 $(GO) test -v -timeout 70m ./integration/vm
+
 .PHONY: lint
 lint: ## gofmt and vet
 	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \

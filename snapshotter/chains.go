@@ -1,7 +1,6 @@
 package snapshotter
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -17,9 +16,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // chainName names a chain image: the sha256 over the ids of its layers, base first.
@@ -29,9 +28,17 @@ type chainName struct{ content.Sum }
 // ours: change it whenever erofs.Write or tree.Merge change what they produce.
 const chainVersion = "chain image 1\n"
 
-func nameChain(chain []content.LayerID) (n chainName) {
+// withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of the other kind
+// are nobody's, and go.
+const withDigests = "fs-verity\n"
+
+// name names the image of a chain.
+func (c *chains) name(chain []content.LayerID) (n chainName) {
 	h := sha256.New()
 	h.Write([]byte(chainVersion))
+	if c.digests != nil {
+		h.Write([]byte(withDigests))
+	}
 	for _, id := range chain {
 		h.Write(id.Sum[:])
 	}
@@ -50,8 +57,10 @@ func nameChain(chain []content.LayerID) (n chainName) {
 type chains struct {
 	images, staging, mnt string
 	merge                func(context.Context, []content.LayerID) (*tree.Node, error)
-	counters             *counters
-	step                 func(name string)
+	// digests gives fs-verity's digests of objects; nil when it is off.
+	digests  func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
+	counters *counters
+	step     func(name string)
 
 	mu sync.Mutex // guards what follows
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
@@ -173,7 +182,7 @@ func (c *chains) acquire(ctx context.Context, n chainName) (release func(), err 
 
 // build makes sure that a chain's image exists.
 func (c *chains) build(ctx context.Context, chain []content.LayerID) error {
-	n := nameChain(chain)
+	n := c.name(chain)
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err
@@ -200,17 +209,16 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 			err = errors.Join(fmt.Errorf("build chain image: %w", err), os.Remove(f.Name()))
 		}
 	}()
-	w := bufio.NewWriterSize(f, 1<<20)
-	_, err = erofs.Write(w, root)
-	if err == nil {
-		err = w.Flush()
-	}
+	err = c.write(ctx, f, root)
 	// A torn image would mount and show wrong metadata, so its bytes come before its name.
 	if err == nil {
 		err = f.Sync()
 	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
+	}
+	if err == nil && c.digests != nil {
+		err = verity.EnablePath(f.Name())
 	}
 	if err != nil {
 		return err
@@ -258,7 +266,7 @@ func (c *chains) usage() layer.Usage {
 
 // ensure makes sure that a chain is mounted.
 func (c *chains) ensure(ctx context.Context, chain []content.LayerID) error {
-	n := nameChain(chain)
+	n := c.name(chain)
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err

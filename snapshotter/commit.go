@@ -355,7 +355,7 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		s.chains.use(nameChain(chain), id)
+		s.chains.use(s.chains.name(chain), id)
 		defer s.unuse(ctx, id)
 		if err := s.chains.ensure(ctx, chain); err != nil {
 			return layer.Ingested{}, err
@@ -363,7 +363,7 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
-		lowers := s.upper(id) + ":" + s.chains.mountPoint(nameChain(chain)) + "::" + s.layers.ObjectsDir()
+		lowers := s.upper(id) + ":" + s.chains.mountPoint(s.chains.name(chain)) + "::" + s.layers.ObjectsDir()
 		m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro", "lowerdir=" + lowers}, s.kernel.options...)}
 		if err := m.Mount(dir.View); err != nil {
 			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))

@@ -1,7 +1,6 @@
 package snapshotter
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -16,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
@@ -167,7 +165,7 @@ func (s *Snapshotter) committedChains(ctx context.Context) (map[chainName][]cont
 			}
 			chain, pending, err := chainOf(ctx, info.Name)
 			if err == nil && pending == nil {
-				all[nameChain(chain)] = chain
+				all[s.chains.name(chain)] = chain
 			}
 			return err
 		})
@@ -237,12 +235,12 @@ func (c *chains) compare(ctx context.Context, n chainName, chain []content.Layer
 		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
 	}
 	h := sha256.New()
-	w := bufio.NewWriterSize(h, 1<<20)
-	if _, err := erofs.Write(w, root); err != nil {
-		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
+	err = c.write(ctx, h, root)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, layer.ErrDamaged) {
+		return "", nil // removed meanwhile, or it is its layers that are damaged
 	}
-	if err := w.Flush(); err != nil {
-		return "", err
+	if err != nil {
+		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
 	}
 	if want := content.Sum(h.Sum(nil)); want != have {
 		return "its bytes are not what its layers give", nil
@@ -268,7 +266,7 @@ func hashUncached(path string) (sum content.Sum, err error) {
 
 // rebuild builds a chain image anew and mounts that where the old one is mounted.
 func (c *chains) rebuild(ctx context.Context, chain []content.LayerID) error {
-	n := nameChain(chain)
+	n := c.name(chain)
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err

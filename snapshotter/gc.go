@@ -218,7 +218,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 			}
 			chain, pending, err := chainOf(ctx, name)
 			if err == nil && pending == nil {
-				chainsUsed[nameChain(chain)] = true
+				chainsUsed[s.chains.name(chain)] = true
 			}
 			return err
 		})

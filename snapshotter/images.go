@@ -115,12 +115,12 @@ func (s *Snapshotter) snapshotGraph(ctx context.Context) (*snapshotGraph, error)
 		n.parent = byName[name]
 	}
 	for _, n := range g.nodes {
-		n.setChain()
+		n.setChain(s.chains.name)
 	}
 	return g, nil
 }
 
-func (n *snapshotNode) setChain() {
+func (n *snapshotNode) setChain(name func([]content.LayerID) chainName) {
 	var chain []content.LayerID
 	for p := n; p != nil; p = p.parent {
 		if p.layer.IsZero() || p.kind != snapshots.KindCommitted {
@@ -129,7 +129,7 @@ func (n *snapshotNode) setChain() {
 		chain = append(chain, p.layer)
 	}
 	slices.Reverse(chain)
-	n.chain, n.whole = nameChain(chain), true
+	n.chain, n.whole = name(chain), true
 }
 
 // of returns the snapshots that an image keeps.

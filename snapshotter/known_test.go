@@ -555,7 +555,7 @@ func TestGivingUpAChainImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	done, err := s.chains.acquire(ctx, nameChain(chain))
+	done, err := s.chains.acquire(ctx, s.chains.name(chain))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 // Prepare creates an active snapshot. For an extraction of a layer that is known, or whose blob is at
@@ -128,7 +130,7 @@ func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction b
 	if err != nil {
 		return lower{}, err
 	}
-	name := nameChain(chain)
+	name := s.chains.name(chain)
 	l := lower{dir: s.chains.mountPoint(name), chain: true, extraction: extraction}
 	if extraction && s.usesApply() {
 		return l, nil
@@ -138,7 +140,13 @@ func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction b
 	}
 	s.chains.use(name, id)
 	l.mounted = true
-	return l, s.chains.ensure(ctx, chain)
+	err = s.chains.ensure(ctx, chain)
+	if errors.Is(err, layer.ErrDamaged) { // found out only now
+		if err = s.healthy(ctx, chain); err == nil {
+			err = s.chains.ensure(ctx, chain)
+		}
+	}
+	return l, err
 }
 
 // Mounts returns the mounts of an active snapshot or a view, and makes sure that what lies below

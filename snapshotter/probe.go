@@ -15,6 +15,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // kernel is what the probe found out about overlayfs here.
@@ -24,6 +25,8 @@ type kernel struct {
 	// metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
 	metacopy bool
+	// noVerity tells why objects have no fs-verity; nil when they have, and options ask overlayfs to compare it.
+	noVerity error
 }
 
 // probePrefix names the probe's directory below the root.
@@ -41,18 +44,19 @@ type Features struct {
 	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
 	Options  []string
 	Metacopy bool
-	// IDMapped tells why the chain image's mount cannot be ID-mapped; only Examine looks.
-	IDMapped error
+	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why objects cannot have fs-verity that
+	// overlayfs compares with chain images.
+	IDMapped, Verity error
 }
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
 func Examine(dir string) (Features, error) {
-	return examine(dir, true)
+	return examine(dir, true, true)
 }
 
 // probe examines the root and says what the daemon cannot do without.
-func probe(root string) (k kernel, err error) {
-	f, err := examine(root, false)
+func probe(root string, want Verity) (k kernel, err error) {
+	f, err := examine(root, false, want == VerityAuto || want == VerityOn)
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
@@ -64,18 +68,26 @@ func probe(root string) (k kernel, err error) {
 	case f.DataOnly != nil:
 		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	return kernel{options: f.Options, metacopy: f.Metacopy}, nil
+	k = kernel{options: f.Options, metacopy: f.Metacopy}
+	if k.noVerity, err = want.decide(f.Verity); err == nil && k.noVerity == nil {
+		k.options = append(k.options, verityOption(k.metacopy))
+	}
+	return k, err
 }
 
 // examine mounts a small chain image over one object, writable, and reads it back.
-func examine(parent string, idmap bool) (f Features, err error) {
+func examine(parent string, idmap, hashed bool) (f Features, err error) {
 	dir, err := os.MkdirTemp(parent, probePrefix)
 	if err != nil {
 		return f, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	payload := []byte("served from an object")
-	if err := writeProbe(dir, payload); err != nil {
+	object, err := writeProbe(dir, payload)
+	if err == nil {
+		err = writeProbeImage(filepath.Join(dir, "chain.erofs"), object, nil)
+	}
+	if err != nil {
 		return f, err
 	}
 	empty, image := filepath.Join(dir, "empty"), filepath.Join(dir, "image")
@@ -97,6 +109,12 @@ func examine(parent string, idmap bool) (f Features, err error) {
 	}
 	if idmap {
 		f.IDMapped = tryIDMap(dir, image)
+	}
+	if f.Verity = errors.New("not asked for"); hashed {
+		f.Verity = errors.New("overlayfs does not serve data-only lower layers")
+		if f.Upper == nil && f.DataOnly == nil {
+			f.Verity = tryVerity(dir, f, object, payload)
+		}
 	}
 	return f, nil
 }
@@ -143,28 +161,29 @@ func kernelChoices() []kernel {
 	}
 }
 
-func writeProbe(dir string, payload []byte) error {
+// writeProbe writes the object, and returns an entry that names it.
+func writeProbe(dir string, payload []byte) (*content.Entry, error) {
 	id := content.ObjectID{Sum: sha256.Sum256(payload)}
 	object := filepath.Join(dir, "objects", id.Path())
 	for _, d := range []string{filepath.Dir(object), filepath.Join(dir, "image")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	if err := os.WriteFile(object, payload, 0o400); err != nil {
-		return err
-	}
+	e := &content.Entry{Kind: content.Regular, Mode: 0o644, Size: int64(len(payload)), Object: id}
+	return e, os.WriteFile(object, payload, 0o400)
+}
+
+func writeProbeImage(path string, e *content.Entry, digest func(content.ObjectID) verity.Digest) error {
 	var b bytes.Buffer
-	_, err := erofs.Write(&b, &tree.Node{
-		Entry: &content.Entry{Kind: content.Dir, Mode: 0o755},
-		Children: []*tree.Node{{Name: "file", Entry: &content.Entry{
-			Kind: content.Regular, Mode: 0o644, Size: int64(len(payload)), Object: id,
-		}}},
-	})
+	_, err := erofs.WriteVerity(&b, &tree.Node{
+		Entry:    &content.Entry{Kind: content.Dir, Mode: 0o755},
+		Children: []*tree.Node{{Name: "file", Entry: e}},
+	}, digest)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "chain.erofs"), b.Bytes(), 0o600)
+	return os.WriteFile(path, b.Bytes(), 0o600)
 }
 
 // tryOverlay mounts an overlay on lower, writes to it, and, if want is not nil, reads the probe's

@@ -40,6 +40,8 @@ type Options struct {
 	Durability layer.Durability
 	Reserve    layer.Reserve
 	Step       func(name string)
+	// Verity says whether objects get fs-verity, which overlayfs compares with the chain images; "" is VerityOff.
+	Verity Verity
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
@@ -119,7 +121,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := s.clearLeftovers(); err != nil {
 		return nil, err
 	}
-	if s.kernel, err = probe(opts.Root); err != nil {
+	if s.kernel, err = probe(opts.Root, opts.Verity); err != nil {
 		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
 	}
 	if err := s.checkMetadata(ctx); err != nil {
@@ -272,7 +274,7 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability,
-		Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
+		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
@@ -282,6 +284,9 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 		return err
 	}
 	s.chains.step = s.step
+	if s.layers.Verity() {
+		s.chains.digests = s.layers.Digests
+	}
 	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		return walkAll(ctx, func(info snapshots.Info) error {
 			if info.Kind == snapshots.KindCommitted {
@@ -297,7 +302,7 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 			}
 			chain, pending, err := chainOf(ctx, info.Parent)
 			if err == nil && pending == nil {
-				s.chains.use(nameChain(chain), id)
+				s.chains.use(s.chains.name(chain), id)
 			}
 			return err
 		})

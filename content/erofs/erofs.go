@@ -46,6 +46,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 const (
@@ -74,8 +75,9 @@ type image struct {
 	refs   []int32
 	epoch  content.Time // the mtime of all compact inodes
 	shared sharedXattrs
-	ents   []dirent // scratch of dirents
-	length int64    // of the image in bytes; a multiple of blockSize
+	ents   []dirent                             // scratch of dirents
+	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
+	length int64                                // of the image in bytes; a multiple of blockSize
 }
 
 // Write writes the image of root to w and returns its length in bytes.
@@ -88,8 +90,12 @@ type image struct {
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
 // number, link target or size that EROFS or Linux cannot hold; an entry
 // that would steer overlayfs (see Invariants).
-func Write(w io.Writer, root *tree.Node) (int64, error) {
-	var im image
+func Write(w io.Writer, root *tree.Node) (int64, error) { return WriteVerity(w, root, nil) }
+
+// WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is mounted with verity=on it
+// opens no object that has another. digest is asked once for each inode without data.
+func WriteVerity(w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
+	im := image{digest: digest, shared: sharedXattrs{digests: digest != nil}}
 	if err := im.scan(root); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}

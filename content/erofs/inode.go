@@ -111,7 +111,11 @@ func (im *image) encodeInode(b []byte, id int32) {
 	in.encodeHeader(b[in.offset:], uint32(id)+1)
 	xattrs := in.offset + in.headerSize()
 	if in.xattrs > 0 {
-		im.shared.encodeArea(b[xattrs:], e)
+		var metacopy []byte
+		if im.digest != nil && dataless(e) {
+			metacopy = metacopyOf(im.digest(e.Object))
+		}
+		im.shared.encodeArea(b[xattrs:], e, metacopy)
 	}
 	payload := xattrs + int64(in.xattrs)
 	if in.layout == layoutChunk {

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 const (
@@ -21,8 +22,10 @@ const (
 
 	trustedIndex  = 4
 	overlayPrefix = "trusted.overlay."
-	metacopyName  = "overlay.metacopy"
-	redirectName  = "overlay.redirect"
+	// metacopyLen is the length of a metacopy's value with a digest.
+	metacopyLen  = 4 + len(content.Sum{})
+	metacopyName = "overlay.metacopy"
+	redirectName = "overlay.redirect"
 )
 
 // xattrPrefixes are the name spaces of the format; a name is stored as the
@@ -41,6 +44,12 @@ var xattrPrefixes = [...]struct {
 
 // redirectLen is the length of every redirect: "/" and the object's path.
 var redirectLen = 1 + len(content.ObjectID{}.Path())
+
+// metacopyOf returns overlayfs's struct ovl_metacopy (linux/fs/overlayfs/overlayfs.h): version 0, its own length, no flags, fs-verity's
+// number for sha256, the digest. One without a digest may as well be empty.
+func metacopyOf(d verity.Digest) []byte {
+	return append([]byte{0, uint8(metacopyLen), 0, verity.SHA256}, d.Sum[:]...)
+}
 
 // splitXattr returns how a name is stored.
 func splitXattr(name string) (index uint8, rest string, ok bool) {
@@ -84,8 +93,10 @@ func xattrCount(area uint32) uint16 {
 type sharedXattrs struct {
 	byKey map[string]*sharedXattr
 	list  []*sharedXattr // in the order in which they were met
-	key   []byte         // scratch
-	end   int64          // of the area in the image; 0 if there is none
+	// digests: every metacopy has a value.
+	digests bool
+	key     []byte // scratch
+	end     int64  // of the area in the image; 0 if there is none
 }
 
 type sharedXattr struct {
@@ -171,7 +182,11 @@ func (s *sharedXattrs) split(e *content.Entry, shared func(*sharedXattr), own fu
 func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 	n := int64(xattrHeaderSize)
 	if dataless(e) {
-		n += storedSize(len(metacopyName), 0) + storedSize(len(redirectName), redirectLen)
+		value := 0
+		if s.digests {
+			value = metacopyLen
+		}
+		n += storedSize(len(metacopyName), value) + storedSize(len(redirectName), redirectLen)
 	}
 	s.split(e,
 		func(*sharedXattr) { n += xattrIDSize },
@@ -190,7 +205,7 @@ func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 
 // encodeArea writes an inode's xattr area at b[0]: the header with the count of
 // shared ids in its fifth byte, the ids, the inode's own xattrs.
-func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry) {
+func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy []byte) {
 	at := int64(xattrHeaderSize)
 	s.split(e,
 		func(x *sharedXattr) {
@@ -201,7 +216,7 @@ func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry) {
 		func(*content.Xattr) {})
 	if dataless(e) {
 		// Metacopy first: overlayfs asks for it before anything else.
-		at += put(b[at:], trustedIndex, metacopyName, "")
+		at += put(b[at:], trustedIndex, metacopyName, metacopy)
 		at += put(b[at:], trustedIndex, redirectName, "/"+e.Object.Path())
 	}
 	s.split(e,

@@ -69,6 +69,9 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 			return nil, fmt.Errorf("verify objects: %w", s.explain(err))
 		}
 	}
+	if err := s.keepVerity(); err != nil {
+		return nil, fmt.Errorf("verify objects: %w", err)
+	}
 	s.blame(ctx)
 	s.heal(ctx)
 	s.saveDamaged(ctx)

@@ -136,7 +136,11 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 		log.G(ctx).WithField("layers", len(suspects)).Info("verifying what came in right before an unclean stop")
 	}
 	slices.SortFunc(objects, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
-	if err := s.verifyObjects(ctx, slices.Compact(objects), func(int64) {}); err != nil {
+	err = s.verifyObjects(ctx, slices.Compact(objects), func(int64) {})
+	if err == nil {
+		err = s.keepVerity()
+	}
+	if err != nil {
 		return fmt.Errorf("verify what came in last: %w", s.explain(err))
 	}
 	s.blame(ctx)

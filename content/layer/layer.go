@@ -56,6 +56,8 @@ type Options struct {
 	Fidelity content.Fidelity
 	// Durability of new layers; "" is Strict.
 	Durability Durability
+	// Verity gives objects fs-verity; the file system must have it (verity.Probe).
+	Verity bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.

@@ -108,7 +108,7 @@ func (s *Store) openDirs() error {
 		return fmt.Errorf("open store %s: %w", s.root, err)
 	}
 	s.rootFd = fd
-	s.objects, err = object.Open(s.path(dirObjects))
+	s.objects, err = object.Open(s.path(dirObjects), object.Options{Verity: s.opts.Verity})
 	return err
 }
 

@@ -70,7 +70,7 @@ func (s *Store) newSession(ctx context.Context, want goal) *session {
 		refs: map[content.ObjectID]uint32{},
 		pyc:  map[*content.Entry]pyc{},
 	}
-	for range max(2, runtime.GOMAXPROCS(0)) {
+	for range ingestWorkers(s.opts.Verity) {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
 				if ss.ctx.Err() == nil {
@@ -84,6 +84,15 @@ func (s *Store) newSession(ctx context.Context, want goal) *session {
 		})
 	}
 	return ss
+}
+
+// ingestWorkers is how many write payloads at a time.
+func ingestWorkers(hashed bool) int {
+	n := max(2, runtime.GOMAXPROCS(0))
+	if hashed {
+		n *= veritySpread
+	}
+	return n
 }
 
 // wait ends the workers; no Put may follow. It returns the first error.
@@ -193,7 +202,7 @@ func (ss *session) took(id content.ObjectID, added int64) error {
 		return nil
 	}
 	before := ss.added
-	ss.added.Bytes += blocks(added)
+	ss.added.Bytes += ss.s.objects.Occupies(added)
 	ss.added.Inodes++
 	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
 	ss.mu.Unlock()

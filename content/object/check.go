@@ -84,7 +84,7 @@ func NewVerifyBuffer() *VerifyBuffer {
 // read. An object that nobody names any more is fine.
 func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuffer) (size int64, err error) {
 	sh := s.shard(id)
-	size, err = sh.verify(ctx, id, buf)
+	size, err = s.verify(ctx, id, buf)
 	if ctx.Err() != nil {
 		return size, context.Cause(ctx)
 	}
@@ -101,7 +101,7 @@ func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuff
 	done := make(chan struct{})
 	sh.busy[id] = done
 	sh.mu.Unlock()
-	size, err = sh.verify(ctx, id, buf)
+	size, err = s.verify(ctx, id, buf)
 	sh.mu.Lock()
 	delete(sh.busy, id)
 	close(done)
@@ -118,30 +118,52 @@ func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuff
 	return size, err
 }
 
-func (sh *shard) verify(ctx context.Context, id content.ObjectID, buf *VerifyBuffer) (int64, error) {
-	const flags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK
-	fd, err := unix.Openat(sh.fd, name(id), flags|unix.O_DIRECT, 0)
+// verify is Verify that notes nothing. An object that is whole and should have fs-verity gets it: chain images refer to
+// its digest.
+func (s *Store) verify(ctx context.Context, id content.ObjectID, buf *VerifyBuffer) (int64, error) {
+	sh := s.shard(id)
+	fd, err := sh.open(id, unix.O_DIRECT)
 	if errors.Is(err, unix.EINVAL) {
-		fd, err = unix.Openat(sh.fd, name(id), flags, 0)
+		fd, err = sh.open(id, 0)
 	}
-	switch {
-	case err == nil:
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
-		return 0, fmt.Errorf("read object %s: %w", id, err)
-	default:
-		return 0, fmt.Errorf("object %s is %w: %w", id, ErrDamaged, err)
-	}
-	f := os.NewFile(uintptr(fd), id.Path())
-	defer f.Close()
-	fi, err := f.Stat()
 	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_TYPE, &st); err != nil {
 		return 0, fmt.Errorf("object %s: %w", id, err)
 	}
-	if !fi.Mode().IsRegular() {
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return 0, fmt.Errorf("object %s is %w: it is no regular file", id, ErrDamaged)
 	}
+	hashed := st.Attributes&unix.STATX_ATTR_VERITY != 0
+	if hashed {
+		// It is never read past the page cache.
+		_ = unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
+	}
+	size, err := hashFile(ctx, id, fd, buf)
+	if err == nil && s.opts.Verity && !hashed && ctx.Err() == nil {
+		_, err = s.protect(id, fd)
+	}
+	return size, err
+}
+
+// open opens an object's file. One that cannot be opened is damaged, unless it is this process that lacks something.
+func (sh *shard) open(id content.ObjectID, flags int) (fd int, err error) {
+	fd, err = unix.Openat(sh.fd, name(id), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0)
+	switch {
+	case err == nil:
+		return fd, nil
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
+		return -1, fmt.Errorf("read object %s: %w", id, err)
+	}
+	return -1, fmt.Errorf("object %s is %w: %w", id, ErrDamaged, err)
+}
+
+// hashFile reads an open file to its end and compares it with an object's name.
+func hashFile(ctx context.Context, id content.ObjectID, fd int, buf *VerifyBuffer) (size int64, err error) {
 	h := sha256.New()
-	var size int64
 	for err == nil && ctx.Err() == nil {
 		var n int
 		n, err = unix.Read(fd, buf.b)
@@ -155,7 +177,10 @@ func (sh *shard) verify(ctx context.Context, id content.ObjectID, buf *VerifyBuf
 			size += int64(n)
 		}
 	}
-	if err != nil && err != io.EOF {
+	if ctx.Err() != nil {
+		return size, context.Cause(ctx)
+	}
+	if err != io.EOF {
 		return size, fmt.Errorf("object %s is %w: read: %w", id, ErrDamaged, err)
 	}
 	if sum := content.Sum(h.Sum(nil)); sum != id.Sum {
@@ -213,8 +238,8 @@ func (s *Store) sweepShard(i int, remove bool) (removed int, err error) {
 		id, ok := s.parse(i, file)
 		named := ok && sh.refs[id] > 0
 		if named || !remove {
-			size, _ := sh.size(id)
-			s.bytes.Add(blocks(size))
+			size, occupies, _ := s.size(sh, file)
+			s.bytes.Add(occupies)
 			s.inodes.Add(1)
 			if named && size > 0 {
 				whole[id] = true
@@ -287,14 +312,14 @@ func (s *Store) orphan(i int, file string, remove bool) (int64, error) {
 		close(done)
 		sh.mu.Unlock()
 	}()
-	if remove {
-		return sh.unlink(file)
-	}
-	var st unix.Stat_t
-	if err := unix.Fstatat(sh.fd, file, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	size, _, ok := s.size(sh, file)
+	if !ok {
 		return -1, nil // removed meanwhile
 	}
-	return st.Size, nil
+	if remove {
+		return size, sh.unlink(file)
+	}
+	return size, nil
 }
 
 // removeStranger is orphan for a name that no object has.

@@ -17,6 +17,9 @@
 // of a layer syncs the file system once before the layer becomes visible. After
 // an unclean stop, Sweep removes what no durable layer names before anything
 // is served, so that a half-written object is never used again.
+//
+// With Options.Verity each object gets fs-verity before Put returns, and one that was written without gets it when Digest
+// asks for it, after its bytes have been compared with its name.
 package object
 
 import (
@@ -32,6 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 const fanout = 256
@@ -39,10 +43,19 @@ const fanout = 256
 // stagedPrefix stands before the name of a file that is about to replace a bad object.
 const stagedPrefix = "new-"
 
+// Options configure a Store.
+type Options struct {
+	// Verity gives objects fs-verity. The file system must have it (verity.Probe).
+	Verity bool
+}
+
 // Store is the objects directory. Safe for concurrent use.
 type Store struct {
 	dir    string
+	opts   Options
 	shards [fanout]shard
+	// aside: the file system keeps what fs-verity stores among its metadata, not in the files' own blocks.
+	aside bool
 	// bytes and inodes are what all objects occupy, dirs are the bytes of the directories that hold them.
 	bytes, inodes, dirs atomic.Int64
 	// freedBytes and freed are what Unref has removed.
@@ -95,8 +108,8 @@ type shard struct {
 }
 
 // Open opens or creates the objects directory.
-func Open(dir string) (*Store, error) {
-	s := &Store{dir: dir}
+func Open(dir string, opts Options) (*Store, error) {
+	s := &Store{dir: dir, opts: opts}
 	for i := range s.shards {
 		s.shards[i] = shard{fd: -1, refs: map[content.ObjectID]uint32{}, busy: map[content.ObjectID]chan struct{}{}, bad: map[content.ObjectID]struct{}{}}
 	}
@@ -111,6 +124,8 @@ func Open(dir string) (*Store, error) {
 		}
 		s.shards[i].fd = fd
 	}
+	var st unix.Statfs_t
+	s.aside = unix.Fstatfs(s.shards[0].fd, &st) == nil && st.Type == unix.BTRFS_SUPER_MAGIC
 	s.MeasureDirectories()
 	return s, nil
 }
@@ -161,9 +176,9 @@ func (s *Store) Len() int {
 func (s *Store) Put(id content.ObjectID, data []byte) (added int64, err error) {
 	return s.put(id, int64(len(data)), func(sh *shard, replace bool) error {
 		if replace {
-			return sh.replace(id, data)
+			return s.replace(sh, id, data)
 		}
-		return sh.write(name(id), data)
+		return s.write(sh, name(id), data)
 	})
 }
 
@@ -171,6 +186,11 @@ func (s *Store) Put(id content.ObjectID, data []byte) (added int64, err error) {
 // file is renamed, or left alone when the object was known.
 func (s *Store) PutFile(id content.ObjectID, path string, size int64) (added int64, err error) {
 	return s.put(id, size, func(sh *shard, _ bool) error {
+		if s.opts.Verity {
+			if err := verity.EnablePath(path); err != nil {
+				return fmt.Errorf("object %s: %w", id, err)
+			}
+		}
 		if err := unix.Renameat(unix.AT_FDCWD, path, sh.fd, name(id)); err != nil {
 			return fmt.Errorf("rename staged object %s: %w", id, err)
 		}
@@ -195,7 +215,7 @@ func (s *Store) put(id content.ObjectID, size int64, create func(sh *shard, repl
 	var old int64
 	var was bool
 	if bad {
-		old, was = sh.size(id)
+		_, old, was = s.size(sh, name(id))
 	}
 	err := create(sh, bad)
 
@@ -208,7 +228,7 @@ func (s *Store) put(id content.ObjectID, size int64, create func(sh *shard, repl
 	}
 	sh.refs[id]++
 	delete(sh.bad, id)
-	s.bytes.Add(blocks(size) - blocks(old))
+	s.bytes.Add(s.Occupies(size) - old)
 	if !was {
 		s.inodes.Add(1)
 	}
@@ -228,16 +248,28 @@ func (sh *shard) await(id content.ObjectID) {
 	}
 }
 
-// size is that of an object's file, if there is one.
-func (sh *shard) size(id content.ObjectID) (size int64, ok bool) {
-	var st unix.Stat_t
-	err := unix.Fstatat(sh.fd, name(id), &st, unix.AT_SYMLINK_NOFOLLOW)
-	return st.Size, err == nil
+// size is that of an object's file, if there is one, and what it occupies.
+func (s *Store) size(sh *shard, file string) (size, occupies int64, ok bool) {
+	var st unix.Statx_t
+	if err := unix.Statx(sh.fd, file, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_SIZE, &st); err != nil {
+		return 0, 0, false
+	}
+	return int64(st.Size), s.occupies(int64(st.Size), st.Attributes&unix.STATX_ATTR_VERITY != 0), true
+}
+
+// Occupies returns what an object of this size takes of the disk when it is put.
+func (s *Store) Occupies(size int64) int64 { return s.occupies(size, s.opts.Verity) }
+
+func (s *Store) occupies(size int64, hashed bool) int64 {
+	if hashed && !s.aside {
+		return blocks(size) + verity.Space(size)
+	}
+	return blocks(size)
 }
 
 // write creates an object under its final name: a crash leaves at worst a file that
 // no layer names. A file that lies there already is such a leftover.
-func (sh *shard) write(file string, data []byte) error {
+func (s *Store) write(sh *shard, file string, data []byte) error {
 	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_CLOEXEC
 	fd, err := unix.Openat(sh.fd, file, flags, 0o400)
 	if errors.Is(err, unix.EEXIST) {
@@ -253,6 +285,9 @@ func (sh *shard) write(file string, data []byte) error {
 	if cerr := unix.Close(fd); err == nil {
 		err = cerr
 	}
+	if err == nil && s.opts.Verity {
+		err = sh.enable(file)
+	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write object %s: %w", file, err), unix.Unlinkat(sh.fd, file, 0))
 	}
@@ -260,9 +295,9 @@ func (sh *shard) write(file string, data []byte) error {
 }
 
 // replace writes a bad object anew. Containers may have the old file open.
-func (sh *shard) replace(id content.ObjectID, data []byte) error {
+func (s *Store) replace(sh *shard, id content.ObjectID, data []byte) error {
 	staged := stagedPrefix + name(id)
-	if err := sh.write(staged, data); err != nil {
+	if err := s.write(sh, staged, data); err != nil {
 		return err
 	}
 	if err := unix.Renameat(sh.fd, staged, sh.fd, name(id)); err != nil {
@@ -306,11 +341,12 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 	sh.busy[id] = done
 	sh.mu.Unlock()
 
-	size, err := sh.unlink(name(id))
-	if err == nil && size >= 0 {
-		s.bytes.Add(-blocks(size))
+	_, was, ok := s.size(sh, name(id))
+	err := sh.unlink(name(id))
+	if err == nil && ok {
+		s.bytes.Add(-was)
 		s.inodes.Add(-1)
-		s.freedBytes.Add(blocks(size))
+		s.freedBytes.Add(was)
 		s.freed.Add(1)
 	}
 
@@ -324,17 +360,13 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 	return nil
 }
 
-// unlink removes a file and returns its size, -1 when there was none.
-func (sh *shard) unlink(file string) (int64, error) {
-	var st unix.Stat_t
-	err := unix.Fstatat(sh.fd, file, &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == nil {
-		err = unix.Unlinkat(sh.fd, file, 0)
-	}
+// unlink removes a file, if it is there.
+func (sh *shard) unlink(file string) error {
+	err := unix.Unlinkat(sh.fd, file, 0)
 	if errors.Is(err, unix.ENOENT) {
-		return -1, nil
+		return nil
 	}
-	return st.Size, err
+	return err
 }
 
 // Read returns an object's bytes. The caller holds a reference to it. One that is found to be damaged is bad from then on.

@@ -16,7 +16,7 @@ import (
 
 func open(t *testing.T) *Store {
 	t.Helper()
-	s, err := Open(filepath.Join(t.TempDir(), "objects"))
+	s, err := Open(filepath.Join(t.TempDir(), "objects"), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

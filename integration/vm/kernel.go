@@ -1,0 +1,153 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+)
+
+// suite is the Debian whose kernel runs: 13, with Linux 6.12.
+const suite = "trixie"
+
+// Kernel is an unpacked kernel package.
+type Kernel struct {
+	Image   string // to boot
+	modules string // a directory
+}
+
+// Debian fetches the kernel of Debian 13 with debootstrap, which verifies it, once (100 MB).
+func Debian(ctx context.Context, say func(string)) (k Kernel, err error) {
+	if err := node.Require(ctx, say, node.Debootstrap); err != nil {
+		return k, err
+	}
+	cache, err := node.CacheDir()
+	if err != nil {
+		return k, err
+	}
+	dir := filepath.Join(cache, "vm", suite)
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return k, fmt.Errorf("get a kernel: %w", err)
+	}
+	unlock, err := node.Lock(ctx, dir+".lock")
+	if err != nil {
+		return k, err
+	}
+	defer unlock()
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		say("getting the kernel of Debian " + suite + " (once)")
+		if err := fetchKernel(ctx, dir); err != nil {
+			return k, fmt.Errorf("get a kernel: %w", err)
+		}
+	}
+	images, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
+	modules, merr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*"))
+	if err := errors.Join(err, merr); err != nil || len(images) != 1 || len(modules) != 1 {
+		return k, fmt.Errorf("%s holds no kernel (remove it): %v", dir, err)
+	}
+	return Kernel{Image: images[0], modules: modules[0]}, nil
+}
+
+func fetchKernel(ctx context.Context, dir string) (err error) {
+	root, staging := dir+".root", dir+".new"
+	if err := errors.Join(os.RemoveAll(root), os.RemoveAll(staging)); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, node.UnmountBelow(root), os.RemoveAll(root)) }()
+	bin, err := node.LookPath(node.Debootstrap.Name)
+	if err != nil {
+		return err
+	}
+	args := []string{"--download-only", "--variant=minbase", "--include=linux-image-cloud-amd64", "--arch=amd64", suite, root}
+	if mirror := os.Getenv("DEBIAN_MIRROR"); mirror != "" {
+		args = append(args, mirror)
+	}
+	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("debootstrap: %w\n%s", err, out[max(0, len(out)-4000):])
+	}
+	// The other package of that name depends on this one.
+	debs, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives/linux-image-[0-9]*.deb"))
+	if err != nil || len(debs) != 1 {
+		return fmt.Errorf("debootstrap has fetched kernels %v: %v", debs, err)
+	}
+	if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", debs[0], staging).CombinedOutput(); err != nil {
+		return fmt.Errorf("unpack %s: %w\n%s", filepath.Base(debs[0]), err, out)
+	}
+	return os.Rename(staging, dir)
+}
+
+// copyModules puts modules and what they depend on into dir, and returns their files in the order to load them.
+func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (order []string, err error) {
+	files := map[string]string{}
+	err = filepath.WalkDir(k.modules, func(path string, _ os.DirEntry, err error) error {
+		if name, ok := strings.CutSuffix(filepath.Base(path), ".ko.xz"); ok {
+			files[strings.ReplaceAll(name, "-", "_")] = path
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list modules: %w", err)
+	}
+	done := map[string]bool{}
+	var add func(name string) error
+	add = func(name string) error {
+		name = strings.ReplaceAll(name, "-", "_")
+		if done[name] || files[name] == "" {
+			return nil // what has no file is built in
+		}
+		done[name] = true
+		var out bytes.Buffer
+		cmd := exec.CommandContext(ctx, "xz", "-dc", files[name])
+		cmd.Stdout = &out
+		if err := cmd.Run(); err != nil {
+			return fmt.Errorf("decompress module %s: %w", name, err)
+		}
+		needs, err := dependencies(out.Bytes())
+		if err != nil {
+			return fmt.Errorf("module %s: %w", name, err)
+		}
+		for _, n := range needs {
+			if err := add(n); err != nil {
+				return err
+			}
+		}
+		order = append(order, name+".ko")
+		return os.WriteFile(filepath.Join(dir, name+".ko"), out.Bytes(), 0o644)
+	}
+	for _, name := range names {
+		if err := add(name); err != nil {
+			return nil, err
+		}
+	}
+	return order, nil
+}
+
+// dependencies reads a module's own list of the modules that it needs.
+func dependencies(module []byte) ([]string, error) {
+	f, err := elf.NewFile(bytes.NewReader(module))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	section := f.Section(".modinfo")
+	if section == nil {
+		return nil, errors.New("no .modinfo")
+	}
+	data, err := section.Data()
+	if err != nil {
+		return nil, err
+	}
+	for field := range strings.SplitSeq(string(data), "\x00") {
+		if list, ok := strings.CutPrefix(field, "depends="); ok && list != "" {
+			return strings.Split(list, ","), nil
+		}
+	}
+	return nil, nil
+}

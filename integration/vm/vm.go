@@ -1,0 +1,160 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+)
+
+//go:embed init.sh
+var initScript string
+
+// diskSize is the machine's disk; it is a sparse file.
+const diskSize = 4 << 30
+
+// Programs of the distribution that a machine is made with.
+var (
+	qemu    = node.Command{Name: "qemu-system-x86_64", Packages: "qemu-system-x86"}
+	busybox = node.Command{Name: "busybox", Packages: "busybox-static"}
+	mkfs    = node.Command{Name: "mkfs.ext4", Packages: "e2fsprogs"}
+	xz      = node.Command{Name: "xz", Packages: "xz-utils"}
+)
+
+// Options describe one run.
+type Options struct {
+	// Dir is where the machine's files are made; empty.
+	Dir    string
+	Kernel Kernel
+	// Features are given to mkfs.ext4 -O for the disk.
+	Features string
+	// Files are put on the disk: name -> file here.
+	Files map[string]string
+	// Script is what busybox's shell runs there, with the disk as its directory.
+	Script string
+	// Output gets what the machine prints, as it comes; may be nil.
+	Output io.Writer
+}
+
+// Require installs what Run needs, or returns an error that wraps node.ErrMissing.
+func Require(ctx context.Context, say func(string)) error {
+	if runtime.GOARCH != "amd64" {
+		return fmt.Errorf("%w: a machine of type amd64", node.ErrMissing)
+	}
+	return node.Require(ctx, say, qemu, busybox, mkfs, xz)
+}
+
+// Run boots a machine, runs the script, and returns what was printed. The machine is gone then. A script that fails is an
+// error.
+func Run(ctx context.Context, opts Options) (string, error) {
+	initrd, err := makeInitrd(ctx, opts)
+	if err != nil {
+		return "", err
+	}
+	disk, err := makeDisk(ctx, opts)
+	if err != nil {
+		return "", err
+	}
+	bin, err := node.LookPath(qemu.Name)
+	if err != nil {
+		return "", err
+	}
+	// cx16=off: QEMU 7.2 emulates cmpxchg16b wrongly, and Linux dies of it.
+	cmd := exec.CommandContext(ctx, bin,
+		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "q35", "-accel", "kvm", "-accel", "tcg", "-cpu", "max,cx16=off", "-smp", "2", "-m", "2G",
+		"-serial", "stdio",
+		"-drive", "file="+disk+",if=virtio,format=raw,cache=unsafe",
+		"-kernel", opts.Kernel.Image, "-initrd", initrd,
+		"-append", "console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=1")
+	// It must not outlive a test that dies.
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	runtime.LockOSThread() // whose end the kernel takes for the parent's
+	defer runtime.UnlockOSThread()
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if opts.Output != nil {
+		cmd.Stdout = io.MultiWriter(&out, opts.Output)
+	}
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("qemu: %w\n%s", err, errs.String())
+	}
+	text := strings.ReplaceAll(out.String(), "\r\n", "\n")
+	if !strings.Contains(text, "\nvm: exit 0\n") {
+		return text, errors.New("the script in the machine has failed, or did not come to its end")
+	}
+	return text, nil
+}
+
+// makeInitrd packs busybox, the modules and init.
+func makeInitrd(ctx context.Context, opts Options) (string, error) {
+	root := filepath.Join(opts.Dir, "initrd")
+	for _, dir := range []string{"bin", "modules"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			return "", fmt.Errorf("make initrd: %w", err)
+		}
+	}
+	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"), "virtio_pci", "virtio_blk", "loop", "ext4", "overlay", "erofs")
+	if err != nil {
+		return "", fmt.Errorf("make initrd: %w", err)
+	}
+	bin, err := node.LookPath(busybox.Name)
+	if err != nil {
+		return "", fmt.Errorf("make initrd: %w", err)
+	}
+	program, err := os.ReadFile(bin)
+	if err != nil {
+		return "", fmt.Errorf("make initrd: %w", err)
+	}
+	for name, data := range map[string]string{"bin/busybox": string(program), "init": initScript, "modules/order": strings.Join(order, "\n") + "\n"} {
+		if err := os.WriteFile(filepath.Join(root, name), []byte(data), 0o755); err != nil {
+			return "", fmt.Errorf("make initrd: %w", err)
+		}
+	}
+	file := filepath.Join(opts.Dir, "initrd.img")
+	pack := exec.CommandContext(ctx, bin, "sh", "-c", `cd "$1" && "$2" find . | "$2" cpio -o -H newc > "$3"`, "pack", root, bin, file)
+	if out, err := pack.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("make initrd: %w\n%s", err, out)
+	}
+	return file, nil
+}
+
+// makeDisk makes the ext4 with the files and the script.
+func makeDisk(ctx context.Context, opts Options) (string, error) {
+	from, file := filepath.Join(opts.Dir, "files"), filepath.Join(opts.Dir, "disk.img")
+	if err := os.MkdirAll(from, 0o755); err != nil {
+		return "", fmt.Errorf("make disk: %w", err)
+	}
+	for name, path := range opts.Files {
+		if err := os.Link(path, filepath.Join(from, name)); err != nil {
+			return "", fmt.Errorf("make disk: %w", err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(from, "script"), []byte(opts.Script), 0o755); err != nil {
+		return "", fmt.Errorf("make disk: %w", err)
+	}
+	bin, err := node.LookPath(mkfs.Name)
+	if err != nil {
+		return "", fmt.Errorf("make disk: %w", err)
+	}
+	args := []string{"-q", "-F", "-b", "4096", "-d", from}
+	if opts.Features != "" {
+		args = append(args, "-O", opts.Features)
+	}
+	out, err := exec.CommandContext(ctx, bin, append(args, file, fmt.Sprintf("%dM", diskSize>>20))...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("make disk: %w\n%s", err, out)
+	}
+	return file, nil
+}

@@ -1,0 +1,83 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+)
+
+// kernelFor returns Debian's kernel, where DEDUP_VM asks for these tests: they download 100 MB and take minutes.
+func kernelFor(t *testing.T) Kernel {
+	t.Helper()
+	if os.Getenv("DEDUP_VM") == "" {
+		t.Skip("runs under QEMU for minutes: set DEDUP_VM=1, or make test-vm")
+	}
+	say := func(s string) { t.Log(s) }
+	err := Require(t.Context(), say)
+	var k Kernel
+	if err == nil {
+		k, err = Debian(t.Context(), say)
+	}
+	if errors.Is(err, node.ErrMissing) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// testBinary builds the tests of a package into one static program.
+func testBinary(ctx context.Context, t *testing.T, dir, pkg string) (name, path string) {
+	t.Helper()
+	root, err := node.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name = strings.ReplaceAll(pkg, "/", "-") + ".test"
+	path = filepath.Join(dir, name)
+	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-ldflags", "-s -w", "-o", path, "./"+pkg)
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build the tests of %s: %v\n%s", pkg, err, out)
+	}
+	return name, path
+}
+
+// The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower layers, and
+// on an ext4 with fs-verity, which other machines may lack. What kills processes at some millisecond is left out: here a
+// millisecond is nothing.
+func TestUnitTests(t *testing.T) {
+	opts := Options{Kernel: kernelFor(t), Dir: t.TempDir(), Features: "verity", Files: map[string]string{}, Script: "set -e\nuname -r\n"}
+	if testing.Verbose() {
+		opts.Output = os.Stderr
+	}
+	built := t.TempDir()
+	for _, pkg := range []string{"content/verity", "content/object", "content/layer", "snapshotter"} {
+		name, path := testBinary(t.Context(), t, built, pkg)
+		opts.Files[name] = path
+		opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.skip 'TestKilled|TestCrash'\n", pkg, name)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour) // a machine that hangs
+	defer cancel()
+	out, err := Run(ctx, opts)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if !strings.HasPrefix(out, "6.12.") && !strings.Contains(out, "\n6.12.") {
+		t.Errorf("the kernel is another one: %.200s", out)
+	}
+	for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityCommit", "TestRestartAndReboot"} {
+		if !strings.Contains(out, "\n--- PASS: "+name+" ") {
+			t.Errorf("%s did not run there", name)
+		}
+	}
+}

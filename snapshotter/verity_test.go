@@ -1,0 +1,305 @@
+package snapshotter
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
+)
+
+// verityRoot returns a root whose file system and kernel have what VerityOn needs.
+func verityRoot(t *testing.T) string {
+	t.Helper()
+	needRoot(t)
+	root := t.TempDir()
+	f, err := Examine(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.Verity != nil {
+		t.Skipf("needs fs-verity (ext4 with the feature verity) and overlayfs's verity= (Linux 6.6): %v", f.Verity)
+	}
+	t.Cleanup(func() {
+		if left := mountsBelow(t, root); len(left) > 0 {
+			t.Errorf("still mounted: %v", left)
+		}
+	})
+	return root
+}
+
+// openVerity opens a store until the test ends or stops it.
+func openVerity(t *testing.T, root string, v Verity) *Snapshotter {
+	t.Helper()
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeStore(t, s) })
+	return s
+}
+
+func closeStore(t *testing.T, s *Snapshotter) {
+	t.Helper()
+	if err := stop(s); err != nil {
+		t.Error(err)
+	}
+}
+
+// tryRead is read for a file that may not open.
+func tryRead(t *testing.T, s *Snapshotter, parent, file string) (data string, err error) {
+	t.Helper()
+	const key = "try-read"
+	mounts, err := s.View(t.Context(), key, parent)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, s.Remove(t.Context(), key)) }()
+	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
+		b, err := os.ReadFile(filepath.Join(root, file))
+		data = string(b)
+		return err
+	})
+	return data, err
+}
+
+// hashed counts the objects with and without fs-verity.
+func hashed(t *testing.T, s *Snapshotter) (with, without int) {
+	t.Helper()
+	err := filepath.WalkDir(s.layers.ObjectsDir(), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		switch _, err := verity.Measure(int(f.Fd())); {
+		case err == nil:
+			with++
+		case errors.Is(err, verity.ErrNone):
+			without++
+		default:
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return with, without
+}
+
+func objectOf(s *Snapshotter, text string) string {
+	return filepath.Join(s.layers.ObjectsDir(), content.ObjectID{Sum: sha256.Sum256([]byte(text))}.Path())
+}
+
+// swap puts another file in the place of an object.
+func swap(t *testing.T, path, text string, hash bool) {
+	t.Helper()
+	other := path + ".other"
+	if err := os.WriteFile(other, []byte(text), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if hash {
+		if err := verity.EnablePath(other); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Rename(other, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The kernel refuses an object that is not the one that the image was built for, and what is damaged heals.
+func TestVerityRefusesOtherBytes(t *testing.T) {
+	s := openVerity(t, verityRoot(t), VerityOn)
+	right, wrong := strings.Repeat("right", 5000), strings.Repeat("wrong", 5000)
+	blob := layerTar(t, map[string]string{"file": right, "other": strings.Repeat("other", 1000), "tiny": "tiny"})
+	name, _ := unpack(t, s, "one", "", blob, nil)
+	for file, want := range map[string]string{"file": right, "tiny": "tiny"} {
+		if got := read(t, s, name, file); got != want {
+			t.Fatalf("%s: %d bytes", file, len(got))
+		}
+	}
+	if with, without := hashed(t, s); with != 2 || without != 0 {
+		t.Errorf("%d objects with fs-verity, %d without", with, without)
+	}
+	if err := os.WriteFile(objectOf(s, right), []byte(wrong), 0); !errors.Is(err, unix.EPERM) {
+		t.Errorf("written in place: %v", err)
+	}
+	for _, hash := range []bool{false, true} {
+		swap(t, objectOf(s, right), wrong, hash)
+		if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || got != "" {
+			t.Errorf("swapped, fs-verity %v: %d bytes, %v", hash, len(got), err)
+		}
+		found, err := s.Check(t.Context(), CheckOptions{})
+		if err != nil || !slices.ContainsFunc(found, func(f Finding) bool { return f.Kind == layer.DamagedObject && f.Path == objectOf(s, right) }) {
+			t.Errorf("swapped, fs-verity %v: found %v, %v", hash, found, err)
+		}
+		if _, err := tryRead(t, s, name, "other"); !errors.Is(err, layer.ErrDamaged) {
+			t.Errorf("a damaged layer is served: %v", err)
+		}
+		unpack(t, s, fmt.Sprint("again", hash), "", blob, nil)
+		if got := read(t, s, name, "file"); got != right {
+			t.Errorf("healed: %d bytes", len(got))
+		}
+		if with, without := hashed(t, s); with != 2 || without != 0 {
+			t.Errorf("healed: %d objects with fs-verity, %d without", with, without)
+		}
+	}
+	checkClean(t, s)
+}
+
+// The setting may change while a store lives.
+func TestVerityOnAndOff(t *testing.T) {
+	root := verityRoot(t)
+	texts := []string{strings.Repeat("first", 1000), strings.Repeat("second", 1000), strings.Repeat("third", 1000)}
+	var names []string
+	for i, v := range []Verity{VerityOff, VerityOn, VerityOff, VerityAuto} {
+		s := openVerity(t, root, v)
+		on := v != VerityOff
+		if on != (s.NoVerity() == nil) || on != slices.ContainsFunc(s.OverlayOptions(), func(o string) bool { return strings.HasPrefix(o, "verity=") }) {
+			t.Errorf("%s: %v, options %v", v, s.NoVerity(), s.OverlayOptions())
+		}
+		if i < len(texts) {
+			name, _ := unpack(t, s, "default", "", layerTar(t, map[string]string{"file": texts[i]}), nil)
+			names = append(names, name)
+		}
+		for j, name := range names {
+			if got := read(t, s, name, "file"); got != texts[j] {
+				t.Errorf("%s: layer %d: %d bytes", v, j, len(got))
+			}
+		}
+		if _, without := hashed(t, s); on && without > 0 {
+			t.Errorf("%s: %d objects that containers see have none", v, without)
+		}
+		writeInContainer(t, s, v, i == 0, names[0], "file")
+		checkClean(t, s)
+		if c, err := s.Chains(t.Context(), false); err != nil || c.Images != len(names) {
+			t.Errorf("%s: %d chain images for %d layers, %v", v, c.Images, len(names), err)
+		}
+		closeStore(t, s)
+	}
+}
+
+// writeInContainer changes the metadata of a file of the image in a container that lives on through all settings. Where metacopy
+// is on, its upper directory then holds a file without bytes.
+func writeInContainer(t *testing.T, s *Snapshotter, v Verity, fresh bool, parent, file string) {
+	t.Helper()
+	var mounts []mount.Mount
+	var err error
+	if fresh {
+		mounts, err = s.Prepare(t.Context(), "container", parent)
+	} else {
+		mounts, err = s.Mounts(t.Context(), "container")
+	}
+	if err != nil {
+		t.Fatalf("%s: %v", v, err)
+	}
+	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
+		path := filepath.Join(root, file)
+		if b, err := os.ReadFile(path); err != nil || string(b) != strings.Repeat("first", 1000) {
+			t.Errorf("%s: in the container: %d bytes, %v", v, len(b), err)
+		}
+		return os.Chmod(path, 0o600)
+	})
+	if err != nil {
+		t.Errorf("%s: in the container: %v", v, err)
+	}
+}
+
+// Damage from a time without fs-verity is not sealed: an object is compared with its name before it gets it.
+func TestVerityDoesNotSealDamage(t *testing.T) {
+	root := verityRoot(t)
+	s := openVerity(t, root, VerityOff)
+	right := strings.Repeat("right", 5000)
+	blob := layerTar(t, map[string]string{"file": right})
+	name, _ := unpack(t, s, "one", "", blob, nil)
+	swap(t, objectOf(s, right), strings.Repeat("wrong", 5000), false)
+	closeStore(t, s)
+
+	s = openVerity(t, root, VerityOn)
+	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, layer.ErrDamaged) || got != "" {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	unpack(t, s, "two", "", blob, nil)
+	if got := read(t, s, name, "file"); got != right {
+		t.Errorf("healed: %d bytes", len(got))
+	}
+	checkClean(t, s)
+}
+
+// A container's files are committed as they are, also where its upper directory holds files without bytes.
+func TestVerityCommit(t *testing.T) {
+	s := openVerity(t, verityRoot(t), VerityOn)
+	text := strings.Repeat("text", 5000)
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": text}), nil)
+	mounts, err := s.Prepare(t.Context(), "container", name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
+		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"), []byte(text+"new"), 0o600))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Commit(t.Context(), "committed", "container"); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, s, "committed", "file") + read(t, s, "committed", "new"); got != text+text+"new" {
+		t.Errorf("%d bytes", len(got))
+	}
+	checkClean(t, s)
+}
+
+// What does not work is said, and VerityOn does not open without it.
+func TestVerityMissing(t *testing.T) {
+	needRoot(t)
+	missing := errors.New("not here")
+	for _, row := range []struct {
+		v       Verity
+		missing error
+		on      bool
+		opens   bool
+	}{
+		{"", nil, false, true}, {VerityOff, nil, false, true}, {VerityAuto, nil, true, true}, {VerityOn, nil, true, true},
+		{VerityAuto, missing, false, true}, {VerityOn, missing, false, false}, {"maybe", nil, false, false},
+	} {
+		no, err := row.v.decide(row.missing)
+		if (err == nil) != row.opens || err == nil && (no == nil) != row.on {
+			t.Errorf("%q, %v: %v, %v", row.v, row.missing, no, err)
+		}
+	}
+	root := t.TempDir()
+	if f, err := Examine(root); err != nil || f.Verity == nil {
+		t.Skipf("this machine has fs-verity: %v", err)
+	}
+	if s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: VerityOn}); err == nil {
+		t.Error(stop(s), "opened")
+	} else if !strings.Contains(err.Error(), "verity") {
+		t.Error(err)
+	}
+}
+
+// checkClean lets fsck say that all is well.
+func checkClean(t *testing.T, s *Snapshotter) {
+	t.Helper()
+	found, err := s.Check(t.Context(), CheckOptions{})
+	if err != nil || len(found) > 0 {
+		t.Errorf("fsck: %v, %v", found, err)
+	}
+}
