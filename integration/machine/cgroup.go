@@ -51,7 +51,8 @@ func makeGroups() (groups, mounts []string, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	name := fmt.Sprintf("dedup-machine-%s", node.NewID("g"))
+	removeStale(all)
+	name := fmt.Sprintf("%s%d-%s", groupPrefix, os.Getpid(), node.NewID("m"))
 	for _, h := range all {
 		controllers, _ := os.ReadFile(filepath.Join(h.point, "cgroup.subtree_control"))
 		if h.v2 && slices.Contains(strings.Fields(string(controllers)), "cpu") {
@@ -83,6 +84,22 @@ func makeGroups() (groups, mounts []string, err error) {
 		return groups, nil, fmt.Errorf("%w: a cgroup hierarchy with the cpu controller, and one for systemd", node.ErrMissing)
 	}
 	return groups, mounts, nil
+}
+
+// groupPrefix is followed by the pid of the process whose machine it is.
+const groupPrefix = "dedup-machine-"
+
+// removeStale removes the groups of processes that died before they could.
+func removeStale(all []hierarchy) {
+	for _, h := range all {
+		groups, _ := filepath.Glob(filepath.Join(h.point, groupPrefix+"*"))
+		for _, g := range groups {
+			pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(g), groupPrefix), "-")
+			if _, err := os.Stat("/proc/" + pid); os.IsNotExist(err) {
+				_ = removeGroup(g)
+			}
+		}
+	}
 }
 
 // removeGroups removes groups and what systemd made in them. Processes of a dead namespace leave theirs a moment later.
