@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/inventory"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
@@ -209,6 +210,51 @@ func TestAnalyzeErrors(t *testing.T) {
 		if code, out, errs := dedupctl(t, append([]string{"analyze"}, row.args...)...); code != row.code || out != "" || !strings.Contains(errs, row.want) {
 			t.Errorf("%v: exit code %d, want %d with %q: %s%s", row.args, code, row.code, row.want, out, errs)
 		}
+	}
+}
+
+// A stack too deep for a mount's options is pointed out.
+func TestAnalyzeDeepImage(t *testing.T) {
+	base, _ := twoBuilds(t)
+	dir := t.TempDir()
+	layers := []*image.Layer{base}
+	for i := range deepStack {
+		l, err := image.FromEntries(dir, image.LayerOptions{}, image.File(fmt.Sprint("file-", i), "x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		layers = append(layers, l)
+	}
+	path, err := layout.Write(filepath.Join(dir, "layout"), empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{deepStack, deepStack + 1} {
+		img, err := image.New(image.Options{}, layers[:n]...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := path.AppendImage(img); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a := analyzed(t, string(path)); a.DeepestLowerdirs != deepStack+1 || a.DeepImages != 1 || a.Layers != deepStack+1 {
+		t.Errorf("%d deep, %d images, %d layers", a.DeepestLowerdirs, a.DeepImages, a.Layers)
+	}
+	if _, out, _ := dedupctl(t, "analyze", string(path)); !strings.Contains(out, "The deepest image stacks 101 lower directories") || !strings.Contains(out, "1 image has more than 100.") {
+		t.Error(out)
+	}
+}
+
+func TestAnalyzeProgress(t *testing.T) {
+	a := newAnalysis([]*inventory.Inventory{{Layers: []inventory.Layer{{Size: 3000}, {Size: 1000}}}})
+	a.read.Add(1000)
+	if got, want := a.progress(5e9), "1.00 kB of 4.00 kB read (25 %), about 15s left"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	a.done.Store(true)
+	if got, want := a.progress(5e9), "1.00 kB read; making the chain images"; got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 

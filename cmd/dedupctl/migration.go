@@ -19,8 +19,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	dedup "github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
 // What becomes of an image.
@@ -203,8 +204,14 @@ func (m *migration) look(ctx context.Context, desc ocispec.Descriptor) (*stack, 
 	}
 	s := &stack{manifest: desc, config: manifest.Config.Digest}
 	s.Manifest, s.Layers, s.State, s.Missing = desc.Digest.String(), int64(len(diffIDs)), stateMigrate, []string{}
-	for i := range diffIDs {
-		s.chains = append(s.chains, identity.ChainID(slices.Clone(diffIDs[:i+1])).String())
+	var chain dedup.ChainID
+	for _, text := range diffIDs {
+		sum, err := dedup.ParseSum(text.String())
+		if err != nil {
+			return nil, fmt.Errorf("diffID of config %s: %w", s.config, err)
+		}
+		chain = chain.Chain(dedup.DiffID{Sum: sum})
+		s.chains = append(s.chains, chain.Digest().String())
 	}
 	if have, err := exists(ctx, m.ctd.SnapshotService(m.from), s.top()); !have || err != nil {
 		return nil, err

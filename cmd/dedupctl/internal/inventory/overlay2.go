@@ -11,7 +11,6 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/forecast"
@@ -136,16 +135,18 @@ func (o *overlay2) readImages(dir string) error {
 			return err
 		}
 		var id string
-		for i, text := range config.RootFS.DiffIDs {
+		var chain content.ChainID
+		for _, text := range config.RootFS.DiffIDs {
 			sum, err := content.ParseSum(text.String())
 			if err != nil {
 				return fmt.Errorf("image %s: %w", c.Name(), err)
 			}
-			chain := identity.ChainID(slices.Clone(config.RootFS.DiffIDs[:i+1]))
-			if id, err = small(filepath.Join(dir, "layerdb/sha256", chain.Encoded(), "cache-id")); err != nil {
+			diffID := content.DiffID{Sum: sum}
+			chain = chain.Chain(diffID)
+			if id, err = small(filepath.Join(dir, "layerdb/sha256", chain.Hex(), "cache-id")); err != nil {
 				return err
 			}
-			o.diffIDs[id] = content.DiffID{Sum: sum}
+			o.diffIDs[id] = diffID
 		}
 		if _, ok := o.parents[id]; !ok {
 			continue // without layers, or unpacked elsewhere

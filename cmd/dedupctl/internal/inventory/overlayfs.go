@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -17,7 +18,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/image-spec/identity"
 	"go.etcd.io/bbolt"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -90,28 +90,41 @@ func (o *overlayfs) readSnapshots(ctx context.Context, tmp string) error {
 	if err != nil {
 		return err
 	}
-	defer ms.Close()
-	err = ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		ids, err := storage.IDMap(ctx)
-		if errdefs.IsNotFound(err) {
-			return nil // no snapshot was ever made
-		}
-		if err != nil {
-			return err
-		}
-		for id, name := range ids {
-			_, info, _, err := storage.GetInfo(ctx, name)
+	err = guard(ms.Close, func() error {
+		return ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+			ids, err := storage.IDMap(ctx)
+			if errdefs.IsNotFound(err) {
+				return nil // no snapshot was ever made
+			}
 			if err != nil {
 				return err
 			}
-			o.byName[name] = snapshot{id, name, info.Parent, info.Kind}
-		}
-		return nil
+			for id, name := range ids {
+				_, info, _, err := storage.GetInfo(ctx, name)
+				if err != nil {
+					return err
+				}
+				o.byName[name] = snapshot{id, name, info.Parent, info.Kind}
+			}
+			return nil
+		})
 	})
 	if err != nil {
 		return fmt.Errorf("a copy of metadata.db: %w", err)
 	}
 	return nil
+}
+
+// guard makes an error of what bbolt does with a damaged database: it panics, or follows a page number out of the file. Its
+// locks stay taken then, so the database is closed only where that did not happen.
+func guard(closeDB, fn func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the database is damaged: %v", p)
+		}
+	}()
+	return errors.Join(fn(), closeDB())
 }
 
 // copyDB copies a bolt database that another process may be writing to. Its first two pages say which of the others
@@ -173,11 +186,26 @@ func readImages(ctx context.Context, tmp, root string, opts Options) (list []nam
 		}
 		return nil, err
 	}
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
-	if err != nil {
-		return nil, fmt.Errorf("open a copy of %s: %w", filepath.Join(root, metadataDB), err)
+	var db *bbolt.DB
+	closeDB := func() error {
+		if db == nil {
+			return nil
+		}
+		return db.Close()
 	}
-	defer db.Close()
+	err = guard(closeDB, func() (err error) {
+		if db, err = bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true}); err == nil {
+			list, err = imagesIn(ctx, db, dirBlobs(filepath.Join(root, blobsDir)), opts)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("a copy of %s: %w", filepath.Join(root, metadataDB), err)
+	}
+	return list, nil
+}
+
+func imagesIn(ctx context.Context, db *bbolt.DB, blobs blobStore, opts Options) (list []named, err error) {
 	var spaces []string
 	err = db.View(func(tx *bbolt.Tx) error {
 		spaces, err = metadata.NewNamespaceStore(tx).List(ctx)
@@ -186,7 +214,6 @@ func readImages(ctx context.Context, tmp, root string, opts Options) (list []nam
 	if err != nil {
 		return nil, err
 	}
-	blobs := dirBlobs(filepath.Join(root, blobsDir))
 	store := metadata.NewImageStore(metadata.NewDB(db, nil, nil))
 	for _, ns := range spaces {
 		all, err := store.List(namespaces.WithNamespace(ctx, ns))
@@ -199,13 +226,15 @@ func readImages(ctx context.Context, tmp, root string, opts Options) (list []nam
 				continue // of another platform, or not an image of layers: then nothing of it is unpacked
 			}
 			n := named{namespace: ns, name: img.Name}
-			for i := range diffIDs {
-				sum, err := content.ParseSum(diffIDs[i].String())
+			var chain content.ChainID
+			for _, text := range diffIDs {
+				sum, err := content.ParseSum(text.String())
 				if err != nil {
 					return nil, fmt.Errorf("image %s: %w", img.Name, err)
 				}
-				n.diffIDs = append(n.diffIDs, content.DiffID{Sum: sum})
-				n.chains = append(n.chains, identity.ChainID(slices.Clone(diffIDs[:i+1])).String())
+				diffID := content.DiffID{Sum: sum}
+				chain = chain.Chain(diffID)
+				n.diffIDs, n.chains = append(n.diffIDs, diffID), append(n.chains, chain.Digest().String())
 			}
 			list = append(list, n)
 		}
@@ -252,7 +281,7 @@ func (o *overlayfs) addLayers(ctx context.Context, images []named) error {
 func (o *overlayfs) stack(name string) (layers []int) {
 	for name != "" {
 		i, ok := o.at[name]
-		if !ok {
+		if !ok || len(layers) > len(o.at) { // gone, or a circle in a damaged database
 			return nil
 		}
 		layers = append(layers, i)
