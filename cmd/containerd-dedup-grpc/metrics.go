@@ -62,7 +62,7 @@ type collector struct {
 // Describe sends nothing: the collector is unchecked, and its names are checked by a test.
 func (c collector) Describe(chan<- *prometheus.Desc) {}
 
-// Collect asks for nothing that grows with the store: it looks at no file of it but the chain images' directory.
+// Collect looks at no file of the store but the chain images: what it costs grows with layers and snapshots, not with objects.
 func (c collector) Collect(out chan<- prometheus.Metric) {
 	e := emitter{out}
 	e.gauge("dedup_build_info", "1, with the daemon's version.", 1, "version", version)
