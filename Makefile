@@ -22,7 +22,10 @@ PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 UNITDIR ?= $(SYSCONFDIR)/systemd/system
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
+ZSHDIR ?= $(PREFIX)/share/zsh/site-functions
 BINDIR = $(DESTDIR)$(PREFIX)/bin
+BASHDIR = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+FISHDIR = $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 CONFDIR = $(DESTDIR)$(SYSCONFDIR)/containerd-dedup-grpc
 DOCDIR = /usr/share/doc/containerd-dedup-grpc
 UNIT = containerd-dedup-grpc.service
@@ -130,18 +133,22 @@ install: ## what build has made, config, systemd unit and tmpfiles (PREFIX, SYSC
 	sed 's|/usr/local/bin|$(PREFIX)/bin|g' deploy/$(UNIT) > "$(DESTDIR)$(UNITDIR)/$(UNIT)"
 	chmod 0644 "$(DESTDIR)$(UNITDIR)/$(UNIT)"
 	install -m 0644 deploy/tmpfiles.conf "$(DESTDIR)$(TMPFILESDIR)/containerd-dedup-grpc.conf"
+	bin/dedupctl completion bash | install -D -m 0644 /dev/stdin "$(BASHDIR)/dedupctl"
+	bin/dedupctl completion zsh | install -D -m 0644 /dev/stdin "$(DESTDIR)$(ZSHDIR)/_dedupctl"
+	bin/dedupctl completion fish | install -D -m 0644 /dev/stdin "$(FISHDIR)/dedupctl.fish"
 
 .PHONY: uninstall
 uninstall: ## what install put there; configuration and stored layers stay
 	rm -f $(addprefix "$(BINDIR)"/,$(notdir $(INSTALLED)))
 	rm -f "$(DESTDIR)$(UNITDIR)/$(UNIT)" "$(DESTDIR)$(TMPFILESDIR)/containerd-dedup-grpc.conf"
+	rm -f "$(BASHDIR)/dedupctl" "$(DESTDIR)$(ZSHDIR)/_dedupctl" "$(FISHDIR)/dedupctl.fish"
 
 .PHONY: deb
 deb: build ## a Debian package, into out/
 	@command -v dpkg-deb >/dev/null || { echo "no dpkg-deb: install dpkg"; exit 1; }
 	rm -rf out/deb
 	@$(MAKE) --no-print-directory install DESTDIR="$(CURDIR)/out/deb" PREFIX=/usr SYSCONFDIR=/etc \
-		UNITDIR=/usr/lib/systemd/system TMPFILESDIR=/usr/lib/tmpfiles.d
+		UNITDIR=/usr/lib/systemd/system TMPFILESDIR=/usr/lib/tmpfiles.d ZSHDIR=/usr/share/zsh/vendor-completions
 	install -d out/deb/DEBIAN out/deb$(DOCDIR)
 	install -m 0644 LICENSE out/deb$(DOCDIR)/copyright
 	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json out/deb$(DOCDIR)/
