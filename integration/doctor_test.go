@@ -230,6 +230,19 @@ func TestDoctorFollowsConfig(t *testing.T) {
 	expect(t, diagnose(t, n), nil)
 }
 
+// A node with any containerd that is as it should be has nothing to mend.
+func TestDoctorVersions(t *testing.T) {
+	t.Parallel()
+	versions, err := node.Versions()
+	must(t, err)
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			expect(t, diagnose(t, startDedup(t, node.Options{Version: version, CRI: true})), nil)
+		})
+	}
+}
+
 // An older containerd with settings for a newer one, and for another root.
 func TestDoctorOldContainerd(t *testing.T) {
 	t.Parallel()
