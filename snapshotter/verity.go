@@ -34,7 +34,7 @@ const (
 func (v Verity) decide(missing error) (no, err error) {
 	switch v {
 	case "", VerityOff:
-		return errors.New("turned off"), nil
+		return errors.New("not asked for"), nil
 	case VerityAuto:
 		return missing, nil
 	case VerityOn:
@@ -85,8 +85,13 @@ func tryVerity(dir string, f Features, object *content.Entry, payload []byte) (e
 	return tryOverlay(dir, target, append(append([]string(nil), f.Options...), verityOption(f.Metacopy)), payload)
 }
 
-// NoVerity tells why objects have no fs-verity, nil when they have.
-func (s *Snapshotter) NoVerity() error { return s.kernel.noVerity }
+// VerityState is "on", or "off: " and why.
+func (s *Snapshotter) VerityState() string {
+	if s.kernel.noVerity != nil {
+		return "off: " + s.kernel.noVerity.Error()
+	}
+	return "on"
+}
 
 // write writes a chain's image.
 func (c *chains) write(ctx context.Context, to io.Writer, root *tree.Node) error {

@@ -171,8 +171,8 @@ func TestVerityOnAndOff(t *testing.T) {
 	for i, v := range []Verity{VerityOff, VerityOn, VerityOff, VerityAuto} {
 		s := openVerity(t, root, v)
 		on := v != VerityOff
-		if on != (s.NoVerity() == nil) || on != slices.ContainsFunc(s.OverlayOptions(), func(o string) bool { return strings.HasPrefix(o, "verity=") }) {
-			t.Errorf("%s: %v, options %v", v, s.NoVerity(), s.OverlayOptions())
+		if on != (s.VerityState() == "on") || on != slices.ContainsFunc(s.OverlayOptions(), func(o string) bool { return strings.HasPrefix(o, "verity=") }) {
+			t.Errorf("%s: %v, options %v", v, s.VerityState(), s.OverlayOptions())
 		}
 		if i < len(texts) {
 			name, _ := unpack(t, s, "default", "", layerTar(t, map[string]string{"file": texts[i]}), nil)

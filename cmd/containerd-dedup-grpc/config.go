@@ -17,6 +17,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -38,6 +39,9 @@ type Config struct {
 	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out within
 	// ten seconds; what a power cut catches is found at the next start and has to be fetched again).
 	Durability string `toml:"durability"`
+	// Verity is "auto" (objects and chain images get fs-verity where the file system and the kernel have it), "on" (or the
+	// daemon does not start) or "off".
+	Verity string `toml:"verity"`
 	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
 	// "2GB" or "100000".
 	ReserveSpace  string `toml:"reserve_space"`
@@ -62,6 +66,7 @@ func defaultConfig() Config {
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
 		Durability:        string(layer.Strict),
+		Verity:            string(snapshotter.VerityAuto),
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		LogLevel:          "info",
@@ -96,7 +101,7 @@ func explainTOML(err error) error {
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
-		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, reserve_space, reserve_inodes, log_level, metrics_address)",
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, verity, reserve_space, reserve_inodes, log_level, metrics_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -129,6 +134,11 @@ func (c Config) validate() error {
 	}
 	if d := layer.Durability(c.Durability); d != layer.Strict && d != layer.Deferred {
 		return fmt.Errorf("durability = %q: want \"strict\" or \"deferred\"", c.Durability)
+	}
+	switch snapshotter.Verity(c.Verity) {
+	case snapshotter.VerityAuto, snapshotter.VerityOn, snapshotter.VerityOff:
+	default:
+		return fmt.Errorf("verity = %q: want \"auto\", \"on\" or \"off\"", c.Verity)
 	}
 	if _, err := c.reserve(); err != nil {
 		return err

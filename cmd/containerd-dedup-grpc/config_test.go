@@ -20,6 +20,7 @@ func TestConfig(t *testing.T) {
 		{"metrics without address", "metrics_address = ':9741'", "want an IP address"},
 		{"metrics by name", "metrics_address = 'localhost:9741'", "want an IP address"},
 		{"bad durability", "durability = 'never'", `durability = "never": want "strict" or "deferred"`},
+		{"bad verity", "verity = 'yes'", `verity = "yes": want "auto", "on" or "off"`},
 		{"reserve of all", "reserve_space = '95%'", `reserve_space = "95%": want a part`},
 		{"reserve of nothing known", "reserve_inodes = 'many'", `reserve_inodes = "many": want a part`},
 		{"negative reserve", "reserve_space = '-1GB'", `reserve_space = "-1GB": want`},

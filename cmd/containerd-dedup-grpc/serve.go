@@ -65,7 +65,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Reserve: reserve,
+		Durability: layer.Durability(c.Durability), Verity: snapshotter.Verity(c.Verity), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found,
 	})
@@ -73,6 +73,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
+	log.G(ctx).Info("fs-verity: " + sn.VerityState())
 
 	calls := newCallErrors()
 	if c.MetricsAddress != "" {

@@ -44,6 +44,7 @@ type Status struct {
 	TotalInodes    int64  `json:"total_inodes"`
 	ChainImages    int64  `json:"chain_images"`
 	ChainMounts    int64  `json:"chain_mounts"`
+	Verity         string `json:"verity"`
 }
 
 func askStatus(c *cli.Context, measure bool) (Status, error) {
@@ -62,6 +63,7 @@ func statusOf(r *dedupv1.StatusResponse) Status {
 		FreeBytes: r.GetFreeBytes(), TotalBytes: r.GetTotalBytes(),
 		FreeInodes: r.GetFreeInodes(), TotalInodes: r.GetTotalInodes(),
 		ChainImages: r.GetChainImages(), ChainMounts: r.GetChainMounts(),
+		Verity: r.GetVerity(),
 	}
 }
 
@@ -78,6 +80,7 @@ func writeStatus(w io.Writer, s Status) {
 		if s.TotalInodes > 0 {
 			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes), percent(s.FreeInodes, s.TotalInodes))
 		}
+		fmt.Fprintf(w, "fs-verity\t%s\n", s.Verity)
 		fmt.Fprintf(w, "chain images\t%s, %s mounted\n", count(s.ChainImages), count(s.ChainMounts))
 	})
 }

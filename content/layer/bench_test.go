@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // benchLayer is a layer like a site-packages: 2,000 files of 0.1 to 64 KiB, or the
@@ -103,12 +104,17 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-// BenchmarkDurability ingests new layers one after the other, each on the disk before it is served, or later.
+// BenchmarkDurability ingests new layers one after the other, each on the disk before it is served, or later, or with fs-verity
+// too, where the file system of TMPDIR has it.
 func BenchmarkDurability(b *testing.B) {
-	for _, d := range []Durability{Strict, Deferred} {
-		b.Run(string(d), func(b *testing.B) {
+	for name, opts := range map[string]Options{"strict": {}, "deferred": {Durability: Deferred}, "strict+verity": {Verity: true}} {
+		b.Run(name, func(b *testing.B) {
 			open := benchLayer(b)
-			s, err := Open(b.Context(), Options{Root: b.TempDir(), Durability: d}, nil)
+			opts.Root = b.TempDir()
+			if err := verity.Probe(opts.Root); opts.Verity && err != nil {
+				b.Skip(err)
+			}
+			s, err := Open(b.Context(), opts, nil)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -120,6 +126,7 @@ func BenchmarkDurability(b *testing.B) {
 				}
 				b.StopTimer()
 				b.SetBytes(in.TarSize)
+				b.ReportMetric(float64(in.Added.Bytes), "disk-bytes")
 				s.Release(in.Layer)
 				s.gc.Wait()
 				b.StartTimer()

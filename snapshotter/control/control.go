@@ -48,7 +48,7 @@ func New(sn *snapshotter.Snapshotter, opts Options) *Server {
 func (s *Server) Status(ctx context.Context, req *dedupv1.StatusRequest) (*dedupv1.StatusResponse, error) {
 	resp := &dedupv1.StatusResponse{
 		Version: s.opts.Version, Root: s.opts.Root, Fidelity: s.opts.Fidelity, Reuse: s.opts.Reuse,
-		Objects: int64(s.sn.Layers().Objects()),
+		Objects: int64(s.sn.Layers().Objects()), Verity: s.sn.VerityState(),
 	}
 	addTotals(resp, s.sn.Layers().List())
 	chains, err := s.sn.Chains(ctx, req.GetMeasure())

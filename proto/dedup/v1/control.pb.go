@@ -96,12 +96,14 @@ type StatusResponse struct {
 	StoredInodes int64 `protobuf:"varint,12,opt,name=stored_inodes,json=storedInodes,proto3" json:"stored_inodes,omitempty"`
 	// The root's file system. free_bytes leaves out what is reserved for root, like df; inodes are 0 where
 	// the file system has no fixed number of them.
-	FreeBytes     int64 `protobuf:"varint,13,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
-	TotalBytes    int64 `protobuf:"varint,14,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
-	FreeInodes    int64 `protobuf:"varint,15,opt,name=free_inodes,json=freeInodes,proto3" json:"free_inodes,omitempty"`
-	TotalInodes   int64 `protobuf:"varint,16,opt,name=total_inodes,json=totalInodes,proto3" json:"total_inodes,omitempty"`
-	ChainImages   int64 `protobuf:"varint,17,opt,name=chain_images,json=chainImages,proto3" json:"chain_images,omitempty"`
-	ChainMounts   int64 `protobuf:"varint,18,opt,name=chain_mounts,json=chainMounts,proto3" json:"chain_mounts,omitempty"`
+	FreeBytes   int64 `protobuf:"varint,13,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	TotalBytes  int64 `protobuf:"varint,14,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	FreeInodes  int64 `protobuf:"varint,15,opt,name=free_inodes,json=freeInodes,proto3" json:"free_inodes,omitempty"`
+	TotalInodes int64 `protobuf:"varint,16,opt,name=total_inodes,json=totalInodes,proto3" json:"total_inodes,omitempty"`
+	ChainImages int64 `protobuf:"varint,17,opt,name=chain_images,json=chainImages,proto3" json:"chain_images,omitempty"`
+	ChainMounts int64 `protobuf:"varint,18,opt,name=chain_mounts,json=chainMounts,proto3" json:"chain_mounts,omitempty"`
+	// Whether objects and chain images have fs-verity: "on", or "off: " and why.
+	Verity        string `protobuf:"bytes,19,opt,name=verity,proto3" json:"verity,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,6 +262,13 @@ func (x *StatusResponse) GetChainMounts() int64 {
 		return x.ChainMounts
 	}
 	return 0
+}
+
+func (x *StatusResponse) GetVerity() string {
+	if x != nil {
+		return x.Verity
+	}
+	return ""
 }
 
 type LayersRequest struct {
@@ -1668,7 +1677,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"\x16dedup/v1/control.proto\x12\bdedup.v1\")\n" +
 	"\rStatusRequest\x12\x18\n" +
-	"\ameasure\x18\x01 \x01(\bR\ameasure\"\xb1\x04\n" +
+	"\ameasure\x18\x01 \x01(\bR\ameasure\"\xc9\x04\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1a\n" +
@@ -1691,7 +1700,8 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"freeInodes\x12!\n" +
 	"\ftotal_inodes\x18\x10 \x01(\x03R\vtotalInodes\x12!\n" +
 	"\fchain_images\x18\x11 \x01(\x03R\vchainImages\x12!\n" +
-	"\fchain_mounts\x18\x12 \x01(\x03R\vchainMounts\"\x0f\n" +
+	"\fchain_mounts\x18\x12 \x01(\x03R\vchainMounts\x12\x16\n" +
+	"\x06verity\x18\x13 \x01(\tR\x06verity\"\x0f\n" +
 	"\rLayersRequest\"9\n" +
 	"\x0eLayersResponse\x12'\n" +
 	"\x06layers\x18\x01 \x03(\v2\x0f.dedup.v1.LayerR\x06layers\"\x8c\x02\n" +

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -128,11 +127,4 @@ func (n *node) lookAtReflink(dir string) {
 		return
 	}
 	n.ok("disk.reflink", "reflinks: a container that changes a file shares what it leaves alone")
-}
-
-func ioctl(f *os.File, request uintptr, buf *[64]byte) error {
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), request, uintptr(unsafe.Pointer(buf))); errno != 0 {
-		return errno
-	}
-	return nil
 }
