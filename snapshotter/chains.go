@@ -192,7 +192,7 @@ func (c *chains) build(ctx context.Context, chain []content.LayerID) error {
 }
 
 func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.LayerID) (err error) {
-	if _, err := os.Stat(c.image(n)); err == nil {
+	if c.hasImage(n) && c.isHashed(n) {
 		return nil
 	}
 	start := time.Now()

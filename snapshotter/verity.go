@@ -110,6 +110,21 @@ func (c *chains) write(ctx context.Context, to io.Writer, root *tree.Node) error
 	return w.Flush()
 }
 
+// isHashed reports whether an image has fs-verity, where it should. One that has not was copied here with the whole store, as
+// backups are: its objects have none either, and the kernel would refuse all of them. Built again, it gives it to them.
+func (c *chains) isHashed(n chainName) bool {
+	if c.digests == nil {
+		return true
+	}
+	f, err := os.Open(c.image(n))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	_, err = verity.Measure(int(f.Fd()))
+	return err == nil
+}
+
 // objectsOf returns the objects below a node, each once.
 func objectsOf(root *tree.Node) (ids []content.ObjectID) {
 	seen := map[content.ObjectID]bool{}

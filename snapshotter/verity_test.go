@@ -242,6 +242,43 @@ func TestVerityDoesNotSealDamage(t *testing.T) {
 	checkClean(t, s)
 }
 
+// A backup brings the bytes back, and no fs-verity.
+func TestVerityAfterRestore(t *testing.T) {
+	root := verityRoot(t)
+	s := openVerity(t, root, VerityOn)
+	text := strings.Repeat("text", 5000)
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": text}), nil)
+	if got := read(t, s, name, "file"); got != text {
+		t.Fatalf("%d bytes", len(got))
+	}
+	closeStore(t, s)
+	for _, dir := range []string{"objects", dirChains} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				var b []byte
+				if b, err = os.ReadFile(path); err == nil {
+					swap(t, path, string(b), false)
+				}
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = openVerity(t, root, VerityOn)
+	if with, without := hashed(t, s); with != 0 || without != 1 {
+		t.Errorf("copied: %d objects with fs-verity, %d without", with, without)
+	}
+	if got, err := tryRead(t, s, name, "file"); got != text {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if with, without := hashed(t, s); with != 1 || without != 0 {
+		t.Errorf("%d objects with fs-verity, %d without", with, without)
+	}
+	checkClean(t, s)
+}
+
 // A container's files are committed as they are, also where its upper directory holds files without bytes.
 func TestVerityCommit(t *testing.T) {
 	s := openVerity(t, verityRoot(t), VerityOn)

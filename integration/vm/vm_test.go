@@ -75,7 +75,7 @@ func TestUnitTests(t *testing.T) {
 	if !strings.HasPrefix(out, "6.12.") && !strings.Contains(out, "\n6.12.") {
 		t.Errorf("the kernel is another one: %.200s", out)
 	}
-	for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityCommit", "TestRestartAndReboot"} {
+	for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"} {
 		if !strings.Contains(out, "\n--- PASS: "+name+" ") {
 			t.Errorf("%s did not run there", name)
 		}
