@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -41,8 +42,8 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 		return err
 	}
 	if whole && have.Version < 2 && len(have.Files) > 0 {
-		return fmt.Errorf("%s is in the old format (version 1), and a drop-in of version 2 would make containerd ignore its plugins: "+
-			"write it anew with `containerd config migrate`, then run this again", path)
+		return fmt.Errorf("%s is in the old format (version 1), which containerd 1.7 does not read together with a drop-in of version 2: "+
+			"put version = 2 at its top, write plugins by their full names (\"io.containerd.grpc.v1.cri\" for \"cri\"), then run this again", path)
 	}
 	dropIn, err := have.DropIn(text, whole)
 	if err != nil {
@@ -95,7 +96,7 @@ func removeDropIn(c *cli.Context) error {
 // containerdConfigPath returns the main file of the containerd that runs, or the one that the user names.
 func containerdConfigPath(c *cli.Context) (string, error) {
 	if path := c.String("containerd-config"); path != "" {
-		return path, nil
+		return filepath.Abs(path)
 	}
 	p, err := ctdconfig.Listener(c.Context, c.String("containerd-address"))
 	if err != nil {

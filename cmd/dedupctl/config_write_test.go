@@ -86,7 +86,7 @@ func TestWriteErrors(t *testing.T) {
 		want string
 	}{
 		{"--write --remove", exitUsage, "--write and --remove exclude each other"},
-		{"--write --yes --containerd-version 1.7 --containerd-config " + old, exitFailure, "containerd config migrate"},
+		{"--write --yes --containerd-version 1.7 --containerd-config " + old, exitFailure, "put version = 2 at its top"},
 		{"--write --yes --containerd-version 2.1 --containerd-config " + dir, exitFailure, "is a directory"},
 		{"--write --yes --containerd-address " + none, exitFailure, "containerd does not run"},
 		{"--write --containerd-version 2.1 --containerd-config " + none, exitUsage, "add --yes"},
@@ -115,5 +115,30 @@ func TestWriteIsOverridden(t *testing.T) {
 	code, _, errs := dedupctl(t, "--address", filepath.Join(dir, "none"), "config", "containerd", "--write", "--yes", "--containerd-version", "2.1", "--containerd-config", config)
 	if code != exitFailure || !strings.Contains(errs, "conf.d/zz.toml") || !strings.Contains(errs, "does not count") {
 		t.Error(code, errs)
+	}
+}
+
+// A relative path is that of a file here, not of one beside the config.
+func TestWriteToRelativePath(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	text := "disabled_plugins = [\"cri\"]\n" // as Docker's package has it
+	if err := os.WriteFile("config.toml", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--address", filepath.Join(dir, "none"), "config", "containerd", "--yes", "--containerd-version", "2.1", "--containerd-config", "config.toml"}
+	if code, out, errs := dedupctl(t, append(args, "--write")...); code != exitOK {
+		t.Fatal(code, out, errs)
+	}
+	b, err := os.ReadFile("config.toml")
+	want := fmt.Sprintf("imports = [%q] # added by dedupctl config containerd\n", filepath.Join(dir, "conf.d/dedup-snapshotter.toml")) + text
+	if err != nil || string(b) != want {
+		t.Errorf("%v\n%s\nwant\n%s", err, b, want)
+	}
+	if code, out, errs := dedupctl(t, append(args, "--remove")...); code != exitOK {
+		t.Fatal(code, out, errs)
+	}
+	if b, err := os.ReadFile("config.toml"); err != nil || string(b) != text {
+		t.Errorf("%v\n%s", err, b)
 	}
 }

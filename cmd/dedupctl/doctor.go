@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -54,8 +55,14 @@ func runDoctor(c *cli.Context) error {
 	if at := global(c, "address"); at.IsSet("address") {
 		socket = address(c)
 	}
+	ctdConfig := c.String("containerd-config")
+	if ctdConfig != "" {
+		if ctdConfig, err = filepath.Abs(ctdConfig); err != nil {
+			return err
+		}
+	}
 	findings, err := doctor.Examine(c.Context, doctor.Options{
-		Version: version, Address: socket, Settings: settings, ContainerdConfig: c.String("containerd-config"),
+		Version: version, Address: socket, Settings: settings, ContainerdConfig: ctdConfig,
 		Ask: func(ctx context.Context) (*doctor.Self, error) { return askSelf(ctx, socket) },
 	})
 	if err != nil {

@@ -307,4 +307,9 @@ func TestImportedDirectory(t *testing.T) {
 	if _, err := Install(config, nil, 3); err == nil || !strings.Contains(err.Error(), ".toml.tmpl") {
 		t.Error(err)
 	}
+	config = filepath.Join(dir, "docker/containerd/containerd.toml")
+	write(t, config, "version = 2\n")
+	if _, err := Install(config, nil, 3); err == nil || !strings.Contains(err.Error(), "dockerd writes") {
+		t.Error(err)
+	}
 }
