@@ -213,7 +213,7 @@ func directory(n, bytes int) int64 {
 	if bytes+dirent(1)+dirent(2) <= room {
 		return blockSize
 	}
-	leaves := math.Ceil(float64(bytes) / (room * math.Ln2))
+	leaves := math.Round(float64(bytes) / (room * math.Ln2))
 	return blockSize * (1 + int64(max(2, leaves)))
 }
 

@@ -258,3 +258,34 @@ func TestDuplicates(t *testing.T) {
 		t.Error(d)
 	}
 }
+
+// Directories of objects have the size that ext4 gives them, give or take how its hashes fall.
+func TestDirectory(t *testing.T) {
+	if !onExt4(t) {
+		t.Skip("the directory for temporary files is not on ext4")
+	}
+	for _, n := range []int{0, 50, 80, 300, 2000} {
+		var got, want int64
+		for dir := range 4 {
+			path := filepath.Join(t.TempDir(), fmt.Sprint(dir))
+			if err := os.Mkdir(path, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			for i := range n {
+				name := digest.FromString(fmt.Sprint(dir, i)).Encoded()[2:]
+				if err := os.WriteFile(filepath.Join(path, name), nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			want += st.Blocks * 512
+			got += directory(n, n*dirent(62))
+		}
+		if got < want*80/100 || got > want*120/100 {
+			t.Errorf("%d objects: %d bytes, want %d", n, got, want)
+		}
+	}
+}
