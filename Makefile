@@ -77,7 +77,7 @@ test: setup gcc ## vet and all tests; those that need root or a kernel feature s
 	$(GO) test -timeout $(TIMEOUT) ./...
 
 .PHONY: test-vm
-test-vm: ## the store's and the snapshotter's tests under Linux 6.12 with fs-verity, in QEMU (100 MB of downloads, some ten minutes)
+test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (200 MB of downloads, some ten minutes)
 	DEDUP_VM=1 $(GO) test -v -timeout 70m ./integration/vm
 
 .PHONY: lint

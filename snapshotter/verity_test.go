@@ -137,6 +137,7 @@ func TestVerityRefusesOtherBytes(t *testing.T) {
 	if with, without := hashed(t, s); with != 2 || without != 0 {
 		t.Errorf("%d objects with fs-verity, %d without", with, without)
 	}
+	t.Logf("overlay with %s", verityOption(s.kernel.metacopy))
 	if err := os.WriteFile(objectOf(s, right), []byte(wrong), 0); !errors.Is(err, unix.EPERM) {
 		t.Errorf("written in place: %v", err)
 	}

@@ -14,8 +14,11 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// suite is the Debian whose kernel runs: 13, with Linux 6.12.
-const suite = "trixie"
+// Suites of Debian whose kernels run.
+const (
+	Trixie = "trixie" // Debian 13, Linux 6.12
+	Sid    = "sid"    // unstable: about the newest Linux, another one every week
+)
 
 // Kernel is an unpacked kernel package.
 type Kernel struct {
@@ -23,8 +26,8 @@ type Kernel struct {
 	modules string // a directory
 }
 
-// Debian fetches the kernel of Debian 13 with debootstrap, which verifies it, once (100 MB).
-func Debian(ctx context.Context, say func(string)) (k Kernel, err error) {
+// Debian fetches the kernel of a suite with debootstrap, which verifies it, once (100 MB).
+func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err error) {
 	if err := node.Require(ctx, say, node.Debootstrap); err != nil {
 		return k, err
 	}
@@ -43,19 +46,21 @@ func Debian(ctx context.Context, say func(string)) (k Kernel, err error) {
 	defer unlock()
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		say("getting the kernel of Debian " + suite + " (once)")
-		if err := fetchKernel(ctx, dir); err != nil {
+		if err := fetchKernel(ctx, suite, dir); err != nil {
 			return k, fmt.Errorf("get a kernel: %w", err)
 		}
 	}
 	images, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
+	newer, nerr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*/vmlinuz"))
+	images = append(images, newer...)
 	modules, merr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*"))
-	if err := errors.Join(err, merr); err != nil || len(images) != 1 || len(modules) != 1 {
+	if err := errors.Join(err, nerr, merr); err != nil || len(images) != 1 || len(modules) != 1 {
 		return k, fmt.Errorf("%s holds no kernel (remove it): %v", dir, err)
 	}
 	return Kernel{Image: images[0], modules: modules[0]}, nil
 }
 
-func fetchKernel(ctx context.Context, dir string) (err error) {
+func fetchKernel(ctx context.Context, suite, dir string) (err error) {
 	root, staging := dir+".root", dir+".new"
 	if err := errors.Join(os.RemoveAll(root), os.RemoveAll(staging)); err != nil {
 		return err
@@ -72,13 +77,15 @@ func fetchKernel(ctx context.Context, dir string) (err error) {
 	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("debootstrap: %w\n%s", err, out[max(0, len(out)-4000):])
 	}
-	// The other package of that name depends on this one.
-	debs, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives/linux-image-[0-9]*.deb"))
-	if err != nil || len(debs) != 1 {
-		return fmt.Errorf("debootstrap has fetched kernels %v: %v", debs, err)
+	// Newer suites have image and modules in packages of their own.
+	debs, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives/linux-[bim]*.deb"))
+	if err != nil {
+		return err
 	}
-	if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", debs[0], staging).CombinedOutput(); err != nil {
-		return fmt.Errorf("unpack %s: %w\n%s", filepath.Base(debs[0]), err, out)
+	for _, deb := range debs {
+		if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", deb, staging).CombinedOutput(); err != nil {
+			return fmt.Errorf("unpack %s: %w\n%s", filepath.Base(deb), err, out)
+		}
 	}
 	return os.Rename(staging, dir)
 }
