@@ -78,12 +78,13 @@ type AnalysisPrefix struct {
 	Path  string `json:"path"`
 	Bytes int64  `json:"bytes"` // of all copies but one
 	Files int64  `json:"files"`
+	Rest  bool   `json:"rest,omitempty"` // parts of it are listed by themselves, and not counted here
 	// Parts are the largest directories in one that holds packages.
 	Parts []AnalysisPrefix `json:"parts,omitempty"`
 }
 
 func prefix(p forecast.Prefix) AnalysisPrefix {
-	out := AnalysisPrefix{Path: p.Path, Bytes: p.Bytes, Files: p.Files}
+	out := AnalysisPrefix{Path: p.Path, Bytes: p.Bytes, Files: p.Files, Rest: p.Rest}
 	for _, part := range p.Parts {
 		out.Parts = append(out.Parts, prefix(part))
 	}
@@ -156,7 +157,7 @@ func newAnalysis(all []*inventory.Inventory) *analysis {
 // readAll drafts every different layer. What cannot be read is noted; an error is returned only when ctx ends.
 func (a *analysis) readAll(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(max(2, runtime.GOMAXPROCS(0)))
+	g.SetLimit(min(8, max(2, runtime.GOMAXPROCS(0)))) // a registry has other clients too
 	started := make([]bool, len(a.drafts))
 	for i, l := range a.layers {
 		at := a.draftOf[i]

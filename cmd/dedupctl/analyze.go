@@ -152,7 +152,11 @@ func writeDuplicatePrefixes(w io.Writer, a Analysis) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "BELOW\tDISK\t\tFILES")
 		for _, p := range a.Duplicates {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", filepath.Join("/", p.Path), size(p.Bytes), percent(p.Bytes, a.AllDuplicates.Bytes), count(p.Files))
+			path := filepath.Join("/", p.Path)
+			if p.Rest {
+				path += " (rest)"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", path, size(p.Bytes), percent(p.Bytes, a.AllDuplicates.Bytes), count(p.Files))
 			for _, part := range p.Parts {
 				fmt.Fprintf(w, "  %s\t%s\t%s\t%s\n", part.Path, size(part.Bytes), percent(part.Bytes, a.AllDuplicates.Bytes), count(part.Files))
 			}

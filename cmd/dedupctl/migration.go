@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
@@ -59,6 +61,7 @@ type stack struct {
 	manifest ocispec.Descriptor
 	config   digest.Digest
 	chains   []string // snapshots' names, base first
+	sizes    []int64  // of the layers' blobs
 	missing  []string // those of chains whose own blob is missing, and that To does not have
 }
 
@@ -240,6 +243,7 @@ func (m *migration) lookAtBlobs(ctx context.Context, s *stack, manifest ocispec.
 			break
 		}
 		s.BlobBytes += l.Size
+		s.sizes = append(s.sizes, l.Size)
 		_, err := m.ctd.ContentStore().Info(ctx, l.Digest)
 		if err == nil {
 			continue
@@ -289,14 +293,41 @@ func (m *migration) execute(ctx context.Context) error {
 		} else {
 			s.State = stateMigrated
 		}
-		m.done.Add(s.BlobBytes)
 	}
 	return nil
+}
+
+// follow counts the layers of an image while they are unpacked one after the other.
+func (m *migration) follow(ctx context.Context, s *stack) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	before := m.done.Load()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i, chain := range s.chains {
+			for {
+				if have, _ := exists(ctx, m.ctd.SnapshotService(m.to), chain); have {
+					break
+				}
+				select {
+				case <-time.After(progressEvery):
+				case <-ctx.Done():
+					return
+				}
+			}
+			m.done.Add(s.sizes[i])
+		}
+	})
+	return func() {
+		cancel()
+		wg.Wait()
+		m.done.Store(before + s.BlobBytes)
+	}
 }
 
 // unpack unpacks one image with To from the content store.
 func (m *migration) unpack(ctx context.Context, s *stack) error {
 	img := client.NewImageWithPlatform(m.ctd, images.Image{Name: s.Names[0], Target: s.manifest}, platforms.All)
+	defer m.follow(ctx, s)()
 	if err := img.Unpack(ctx, m.to); err != nil {
 		return fmt.Errorf("unpack with %s: %w", m.to, err)
 	}

@@ -72,6 +72,7 @@ func (f *folder) report(path string, least int64) (out []Prefix) {
 			out = append(out, below...)
 			rest.Bytes -= c.bytes
 			rest.Files -= c.files
+			rest.Rest = true
 		}
 	}
 	rest.Parts = largest(rest.Parts, parts)

@@ -222,6 +222,7 @@ type Prefix struct {
 	Path  string
 	Bytes int64 // of the blocks that duplicates occupy: every copy but the first
 	Files int64
+	Rest  bool // parts of it are prefixes of their own, and not counted here
 	// Parts are the largest directories in it, where it is one that holds packages; their paths are theirs within it.
 	Parts []Prefix
 }
