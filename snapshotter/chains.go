@@ -319,6 +319,9 @@ func mountErofs(image, target string) (loop bool, err error) {
 		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
 		loop, err = true, m.Mount(target)
 	}
+	if errors.Is(err, unix.ENOSPC) { // it is not about space, and must not look so
+		return loop, fmt.Errorf("mount %s: this machine has too many mounts: raise fs.mount-max", image)
+	}
 	if err != nil {
 		return loop, fmt.Errorf("mount %s: %w", image, err)
 	}

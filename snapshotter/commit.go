@@ -18,7 +18,6 @@ import (
 	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
@@ -34,6 +33,7 @@ func (s *Snapshotter) Layers() *layer.Store { return s.layers }
 // extraction into which nothing has been written. A layer may be noted for no other
 // snapshot: what is in the directory of one would be lost.
 func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upper string, ok bool, err error) {
+	defer s.explain(&err)
 	upper, ok = s.upperOf(mounts)
 	if !ok {
 		return "", false, nil
@@ -81,10 +81,11 @@ func (s *Snapshotter) upperOf(mounts []mount.Mount) (string, bool) {
 
 // Applied notes that the active snapshot with this upper directory stands for a layer. The
 // hold that in.Layer carries passes to the snapshot, also when an error is returned.
-func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingested) error {
+func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingested) (err error) {
+	defer s.explain(&err)
 	id := idOfUpper(upper)
 	var old snapshots.Info
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
 		var key string
 		if key, old, err = s.activeByID(ctx, id); err != nil {
 			return err
@@ -114,7 +115,8 @@ func (s *Snapshotter) usesApply() bool {
 
 // Commit turns an active snapshot into a committed one. containerd calls it inside a write
 // transaction of its own, so a directory is only noted here and ingested right after.
-func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) (err error) {
+	defer s.explain(&err)
 	base, err := clientLabels(opts)
 	if err != nil {
 		return err
@@ -139,8 +141,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	} else {
 		labels[labelPending] = "true"
 		// metadata.db is about to say that the directory is a layer: after a power cut it has to be.
-		if err := unix.Syncfs(int(s.lock.Fd())); err != nil {
-			return fmt.Errorf("commit snapshot %q: sync %s: %w", key, s.opts.Root, err)
+		if err := s.layers.Sync(); err != nil {
+			return fmt.Errorf("commit snapshot %q: %w", key, err)
 		}
 		du, err := cfs.DiskUsage(ctx, s.upper(id))
 		if err != nil {

@@ -67,6 +67,7 @@ type CheckOptions struct {
 
 // Check verifies all that is stored, while others use it. Layers that are damaged are out of service from then on.
 func (s *Snapshotter) Check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	defer s.explain(&err)
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}
 	}
@@ -81,10 +82,9 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 	if err != nil {
 		return nil, err
 	}
+	var node error // that nothing could be repaired does not keep anything from being removed
 	if opts.Repair {
-		if err := s.repair(ctx, s.layers.Damaged()); err != nil {
-			return nil, err
-		}
+		node = s.repair(ctx, s.layers.Damaged())
 	}
 	broken := s.layers.Damaged()
 	for _, f := range stored {
@@ -105,11 +105,12 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 			found[i].Fixed = found[i].Fixed || found[i].Kind == layer.Orphan
 		}
 	}
-	return found, nil
+	return found, node
 }
 
 // CheckKnown is Check that verifies nothing anew: it reports on layers that are known to be damaged.
 func (s *Snapshotter) CheckKnown(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	defer s.explain(&err)
 	before := s.layers.Findings()
 	if opts.Repair {
 		if err := s.repair(ctx, s.layers.Damaged()); err != nil {
@@ -293,7 +294,7 @@ func (s *Snapshotter) checkMetadataFile(ctx context.Context, _ CheckOptions) ([]
 		return errors.Join(err, errUnchanged)
 	})
 	if !errors.Is(err, errUnchanged) || data == nil {
-		return nil, fmt.Errorf("read metadata.db: %w", layer.Explain(err, s.opts.Root))
+		return nil, fmt.Errorf("read metadata.db: %w", err)
 	}
 	if _, err = checkBolt(data); err == nil {
 		return nil, nil

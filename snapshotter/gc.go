@@ -30,6 +30,7 @@ type GCOptions struct {
 // GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
 // left for GC is what could not be removed then.
 func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
+	defer s.explain(&err)
 	s.layers.Wait()
 	if found, err = s.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
 		return nil, err
@@ -258,7 +259,8 @@ func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
 }
 
 // Cleanup removes directories, chain images and mounts that no snapshot names.
-func (s *Snapshotter) Cleanup(ctx context.Context) error {
+func (s *Snapshotter) Cleanup(ctx context.Context) (err error) {
+	defer s.explain(&err)
 	stray, err := s.strays(ctx)
 	if err != nil {
 		return err

@@ -19,7 +19,8 @@ import (
 // hand, it commits the snapshot instead and returns ErrAlreadyExists, which tells containerd to adopt it; or,
 // where containerd names the parent only at Commit, it returns read-only mounts, which tell that nothing
 // is left to apply.
-func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) (_ []mount.Mount, err error) {
+	defer s.explain(&err)
 	base, err := clientLabels(opts)
 	if err != nil {
 		return nil, err
@@ -40,7 +41,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 }
 
 // View creates a read-only snapshot.
-func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) (_ []mount.Mount, err error) {
+	defer s.explain(&err)
 	base, err := clientLabels(opts)
 	if err != nil {
 		return nil, err
@@ -151,10 +153,11 @@ func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction b
 
 // Mounts returns the mounts of an active snapshot or a view, and makes sure that what lies below
 // is mounted, also after a reboot.
-func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, err error) {
+	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
 		id, info, _, err = storage.GetInfo(ctx, key)
 		return err
 	})

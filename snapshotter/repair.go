@@ -35,20 +35,25 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 	if err != nil {
 		return err
 	}
+	var node error
 	for id := range damaged {
 		if s.layers.InService(id) == nil {
 			continue // healed with another one
 		}
 		for _, o := range origins[id] {
-			if s.repairFrom(ctx, id, o) {
+			healed, err := s.repairFrom(ctx, id, o)
+			if healed {
 				break
+			}
+			if err != nil {
+				node = err
 			}
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 	}
-	return nil
+	return node
 }
 
 // origins returns where the blobs of layers may be.
@@ -74,12 +79,15 @@ func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]la
 	return all, nil
 }
 
-// repairFrom tries the blobs that one namespace has for a layer.
-func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o origin) bool {
+// repairFrom tries the blobs that one namespace has for a layer. node is what is wrong with this node, not with a blob.
+func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o origin) (healed bool, node error) {
 	ctx = namespaces.WithNamespace(ctx, o.namespace)
 	try := func(b layer.Blob) bool {
 		err := s.layers.Repair(ctx, id, b)
-		if err != nil {
+		switch {
+		case layer.Explained(err):
+			node = err
+		case err != nil:
 			log.G(ctx).WithError(err).Warnf("a blob is of no use for layer %s", id)
 		}
 		return err == nil
@@ -89,20 +97,21 @@ func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o orig
 		tried[d] = true
 		b, err := s.opts.Blobs.Blob(ctx, ocispec.Descriptor{Digest: d})
 		if err == nil && try(b) {
-			return true
+			return true, nil
 		}
 		if err != nil && !errdefs.IsNotFound(err) {
 			log.G(ctx).WithError(err).Warnf("look for a blob of layer %s", id)
 		}
 	}
 	if o.chain.IsZero() {
-		return false
+		return false, node
 	}
 	b, ok, err := s.opts.Blobs.Find(ctx, o.chain, "")
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("look for the blob of layer %s", id)
 	}
-	return ok && !tried[b.Digest] && try(b)
+	healed = ok && !tried[b.Digest] && try(b)
+	return healed, node
 }
 
 // healthy makes sure that a chain can be served: what is damaged is healed where its blob is at hand.

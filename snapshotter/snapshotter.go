@@ -97,7 +97,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.Close())
+			err = layer.Explain(errors.Join(err, s.Close()), opts.Root)
 		}
 	}()
 	if err := os.MkdirAll(opts.Root, 0o700); err != nil {
@@ -138,6 +138,9 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	}
 	return s, s.resumeIngests(ctx)
 }
+
+// explain adds what to do to an error of the system that a client is about to get.
+func (s *Snapshotter) explain(err *error) { *err = layer.Explain(*err, s.opts.Root) }
 
 // step names a point at which a test may end the process.
 func (s *Snapshotter) step(name string) {
@@ -208,7 +211,7 @@ func (s *Snapshotter) checkMetadata(ctx context.Context) error {
 		}
 		return createMetadata(path)
 	case err != nil:
-		return fmt.Errorf("read metadata.db: %w", layer.Explain(err, s.opts.Root))
+		return fmt.Errorf("read metadata.db: %w", err)
 	}
 	back, err := checkBolt(data)
 	if err != nil {
@@ -366,6 +369,7 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 
 // Update changes the labels of a snapshot. Private labels survive it.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
+	defer s.explain(&err)
 	if err := checkUpdate(fieldpaths); err != nil {
 		return out, err
 	}
@@ -392,6 +396,7 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 // for committed ones, so that the sum over all snapshots is what the disk holds, which is what
 // the kubelet wants to know.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
+	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
@@ -449,10 +454,11 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 }
 
 // Remove removes a snapshot without children. Its layer goes when nothing else names it.
-func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
+	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
 		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
@@ -73,7 +74,9 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 		return nil, fmt.Errorf("verify objects: %w", err)
 	}
 	s.blame(ctx)
-	s.heal(ctx)
+	if err := s.heal(ctx, s.Sync); err != nil {
+		log.G(ctx).WithError(err).Warn("what is whole again stays out of service")
+	}
 	s.saveDamaged(ctx)
 	findings = append(findings, s.Findings()...)
 	orphans, err := s.orphans(ctx, false)

@@ -206,18 +206,29 @@ func (s *Store) recheck(ctx context.Context, id content.LayerID) {
 	}
 }
 
-// heal puts layers back into service that have nothing damaged any more.
-func (s *Store) heal(ctx context.Context) {
+// distrust looks at what a session wrote that could not sync: others may rely on it.
+func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
+	wrote = slices.DeleteFunc(wrote, func(id content.ObjectID) bool { return !s.objects.Has(id) })
+	if err := s.verifyObjects(ctx, wrote, func(int64) {}); err != nil {
+		log.G(ctx).WithError(err).Warn("verify what could not be synced: see `dedupctl fsck`")
+	}
+	s.blame(ctx)
+	if s.objects.AnyBad() {
+		s.saveDamaged(ctx)
+	}
+}
+
+// heal puts layers back into service that have nothing damaged any more, after sync.
+func (s *Store) heal(ctx context.Context, sync func() error) error {
 	s.mu.RLock()
 	damaged := s.damaged
 	s.mu.RUnlock()
 	if damaged == 0 {
-		return
+		return nil
 	}
 	// What was put anew is durable before the list of what is damaged forgets it.
-	if err := unix.Syncfs(s.rootFd); err != nil {
-		log.G(ctx).WithError(err).Warn("sync repaired objects")
-		return
+	if err := sync(); err != nil {
+		return err
 	}
 	s.mu.Lock()
 	changed := false
@@ -239,6 +250,7 @@ func (s *Store) heal(ctx context.Context) {
 	if changed {
 		s.saveDamaged(ctx)
 	}
+	return nil
 }
 
 // damagedList is the file that carries what is known to be damaged over a restart: a line for each,

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -28,18 +29,50 @@ type written struct {
 	mu     sync.Mutex
 	timer  *time.Timer // running while something waits for the disk
 	closed bool
+	failed bool // not all that came in is on the disk
 	wg     sync.WaitGroup
 }
 
-// makeDurable syncs the file system, unless that may wait.
-func (s *Store) makeDurable() error {
-	if s.opts.Durability == Deferred {
-		return nil
+// openRoot returns a file of its own for syncfs: the kernel tells of a write that failed once to each file that was open when it
+// did. With one for all, the first ingest to ask would learn it, and the one that wrote would not.
+func (s *Store) openRoot() (int, error) {
+	fd, err := unix.Openat(s.rootFd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open %s: %w", s.root, err)
 	}
-	if err := unix.Syncfs(s.rootFd); err != nil {
-		return fmt.Errorf("sync %s: %w", s.root, err)
+	return fd, nil
+}
+
+// Sync puts on the disk what is written by now, also by others.
+func (s *Store) Sync() error {
+	fd, err := s.openRoot()
+	if err != nil {
+		return err
+	}
+	return errors.Join(syncfs(fd, s.root), unix.Close(fd))
+}
+
+func syncfs(fd int, root string) error {
+	if err := unix.Syncfs(fd); err != nil {
+		return fmt.Errorf("sync %s: %w", root, err)
 	}
 	return nil
+}
+
+// sync puts on the disk what the session relies on. What failed once has failed.
+func (ss *session) sync() error {
+	if ss.unsynced == nil {
+		ss.unsynced = syncfs(ss.root, ss.s.root)
+	}
+	return ss.unsynced
+}
+
+// makeDurable syncs the file system, unless that may wait.
+func (ss *session) makeDurable() error {
+	if ss.s.opts.Durability == Deferred {
+		return nil
+	}
+	return ss.sync()
 }
 
 // noteWritten notes that a layer came in: the mark moves on, now or once it is on the disk.
@@ -61,7 +94,7 @@ func (s *Store) writeOut() {
 	w := &s.written
 	w.mu.Lock()
 	w.timer = nil
-	if w.closed {
+	if w.closed || w.failed {
 		w.mu.Unlock()
 		return
 	}
@@ -70,7 +103,11 @@ func (s *Store) writeOut() {
 	defer w.wg.Done()
 	now := time.Now()
 	if err := unix.Syncfs(s.rootFd); err != nil {
-		log.L.WithError(err).Errorf("sync %s: what came in lately would not survive a power cut", s.root)
+		// It tells only once: up to the next start the mark stays where it is.
+		w.mu.Lock()
+		w.failed = true
+		w.mu.Unlock()
+		log.L.WithError(s.explain(err)).Errorf("sync %s: what came in lately may be damaged: see `dedupctl fsck`", s.root)
 		return
 	}
 	s.touch(now)

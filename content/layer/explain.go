@@ -3,6 +3,9 @@ package layer
 import (
 	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,10 +19,14 @@ type explained struct {
 func (e explained) Error() string { return e.error.Error() + " (" + e.hint + ")" }
 func (e explained) Unwrap() error { return e.error }
 
-// Explain adds what to do to errors of the system, once. root is where most of what can run out is.
+// Explain adds what to do to errors of the system, once. They are of the file system of root where they name no other path.
 func Explain(err error, root string) error {
-	if errors.As(err, new(explained)) {
+	if err == nil || Explained(err) {
 		return err
+	}
+	at, named := root, (*fs.PathError)(nil)
+	if errors.As(err, &named) && filepath.IsAbs(named.Path) && !strings.HasPrefix(named.Path, root+"/") {
+		at = named.Path
 	}
 	for _, known := range []struct {
 		errno unix.Errno
@@ -35,10 +42,13 @@ func Explain(err error, root string) error {
 		{unix.ENOMEM, "the kernel has no memory for %s: free memory, or raise the limit of the daemon's unit"},
 	} {
 		if errors.Is(err, known.errno) {
-			return explained{err, fmt.Sprintf(known.hint, root)}
+			return explained{err, fmt.Sprintf(known.hint, at)}
 		}
 	}
 	return err
 }
+
+// Explained reports whether an error is one of the system that Explain knows.
+func Explained(err error) bool { return errors.As(err, new(explained)) }
 
 func (s *Store) explain(err error) error { return Explain(err, s.root) }

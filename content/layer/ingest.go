@@ -96,7 +96,10 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	}
 	defer plain.Close()
 
-	ss := s.newSession(ctx, want)
+	ss, err := s.newSession(ctx, want)
+	if err != nil {
+		return Ingested{}, err
+	}
 	ss.ahead = b.Ahead
 	if b.Arriving {
 		ss.bufferMax = bufferMaxArriving
@@ -137,7 +140,10 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	clock := stages{last: time.Now()}
-	ss := s.newSession(ctx, goal{fidelity: s.fidelity})
+	ss, err := s.newSession(ctx, goal{fidelity: s.fidelity})
+	if err != nil {
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
+	}
 	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
 	if werr := ss.wait(); werr != nil {
 		err = werr
@@ -185,7 +191,10 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
 	clock.mark(stageEncode)
-	s.heal(ss.ctx) // the session may have put what was bad
+	// The session may have put what was bad.
+	if err := s.heal(ss.ctx, ss.sync); err != nil {
+		return Ingested{}, errors.Join(err, ss.end(nil))
+	}
 	var ok bool
 	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
 		return in, errors.Join(err, ss.end(nil))
@@ -333,7 +342,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	clock.mark(stageTree)
 	// One sync covers the objects that this session wrote, those of others that it
 	// relies on, and the tree.
-	if err := s.makeDurable(); err != nil {
+	if err := ss.makeDurable(); err != nil {
 		return Usage{}, false, errors.Join(err, os.Remove(tmp))
 	}
 	s.step("ingest.synced")

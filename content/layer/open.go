@@ -224,7 +224,12 @@ func (s *Store) Close() (err error) {
 		s.flights.wait()
 		s.gc.Wait()
 		s.written.stop()
-		if err = unix.Syncfs(s.rootFd); err == nil && !s.leaked.Load() {
+		if s.opts.Durability == Deferred {
+			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
+		} else {
+			err = s.Sync()
+		}
+		if err == nil && !s.leaked.Load() {
 			bytes, inodes := s.objects.Used()
 			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
 		}

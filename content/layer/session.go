@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
@@ -39,11 +41,16 @@ type session struct {
 	bufferMax int64
 	// ahead is Blob.Ahead.
 	ahead bool
+	// root is open on the store's directory from before the first write, see sync; unsynced is what that said.
+	root     int
+	unsynced error
 
 	mu    sync.Mutex // guards what follows
 	refs  map[content.ObjectID]uint32
 	added Usage
 	pyc   map[*content.Entry]pyc
+	// wrote are the objects that this session has written.
+	wrote []content.ObjectID
 }
 
 // job is one payload in memory.
@@ -62,10 +69,14 @@ type pyc struct {
 	canonical content.ObjectID
 }
 
-func (s *Store) newSession(ctx context.Context, want goal) *session {
+func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
+	root, err := s.openRoot()
+	if err != nil {
+		return nil, err
+	}
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
-		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax,
+		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax, root: root,
 		jobs: make(chan job, 256),
 		refs: map[content.ObjectID]uint32{},
 		pyc:  map[*content.Entry]pyc{},
@@ -83,7 +94,7 @@ func (s *Store) newSession(ctx context.Context, want goal) *session {
 			}
 		})
 	}
-	return ss
+	return ss, nil
 }
 
 // ingestWorkers is how many write payloads at a time.
@@ -114,7 +125,10 @@ func (ss *session) end(keep []content.ObjectID) error {
 	for id, n := range ss.refs {
 		errs = append(errs, ss.s.objects.Unref(id, n))
 	}
-	return errors.Join(errs...)
+	if ss.unsynced != nil {
+		ss.s.distrust(context.WithoutCancel(ss.ctx), ss.wrote)
+	}
+	return errors.Join(append(errs, unix.Close(ss.root))...)
 }
 
 // Put reads one payload and hands it to a worker.
@@ -204,6 +218,7 @@ func (ss *session) took(id content.ObjectID, added int64) error {
 	before := ss.added
 	ss.added.Bytes += ss.s.objects.Occupies(added)
 	ss.added.Inodes++
+	ss.wrote = append(ss.wrote, id)
 	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
 	ss.mu.Unlock()
 	ss.s.step("ingest.object")

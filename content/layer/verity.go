@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
@@ -52,7 +51,7 @@ func (s *Store) keepVerity() error {
 	if !s.opts.Verity {
 		return nil
 	}
-	return unix.Syncfs(s.rootFd)
+	return s.Sync()
 }
 
 // digestAll asks for many digests side by side, and says whether any object had none before.

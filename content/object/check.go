@@ -52,6 +52,14 @@ func (s *Store) IsBad(id content.ObjectID) bool {
 	return bad
 }
 
+// Has reports whether anything names an object.
+func (s *Store) Has(id content.ObjectID) bool {
+	sh := s.shard(id)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return sh.refs[id] > 0
+}
+
 // Bad returns the objects that are known to be bad.
 func (s *Store) Bad() (ids []content.ObjectID) {
 	for i := range s.shards {
