@@ -11,6 +11,7 @@
 //	inputs    Debian, Python and busybox file systems, cached
 //	torture   layers with every kind of entry
 //	rootfs    dumping, comparing and measuring directory trees
+//	disk      a file behind a loop device that a test sees through, and may fail
 //	powercut  cutting the power of a store after any flush of its disk (tests only)
 //	tools     go.mod files of the programs that are built from the Go module proxy
 //

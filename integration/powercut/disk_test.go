@@ -1,20 +1,17 @@
 package powercut
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/hanwen/go-fuse/v2/fs"
-	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	served "github.com/dedup-snapshotter/dedup-snapshotter/integration/disk"
 )
 
 // op is a write, or a flush where data is nil.
@@ -45,37 +42,46 @@ func (d *disk) recorded() []op {
 	return d.log[:len(d.log):len(d.log)]
 }
 
-func (d *disk) write(data []byte, off int64) error {
+// The methods of served.Disk.
+
+func (d *disk) ReadAt(p []byte, off int64) (int, error) { return d.file.ReadAt(p, off) }
+
+func (d *disk) WriteAt(data []byte, off int64) (int, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.log = append(d.log, op{off, append(make([]byte, 0, len(data)), data...)})
-	_, err := d.file.WriteAt(data, off)
-	return err
+	return d.file.WriteAt(data, off)
 }
 
-func (d *disk) flush() {
+func (d *disk) Sync() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.log = append(d.log, op{})
+	return nil
+}
+
+func (d *disk) Size() (int64, error) {
+	fi, err := d.file.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return fi.Size(), nil
 }
 
 // attach mounts the file system on d at the directory at. The loop device's file is served by this process: only
 // others may use what is mounted, since a page fault here could wait for itself.
 func (d *disk) attach(t *testing.T, fstype, at string) {
 	t.Helper()
-	dir := t.TempDir()
-	server, err := fs.Mount(dir, &diskRoot{disk: d}, &fs.Options{MountOptions: fuse.MountOptions{
-		FsName: "powercut", Name: "powercut", DirectMount: true, MaxWrite: 1 << 20, DisableXAttrs: true,
-	}})
+	path, stop, err := served.Serve(t.TempDir(), d)
 	if err != nil {
-		t.Skipf("needs FUSE: %v", err)
+		t.Skip(err)
 	}
 	t.Cleanup(func() {
-		if err := server.Unmount(); err != nil {
-			t.Errorf("unmount the recorder: %v", err)
+		if err := stop(); err != nil {
+			t.Error(err)
 		}
 	})
-	m := mount.Mount{Type: fstype, Source: filepath.Join(dir, diskName), Options: []string{"loop"}}
+	m := mount.Mount{Type: fstype, Source: path, Options: []string{"loop"}}
 	if err := m.Mount(at); err != nil {
 		t.Fatal(err)
 	}
@@ -84,65 +90,6 @@ func (d *disk) attach(t *testing.T, fstype, at string) {
 			t.Errorf("unmount: %v", err)
 		}
 	})
-}
-
-const diskName = "disk"
-
-type diskRoot struct {
-	fs.Inode
-	disk *disk
-}
-
-func (r *diskRoot) OnAdd(ctx context.Context) {
-	file := r.NewPersistentInode(ctx, &diskFile{disk: r.disk}, fs.StableAttr{Mode: fuse.S_IFREG})
-	r.AddChild(diskName, file, false)
-}
-
-type diskFile struct {
-	fs.Inode
-	disk *disk
-}
-
-var (
-	_ fs.NodeOpener    = (*diskFile)(nil)
-	_ fs.NodeGetattrer = (*diskFile)(nil)
-	_ fs.NodeReader    = (*diskFile)(nil)
-	_ fs.NodeWriter    = (*diskFile)(nil)
-	_ fs.NodeFsyncer   = (*diskFile)(nil)
-)
-
-// Open says that the kernel must not cache: every write of the loop device comes here before it is answered.
-func (f *diskFile) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	return nil, fuse.FOPEN_DIRECT_IO, 0
-}
-
-func (f *diskFile) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	fi, err := f.disk.file.Stat()
-	if err != nil {
-		return syscall.EIO
-	}
-	out.Mode, out.Size = 0o600, uint64(fi.Size())
-	return 0
-}
-
-func (f *diskFile) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
-	n, err := f.disk.file.ReadAt(dest, off)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, syscall.EIO
-	}
-	return fuse.ReadResultData(dest[:n]), 0
-}
-
-func (f *diskFile) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
-	if err := f.disk.write(data, off); err != nil {
-		return 0, syscall.EIO
-	}
-	return uint32(len(data)), 0
-}
-
-func (f *diskFile) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
-	f.disk.flush()
-	return 0
 }
 
 // fileSystem is one that a store may lie on.
