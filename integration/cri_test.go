@@ -55,6 +55,7 @@ func criLife(t *testing.T, version string) {
 	criFsInfo(t, n, c, ctx)
 
 	// To the kubelet one image has three names, and it removes all of them.
+	forget(t, n, namespaces.WithNamespace(ctx, node.CRINamespace), nil) // collects what the pod left
 	settle(t, n)
 	var shown shownImage
 	for names, i := range shownImages(t, n) {
