@@ -37,7 +37,7 @@ func testStatus() Status {
 		Version: "v0.1.0", Root: "/var/lib/containerd-dedup-grpc", Fidelity: "python", Reuse: "known",
 		Layers: 14, Objects: 48_211, DiffIDs: 17, Uses: 40, LogicalBytes: 9_870_000_000, LogicalEntries: 611_000,
 		StoredBytes: 1_410_000_000, StoredInodes: 48_900, FreeBytes: 40_000_000_000, TotalBytes: 100_000_000_000,
-		FreeInodes: 6_000_000, TotalInodes: 6_500_000, ChainImages: 9, ChainMounts: 4,
+		FreeInodes: 6_000_000, TotalInodes: 6_500_000, ChainImages: 9, ChainMounts: 4, Verity: "on",
 	}
 }
 
@@ -78,6 +78,7 @@ stored        1.41 GB, 48,900 inodes
 dedup ratio   7.0x in bytes, 12.5x in inodes
 free          40.0 GB of 100 GB (40 %)
 free inodes   6,000,000 of 6,500,000 (92 %)
+fs-verity     on
 chain images  9, 4 mounted
 `},
 		{"layers, largest first", text(func(b *strings.Builder) {
