@@ -374,16 +374,28 @@ func runsFrom(t *testing.T, n *node.Node, snapshotter string, refs map[string]st
 func TestMigrateErrors(t *testing.T) {
 	t.Parallel()
 	n := startNode(t, node.Options{NoDedup: true})
-	for want, args := range map[string][]string{
-		`containerd has no snapshotter "dedup", only`:           {},
-		`--from and --to are both "overlayfs"`:                  {"--to", "overlayfs"},
-		"leave --remove-old out":                                {"--undo", "--remove-old"},
-		"containerd does not run: no socket /nowhere/sock":      {"--containerd-address", "/nowhere/sock"},
-		`no image "none:1" that overlayfs has unpacked`:         {"--to", "native", "none:1"},
-		"overlayfs has unpacked no images there: nothing to do": {"--to", "native"},
+	for _, row := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{nil, 1, `containerd has no snapshotter "dedup", only`},
+		{[]string{"--to", "overlayfs"}, 2, `--from and --to are both "overlayfs"`},
+		{[]string{"--undo", "--remove-old"}, 2, "leave --remove-old out"},
+		{[]string{"--nonsense"}, 2, "see --help"},
+		{[]string{"app:1", "--dry-run"}, 2, "--dry-run stands behind an argument"},
+		{[]string{"--containerd-address", "/nowhere/sock"}, 1, "containerd does not run: no socket /nowhere/sock"},
+		{[]string{"--to", "native", "none:1"}, 1, `no image "none:1" that overlayfs has unpacked`},
+		{[]string{"--to", "native"}, 0, "overlayfs has unpacked no images there: nothing to do"},
+		{[]string{"--to", "native", "--json"}, 0, `"images": []`},
 	} {
-		if out := migrateText(t, n, args...); !strings.Contains(out, want) {
-			t.Errorf("migrate %q says %q, want %q", args, out, want)
+		out, err := dedupctl(t, n, append([]string{"migrate", "--containerd-address", n.Address()}, row.args...)...)
+		code := 0
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			code = exit.ExitCode()
+		}
+		if code != row.code || !strings.Contains(out, row.want) {
+			t.Errorf("migrate %q: exit code %d, want %d with %q: %s", row.args, code, row.code, row.want, out)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package inventory
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -67,6 +68,22 @@ func databases(t *testing.T, root string) string {
 		}
 	}
 	return dir
+}
+
+// The same databases are found from wherever one may point.
+func TestReadPlaces(t *testing.T) {
+	docker := t.TempDir()
+	root := filepath.Join(docker, "containerd/daemon")
+	dir := databases(t, root)
+	for _, source := range []string{docker, root, dir} {
+		all, err := Read(t.Context(), []string{source}, Options{})
+		if err != nil || len(all) != 1 || len(all[0].Layers) != 40 || all[0].Kind != "containerd's overlayfs" {
+			t.Errorf("%s: %+v, %v", source, all, err)
+		}
+	}
+	if _, err := Read(t.Context(), []string{filepath.Join(docker, "containerd")}, Options{}); !errors.Is(err, ErrUnknown) {
+		t.Error(err)
+	}
 }
 
 // A database that is damaged, as a full or a dying disk leaves it, is an error and no crash.

@@ -107,6 +107,9 @@ func looksLikePath(source string) bool {
 	return strings.HasPrefix(source, "/") || strings.HasPrefix(source, ".")
 }
 
+// dockersContainerd is where a dockerd keeps the containerd that it starts by itself.
+const dockersContainerd = "containerd/daemon/" + overlayfsRoot
+
 // readDir tells places apart by what lies in them.
 func readDir(ctx context.Context, dir string, opts Options) (*Inventory, error) {
 	has := func(names ...string) bool {
@@ -126,10 +129,13 @@ func readDir(ctx context.Context, dir string, opts Options) (*Inventory, error) 
 		return readLayout(ctx, dirBlobs(filepath.Join(dir, "blobs")), filepath.Join(dir, "index.json"), opts)
 	case has("overlay2"):
 		return readOverlay2(ctx, filepath.Join(dir, "overlay2"))
+	case has(dockersContainerd):
+		return readOverlayfs(ctx, filepath.Join(dir, dockersContainerd), opts)
 	case has("l") || filepath.Base(dir) == "overlay2":
 		return readOverlay2(ctx, dir)
 	}
-	return nil, fmt.Errorf("%s has no %s (containerd), no overlay2 (Docker) and no index.json (OCI layout): %w", dir, overlayfsRoot, ErrUnknown)
+	return nil, fmt.Errorf("%s has no %s (containerd), no overlay2 (Docker; with the containerd image store its images are in %s) and no index.json (OCI layout): %w",
+		dir, overlayfsRoot, "/var/lib/containerd", ErrUnknown)
 }
 
 // directory makes a Layer of a directory that overlay mounts use; whole is what goes with it.
