@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
@@ -162,6 +163,89 @@ func TestVerityRefusesOtherBytes(t *testing.T) {
 		}
 	}
 	checkClean(t, s)
+}
+
+// diskEnv names the block device below TMPDIR, in a machine whose disk may be written to below its file system.
+const diskEnv = "DEDUP_TEST_DISK"
+
+// A bit that flips on the disk is an I/O error for whoever reads it, and fsck finds it.
+func TestVerityRefusesFlippedBits(t *testing.T) {
+	disk := os.Getenv(diskEnv)
+	if disk == "" {
+		t.Skip("writes to the disk below the file system: runs in integration/vm alone")
+	}
+	s := openVerity(t, verityRoot(t), VerityOn)
+	text := strings.Repeat("text", 5000)
+	blob := layerTar(t, map[string]string{"file": text})
+	name, _ := unpack(t, s, "one", "", blob, nil)
+	if got := read(t, s, name, "file"); got != text {
+		t.Fatalf("%d bytes", len(got))
+	}
+	object, image := objectOf(s, text), s.chains.image(onlyChain(t, s))
+	flip(t, disk, object)
+	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || strings.Contains(got, "tezt") {
+		t.Errorf("object: %d bytes, %v", len(got), err)
+	}
+	for _, path := range []string{object, image} {
+		flip(t, disk, path)
+		found, err := s.Check(t.Context(), CheckOptions{Repair: true})
+		if err != nil || len(found) != 1 || found[0].Path != path || !found[0].Damaged() {
+			t.Errorf("%s: found %v, %v", path, found, err)
+		}
+		unpack(t, s, "heals", "", blob, nil)
+		if got := read(t, s, name, "file"); got != text {
+			t.Errorf("%s: healed: %d bytes", path, len(got))
+		}
+		checkClean(t, s)
+	}
+	flip(t, disk, image)
+	if got := read(t, s, name, "file"); got != text {
+		t.Errorf("an image that cannot be mounted: %d bytes", len(got))
+	}
+}
+
+func onlyChain(t *testing.T, s *Snapshotter) chainName {
+	t.Helper()
+	names, err := s.chains.list()
+	if err != nil || len(names) != 1 {
+		t.Fatal(names, err)
+	}
+	return names[0]
+}
+
+// flip changes the second half of a file's first block on the disk, and makes the kernel forget what it has read.
+func flip(t *testing.T, disk, path string) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// struct fiemap with room for one extent (linux/fiemap.h).
+	var arg struct {
+		start, length           uint64
+		flags, mapped, count, _ uint32
+		logical, physical, size uint64
+		_                       [2]uint64
+		extentFlags             uint32
+		_                       [3]uint32
+	}
+	const fsIocFiemap = 0xc020660b
+	arg.length, arg.flags, arg.count = 1, 1, 1 // FIEMAP_FLAG_SYNC
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&arg))); errno != 0 || arg.mapped != 1 {
+		t.Fatal("where the file lies:", errno, arg.mapped)
+	}
+	d, err := os.OpenFile(disk, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = d.WriteAt([]byte("tezt"), int64(arg.physical)+2048)
+	if err = errors.Join(err, d.Sync(), d.Close()); err == nil {
+		err = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // The setting may change while a store lives.

@@ -14,7 +14,7 @@ for module in $(cat /modules/order); do
 done
 if mount /dev/vda /data; then
 	mkdir -p /data/tmp
-	cd /data && TMPDIR=/data/tmp sh /data/script </dev/null
+	cd /data && TMPDIR=/data/tmp DEDUP_TEST_DISK=/dev/vda sh /data/script </dev/null
 	echo "vm: exit $?"
 	cd /
 	umount /data || mount -o remount,ro /data

@@ -81,7 +81,7 @@ func TestUnitTests(t *testing.T) {
 			if !strings.Contains(out, "overlay with "+row.option) {
 				t.Errorf("overlays were not mounted with %s", row.option)
 			}
-			for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"} {
+			for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityRefusesFlippedBits", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"} {
 				if !strings.Contains(out, "\n--- PASS: "+name+" ") {
 					t.Errorf("%s did not run there", name)
 				}
