@@ -46,6 +46,9 @@ func TestSoak(t *testing.T) {
 		if t.Failed() {
 			t.Fatalf("in round %d", i)
 		}
+		if i%10 == 9 {
+			t.Logf("round %d: %v", i, s.counts())
+		}
 	}
 	s.noGrowth(t)
 	log, err := os.ReadFile(s.n.LogPath("dedup"))

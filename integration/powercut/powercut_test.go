@@ -97,7 +97,7 @@ func record(t *testing.T, on fileSystem, durability layer.Durability, seed uint6
 		d.attach(t, on.name, at)
 		w = work(t, d, task{Dir: at, RunDir: filepath.Join(t.TempDir(), "run"), Seed: seed, Ops: ops, Durability: durability})
 	})
-	if t.Failed() {
+	if t.Failed() || w == nil { // or skipped
 		return
 	}
 	r := rand.New(rand.NewPCG(seed, 100))
