@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -51,12 +52,45 @@ type Features struct {
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
 func Examine(dir string) (Features, error) {
-	return examine(dir, true, true)
+	return examine(dir, examination{idmap: true, verity: true})
+}
+
+// examination says what to look at beside what every daemon needs.
+type examination struct {
+	idmap, verity bool
+	// metacopy: keep metacopy=on also where the kernel does without.
+	metacopy bool
+}
+
+// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may hold files without
+// bytes, and overlayfs refuses these, and the directories that they are in, without it: also a newer kernel has to go on with it.
+const fileMetacopy = "metacopy"
+
+// probeKernel finds out how to mount overlays here.
+func (s *Snapshotter) probeKernel() error {
+	uppers, err := os.ReadDir(s.path(dirSnapshots))
+	if err != nil {
+		return err
+	}
+	if len(uppers) == 0 {
+		if err := os.Remove(s.path(fileMetacopy)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	_, err = os.Stat(s.path(fileMetacopy))
+	marked := err == nil
+	if s.kernel, err = probe(s.opts.Root, s.opts.Verity, marked); err != nil {
+		return err
+	}
+	if !s.kernel.metacopy || marked {
+		return nil
+	}
+	return create(s.path(fileMetacopy), func(path string) error { return os.WriteFile(path, nil, 0o600) })
 }
 
 // probe examines the root and says what the daemon cannot do without.
-func probe(root string, want Verity) (k kernel, err error) {
-	f, err := examine(root, false, want == VerityAuto || want == VerityOn)
+func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
+	f, err := examine(root, examination{verity: want == VerityAuto || want == VerityOn, metacopy: metacopy})
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
@@ -76,7 +110,7 @@ func probe(root string, want Verity) (k kernel, err error) {
 }
 
 // examine mounts a small chain image over one object, writable, and reads it back.
-func examine(parent string, idmap, hashed bool) (f Features, err error) {
+func examine(parent string, look examination) (f Features, err error) {
 	dir, err := os.MkdirTemp(parent, probePrefix)
 	if err != nil {
 		return f, err
@@ -100,17 +134,17 @@ func examine(parent string, idmap, hashed bool) (f Features, err error) {
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
 	if f.Upper == nil {
-		for _, k := range kernelChoices() {
+		for _, k := range kernelChoices(look.metacopy) {
 			if f.DataOnly = tryOverlay(dir, image, k.options, payload); f.DataOnly == nil {
 				f.Options, f.Metacopy = k.options, k.metacopy
 				break
 			}
 		}
 	}
-	if idmap {
+	if look.idmap {
 		f.IDMapped = tryIDMap(dir, image)
 	}
-	if f.Verity = errors.New("not asked for"); hashed {
+	if f.Verity = errors.New("not asked for"); look.verity {
 		f.Verity = errors.New("overlayfs does not serve data-only lower layers")
 		if f.Upper == nil && f.DataOnly == nil {
 			f.Verity = tryVerity(dir, f, object, payload)
@@ -135,8 +169,8 @@ func tryIDMap(dir, image string) (err error) {
 	return unix.Unmount(target, unix.MNT_DETACH)
 }
 
-// kernelChoices are the sets of options to try, the best first.
-func kernelChoices() []kernel {
+// kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
+func kernelChoices(keep bool) []kernel {
 	plain := []string{"index=off"}
 	on := func(parameter string) bool {
 		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
@@ -153,12 +187,13 @@ func kernelChoices() []kernel {
 	metacopy := []string{"index=off", "metacopy=on"}
 	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
 	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	return []kernel{
+	all := []kernel{
 		{options: with(plain, "xino=on")},
 		{options: with(metacopy, "xino=on"), metacopy: true},
 		{options: plain},
 		{options: metacopy, metacopy: true},
 	}
+	return slices.DeleteFunc(all, func(k kernel) bool { return keep && !k.metacopy })
 }
 
 // writeProbe writes the object, and returns an entry that names it.

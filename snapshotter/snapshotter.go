@@ -121,7 +121,7 @@ func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	if err := s.clearLeftovers(); err != nil {
 		return nil, err
 	}
-	if s.kernel, err = probe(opts.Root, opts.Verity); err != nil {
+	if err := s.probeKernel(); err != nil {
 		return nil, fmt.Errorf("this node cannot serve from %s: %w", opts.Root, err)
 	}
 	if err := s.checkMetadata(ctx); err != nil {

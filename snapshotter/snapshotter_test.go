@@ -26,7 +26,7 @@ import (
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
 	needRoot(t)
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity()})
 	if err != nil {
 		t.Fatal(err)
 	}

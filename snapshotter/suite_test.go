@@ -26,6 +26,9 @@ func needRoot(t testing.TB) {
 	}
 }
 
+// testVerity is the setting that tests open their stores with: DEDUP_TEST_VERITY=on has all of them use fs-verity.
+func testVerity() Verity { return Verity(os.Getenv("DEDUP_TEST_VERITY")) }
+
 // mountsBelow lists what is mounted below dir.
 func mountsBelow(t testing.TB, dir string) (points []string) {
 	t.Helper()
@@ -58,7 +61,7 @@ const suiteName = "overlayfs"
 func TestSuiteInProcess(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run")})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -69,7 +72,7 @@ func TestSuiteInProcess(t *testing.T) {
 func TestSuiteThroughSocket(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run")})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
 		if err != nil {
 			return nil, nil, err
 		}
