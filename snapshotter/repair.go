@@ -26,7 +26,7 @@ type origin struct {
 // repair heals damaged layers from the blobs in containerd's content store, as far as they are there. Only what is wrong
 // with this node is an error: the caller looks at what is still damaged.
 func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]layer.Damage) error {
-	if len(damaged) == 0 || s.opts.Blobs == nil {
+	if len(damaged) == 0 {
 		return nil
 	}
 	s.repairing.Lock()
@@ -37,8 +37,11 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 	}
 	var node error
 	for id := range damaged {
+		if err := s.layers.LookAgain(ctx, id); err != nil {
+			node = err
+		}
 		if s.layers.InService(id) == nil {
-			continue // healed with another one
+			continue // healed with another one, or by itself
 		}
 		for _, o := range origins[id] {
 			healed, err := s.repairFrom(ctx, id, o)
@@ -81,6 +84,9 @@ func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]la
 
 // repairFrom tries the blobs that one namespace has for a layer. node is what is wrong with this node, not with a blob.
 func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o origin) (healed bool, node error) {
+	if s.opts.Blobs == nil {
+		return false, nil
+	}
 	ctx = namespaces.WithNamespace(ctx, o.namespace)
 	try := func(b layer.Blob) bool {
 		err := s.layers.Repair(ctx, id, b)

@@ -105,6 +105,24 @@ func (s *Store) checkTrees(ctx context.Context, read func(int64)) error {
 	return nil
 }
 
+// LookAgain verifies once more what is known to be damaged of a layer, and heals it if it is not any more: a disk may not have
+// answered for a while.
+func (s *Store) LookAgain(ctx context.Context, id content.LayerID) error {
+	d, damaged := s.Damaged()[id]
+	if !damaged {
+		return nil
+	}
+	if d.Tree != nil {
+		if objects, err := s.verifyTree(id); err == nil {
+			s.restore(id, objects)
+		}
+	}
+	if err := s.verifyObjects(ctx, d.Objects, func(int64) {}); err != nil {
+		return fmt.Errorf("verify layer %s: %w", id, s.explain(err))
+	}
+	return s.heal(ctx, s.Sync)
+}
+
 // restore notes that a tree that was damaged is whole again, for instance from a backup. heal does the rest.
 func (s *Store) restore(id content.LayerID, objects []content.ObjectID) {
 	s.mu.Lock()
