@@ -12,9 +12,10 @@ ip link set lo up
 for module in $(cat /modules/order); do
 	insmod "/modules/$module" || echo "vm: $module does not load"
 done
-if mount /dev/vda /data; then
+fs=$(cat /modules/fs)
+if mount -t "$fs" /dev/vda /data; then
 	mkdir -p /data/tmp
-	cd /data && TMPDIR=/data/tmp DEDUP_TEST_DISK=/dev/vda sh /data/script </dev/null
+	cd /data && TMPDIR=/data/tmp sh /data/script </dev/null
 	echo "vm: exit $?"
 	cd /
 	umount /data || mount -o remount,ro /data

@@ -28,8 +28,17 @@ const diskSize = 4 << 30
 var (
 	qemu    = node.Command{Name: "qemu-system-x86_64", Packages: "qemu-system-x86"}
 	busybox = node.Command{Name: "busybox", Packages: "busybox-static"}
-	mkfs    = node.Command{Name: "mkfs.ext4", Packages: "e2fsprogs"}
+	ext4    = node.Command{Name: "mkfs.ext4", Packages: "e2fsprogs"}
+	btrfs   = node.Command{Name: "mkfs.btrfs", Packages: "btrfs-progs"}
 	xz      = node.Command{Name: "xz", Packages: "xz-utils"}
+)
+
+// FS is a file system.
+type FS string
+
+const (
+	Ext4  FS = "ext4" // with the feature verity
+	Btrfs FS = "btrfs"
 )
 
 // Options describe one run.
@@ -37,8 +46,7 @@ type Options struct {
 	// Dir is where the machine's files are made; empty.
 	Dir    string
 	Kernel Kernel
-	// Features are given to mkfs.ext4 -O for the disk.
-	Features string
+	FS     FS // of the disk
 	// Files are put on the disk: name -> file here.
 	Files map[string]string
 	// Script is what busybox's shell runs there, with the disk as its directory.
@@ -52,7 +60,7 @@ func Require(ctx context.Context, say func(string)) error {
 	if runtime.GOARCH != "amd64" {
 		return fmt.Errorf("%w: a machine of type amd64", node.ErrMissing)
 	}
-	return node.Require(ctx, say, qemu, busybox, mkfs, xz)
+	return node.Require(ctx, say, qemu, busybox, ext4, btrfs, xz)
 }
 
 // Run boots a machine, runs the script, and returns what was printed. The machine is gone then. A script that fails is an
@@ -106,7 +114,7 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 			return "", fmt.Errorf("make initrd: %w", err)
 		}
 	}
-	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"), "virtio_pci", "virtio_blk", "loop", "ext4", "overlay", "erofs")
+	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"), "virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "overlay", "erofs")
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}
@@ -118,7 +126,7 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}
-	for name, data := range map[string]string{"bin/busybox": string(program), "init": initScript, "modules/order": strings.Join(order, "\n") + "\n"} {
+	for name, data := range map[string]string{"bin/busybox": string(program), "init": initScript, "modules/order": strings.Join(order, "\n") + "\n", "modules/fs": string(opts.FS)} {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(data), 0o755); err != nil {
 			return "", fmt.Errorf("make initrd: %w", err)
 		}
@@ -131,7 +139,7 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	return file, nil
 }
 
-// makeDisk makes the ext4 with the files and the script.
+// makeDisk makes the file system with the files and the script.
 func makeDisk(ctx context.Context, opts Options) (string, error) {
 	from, file := filepath.Join(opts.Dir, "files"), filepath.Join(opts.Dir, "disk.img")
 	if err := os.MkdirAll(from, 0o755); err != nil {
@@ -145,16 +153,22 @@ func makeDisk(ctx context.Context, opts Options) (string, error) {
 	if err := os.WriteFile(filepath.Join(from, "script"), []byte(opts.Script), 0o755); err != nil {
 		return "", fmt.Errorf("make disk: %w", err)
 	}
-	bin, err := node.LookPath(mkfs.Name)
+	f, err := os.Create(file)
+	if err == nil {
+		err = errors.Join(f.Truncate(diskSize), f.Close())
+	}
 	if err != nil {
 		return "", fmt.Errorf("make disk: %w", err)
 	}
-	args := []string{"-q", "-F", "-b", "4096", "-d", from}
-	if opts.Features != "" {
-		args = append(args, "-O", opts.Features)
+	command, args := ext4, []string{"-q", "-F", "-b", "4096", "-O", "verity", "-d", from, file}
+	if opts.FS == Btrfs {
+		command, args = btrfs, []string{"-q", "--rootdir", from, file}
 	}
-	out, err := exec.CommandContext(ctx, bin, append(args, file, fmt.Sprintf("%dM", diskSize>>20))...).CombinedOutput()
+	bin, err := node.LookPath(command.Name)
 	if err != nil {
+		return "", fmt.Errorf("make disk: %w", err)
+	}
+	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("make disk: %w\n%s", err, out)
 	}
 	return file, nil

@@ -53,20 +53,30 @@ func testBinary(ctx context.Context, t *testing.T, dir, pkg string) (name, path 
 }
 
 // The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower layers, and
-// on an ext4 with fs-verity, which other machines may lack; those of fs-verity on the newest Linux too, where overlayfs wants no metacopy. What
-// kills processes at some millisecond is left out: here a millisecond is nothing.
+// on an ext4 with fs-verity, which other machines may lack; those of fs-verity on the newest Linux too, where overlayfs wants no metacopy, and on
+// btrfs. What kills processes at some millisecond is left out: here a millisecond is nothing.
 func TestUnitTests(t *testing.T) {
 	packages := []string{"content/verity", "content/object", "content/layer", "snapshotter"}
-	for _, row := range []struct{ suite, tests, option string }{
-		{Trixie, ".", "verity=on"},
-		{Sid, "Enable|Verity|TestRestart|TestPut", "verity=require"},
+	built := t.TempDir()
+	for _, row := range []struct {
+		suite         string
+		fs            FS
+		tests, option string
+	}{
+		{Trixie, Ext4, ".", "verity=on"},
+		{Sid, Ext4, "Enable|Verity|TestRestart|TestPut", "verity=require"},
+		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut", "verity=on"},
 	} {
-		t.Run(row.suite, func(t *testing.T) {
-			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), Features: "verity", Files: map[string]string{}, Script: "set -e\nuname -r\n"}
+		t.Run(fmt.Sprintf("%s on %s", row.suite, row.fs), func(t *testing.T) {
+			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: row.fs, Files: map[string]string{}, Script: "set -e\nuname -r\n"}
+			ran := []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"}
+			if row.fs == Ext4 {
+				opts.Script += "export DEDUP_TEST_DISK=/dev/vda\n"
+				ran = append(ran, "TestVerityRefusesFlippedBits")
+			}
 			if testing.Verbose() {
 				opts.Output = os.Stderr
 			}
-			built := t.TempDir()
 			for _, pkg := range packages {
 				name, path := testBinary(t.Context(), t, built, pkg)
 				opts.Files[name] = path
@@ -81,7 +91,7 @@ func TestUnitTests(t *testing.T) {
 			if !strings.Contains(out, "overlay with "+row.option) {
 				t.Errorf("overlays were not mounted with %s", row.option)
 			}
-			for _, name := range []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityRefusesFlippedBits", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"} {
+			for _, name := range ran {
 				if !strings.Contains(out, "\n--- PASS: "+name+" ") {
 					t.Errorf("%s did not run there", name)
 				}
