@@ -208,7 +208,7 @@ func (a *analysis) leaveOut() {
 }
 
 // compute fills the result from the drafts.
-func (a *analysis) compute(ctx context.Context) error {
+func (a *analysis) compute(ctx context.Context, verity bool) error {
 	a.leaveOut()
 	if err := a.now(); err != nil {
 		return err
@@ -236,7 +236,7 @@ func (a *analysis) compute(ctx context.Context) error {
 		chains = append(chains, c)
 	}
 	for f, into := range map[content.Fidelity]*AnalysisStore{content.Exact: &a.out.File, content.Python: &a.out.Python} {
-		s, err := forecast.Of(ctx, f, drafts, chains)
+		s, err := forecast.Of(ctx, forecast.Options{Fidelity: f, Verity: verity}, drafts, chains)
 		if err != nil {
 			return err
 		}
@@ -297,7 +297,7 @@ func (a *analysis) countImages() {
 }
 
 // analyze reads the sources and computes the result. started is called once it is known what there is to read.
-func analyze(ctx context.Context, sources []string, opts inventory.Options, started func(*analysis)) (Analysis, error) {
+func analyze(ctx context.Context, sources []string, opts inventory.Options, verity bool, started func(*analysis)) (Analysis, error) {
 	all, err := inventory.Read(ctx, sources, opts)
 	if err != nil {
 		return Analysis{}, err
@@ -307,5 +307,5 @@ func analyze(ctx context.Context, sources []string, opts inventory.Options, star
 	if err := a.readAll(ctx); err != nil {
 		return Analysis{}, err
 	}
-	return a.out, a.compute(ctx)
+	return a.out, a.compute(ctx, verity)
 }

@@ -32,6 +32,7 @@ func analyzeCommand() *cli.Command {
 			"Exit code 1 also when an image had to be left out, after all others were analysed.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "platform", Usage: "`OS/ARCH` of the image, where there are several (default: this machine's)"},
+			&cli.BoolFlag{Name: "verity", Usage: "count what fs-verity needs too, for a store on ext4 with the feature verity"},
 			&cli.BoolFlag{Name: "plain-http", Usage: "registries speak HTTP without TLS; on loopback they always do"},
 			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registries; the password may stand in DEDUP_REGISTRY_PASSWORD (default: what docker login stored)"},
 		},
@@ -64,7 +65,7 @@ func runAnalyze(c *cli.Context) error {
 		}
 		return "looking at what there is"
 	})
-	v, err := analyze(c.Context, sources, opts, func(a *analysis) { running.Store(a) })
+	v, err := analyze(c.Context, sources, opts, c.Bool("verity"), func(a *analysis) { running.Store(a) })
 	stop()
 	if err != nil {
 		return explainAnalyze(err)

@@ -147,6 +147,11 @@ func TestAnalyzeLayout(t *testing.T) {
 			t.Errorf("%s: %+v", source, a)
 		}
 	}
+	// fs-verity: a descriptor for each of four objects, and a block of hashes.
+	plain, verity := analyzed(t, tarred), analyzed(t, "--verity", tarred)
+	if more := verity.Python.Objects.Bytes - plain.Python.Objects.Bytes; more != 8*4096 || verity.Now != plain.Now {
+		t.Errorf("fs-verity takes %d bytes", more)
+	}
 	// Two sources are analysed together: nothing is there twice that has the same diffID.
 	both := analyzed(t, filepath.Join(dir, "layout"), tarred)
 	if both.Layers != 6 || both.DiffIDs != 3 || both.Layer.Bytes*2 != both.Now.Bytes || both.Python.ChainImages.Inodes != 2 {

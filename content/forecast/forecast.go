@@ -22,6 +22,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // Chain is an image's layers, base first, as places in a list of drafts.
@@ -55,13 +56,18 @@ func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1)
 
 func file(size int64) layer.Usage { return layer.Usage{Bytes: blocks(size), Inodes: 1} }
 
-// Of returns what a store would occupy that held the drafts and the chain images of the chains, all ingested
-// under content.Exact or content.Python.
-func Of(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []Chain) (s Store, err error) {
+// Options are the settings of the store.
+type Options struct {
+	Fidelity content.Fidelity // content.Exact or content.Python
+	Verity   bool             // fs-verity on objects, as ext4 keeps it
+}
+
+// Of returns what a store would occupy that held the drafts and the chain images of the chains.
+func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (s Store, err error) {
 	objects := map[content.ObjectID]int64{}
 	seen := map[content.LayerID]bool{}
 	for _, d := range drafts {
-		t := treeOf(d, f)
+		t := treeOf(d, opts.Fidelity)
 		if seen[t.ID] {
 			continue
 		}
@@ -83,6 +89,9 @@ func Of(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []
 	var shards [256]int
 	for id, size := range objects {
 		s.Objects = Add(s.Objects, file(size))
+		if opts.Verity {
+			s.Objects.Bytes += verity.Space(size)
+		}
 		shards[id.Sum[0]]++
 	}
 	const idLen = 2 * len(content.Sum{})
@@ -90,7 +99,7 @@ func Of(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []
 	for _, n := range shards {
 		s.Directories = Add(s.Directories, layer.Usage{Bytes: directory(n, n*dirent(idLen-2)), Inodes: 1})
 	}
-	s.ChainImages, err = chainImages(ctx, f, drafts, chains)
+	s.ChainImages, err = chainImages(ctx, opts, drafts, chains)
 	return s, err
 }
 
@@ -102,13 +111,13 @@ func treeOf(d layer.Draft, f content.Fidelity) layer.DraftTree {
 }
 
 // chainImages makes every chain image, one for each processor at a time, and counts its bytes.
-func chainImages(ctx context.Context, f content.Fidelity, drafts []layer.Draft, chains []Chain) (layer.Usage, error) {
+func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (layer.Usage, error) {
 	var distinct []Chain
 	seen := map[string]bool{}
 	for _, c := range chains {
 		name := ""
 		for _, i := range c {
-			id := treeOf(drafts[i], f).ID
+			id := treeOf(drafts[i], opts.Fidelity).ID
 			name += string(id.Sum[:])
 		}
 		if !seen[name] {
@@ -124,7 +133,7 @@ func chainImages(ctx context.Context, f content.Fidelity, drafts []layer.Draft, 
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			sizes[i], err = chainImage(f, drafts, c)
+			sizes[i], err = chainImage(opts, drafts, c)
 			return err
 		})
 	}
@@ -136,11 +145,11 @@ func chainImages(ctx context.Context, f content.Fidelity, drafts []layer.Draft, 
 	return sum, err
 }
 
-func chainImage(f content.Fidelity, drafts []layer.Draft, c Chain) (int64, error) {
+func chainImage(opts Options, drafts []layer.Draft, c Chain) (int64, error) {
 	layers := make([][]*content.Entry, len(c))
 	for k, i := range c {
 		var err error
-		if layers[k], err = treeOf(drafts[i], f).Entries(); err != nil {
+		if layers[k], err = treeOf(drafts[i], opts.Fidelity).Entries(); err != nil {
 			return 0, err
 		}
 	}
@@ -148,7 +157,11 @@ func chainImage(f content.Fidelity, drafts []layer.Draft, c Chain) (int64, error
 	if err != nil {
 		return 0, fmt.Errorf("merge %d layers: %w", len(c), err)
 	}
-	return erofs.Write(io.Discard, root)
+	if !opts.Verity {
+		return erofs.Write(io.Discard, root)
+	}
+	// What the digests are does not matter, but that they differ.
+	return erofs.WriteVerity(io.Discard, root, func(id content.ObjectID) verity.Digest { return verity.Digest{Sum: id.Sum} })
 }
 
 // Directories returns what the files of a layer occupy as directories of ext4 with inodes of 256 bytes.

@@ -103,7 +103,7 @@ func TestOf(t *testing.T) {
 		drafts = append(drafts, draft(t, b))
 	}
 	for _, f := range []content.Fidelity{content.Exact, content.Python} {
-		got, err := Of(t.Context(), f, drafts, []Chain{{0, 1}, {0, 2}, {0, 1}})
+		got, err := Of(t.Context(), Options{Fidelity: f}, drafts, []Chain{{0, 1}, {0, 2}, {0, 1}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -151,6 +151,23 @@ func TestOf(t *testing.T) {
 	}
 }
 
+// fs-verity costs a block for a small object and more for a large one, and a digest for each in the chain image.
+func TestOfVerity(t *testing.T) {
+	drafts := []layer.Draft{draft(t, builds(t)[1])}
+	plain, err := Of(t.Context(), Options{Fidelity: content.Python}, drafts, []Chain{{0}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Of(t.Context(), Options{Fidelity: content.Python, Verity: true}, drafts, []Chain{{0}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Three objects of 300,000, 5,000 and 9,016 bytes: a descriptor each, and a block of hashes each.
+	if more := got.Objects.Bytes - plain.Objects.Bytes; more != 6*4096 || got.Objects.Inodes != plain.Objects.Inodes || got.Trees != plain.Trees || got.ChainImages.Bytes < plain.ChainImages.Bytes {
+		t.Errorf("%d bytes more: %+v, %+v", more, plain, got)
+	}
+}
+
 // The second build adds one payload of bytecode under exact, and none under python.
 func TestOfPython(t *testing.T) {
 	var drafts []layer.Draft
@@ -158,7 +175,7 @@ func TestOfPython(t *testing.T) {
 		drafts = append(drafts, draft(t, b))
 	}
 	objects := func(f content.Fidelity, drafts ...layer.Draft) int64 {
-		s, err := Of(t.Context(), f, drafts, nil)
+		s, err := Of(t.Context(), Options{Fidelity: f}, drafts, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
