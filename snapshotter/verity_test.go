@@ -364,17 +364,17 @@ func TestVerityAfterRestore(t *testing.T) {
 	checkClean(t, s)
 }
 
-// A container's files are committed as they are, also where its upper directory holds files without bytes.
+// A container's files are committed as they are, also where its upper directory holds files without bytes, and large ones.
 func TestVerityCommit(t *testing.T) {
 	s := openVerity(t, verityRoot(t), VerityOn)
-	text := strings.Repeat("text", 5000)
+	text, large := strings.Repeat("text", 5000), strings.Repeat("large", 4<<20)
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": text}), nil)
 	mounts, err := s.Prepare(t.Context(), "container", name)
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
-		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"), []byte(text+"new"), 0o600))
+		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"), []byte(large), 0o600))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -382,7 +382,7 @@ func TestVerityCommit(t *testing.T) {
 	if err := s.Commit(t.Context(), "committed", "container"); err != nil {
 		t.Fatal(err)
 	}
-	if got := read(t, s, "committed", "file") + read(t, s, "committed", "new"); got != text+text+"new" {
+	if got := read(t, s, "committed", "file") + read(t, s, "committed", "new"); got != text+large {
 		t.Errorf("%d bytes", len(got))
 	}
 	checkClean(t, s)

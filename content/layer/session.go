@@ -246,7 +246,7 @@ func (ss *session) stage(e *content.Entry, r io.Reader) error {
 		}
 	}
 	if err == nil {
-		err = f.Chmod(0o400)
+		err = errors.Join(f.Chmod(0o400), f.Close()) // fs-verity is for files that nobody writes to
 	}
 	if err != nil {
 		return fmt.Errorf("stage payload: %w", err)
