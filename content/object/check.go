@@ -152,7 +152,10 @@ func (s *Store) verify(ctx context.Context, id content.ObjectID, buf *VerifyBuff
 	}
 	size, err := hashFile(ctx, id, fd, buf)
 	if err == nil && s.opts.Verity && !hashed && ctx.Err() == nil {
-		_, err = s.protect(id, fd)
+		// Where it cannot, on a full disk for instance, whoever needs it says so.
+		if _, perr := s.protect(id, fd); errors.Is(perr, ErrDamaged) {
+			err = perr
+		}
 	}
 	return size, err
 }

@@ -22,7 +22,8 @@ func (sh *shard) enable(file string) error {
 }
 
 // Digest returns fs-verity's digest of an object to which the caller holds a reference. added says that the object had none
-// before, so that its bytes were read with buf: it is not yet sure to survive a power cut then. What is damaged is bad from then on, and the error wraps ErrDamaged.
+// before, so that its bytes were read with buf: it is not yet sure to survive a power cut then. What is damaged is bad from then on, and
+// the error wraps ErrDamaged.
 //
 // Whoever replaces the object meanwhile puts the same bytes, and these have the same digest.
 func (s *Store) Digest(ctx context.Context, id content.ObjectID, buf func() *VerifyBuffer) (d verity.Digest, added bool, err error) {
