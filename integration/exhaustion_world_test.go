@@ -214,15 +214,21 @@ func (w *world) mountDisk(t *testing.T) {
 	t.Helper()
 	m := mount.Mount{Type: "ext4", Source: w.path, Options: []string{"loop", "errors=remount-ro"}}
 	must(t, m.Mount(w.n.DedupRoot()))
-	// A request that is written in part the loop driver takes for written: none may be more than one write to FUSE.
-	must(t, os.WriteFile(filepath.Join("/sys/block", w.device(t), "queue/max_sectors_kb"), []byte("512"), 0o600))
+	limitRequests(t, w.n.DedupRoot())
 }
 
-// device is the loop device, such as "loop0".
-func (w *world) device(t *testing.T) string {
+// limitRequests keeps each of the loop device's requests within one write to FUSE: the driver takes one that is written in part for
+// written.
+func limitRequests(t *testing.T, at string) {
+	t.Helper()
+	must(t, os.WriteFile(filepath.Join("/sys/block", device(t, at), "queue/max_sectors_kb"), []byte("512"), 0o600))
+}
+
+// device is the loop device of a file system, such as "loop0".
+func device(t *testing.T, at string) string {
 	t.Helper()
 	var st unix.Stat_t
-	must(t, unix.Stat(w.n.DedupRoot(), &st))
+	must(t, unix.Stat(at, &st))
 	path, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev)))
 	must(t, err)
 	return filepath.Base(path)
@@ -290,7 +296,7 @@ func (w *world) limitFiles(t *testing.T, more uint64) {
 // breakFileSystem lets the kernel find an error in the file system, and turn it read-only.
 func (w *world) breakFileSystem(t *testing.T) {
 	t.Helper()
-	trigger := filepath.Join("/sys/fs/ext4", w.device(t), "trigger_fs_error")
+	trigger := filepath.Join("/sys/fs/ext4", device(t, w.n.DedupRoot()), "trigger_fs_error")
 	if _, err := os.Stat(trigger); err != nil {
 		t.Skipf("this kernel cannot be told to find an error: %v", err)
 	}
