@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -231,8 +232,9 @@ func migratesAndGoesBack(t *testing.T, opts node.Options) {
 		"zstd:1":    push(t, r, "zstd:1", busyboxes[1], data),
 		"partial:1": push(t, r, "partial:1", busyboxes[0], other),
 	}
-	for _, ref := range refs {
-		pull(t, n, "overlayfs", ref)
+	// zstd comes last: containerd does not fetch a blob for a snapshot that is there.
+	for _, name := range slices.Sorted(maps.Keys(refs)) {
+		pull(t, n, "overlayfs", refs[name])
 	}
 	running, err := n.RunDetached(ctx, "overlayfs", refs["one:1"], "sh", "-c", reader)
 	must(t, err)
@@ -253,8 +255,12 @@ func migratesAndGoesBack(t *testing.T, opts node.Options) {
 	if m.Removed != 2 || m.Kept != 2 || m.RemovedBytes < 40_000 || snapshotsOf(t, n, "overlayfs") != 4 {
 		t.Errorf("dry run: %v, %+v", states, m)
 	}
+	// One image alone, as on a disk that has no room for all of them twice.
+	if states, m = migrate(t, n, false, "--remove-old", refs["two:1"]); len(states) != 1 || m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 {
+		t.Errorf("one image: %v, %+v", states, m)
+	}
 	states, m = migrate(t, n, false, "--remove-old")
-	if m.Removed != 2 || m.Kept != 2 || m.RemovedBytes < 40_000 || !slices.Equal(m.Containers, []string{node.Namespace + "/" + running}) {
+	if m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 || !slices.Equal(m.Containers, []string{node.Namespace + "/" + running}) {
 		t.Errorf("while a container runs: %v, %+v", states, m)
 	}
 	readsOn(t, n, pid)

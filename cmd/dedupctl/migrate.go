@@ -186,8 +186,11 @@ func writeMigration(w io.Writer, v Migration, undo, removeOld bool) {
 		fmt.Fprintf(w, "%s still has its snapshots: migrate --remove-old removes those that no container uses.\n", v.From)
 	}
 	if v.Kept > 0 {
-		fmt.Fprintf(w, "%s of %s stay, since containers use them: %s\n"+
-			"They go with the containers: make these anew, with the snapshotter %s.\n", plural(v.Kept, "snapshot", "snapshots"), v.From, some(v.Containers), v.To)
+		fmt.Fprintf(w, "%s of %s stay, which containers or other images use.\n", plural(v.Kept, "snapshot", "snapshots"), v.From)
+	}
+	if len(v.Containers) > 0 {
+		fmt.Fprintf(w, "On them lie %s: %s\nMake these anew, with the snapshotter %s; what they lie on goes with them.\n",
+			plural(int64(len(v.Containers)), "container", "containers"), some(v.Containers), v.To)
 	}
 	if !v.DryRun && !undo {
 		fmt.Fprintf(w, "New containers use %s where their client says so: docs/migrate.md has how.\n", v.To)

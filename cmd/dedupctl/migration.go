@@ -38,7 +38,7 @@ type Migration struct {
 	// Removed are the snapshots of From that went (in a dry run: that would go), with what From says they occupy.
 	Removed      int64 `json:"removed_snapshots"`
 	RemovedBytes int64 `json:"removed_bytes"`
-	// Kept are those of the migrated images that containers still use.
+	// Kept are those of the migrated images that containers or other images still use.
 	Kept       int64    `json:"kept_snapshots"`
 	Containers []string `json:"containers"` // namespace/id of those, or of a snapshot that belongs to none
 }
