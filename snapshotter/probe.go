@@ -94,6 +94,8 @@ func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
+	case errors.Is(errors.Join(f.Erofs, f.Upper, f.DataOnly), unix.ENOSPC):
+		return k, fmt.Errorf("probe: %w", errors.Join(f.Erofs, f.Upper, f.DataOnly))
 	case f.Erofs != nil:
 		return k, fmt.Errorf("the kernel does not mount EROFS (load it with `modprobe erofs`, or use a kernel with CONFIG_EROFS_FS; "+
 			"before Linux 6.12 loop devices are needed too): %w", f.Erofs)
@@ -240,6 +242,9 @@ func tryOverlay(dir, lower string, options []string, want []byte) (err error) {
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
 	if err := os.WriteFile(filepath.Join(paths["merged"], "new"), nil, 0o600); err != nil {
+		if full := os.Mkdir(filepath.Join(paths["upper"], "room"), 0o700); errors.Is(err, unix.EROFS) && full != nil {
+			err = full // overlayfs mounts read-only where it has no room for a directory of its own
+		}
 		return err
 	}
 	if want == nil {

@@ -91,7 +91,24 @@ const (
 )
 
 // New opens or creates the store below opts.Root and serves it. One process at a time may.
-func New(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
+func New(ctx context.Context, opts Options) (*Snapshotter, error) {
+	s, err := newSnapshotter(ctx, opts)
+	if !errors.Is(err, unix.ENOSPC) {
+		return s, err
+	}
+	// On a full disk nobody could remove images without a daemon: what can be built again goes first.
+	images, _ := filepath.Glob(filepath.Join(opts.Root, dirChains, "*"+imageSuffix))
+	for _, path := range images {
+		_ = os.Remove(path)
+	}
+	if len(images) == 0 {
+		return s, err
+	}
+	log.G(ctx).WithError(err).Warnf("the store does not open: removed %d chain images to make room", len(images))
+	return newSnapshotter(ctx, opts)
+}
+
+func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
