@@ -374,6 +374,9 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size in
 	s.step("ingest.renamed")
 	if s.opts.Durability == Strict {
 		if err := syncDir(s.path(dirLayers)); err != nil {
+			if old == nil {
+				err = errors.Join(err, os.Remove(s.treePath(id))) // what it names goes too
+			}
 			return false, fmt.Errorf("commit layer %s: %w", id, err)
 		}
 	}
