@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -311,6 +312,9 @@ func (c *soakClient) pick(ctx context.Context) (what string, err error) {
 	return "removals", c.remove(ctx, img)
 }
 
+// parentGone is what containerd's metadata store says; ours has other words.
+var parentGone = regexp.MustCompile(`parent snapshot sha256:[0-9a-f]{64} does not exist`)
+
 func (c *soakClient) any() soakImage { return c.have[c.r.IntN(len(c.have))] }
 
 func (c *soakClient) pull(ctx context.Context) error {
@@ -319,7 +323,13 @@ func (c *soakClient) pull(ctx context.Context) error {
 	if c.r.IntN(4) == 0 {
 		pull = c.s.n.PullLocal
 	}
-	if err := pull(ctx, node.Snapshotter, img.ref); err != nil {
+	err := pull(ctx, node.Snapshotter, img.ref)
+	// containerd's own race, with any snapshotter: a pull that finds a parent there does not hold it, and the garbage
+	// collection after an earlier removal may take it away before the next layer is prepared.
+	for tries := 0; tries < 3 && err != nil && parentGone.MatchString(err.Error()); tries++ {
+		err = pull(ctx, node.Snapshotter, img.ref)
+	}
+	if err != nil {
 		return err
 	}
 	if !slices.Contains(c.have, img) {
