@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -371,7 +372,7 @@ func TestDamagedChainImageIsBuiltAgain(t *testing.T) {
 	if err != nil || len(images) != 1 {
 		t.Fatal(images, err)
 	}
-	if err := os.WriteFile(images[0], []byte("not an image"), 0o600); err != nil {
+	if err := errors.Join(os.Remove(images[0]), os.WriteFile(images[0], []byte("not an image"), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, s, name, "a"); got != "text" {

@@ -2,6 +2,8 @@ package vm
 
 import (
 	"context"
+	"crypto/md5"
+	_ "embed"
 	"errors"
 	"fmt"
 	"os"
@@ -11,8 +13,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
+
+//go:embed containerd.sh
+var containerdScript string
 
 // kernelFor returns Debian's kernel, where DEDUP_VM asks for these tests: they download 100 MB and take minutes.
 func kernelFor(t *testing.T, suite string) Kernel {
@@ -36,20 +43,27 @@ func kernelFor(t *testing.T, suite string) Kernel {
 }
 
 // testBinary builds the tests of a package into one static program.
-func testBinary(ctx context.Context, t *testing.T, dir, pkg string) (name, path string) {
+func testBinary(t *testing.T, dir, pkg string) (name, path string) {
+	t.Helper()
+	name = strings.ReplaceAll(pkg, "/", "-") + ".test"
+	path = filepath.Join(dir, name)
+	build(t, path, "test", "-c", "./"+pkg)
+	return name, path
+}
+
+// build runs go build, or go test -c, for a static program.
+func build(t *testing.T, path string, args ...string) {
 	t.Helper()
 	root, err := node.ModuleRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
-	name = strings.ReplaceAll(pkg, "/", "-") + ".test"
-	path = filepath.Join(dir, name)
-	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-ldflags", "-s -w", "-o", path, "./"+pkg)
+	last := len(args) - 1
+	cmd := exec.CommandContext(t.Context(), "go", append(args[:last:last], "-ldflags", "-s -w", "-o", path, args[last])...)
 	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build the tests of %s: %v\n%s", pkg, err, out)
+		t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
 	}
-	return name, path
 }
 
 // The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower layers, and
@@ -78,7 +92,7 @@ func TestUnitTests(t *testing.T) {
 				opts.Output = os.Stderr
 			}
 			for _, pkg := range packages {
-				name, path := testBinary(t.Context(), t, built, pkg)
+				name, path := testBinary(t, built, pkg)
 				opts.Files[name] = path
 				opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.run '%s' -test.skip 'TestKilled|TestCrash'\n", pkg, name, row.tests)
 			}
@@ -97,5 +111,76 @@ func TestUnitTests(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// With a real containerd in front, an image is served with fs-verity, a payload that was exchanged is an error for whoever reads it, and
+// fsck heals it from containerd's content store.
+func TestContainerd(t *testing.T) {
+	opts := Options{Kernel: kernelFor(t, Trixie), Dir: t.TempDir(), FS: Ext4, Files: map[string]string{}, Script: containerdScript}
+	if testing.Verbose() {
+		opts.Output = os.Stderr
+	}
+	tools, err := node.Build(t.Context(), node.DefaultVersion, func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	built := t.TempDir()
+	for _, name := range []string{"containerd", "ctr"} {
+		opts.Files[name] = filepath.Join(tools.Dir, name)
+	}
+	for _, name := range []string{"containerd-dedup-grpc", "dedupctl"} {
+		opts.Files[name] = filepath.Join(built, name)
+		build(t, opts.Files[name], "build", "./cmd/"+name)
+	}
+	for _, name := range []string{"image.tar", "payload"} {
+		opts.Files[name] = filepath.Join(built, name)
+	}
+	payload := strings.Repeat("a line of the payload\n", 2000)
+	if err := os.WriteFile(opts.Files["payload"], []byte(payload), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	saveImage(t, opts.Files["image.tar"], image.File("payload", payload))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+	defer cancel()
+	out, err := Run(ctx, opts)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	var seen []string
+	for line := range strings.Lines(out) {
+		if state, ok := strings.CutPrefix(line, "payload: "); ok {
+			seen = append(seen, strings.TrimSpace(state))
+		}
+	}
+	if got := strings.Join(seen, ", "); got != "read, error, read" {
+		t.Errorf("the payload was: %s", got)
+	}
+	sum := fmt.Sprintf("%x  /payload\n", md5.Sum([]byte(payload)))
+	if n := strings.Count(out, sum); n != 2 || strings.Count(out, "  /payload\n") != n {
+		t.Errorf("the right bytes were read %d times", n)
+	}
+	if n := strings.Count(out, "\n+ mount -t overlay"); n != 3 || strings.Count(out, "verity=on") != n {
+		t.Errorf("%d mounts with verity=on", n)
+	}
+}
+
+// saveImage writes an image of busybox and these entries.
+func saveImage(t *testing.T, path string, entries ...image.Entry) {
+	t.Helper()
+	base, err := inputs.Busybox(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := image.FromEntries(t.TempDir(), image.LayerOptions{}, append(base, entries...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := image.New(image.Options{}, l)
+	if err == nil {
+		err = image.WriteLayout(path, "docker.io/test/image:1", img)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
