@@ -183,7 +183,7 @@ func (s *Store) Findings() (findings []Finding) {
 	}
 	for o, layers := range byObject {
 		path := filepath.Join(s.objects.Dir(), o.Path())
-		problem := "its bytes have another sha256 than its name says"
+		problem := "its bytes cannot be read, or have another sha256 than its name says"
 		if fi, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 			problem = "it is missing"
 		} else if err == nil && !fi.Mode().IsRegular() {
