@@ -36,6 +36,7 @@ type shortage struct {
 const (
 	opPull   = "pull"
 	opStart  = "start a container whose chain image is gone"
+	opKnown  = "start a container of an image that runs"
 	opCommit = "commit a container"
 	opRemove = "remove an image"
 	opGC     = "gc"
@@ -45,11 +46,15 @@ const (
 var shortages = []shortage{
 	{
 		name: "blocks", take: func(w *world, t *testing.T) { w.fill(t, 3<<20) }, rest: func(w *world, t *testing.T) { w.fill(t, 0) }, give: (*world).empty,
-		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull},
+		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull, opStart, opKnown},
 	},
 	{
 		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 100) }, rest: func(w *world, t *testing.T) { w.fillInodes(t, 0) }, give: (*world).empty,
-		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull, opStart},
+		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull, opStart, opKnown},
+	},
+	{
+		name: "inodes of the run directory", take: (*world).fillRun, give: func(w *world, t *testing.T) { must(t, os.RemoveAll(filepath.Join(w.run, "fillers"))) },
+		says: []string{"no space left on device (free space or inodes on the file system of /"}, fails: []string{opStart},
 	},
 	{
 		name: "open files", take: func(w *world, t *testing.T) { w.limitFiles(t, 3) }, rest: func(w *world, t *testing.T) { w.limitFiles(t, 0) },
@@ -180,6 +185,9 @@ func (w *world) operations(t *testing.T) []operation {
 		{opPull, func() (string, error) { return "", n.Pull(ctx, node.Snapshotter, w.refs["next"]) }},
 		{opStart, func() (string, error) {
 			return n.Run(ctx, node.Snapshotter, w.refs["start"], "sh", "-c", readsStart)
+		}},
+		{opKnown, func() (string, error) {
+			return n.Run(ctx, node.Snapshotter, w.refs["known"], "sh", "-c", `test "$(wc -c < /data/a)" = 9000`)
 		}},
 		{opCommit, func() (string, error) {
 			if _, err := sn.Stat(ctx, "committed"); err != nil {

@@ -30,6 +30,7 @@ type world struct {
 	ctx  context.Context
 	disk *faultyDisk
 	path string // of the loop device's file
+	run  string // the daemon's run directory, on a tmpfs
 	refs map[string]string
 	want map[string]rootfs.Tree
 	// container is the running one; it writes to rounds.
@@ -47,7 +48,10 @@ func newWorld(t *testing.T, s shortage) *world {
 	ctx := namespaces.WithNamespace(testContext(t), node.Namespace)
 	w := &world{ctx: ctx, refs: map[string]string{}, want: map[string]rootfs.Tree{}}
 	w.makeDisk(t, s.inodes)
-	w.n = startNode(t, node.Options{Daemon: map[string]any{"reserve_space": "0", "reserve_inodes": "0"}})
+	w.run = t.TempDir()
+	w.mountRun(t)
+	t.Cleanup(func() { must(t, node.UnmountBelow(w.run)) })
+	w.n = startNode(t, node.Options{Daemon: map[string]any{"reserve_space": "0", "reserve_inodes": "0", "run_dir": w.run}})
 	w.mountDisk(t)
 	must(t, w.n.StartDaemon(ctx))
 
@@ -127,7 +131,8 @@ func (w *world) reboot(t *testing.T) {
 	_, err = task.Delete(w.ctx, client.WithProcessKill)
 	must(t, err)
 	must(t, w.n.KillDaemon())
-	must(t, node.UnmountBelow(w.n.Dir()))
+	must(t, errors.Join(node.UnmountBelow(w.run), node.UnmountBelow(w.n.Dir())))
+	w.mountRun(t)
 	out, err := exec.Command("e2fsck", "-f", "-p", w.path).CombinedOutput()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() > 1 {
 		t.Fatalf("e2fsck: %v\n%s", err, out)
@@ -210,6 +215,26 @@ func (w *world) makeDisk(t *testing.T, inodes int) {
 		}
 	})
 	w.path = path
+}
+
+// mountRun puts a small tmpfs where the daemon mounts chain images.
+func (w *world) mountRun(t *testing.T) {
+	t.Helper()
+	must(t, unix.Mount("tmpfs", w.run, "tmpfs", 0, "mode=0700,size=1m,nr_inodes=100"))
+}
+
+// fillRun leaves no inode in the run directory.
+func (w *world) fillRun(t *testing.T) {
+	t.Helper()
+	dir := filepath.Join(w.run, "fillers")
+	must(t, os.Mkdir(dir, 0o700))
+	for i := 0; ; i++ {
+		err := os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), nil, 0o600)
+		if errors.Is(err, unix.ENOSPC) {
+			return
+		}
+		must(t, err)
+	}
 }
 
 // mountDisk puts the disk where the daemon's store is; the node unmounts it.

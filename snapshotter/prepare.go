@@ -72,6 +72,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}()
 	s.step("prepare.recorded")
 	if kind == snapshots.KindActive {
+		if err := s.checkRoom(); err != nil && !isExtraction(key, labels) {
+			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+		}
 		if err := s.makeDirs(id); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
@@ -100,6 +103,20 @@ func (s *Snapshotter) restoreDirs(id string, l lower) error {
 		err = copyRoot(l.dir, s.upper(id))
 	}
 	return err
+}
+
+// checkRoom refuses a snapshot on a full disk. The kernel mounts an overlay read-only when it has no room for a directory of its
+// own, and the container fails far from here.
+func (s *Snapshotter) checkRoom() error {
+	const bytes, inodes = 64 << 10, 8
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.opts.Root, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", s.opts.Root, err)
+	}
+	if st.Bfree*uint64(st.Bsize) < bytes || st.Files > 0 && st.Ffree < inodes {
+		return fmt.Errorf("%s has %d bytes and %d inodes free: %w", s.opts.Root, st.Bfree*uint64(st.Bsize), st.Ffree, unix.ENOSPC)
+	}
+	return nil
 }
 
 // makeDirs creates what an overlay mount writes to.
