@@ -42,7 +42,7 @@ func TestFullDiskAtRandom(t *testing.T) {
 	f.open(false)
 	rounds := 20
 	if os.Getenv("DEDUP_LONG") != "" {
-		rounds = 1000
+		rounds = 300
 	}
 	for range rounds {
 		f.fill()
