@@ -303,8 +303,7 @@ func (c *soakClient) pick(ctx context.Context) (what string, err error) {
 	case n < 9:
 		return "commits", c.commit(ctx, c.any())
 	case n < 10:
-		_, err := c.s.n.Ctr(ctx, "content", "prune", "references")
-		return "garbage collections", err
+		return "garbage collections", c.s.collect(ctx)
 	}
 	at := c.r.IntN(len(c.have))
 	img := c.have[at]
@@ -426,10 +425,16 @@ func (s *soak) removeAll(ctx context.Context) error {
 			return nil
 		}))
 	}
-	// A lease that goes collects garbage, at once.
+	return errors.Join(append(errs, s.collect(ctx))...)
+}
+
+// collect collects garbage: a lease that goes does so.
+func (s *soak) collect(ctx context.Context) error {
 	lease, err := s.client.LeasesService().Create(ctx, leases.WithRandomID())
-	errs = append(errs, err, s.client.LeasesService().Delete(ctx, lease, leases.SynchronousDelete))
-	return errors.Join(errs...)
+	if err != nil {
+		return err
+	}
+	return s.client.LeasesService().Delete(ctx, lease, leases.SynchronousDelete)
 }
 
 func ignoreNotFound(err error) error {
