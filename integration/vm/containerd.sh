@@ -11,6 +11,10 @@ version = 3
 root = "/data/containerd-root"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
 imports = ["/data/containerd-dedup.toml"]
+# Nothing holds the views below, and it would collect them.
+[plugins."io.containerd.gc.v1.scheduler"]
+  startup_delay = "1h"
+  schedule_delay = "1h"
 END
 ./dedupctl config containerd --containerd-version 2.4.2 > containerd-dedup.toml
 ./containerd-dedup-grpc --config dedup.toml > dedup.log 2>&1 &
