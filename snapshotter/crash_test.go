@@ -27,6 +27,9 @@ import (
 // that was committed byte for byte, and holds nothing else. DEDUP_LONG=1 kills 2,000 times.
 func TestKilledAtAnyMoment(t *testing.T) {
 	needRoot(t)
+	if raceDetector {
+		t.Skip("runs without the race detector")
+	}
 	kills := 25
 	if os.Getenv("DEDUP_LONG") != "" {
 		kills = 2000

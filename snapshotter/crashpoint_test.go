@@ -25,6 +25,9 @@ import (
 // was committed byte for byte, verifies, and holds nothing else. A step that the work does not come by fails the test.
 func TestKilledAtEveryStep(t *testing.T) {
 	needRoot(t)
+	if raceDetector {
+		t.Skip("runs without the race detector")
+	}
 	counts := crashSteps(t, t.TempDir(), "", 0, nil)
 	for _, name := range stepNames {
 		if counts[name] == 0 {

@@ -1,0 +1,5 @@
+//go:build !race
+
+package snapshotter
+
+const raceDetector = false
