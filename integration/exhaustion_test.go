@@ -59,7 +59,7 @@ var shortages = []shortage{
 	{
 		name: "open files", take: func(w *world, t *testing.T) { w.limitFiles(t, 3) }, rest: func(w *world, t *testing.T) { w.limitFiles(t, 0) },
 		give: func(w *world, t *testing.T) { w.limitFiles(t, 1<<16) },
-		says: []string{"too many open files (the daemon for "}, fails: []string{opPull}, silent: []string{opGC, opRepair},
+		says: []string{"too many open files (the daemon for "}, fails: []string{opStart}, silent: []string{opGC, opRepair},
 	},
 	{
 		name: "read-only", take: (*world).breakFileSystem, give: func(*world, *testing.T) {}, reboot: true,

@@ -116,7 +116,15 @@ func (s *Snapshotter) checkRoom() error {
 	if st.Bfree*uint64(st.Bsize) < bytes || st.Files > 0 && st.Ffree < inodes {
 		return fmt.Errorf("%s has %d bytes and %d inodes free: %w", s.opts.Root, st.Bfree*uint64(st.Bsize), st.Ffree, unix.ENOSPC)
 	}
-	return nil
+	// What a file system keeps for itself is free to statfs alone.
+	fd, err := unix.Open(s.path(dirSnapshots), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		err = errors.Join(unix.Fallocate(fd, 0, 0, bytes), unix.Close(fd))
+	}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%s has no %d bytes left: %w", s.opts.Root, bytes, err)
+	}
+	return nil // what else may be wrong is found by who needs it
 }
 
 // makeDirs creates what an overlay mount writes to.
