@@ -30,7 +30,21 @@ const (
 	aheadWindow = 4
 	// arrivalWait is how long after a Prepare its blob may take to be on its way.
 	arrivalWait = 5 * time.Second
+	// arrivalPatience is how long a blob has to be on its way before it is read while it arrives. That costs a hash of it, and its
+	// bytes come through the daemon: one that is there in a moment is better read as a file.
+	arrivalPatience = 250 * time.Millisecond
 )
+
+// arrivals are blobs that are on their way, and since when that is known.
+type arrivals map[digest.Digest]time.Time
+
+// slow reports whether a blob that is on its way has been for long enough.
+func (a arrivals) slow(d digest.Digest) bool {
+	if a[d].IsZero() {
+		a[d] = time.Now()
+	}
+	return time.Since(a[d]) > arrivalPatience
+}
 
 // ahead holds the runs, one for each manifest.
 type ahead struct {
@@ -68,13 +82,15 @@ func (a *Applier) missed(ctx context.Context, namespace string, chain content.Ch
 			log.G(ctx).WithError(err).Debug("look for the image of a layer")
 			return
 		}
+		seen := arrivals{}
 		for until := time.Now().Add(arrivalWait); len(images) > 0 && time.Now().Before(until); {
 			for _, img := range images {
 				key := runKey{namespace, img.Manifest}
 				if a.ahead.running(key) {
 					return
 				}
-				if _, ok := a.blobs.Arriving(ctx, img.Layers[img.At], func() {}); ok {
+				first := img.Layers[img.At]
+				if _, ok := a.blobs.Arriving(ctx, first, func() {}); ok && seen.slow(first.Digest) {
 					a.ahead.mu.Lock()
 					defer a.ahead.mu.Unlock()
 					a.startRun(ctx, key, img.Layers[img.At:])
@@ -136,13 +152,13 @@ func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Des
 }
 
 // next returns the first of the layers whose blob is there or on its way, without it, and its place; -1 when there is none.
-func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, progress func()) (layer.Blob, int) {
+func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, seen arrivals, progress func()) (layer.Blob, int) {
 	for i := range min(aheadWindow, len(layers)) {
 		if blob, err := a.blobs.Blob(ctx, layers[i]); err == nil {
 			blob.Ahead = true
 			return blob, i
 		}
-		if blob, ok := a.blobs.Arriving(ctx, layers[i], progress); ok {
+		if blob, ok := a.blobs.Arriving(ctx, layers[i], progress); ok && seen.slow(layers[i].Digest) {
 			return blob, i
 		}
 	}
@@ -156,7 +172,8 @@ func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor, pro
 		wg    sync.WaitGroup
 		mu    sync.Mutex // guards held
 		held  []content.LayerID
-		slots = make(chan struct{}, runtime.GOMAXPROCS(0))
+		seen  = arrivals{}
+		slots = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))
 	)
 	defer func() {
 		wg.Wait()
@@ -171,7 +188,7 @@ func (a *Applier) runAhead(ctx context.Context, layers []ocispec.Descriptor, pro
 		var blob layer.Blob
 		at := -1
 		for at < 0 {
-			if blob, at = a.next(ctx, layers, progress); at >= 0 {
+			if blob, at = a.next(ctx, layers, seen, progress); at >= 0 {
 				break
 			}
 			select {
