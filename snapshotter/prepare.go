@@ -53,6 +53,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 // create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
 // parent stays while the chain image is built.
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (_ []mount.Mount, err error) {
+	extraction := isExtraction(key, labels)
 	var id string
 	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		sn, err := storage.CreateSnapshot(ctx, kind, key, parent, snapshots.WithLabels(labels))
@@ -72,15 +73,17 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}()
 	s.step("prepare.recorded")
 	if kind == snapshots.KindActive {
-		if err := s.checkRoom(); err != nil && !isExtraction(key, labels) {
-			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+		if !extraction {
+			if err := s.checkRoom(); err != nil {
+				return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+			}
 		}
 		if err := s.makeDirs(id); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
 	s.step("prepare.made")
-	lower, err := s.lower(ctx, id, parent, isExtraction(key, labels))
+	lower, err := s.lower(ctx, id, parent, extraction)
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}

@@ -50,11 +50,7 @@ func Add(all ...layer.Usage) (sum layer.Usage) {
 	return sum
 }
 
-const blockSize = 4096
-
-func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1) }
-
-func file(size int64) layer.Usage { return layer.Usage{Bytes: blocks(size), Inodes: 1} }
+func file(size int64) layer.Usage { return layer.Usage{Bytes: content.Blocks(size), Inodes: 1} }
 
 // Options are the settings of the store.
 type Options struct {
@@ -95,7 +91,7 @@ func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain)
 		shards[id.Sum[0]]++
 	}
 	const idLen = 2 * len(content.Sum{})
-	s.Directories = layer.Usage{Bytes: blockSize, Inodes: 1} // objects/
+	s.Directories = layer.Usage{Bytes: content.BlockSize, Inodes: 1} // objects/
 	for _, n := range shards {
 		s.Directories = Add(s.Directories, layer.Usage{Bytes: directory(n, n*dirent(idLen-2)), Inodes: 1})
 	}
@@ -187,10 +183,10 @@ func Directories(d layer.Draft) (u layer.Usage, err error) {
 		case content.Dir:
 			bytes = directory(children[e.Path].n, children[e.Path].bytes)
 		case content.Regular:
-			bytes = blocks(e.Size)
+			bytes = content.Blocks(e.Size)
 		case content.Symlink:
 			if len(e.Target) >= fastSymlink {
-				bytes = blockSize
+				bytes = content.BlockSize
 			}
 		}
 		u = Add(u, layer.Usage{Bytes: bytes + xattrs(e.Xattrs), Inodes: 1})
@@ -213,7 +209,7 @@ func xattrs(list []content.Xattr) int64 {
 	if len(list) == 0 || need <= inlineXattrs {
 		return 0
 	}
-	return blockSize
+	return content.BlockSize
 }
 
 // dirent is the length of a directory entry of ext4, in bytes.
@@ -222,12 +218,12 @@ func dirent(name int) int { return (8 + name + 3) &^ 3 }
 // directory is what a directory with n entries of so many bytes together occupies. Beyond one block it is a tree of
 // hashes, whose leaves are split in halves: ln 2 of them is used on average.
 func directory(n, bytes int) int64 {
-	const room = blockSize - 12 // a checksum ends each block
+	const room = content.BlockSize - 12 // a checksum ends each block
 	if bytes+dirent(1)+dirent(2) <= room {
-		return blockSize
+		return content.BlockSize
 	}
 	leaves := math.Round(float64(bytes) / (room * math.Ln2))
-	return blockSize * (1 + int64(max(2, leaves)))
+	return content.BlockSize * (1 + int64(max(2, leaves)))
 }
 
 // Prefix is a directory of images in whose files, all below it included, there are duplicates.
@@ -267,7 +263,7 @@ func Duplicates(drafts []layer.Draft, copies []int) (top []Prefix, all Prefix, e
 				more--
 			}
 			if more > 0 {
-				root.add(e.Path, more, more*blocks(e.Size))
+				root.add(e.Path, more, more*content.Blocks(e.Size))
 			}
 		}
 	}

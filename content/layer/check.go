@@ -99,7 +99,7 @@ func (s *Store) checkTrees(ctx context.Context, read func(int64)) error {
 			return fmt.Errorf("verify layer %s: %w", l.ID, s.explain(err))
 		}
 		if fi, err := os.Stat(s.treePath(l.ID)); err == nil {
-			read(blocks(fi.Size()))
+			read(content.Blocks(fi.Size()))
 		}
 	}
 	return nil
@@ -163,7 +163,7 @@ func (s *Store) verifyObjects(ctx context.Context, ids []content.ObjectID, read 
 				if err != nil && !errors.Is(err, object.ErrDamaged) {
 					return err
 				}
-				read(blocks(n))
+				read(content.Blocks(n))
 			}
 		})
 	}
@@ -212,22 +212,15 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 		}
 		s.mu.Unlock()
 		if !known && err == nil {
-			findings = append(findings, Finding{Kind: Orphan, Path: s.path(dirLayers, f.Name()), Problem: "no snapshot uses this layer", Bytes: blocks(fi.Size())})
+			findings = append(findings, Finding{Kind: Orphan, Path: s.path(dirLayers, f.Name()), Problem: "no snapshot uses this layer", Bytes: content.Blocks(fi.Size())})
 		}
 	}
 	if s.uncounted() {
 		return findings, nil // an object that a damaged tree names looks like an orphan
 	}
-	paths, _, err := s.objects.Orphans(ctx, false)
-	for _, path := range paths {
-		f := Finding{Kind: Orphan, Path: path, Problem: "no layer names this object"}
-		if fi, err := os.Lstat(path); err == nil {
-			f.Bytes = blocks(fi.Size())
-		}
-		findings = append(findings, f)
-	}
-	if err == nil && remove {
-		_, _, err = s.objects.Orphans(ctx, true)
+	objects, err := s.objects.Orphans(ctx, remove)
+	for _, o := range objects {
+		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer names this object", Bytes: o.Bytes})
 	}
 	return findings, err
 }

@@ -327,7 +327,7 @@ func TestOrphans(t *testing.T) {
 		var paths []string
 		for _, f := range found {
 			paths = append(paths, f.Path)
-			if f.Kind != Orphan || f.Bytes != blockSize {
+			if f.Kind != Orphan || f.Bytes != content.BlockSize {
 				t.Errorf("%+v", f)
 			}
 		}

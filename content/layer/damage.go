@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -162,32 +163,25 @@ func (s *Store) verifyTree(id content.LayerID) ([]content.ObjectID, error) {
 
 // blame takes every layer out of service that names a bad object.
 func (s *Store) blame(ctx context.Context) {
-	bad := map[content.ObjectID]bool{}
-	for _, id := range s.objects.Bad() {
-		bad[id] = true
-	}
-	if len(bad) == 0 {
+	if !s.objects.AnyBad() {
 		return
 	}
 	s.mu.RLock()
-	ids := make([]content.LayerID, 0, len(s.layers))
-	for id := range s.layers {
-		ids = append(ids, id)
-	}
+	ids := slices.Collect(maps.Keys(s.layers))
 	s.mu.RUnlock()
 	for _, id := range ids {
-		s.blameOne(ctx, id, func(o content.ObjectID) bool { return bad[o] })
+		s.blameOne(ctx, id)
 	}
 }
 
-func (s *Store) blameOne(ctx context.Context, id content.LayerID, bad func(content.ObjectID) bool) {
+func (s *Store) blameOne(ctx context.Context, id content.LayerID) {
 	_, objects, err := tree.ReadFacts(s.treePath(id), id)
 	if err != nil {
 		return // found by whoever reads the tree
 	}
 	var d Damage
 	for _, o := range objects {
-		if bad(o) {
+		if s.objects.IsBad(o) {
 			d.Objects = append(d.Objects, o)
 		}
 	}
@@ -201,7 +195,7 @@ func (s *Store) blameOne(ctx context.Context, id content.LayerID, bad func(conte
 // recheck looks at a layer that came in while objects were found to be bad.
 func (s *Store) recheck(ctx context.Context, id content.LayerID) {
 	if s.objects.AnyBad() {
-		s.blameOne(ctx, id, s.objects.IsBad)
+		s.blameOne(ctx, id)
 		s.saveDamaged(ctx)
 	}
 }

@@ -328,7 +328,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	if err != nil {
 		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
 	}
-	used.Bytes += blocks(int64(len(file)))
+	used.Bytes += content.Blocks(int64(len(file)))
 	used.Inodes++
 	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
 	if file, err = tree.WithFacts(file, facts); err != nil {

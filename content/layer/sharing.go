@@ -78,7 +78,7 @@ func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
 				if set != 0 && sh.sets[set].layer == int32(i) {
 					continue
 				}
-				size := blocks(f.Size) // PycCanonical has the same length
+				size := content.Blocks(f.Size) // PycCanonical has the same length
 				if set != 0 {
 					sh.sets[set].objects--
 					sh.sets[set].bytes -= size

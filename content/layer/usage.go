@@ -6,19 +6,14 @@ import "github.com/dedup-snapshotter/dedup-snapshotter/content"
 // whole of what the store occupies, which is known exactly, is divided among the uses of its layers, in
 // proportion to the layers' sizes. The sum over all uses is what the disk holds, at any time.
 
-// blockSize is what the size of a file is rounded up to, to tell what it occupies.
-const blockSize = 4096
-
-func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1) }
-
 // weight is a layer's part in the division; an empty one still has a tree.
-func (st *state) weight() int64 { return st.facts.Bytes + blockSize }
+func (st *state) weight() int64 { return st.facts.Bytes + content.BlockSize }
 
 // setFile notes the size of a layer's tree file, 0 for one that is gone. Under mu.
 func (s *Store) setFile(st *state, size int64) {
 	for _, sign := range []int64{-1, 1} {
 		if sign > 0 {
-			st.file = blocks(size)
+			st.file = content.Blocks(size)
 		}
 		if st.file > 0 {
 			s.trees.Bytes += sign * st.file

@@ -273,29 +273,34 @@ func (s *Store) sweepShard(i int, remove bool) (removed int, err error) {
 	return removed, nil
 }
 
+// OrphanFile is a file that is no object which anything names, and what it occupies.
+type OrphanFile struct {
+	Path  string
+	Bytes int64
+}
+
 // Orphans looks for files that are no object which anything names, and removes them if asked to. Others may put and
 // take objects meanwhile.
-func (s *Store) Orphans(ctx context.Context, remove bool) (paths []string, bytes int64, err error) {
+func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, err error) {
 	for i := range s.shards {
 		if ctx.Err() != nil {
-			return paths, bytes, context.Cause(ctx)
+			return found, context.Cause(ctx)
 		}
 		names, err := s.names(i)
 		if err != nil {
-			return paths, bytes, fmt.Errorf("look for orphans: %w", err)
+			return found, fmt.Errorf("look for orphans: %w", err)
 		}
 		for _, file := range names {
 			size, err := s.orphan(i, file, remove)
 			if err != nil {
-				return paths, bytes, fmt.Errorf("remove orphan %s: %w", filepath.Join(s.sub(i), file), err)
+				return found, fmt.Errorf("remove orphan %s: %w", filepath.Join(s.sub(i), file), err)
 			}
 			if size >= 0 {
-				paths = append(paths, filepath.Join(s.sub(i), file))
-				bytes += blocks(size)
+				found = append(found, OrphanFile{filepath.Join(s.sub(i), file), content.Blocks(size)})
 			}
 		}
 	}
-	return paths, bytes, nil
+	return found, nil
 }
 
 // orphan returns the size of a file that is none of ours, -1 for any other.

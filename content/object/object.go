@@ -62,11 +62,6 @@ type Store struct {
 	freedBytes, freed atomic.Int64
 }
 
-// blockSize is what a payload's size is rounded up to, to tell what it occupies.
-const blockSize = 4096
-
-func blocks(size int64) int64 { return (size + blockSize - 1) &^ (blockSize - 1) }
-
 // Used returns what the objects occupy: bytes, rounded up to blocks, and inodes.
 func (s *Store) Used() (bytes, inodes int64) { return s.bytes.Load(), s.inodes.Load() }
 
@@ -262,9 +257,9 @@ func (s *Store) Occupies(size int64) int64 { return s.occupies(size, s.opts.Veri
 
 func (s *Store) occupies(size int64, hashed bool) int64 {
 	if hashed && !s.aside {
-		return blocks(size) + verity.Space(size)
+		return content.Blocks(size) + verity.Space(size)
 	}
-	return blocks(size)
+	return content.Blocks(size)
 }
 
 // write creates an object under its final name: a crash leaves at worst a file that

@@ -75,15 +75,14 @@ func (a *ahead) close() {
 
 // missed starts the run for an image that is being pulled: one of whose layers is on its way right now.
 func (a *Applier) missed(ctx context.Context, namespace string, chain content.ChainID) {
+	images := a.blobs.Above(namespace, chain) // Prepare has just asked containerd for them
+	if len(images) == 0 {
+		return
+	}
 	ctx = namespaces.WithNamespace(a.ahead.ctx, namespace)
 	a.ahead.wg.Go(func() {
-		images, err := a.blobs.Above(ctx, chain)
-		if err != nil {
-			log.G(ctx).WithError(err).Debug("look for the image of a layer")
-			return
-		}
 		seen := arrivals{}
-		for until := time.Now().Add(arrivalWait); len(images) > 0 && time.Now().Before(until); {
+		for until := time.Now().Add(arrivalWait); time.Now().Before(until); {
 			for _, img := range images {
 				key := runKey{namespace, img.Manifest}
 				if a.ahead.running(key) {

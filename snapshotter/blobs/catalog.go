@@ -259,8 +259,7 @@ func (g *graph) leasedChains() (chains []content.ChainID) {
 }
 
 func readNode(info ctdcontent.Info, plugins []string) *node {
-	const block = 4096
-	n := &node{size: (info.Size + block - 1) &^ (block - 1)}
+	n := &node{size: content.Blocks(info.Size)}
 	for key, value := range info.Labels {
 		rest, isRef := strings.CutPrefix(key, labelContent)
 		name, isSnapshot := strings.CutPrefix(key, labelSnapshot)

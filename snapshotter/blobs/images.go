@@ -151,13 +151,13 @@ func (s *Store) With(ctx context.Context, blob digest.Digest) ([]*Image, error) 
 	return im.blob(blob), nil
 }
 
-// Above returns the images of the caller's namespace that have a chain, each with the place of the layer that ends it.
-func (s *Store) Above(ctx context.Context, chain content.ChainID) (found []Part, err error) {
-	places, err := s.places(ctx, chain)
-	for _, p := range places {
+// Above returns the images of a namespace that have a chain, each with the place of the layer that ends it, from what has been
+// looked up before, without asking containerd.
+func (s *Store) Above(namespace string, chain content.ChainID) (found []Part) {
+	for _, p := range s.imagesOf(namespace).chain(chain) {
 		found = append(found, Part{p.image, p.i})
 	}
-	return found, err
+	return found
 }
 
 // Part is an image from one of its layers upwards.
