@@ -31,10 +31,10 @@
 //	<root>/
 //	  format                     layout version
 //	  metadata.db                snapshots (owned by package snapshotter)
-//	  index.db                   diffID -> layer, payload digest -> layers; rebuildable
 //	  objects/<2 hex>/<62 hex>   payloads
 //	  layers/<64 hex>            trees
 //	  chains/<64 hex>.erofs      chain images; a cache
 //	  snapshots/<id>/{fs,work}   active snapshots
 //	  ingest/                    staging; emptied at start
+//	  lost+found/<id>            active snapshots of which metadata.db had lost the record
 package content

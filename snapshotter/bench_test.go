@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -198,23 +197,27 @@ func mustDiff(b *testing.B, blob []byte) content.Sum {
 }
 
 // Verifying metadata.db of a node with many snapshots, as every start does.
-func BenchmarkCheckBolt(b *testing.B) {
+func BenchmarkCheckMetadata(b *testing.B) {
 	path := filepath.Join(b.TempDir(), "metadata.db")
-	ms, err := storage.NewMetaStore(path)
+	if err := createMetadata(path); err != nil {
+		b.Fatal(err)
+	}
+	db, err := openMetadata(b.Context(), path)
 	if err != nil {
 		b.Fatal(err)
 	}
-	err = ms.WithTransaction(b.Context(), true, func(ctx context.Context) error {
+	defer db.close()
+	err = db.update(b.Context(), func(ctx context.Context) error {
 		for i := range 10000 {
 			ref := digest.FromString(fmt.Sprint(i))
 			labels := map[string]string{labelRef: ref.String(), labelLayer: ref.Encoded(), labelNamespace: "default"}
-			if _, err := storage.CreateSnapshot(ctx, snapshots.KindView, ref.String(), "", snapshots.WithLabels(labels)); err != nil {
+			if _, err := createSnapshot(ctx, snapshots.KindView, ref.String(), "", labels); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	if err = errors.Join(err, ms.Close()); err != nil {
+	if err != nil {
 		b.Fatal(err)
 	}
 	for b.Loop() {
@@ -222,6 +225,10 @@ func BenchmarkCheckBolt(b *testing.B) {
 		if err == nil {
 			_, err = checkBolt(data)
 		}
+		err = errors.Join(err, db.view(b.Context(), func(ctx context.Context) error {
+			_, err := checkLinks(ctx)
+			return err
+		}))
 		if err != nil {
 			b.Fatal(err)
 		}

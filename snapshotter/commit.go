@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
@@ -38,7 +37,7 @@ func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upp
 	if !ok {
 		return "", false, nil
 	}
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err = s.db.view(ctx, func(ctx context.Context) error {
 		key, info, err := s.activeByID(ctx, idOfUpper(upper))
 		ok = err == nil && isExtraction(key, info.Labels)
 		return err
@@ -53,7 +52,7 @@ func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upp
 // activeByID finds an active snapshot. In a transaction.
 func (s *Snapshotter) activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
 	for _, key := range s.ids.get(id) {
-		have, info, _, err := storage.GetInfo(ctx, key)
+		have, info, _, err := getInfo(ctx, key)
 		switch {
 		case errdefs.IsNotFound(err):
 		case err != nil:
@@ -85,7 +84,7 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	defer s.explain(&err)
 	id := idOfUpper(upper)
 	var old snapshots.Info
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		var key string
 		if key, old, err = s.activeByID(ctx, id); err != nil {
 			return err
@@ -123,8 +122,8 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	var id string
 	var active snapshots.Info
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		id, active, _, err = storage.GetInfo(ctx, key)
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		id, active, _, err = getInfo(ctx, key)
 		return err
 	})
 	if err != nil {
@@ -151,16 +150,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		usage = snapshots.Usage(du)
 	}
 	labels[labelNamespace], _ = namespaces.Namespace(ctx)
-	commitOpts := []snapshots.Opt{snapshots.WithLabels(labels)}
-	if base.Parent != "" {
-		commitOpts = append(commitOpts, snapshots.WithParent(base.Parent))
-	}
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.db.update(ctx, func(ctx context.Context) error {
 		if ref := labels[labelRef]; ref != "" {
 			s.refs.add(ref, name)
 		}
-		_, err := storage.CommitActive(ctx, key, name, usage, commitOpts...)
-		return err
+		return commitActive(ctx, key, name, base.Parent, usage, labels)
 	})
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q as %q: %w", key, name, err)
@@ -257,15 +251,14 @@ type ingestJob struct {
 // resumeIngests goes on where the last process stopped.
 func (s *Snapshotter) resumeIngests(ctx context.Context) error {
 	var pending []pendingSnapshot
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	err := s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
 			if info.Labels[labelPending] != "" {
-				id, _, _, err := storage.GetInfo(ctx, info.Name)
 				pending = append(pending, pendingSnapshot{id, info.Name})
-				return err
 			}
 			return nil
 		})
+		return err
 	})
 	for _, p := range pending {
 		s.startIngest(p)
@@ -316,8 +309,8 @@ func (s *Snapshotter) awaitIngest(ctx context.Context, p pendingSnapshot) error 
 func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	var id string
 	var info snapshots.Info
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		id, info, _, err = storage.GetInfo(ctx, p.name)
+	err := s.db.view(ctx, func(ctx context.Context) (err error) {
+		id, info, _, err = getInfo(ctx, p.name)
 		return err
 	})
 	switch {
@@ -335,7 +328,7 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	s.step("pending.ingested")
 	s.countIngest(doorCommit, in)
 	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.db.update(ctx, func(ctx context.Context) error {
 		return setPrivate(ctx, p.name, id, labels)
 	})
 	if err != nil {

@@ -331,7 +331,10 @@ type crashChild struct {
 }
 
 func (c *crashChild) step(ctx context.Context) error {
+	const many = 60 // so that a long test does as much at its end as at its beginning
 	switch n := c.r.IntN(10); {
+	case n < 5 && len(c.names) > many:
+		return c.remove(ctx)
 	case n < 4:
 		return c.pull(ctx)
 	case n < 6:

@@ -47,20 +47,24 @@ func createFormat(path string) error {
 	return create(path, func(path string) error { return os.WriteFile(path, []byte(layoutVersion), 0o600) })
 }
 
-// createMetadata makes an empty metadata.db with all that storage needs in it: one without is none of ours.
+// createMetadata makes an empty metadata.db with all that storage and the sum of seals need in it: one without is none of ours.
 func createMetadata(path string) error {
 	return create(path, func(path string) error {
 		ms, err := storage.NewMetaStore(path)
 		if err != nil {
 			return err
 		}
-		err = ms.WithTransaction(context.Background(), true, func(ctx context.Context) error {
-			if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, "first", ""); err != nil {
+		m := &metaDB{ms}
+		err = m.update(context.Background(), func(ctx context.Context) error {
+			if _, err := txOf(ctx).CreateBucket(bucketOurs); err != nil {
 				return err
 			}
-			_, _, err := storage.Remove(ctx, "first")
+			if _, err := createSnapshot(ctx, snapshots.KindActive, "first", "", nil); err != nil {
+				return err
+			}
+			_, _, err := removeSnapshot(ctx, "first")
 			return err
 		})
-		return errors.Join(err, ms.Close())
+		return errors.Join(err, m.close())
 	})
 }

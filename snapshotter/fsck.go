@@ -9,9 +9,9 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -90,7 +90,7 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 	for _, f := range stored {
 		found = append(found, s.judge(ctx, f, broken))
 	}
-	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile, s.checkPending, s.checkStrays} {
+	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile, s.checkRecords, s.checkPending, s.checkStrays} {
 		more, err := check(ctx, opts)
 		if err != nil {
 			return nil, err
@@ -144,13 +144,14 @@ func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[con
 
 // snapshotsOf returns the names of the committed snapshots that stand for any of the layers, sorted.
 func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
 			if id, ok := layerOf(info); ok && slices.Contains(layers, id) {
 				names = append(names, info.Name)
 			}
 			return nil
 		})
+		return err
 	})
 	slices.Sort(names)
 	return names, err
@@ -159,8 +160,8 @@ func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID)
 // committedChains returns the layers of every committed snapshot, by chain image.
 func (s *Snapshotter) committedChains(ctx context.Context) (map[chainName][]content.LayerID, error) {
 	all := map[chainName][]content.LayerID{}
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	err := s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
 			if info.Kind != snapshots.KindCommitted {
 				return nil
 			}
@@ -168,8 +169,12 @@ func (s *Snapshotter) committedChains(ctx context.Context) (map[chainName][]cont
 			if err == nil && pending == nil {
 				all[s.chains.name(chain)] = chain
 			}
+			if errors.Is(err, errRecord) {
+				return nil
+			}
 			return err
 		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read metadata.db: %w", err)
@@ -285,41 +290,182 @@ func (c *chains) rebuild(ctx context.Context, chain []content.LayerID) error {
 	return errors.Join(c.unmount(n), c.mountImage(n))
 }
 
-// checkMetadataFile verifies metadata.db as it is on the disk, or in the page cache.
-func (s *Snapshotter) checkMetadataFile(ctx context.Context, _ CheckOptions) ([]Finding, error) {
-	var data []byte
+// checkMetadataFile verifies that the disk has the metadata.db that the daemon works with, and its structure.
+func (s *Snapshotter) checkMetadataFile(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	path := s.path("metadata.db")
+	finding := func(problem, hint string) *Finding {
+		found = append(found, Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: path, Problem: problem}, Hint: hint})
+		return &found[len(found)-1]
+	}
 	// Nobody else writes during a writable transaction.
-	err := s.ms.WithTransaction(ctx, true, func(context.Context) (err error) {
-		data, err = os.ReadFile(s.path("metadata.db"))
-		return errors.Join(err, errUnchanged)
+	err = s.db.update(ctx, func(context.Context) error {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if _, err := checkBolt(data); err != nil {
+			finding(err.Error(), "stop the daemon and put metadata.db back from a backup, or set another root and pull the images again")
+			return errUnchanged
+		}
+		problem := compareWithDisk(path, data)
+		if problem == "" {
+			return errUnchanged
+		}
+		f := finding(problem+"; the daemon still has it whole", "`dedupctl fsck --repair` writes it again; do not stop the daemon before")
+		if opts.Repair {
+			if err := writeAgain(path, data); err != nil {
+				return fmt.Errorf("write it again: %w", err)
+			}
+			f.Fixed, f.Hint = true, "look after the disk"
+		}
+		return errUnchanged
 	})
-	if !errors.Is(err, errUnchanged) || data == nil {
+	if !errors.Is(err, errUnchanged) {
 		return nil, fmt.Errorf("read metadata.db: %w", err)
 	}
-	if _, err = checkBolt(data); err == nil {
-		return nil, nil
-	}
-	return []Finding{{
-		Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: err.Error()},
-		Hint:    "stop the daemon and put metadata.db back from a backup, or set another root and pull the images again",
-	}}, nil
+	return found, nil
 }
 
 // errUnchanged ends a transaction without a write: a disk may have no room for one.
 var errUnchanged = errors.New("nothing was changed")
 
+// compareWithDisk tells where a file on the disk is not what the page cache has of it. A file system that cannot tell is
+// believed.
+func compareWithDisk(path string, cached []byte) (problem string) {
+	const step = 1 << 20
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer unix.Close(fd)
+	buf, err := unix.Mmap(-1, 0, step, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // as aligned as disks want it
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = unix.Munmap(buf) }()
+	for at := 0; at < len(cached); at += step {
+		want := cached[at:min(at+step, len(cached))]
+		n, err := unix.Pread(fd, buf, int64(at))
+		switch {
+		case errors.Is(err, unix.EINVAL):
+			return ""
+		case err != nil:
+			return fmt.Sprintf("the disk cannot read it from byte %d on: %v", at, err)
+		case n < len(want):
+			return fmt.Sprintf("it ends at byte %d on the disk", at+n)
+		}
+		for i := range want {
+			if buf[i] != want[i] {
+				return fmt.Sprintf("it is another one on the disk, from byte %d on", at+i)
+			}
+		}
+	}
+	return ""
+}
+
+// writeAgain writes a file's bytes over themselves.
+func writeAgain(path string, data []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(data, 0)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// checkRecords verifies what metadata.db says.
+func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	finding := func(problem, hint string, snapshots ...string) *Finding {
+		f := Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: problem}, Snapshots: snapshots, Hint: hint}
+		found = append(found, f)
+		return &found[len(found)-1]
+	}
+	var d damage
+	var linked string
+	below := map[string][]string{} // children, by parent
+	all := map[string]bool{"": true}
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		d, err = walkAll(ctx, func(_ string, info snapshots.Info) error {
+			below[info.Parent] = append(below[info.Parent], info.Name)
+			all[info.Name] = true
+			return nil
+		})
+		if err == nil && !d.any() {
+			linked, err = checkLinks(ctx)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	withAbove := func(harmed ...string) []string {
+		for i := 0; i < len(harmed); i++ {
+			harmed = append(harmed, below[harmed[i]]...)
+		}
+		return harmed
+	}
+	var orphans []string // whose parents are gone
+	for parent, names := range below {
+		if !all[parent] && !slices.Contains(d.records, parent) {
+			orphans = append(orphans, withAbove(names...)...)
+		}
+	}
+	slices.Sort(orphans)
+	for _, name := range d.records {
+		harmed := append(withAbove(name), orphans...)
+		finding(fmt.Sprintf("the record of snapshot %q is not what was written", name),
+			"remove the images and containers that it harms, then `dedupctl fsck --repair`, and pull them again", harmed...)
+	}
+	if d.lost {
+		f := finding("records of snapshots are lost", "nothing is removed for being unused until `dedupctl fsck --repair`", orphans...)
+		if opts.Repair {
+			if err := s.giveUpLost(ctx); err != nil {
+				return nil, fmt.Errorf("repair metadata.db: %w", err)
+			}
+			f.Fixed, f.Hint = true, "what containers without a record wrote lies in "+s.path(dirLost)+": remove that when you have looked"
+		}
+	}
+	if linked != "" {
+		f := finding(linked, "`dedupctl fsck --repair` makes it anew")
+		if opts.Repair {
+			if err := s.db.update(ctx, makeLinks); err != nil {
+				return nil, fmt.Errorf("repair metadata.db: %w", err)
+			}
+			f.Fixed, f.Hint = true, ""
+		}
+	}
+	return found, nil
+}
+
+// giveUpLost takes the records that there are for all, and puts the directories that none of them names aside.
+func (s *Snapshotter) giveUpLost(ctx context.Context) error {
+	if err := s.db.update(ctx, resum); err != nil {
+		return err
+	}
+	stray, err := s.strays(ctx)
+	if err != nil {
+		return err
+	}
+	for _, dir := range stray.dirs {
+		if strings.HasPrefix(dir, goingPrefix) {
+			continue
+		}
+		err = errors.Join(err, os.MkdirAll(s.path(dirLost), 0o700), os.Rename(s.path(dirSnapshots, dir), s.path(dirLost, dir)))
+	}
+	return err
+}
+
 // checkPending looks for committed snapshots whose directory could not be ingested.
 func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
 	var pending []pendingSnapshot
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
-			if info.Labels[labelPending] == "" {
-				return nil
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
+			if info.Labels[labelPending] != "" {
+				pending = append(pending, pendingSnapshot{id, info.Name})
 			}
-			id, _, _, err := storage.GetInfo(ctx, info.Name)
-			pending = append(pending, pendingSnapshot{id, info.Name})
-			return err
+			return nil
 		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read metadata.db: %w", err)

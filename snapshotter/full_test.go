@@ -22,20 +22,12 @@ import (
 // again. Whatever fails says what to free; whatever worked is there; removing always works; and nothing else is left.
 func TestFullDiskAtRandom(t *testing.T) {
 	needRoot(t)
-	dir := t.TempDir()
-	file, at := filepath.Join(dir, "disk"), filepath.Join(dir, "at")
-	for _, args := range [][]string{
-		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at}, {"mount", "-o", "loop", file, at},
-	} {
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			t.Skipf("%v: %v\n%s", args, err, out)
-		}
-	}
+	_, at := smallDisk(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	f := &fullDisk{t: t, at: at, root: filepath.Join(at, "root"), r: rand.New(rand.NewPCG(seed, 1)), have: map[string]string{}}
 	t.Cleanup(func() {
-		if err := errors.Join(stop(f.s), unix.Unmount(at, 0)); err != nil {
+		if err := stop(f.s); err != nil {
 			t.Error(err)
 		}
 	})
@@ -72,6 +64,26 @@ func TestFullDiskAtRandom(t *testing.T) {
 	if f.failed == 0 || f.worked == 0 {
 		t.Error("the disk was always full, or never")
 	}
+}
+
+// smallDisk mounts a file system of 32 MiB with 3000 inodes, that lies in a file, until the test ends.
+func smallDisk(t *testing.T) (file, at string) {
+	t.Helper()
+	dir := t.TempDir()
+	file, at = filepath.Join(dir, "disk"), filepath.Join(dir, "at")
+	for _, args := range [][]string{
+		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at}, {"mount", "-o", "loop", file, at},
+	} {
+		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Skipf("%v: %v\n%s", args, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(at, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return file, at
 }
 
 // fullDisk is a store on a disk that is full now and then. have maps the names of committed snapshots to the content of the one file of each.

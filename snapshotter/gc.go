@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
@@ -191,6 +189,7 @@ type strays struct {
 func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	used := map[string]bool{}
 	chainsUsed := map[chainName]bool{}
+	var damaged damage
 	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
 	if err != nil {
 		return stray, fmt.Errorf("list snapshot directories: %w", err)
@@ -199,20 +198,10 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	if err != nil {
 		return stray, err
 	}
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		ids, err := storage.IDMap(ctx)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return err
-		}
-		for id, key := range ids {
-			_, info, _, err := storage.GetInfo(ctx, key)
-			if err != nil {
-				return err
-			}
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		damaged, err = walkAll(ctx, func(id string, info snapshots.Info) error {
 			// A layer needs no directory once it is stored; a crash right after may have left it.
 			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
-		}
-		return walkAll(ctx, func(info snapshots.Info) error {
 			name := info.Name
 			if info.Kind != snapshots.KindCommitted {
 				name = info.Parent
@@ -221,11 +210,19 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 			if err == nil && pending == nil {
 				chainsUsed[s.chains.name(chain)] = true
 			}
+			if errors.Is(err, errRecord) {
+				return nil
+			}
 			return err
 		})
+		return err
 	})
 	if err != nil {
 		return stray, fmt.Errorf("read metadata.db: %w", err)
+	}
+	if damaged.any() {
+		log.G(ctx).Warn("metadata.db is damaged: until it is repaired (`dedupctl fsck --repair`) nothing is removed for being unused")
+		return stray, nil
 	}
 	for _, d := range dirs {
 		if !used[d.Name()] {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 
@@ -15,6 +16,13 @@ import (
 type ImageRef struct {
 	Namespace string
 	Chains    []content.ChainID
+}
+
+// Keeps tells whether a snapshot's name is of one that the image keeps, not of one below it.
+func (r ImageRef) Keeps(name string) bool {
+	namespace, _, _ := strings.Cut(name, "/")
+	chain, ok := chainOfName(name)
+	return ok && namespace == r.Namespace && slices.Contains(r.Chains, chain)
 }
 
 // ImageUsage is what an image means for the disk. Sizes are of objects, trees and chain images.
@@ -95,8 +103,8 @@ func (s *Snapshotter) snapshotGraph(ctx context.Context) (*snapshotGraph, error)
 	g := &snapshotGraph{byPlace: map[chainPlace][]*snapshotNode{}}
 	byName := map[string]*snapshotNode{}
 	parents := map[*snapshotNode]string{}
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	err := s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
 			n := &snapshotNode{kind: info.Kind}
 			n.layer, _ = layerOf(info)
 			if chain, ok := chainOfName(info.Name); ok && n.kind == snapshots.KindCommitted {
@@ -107,6 +115,7 @@ func (s *Snapshotter) snapshotGraph(ctx context.Context) (*snapshotGraph, error)
 			byName[info.Name], parents[n] = n, info.Parent
 			return nil
 		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read metadata.db: %w", err)

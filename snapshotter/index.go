@@ -2,12 +2,13 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/filters"
 	"github.com/containerd/errdefs"
 )
@@ -53,41 +54,48 @@ func (x *index) get(key string) []string {
 // refFilter is how the filters begin by which containerd looks for the snapshot that answers a hit.
 var refFilter = regexp.MustCompile(`^labels\."containerd\.io/snapshot\.ref"=="?(sha256:[0-9a-f]{64})"?(?:,|$)`)
 
-// walk is walkAll that reads only what can match, where all filters name a target. In a transaction.
+// walk walks the snapshots that match any of the filters. It reads only what can match, where all of them name a target. Of a
+// damaged one only the name counts, so that containerd's garbage collector finds it. In a transaction.
 func (s *Snapshotter) walk(ctx context.Context, fn func(snapshots.Info) error, fs ...string) error {
-	var names []string
-	for _, f := range fs {
-		m := refFilter.FindStringSubmatch(f)
-		if m == nil {
-			return walkAll(ctx, fn, fs...)
-		}
-		names = append(names, s.refs.get(m[1])...)
-	}
-	if len(fs) == 0 {
-		return walkAll(ctx, fn)
-	}
 	filter, err := filters.ParseAll(fs...)
 	if err != nil {
 		return err
 	}
-	seen := map[string]bool{}
-	for _, name := range names {
-		if seen[name] {
+	some, ok := s.candidates(fs)
+	if !ok {
+		some = names(ctx)
+	}
+	for _, name := range some {
+		_, info, _, err := getInfo(ctx, name)
+		switch {
+		case errors.Is(err, errRecord):
+			info = snapshots.Info{Name: name}
+		case errdefs.IsNotFound(err):
+			continue
+		case err != nil:
+			return err
+		}
+		if !filter.Match(adapt(info)) {
 			continue
 		}
-		seen[name] = true
-		_, info, _, err := storage.GetInfo(ctx, name)
-		if errdefs.IsNotFound(err) {
-			continue
-		}
-		if err == nil && filter.Match(adapt(info)) {
-			err = fn(info)
-		}
-		if err != nil {
+		if err := fn(info); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// candidates returns the names that filters can match, when all of these name a target.
+func (s *Snapshotter) candidates(fs []string) (some []string, ok bool) {
+	for _, f := range fs {
+		m := refFilter.FindStringSubmatch(f)
+		if m == nil {
+			return nil, false
+		}
+		some = append(some, s.refs.get(m[1])...)
+	}
+	slices.Sort(some)
+	return slices.Compact(some), len(fs) > 0
 }
 
 // adapt gives a filter the fields that containerd's own snapshotters have.

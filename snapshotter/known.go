@@ -9,7 +9,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -200,16 +199,15 @@ func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, label
 	labels[labelLayer] = in.Layer.Hex()
 	labels[labelNamespace] = ns
 	name := hitName(ns, parent, target)
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
+	err := s.db.update(ctx, func(ctx context.Context) error {
+		if _, _, _, err := getInfo(ctx, name); err == nil {
 			return errdefs.ErrAlreadyExists // served before, to the same namespace
 		}
-		if _, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, parent); err != nil {
+		if _, err := createSnapshot(ctx, snapshots.KindActive, key, parent, nil); err != nil {
 			return err
 		}
 		s.refs.add(target, name)
-		_, err := storage.CommitActive(ctx, key, name, snapshots.Usage{}, snapshots.WithLabels(labels))
-		return err
+		return commitActive(ctx, key, name, "", snapshots.Usage{}, labels)
 	})
 	if err != nil {
 		s.layers.Release(in.Layer)
@@ -237,9 +235,8 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 	labels[labelLayer] = in.Layer.Hex()
 	labels[labelStaged] = "true"
 	var id string
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		sn, err := storage.CreateSnapshot(ctx, snapshots.KindActive, key, "", snapshots.WithLabels(labels))
-		if id = sn.ID; err == nil {
+	err := s.db.update(ctx, func(ctx context.Context) (err error) {
+		if id, err = createSnapshot(ctx, snapshots.KindActive, key, "", labels); err == nil {
 			s.ids.add(id, key)
 		}
 		return err

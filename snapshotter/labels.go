@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -24,8 +23,10 @@ const (
 	labelPending = labelPrefix + "pending"
 	// labelNamespace is the containerd namespace of the client who committed the snapshot.
 	labelNamespace = labelPrefix + "namespace"
-	// labelUpdated is when a client last changed the snapshot, where we have changed it since.
+	// labelUpdated is when a client last changed the snapshot; we change it after that.
 	labelUpdated = labelPrefix + "updated"
+	// labelSeal is a checksum of all else that is stored of the snapshot.
+	labelSeal = labelPrefix + "seal"
 
 	// Labels that containerd sends (2.3 and newer: the last two).
 	labelRef         = "containerd.io/snapshot.ref"
@@ -77,27 +78,21 @@ func layerOf(info snapshots.Info) (content.LayerID, bool) {
 // setPrivate replaces private labels of the stored snapshot that has both key and id; an empty value
 // clears one. In a writable transaction.
 func setPrivate(ctx context.Context, key, id string, private map[string]string) error {
-	have, info, _, err := storage.GetInfo(ctx, key)
+	have, info, _, err := getInfo(ctx, key)
 	if err != nil {
 		return err
 	}
 	if have != id {
 		return fmt.Errorf("snapshot %q was replaced: %w", key, errdefs.ErrNotFound)
 	}
-	labels := maps.Clone(info.Labels)
-	if labels == nil {
-		labels = map[string]string{}
-	}
+	old := info
+	info.Labels = maps.Clone(info.Labels)
 	for k, v := range private {
-		if labels[k] = v; v == "" {
-			delete(labels, k)
+		if info.Labels[k] = v; v == "" {
+			delete(info.Labels, k)
 		}
 	}
-	if labels[labelUpdated] == "" {
-		labels[labelUpdated] = info.Updated.Format(time.RFC3339Nano)
-	}
-	info.Labels = labels
-	_, err = storage.UpdateInfo(ctx, info, "labels")
+	_, err = updateInfo(ctx, old, info, "labels")
 	return err
 }
 

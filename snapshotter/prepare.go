@@ -8,7 +8,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
@@ -55,9 +54,8 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (_ []mount.Mount, err error) {
 	extraction := isExtraction(key, labels)
 	var id string
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		sn, err := storage.CreateSnapshot(ctx, kind, key, parent, snapshots.WithLabels(labels))
-		if id = sn.ID; err == nil {
+	err = s.db.update(ctx, func(ctx context.Context) (err error) {
+		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
 			s.ids.add(id, key)
 		}
 		return err
@@ -185,8 +183,8 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		id, info, _, err = storage.GetInfo(ctx, key)
+	err = s.db.view(ctx, func(ctx context.Context) (err error) {
+		id, info, _, err = getInfo(ctx, key)
 		return err
 	})
 	if err != nil {

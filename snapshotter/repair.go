@@ -62,8 +62,8 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 // origins returns where the blobs of layers may be.
 func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
 	all := map[content.LayerID][]origin{}
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	err := s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
 			id, ok := layerOf(info)
 			if _, damaged := layers[id]; !ok || !damaged || info.Labels[labelNamespace] == "" {
 				return nil
@@ -75,6 +75,7 @@ func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]la
 			}
 			return nil
 		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read metadata.db: %w", err)

@@ -12,12 +12,9 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/continuity/fs"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -51,7 +48,7 @@ type Options struct {
 type Snapshotter struct {
 	opts   Options
 	lock   *os.File
-	ms     *storage.MetaStore
+	db     *metaDB
 	layers *layer.Store
 	chains *chains
 	kernel kernel
@@ -83,11 +80,14 @@ type Snapshotter struct {
 
 const (
 	// layoutVersion is the version of the layout on disk. An unknown one is refused.
-	layoutVersion = "2\n"
+	layoutVersion = "3\n"
 	dirSnapshots  = "snapshots"
 	dirChains     = "chains"
 	dirEmpty      = "empty"
 	dirIngest     = "ingest"
+	dirLost       = "lost+found"
+	// goingPrefix begins the names of snapshot directories that are being removed.
+	goingPrefix = "rm-"
 )
 
 // New opens or creates the store below opts.Root and serves it. One process at a time may.
@@ -144,8 +144,8 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.checkMetadata(ctx); err != nil {
 		return nil, err
 	}
-	if s.ms, err = storage.NewMetaStore(s.path("metadata.db")); err != nil {
-		return nil, fmt.Errorf("open metadata.db: %w", err)
+	if err := s.openMetadata(ctx); err != nil {
+		return nil, err
 	}
 	if err := s.openStores(ctx); err != nil {
 		return nil, err
@@ -237,24 +237,35 @@ func (s *Snapshotter) checkMetadata(ctx context.Context) error {
 	if back {
 		log.G(ctx).Warnf("%s is damaged: its last change is lost, and the one before counts", path)
 	}
-	if ours, err := holdsSnapshots(path); err != nil || !ours {
-		return errors.Join(err, s.refuseData("is another program's"))
-	}
 	return nil
 }
 
-// holdsSnapshots tells whether a bolt file has the buckets of containerd's storage package, which takes them for granted.
-func holdsSnapshots(path string) (ours bool, err error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true})
-	if err != nil {
-		return false, fmt.Errorf("open %s: %w", path, err)
+// openMetadata opens what checkMetadata has found to be whole in structure. Damaged records are left alone: the snapshots that they
+// speak of do not work, others do.
+func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
+	s.db, err = openMetadata(ctx, s.path("metadata.db"))
+	if errors.Is(err, errOthers) {
+		if err := s.refuseData("is another program's"); err != nil {
+			return err
+		}
 	}
-	err = db.View(func(tx *bbolt.Tx) error {
-		v1 := tx.Bucket([]byte("v1"))
-		ours = v1 != nil && v1.Bucket([]byte("snapshots")) != nil && v1.Bucket([]byte("parents")) != nil
-		return nil
+	if err != nil {
+		return fmt.Errorf("open %s: %w", s.path("metadata.db"), err)
+	}
+	found, err := s.checkRecords(ctx, CheckOptions{})
+	for _, f := range found {
+		log.G(ctx).Errorf("%s: %s: %s", f.Path, f.Problem, f.Hint)
+	}
+	if err != nil || len(found) == 0 {
+		return err
+	}
+	// Without its links storage would remove a parent before its children.
+	return s.db.update(ctx, func(ctx context.Context) error {
+		if d, err := walkAll(ctx, ignoreRecord); err != nil || d.any() {
+			return err
+		}
+		return makeLinks(ctx)
 	})
-	return ours, errors.Join(err, db.Close())
 }
 
 // refuseData returns an error when the store holds data.
@@ -275,8 +286,9 @@ func (s *Snapshotter) refuseData(problem string) error {
 // their users.
 func (s *Snapshotter) openStores(ctx context.Context) error {
 	var live []content.LayerID
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	var damaged damage
+	err := s.db.view(ctx, func(ctx context.Context) (err error) {
+		damaged, err = walkAll(ctx, func(_ string, info snapshots.Info) error {
 			id, ok := layerOf(info)
 			if ok {
 				live = append(live, id)
@@ -288,12 +300,13 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 			}
 			return nil
 		})
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("read metadata.db: %w", err)
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
-		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability,
+		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: damaged.any(),
 		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
 	}, live)
 	if err != nil {
@@ -307,14 +320,10 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	if s.layers.Verity() {
 		s.chains.digests = s.layers.Digests
 	}
-	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return walkAll(ctx, func(info snapshots.Info) error {
+	return s.db.view(ctx, func(ctx context.Context) error {
+		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
 			if info.Kind == snapshots.KindCommitted {
 				return nil
-			}
-			id, _, _, err := storage.GetInfo(ctx, info.Name)
-			if err != nil {
-				return err
 			}
 			s.ids.add(id, info.Name)
 			if info.Parent == "" {
@@ -324,25 +333,20 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 			if err == nil && pending == nil {
 				s.chains.use(s.chains.name(chain), id)
 			}
+			if errors.Is(err, errRecord) {
+				return nil // it says so when it is asked for
+			}
 			return err
 		})
+		return err
 	})
-}
-
-// walkAll walks the snapshots that match any of the filters; an empty store has none. In a
-// transaction.
-func walkAll(ctx context.Context, fn func(snapshots.Info) error, filters ...string) error {
-	if _, err := storage.IDMap(ctx); errdefs.IsNotFound(err) {
-		return nil
-	}
-	return storage.WalkInfo(ctx, func(_ context.Context, info snapshots.Info) error { return fn(info) }, filters...)
 }
 
 // chainOf returns the layers of a committed snapshot and all below it, base first, or one
 // that is pending. In a transaction.
 func chainOf(ctx context.Context, name string) (chain []content.LayerID, pending *pendingSnapshot, err error) {
 	for name != "" {
-		id, info, _, err := storage.GetInfo(ctx, name)
+		id, info, _, err := getInfo(ctx, name)
 		if err != nil {
 			return nil, nil, fmt.Errorf("snapshot %q: %w", name, err)
 		}
@@ -362,7 +366,7 @@ func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.Layer
 	for {
 		var chain []content.LayerID
 		var pending *pendingSnapshot
-		err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		err := s.db.view(ctx, func(ctx context.Context) (err error) {
 			chain, pending, err = chainOf(ctx, name)
 			return err
 		})
@@ -377,8 +381,8 @@ func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.Layer
 
 // Stat returns the info of a snapshot.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		_, info, _, err = storage.GetInfo(ctx, key)
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		_, info, _, err = getInfo(ctx, key)
 		return err
 	})
 	return visible(info), err
@@ -390,17 +394,17 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	if err := checkUpdate(fieldpaths); err != nil {
 		return out, err
 	}
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		_, old, _, err := storage.GetInfo(ctx, info.Name)
+	err = s.db.update(ctx, func(ctx context.Context) error {
+		_, old, _, err := getInfo(ctx, info.Name)
 		if err != nil {
 			return err
 		}
 		info.Labels = withPrivate(info.Labels, old.Labels)
 		delete(info.Labels, labelUpdated) // the client's own update counts from now on
-		if len(fieldpaths) > 0 && old.Labels[labelUpdated] != "" {
+		if len(fieldpaths) > 0 {
 			fieldpaths = append(slices.Clone(fieldpaths), "labels."+labelUpdated)
 		}
-		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		out, err = updateInfo(ctx, old, info, fieldpaths...)
 		if ref := out.Labels[labelRef]; err == nil && out.Kind == snapshots.KindCommitted && ref != "" {
 			s.refs.add(ref, info.Name) // the old one goes with the next start: readers look again
 		}
@@ -416,8 +420,8 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		id, info, usage, err = storage.GetInfo(ctx, key)
+	err = s.db.view(ctx, func(ctx context.Context) error {
+		id, info, usage, err = getInfo(ctx, key)
 		return err
 	})
 	if err != nil {
@@ -451,7 +455,7 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	// fn may call back into the snapshotter (and does, in containerd's garbage collector), so it
 	// runs outside of the transaction.
 	var infos []snapshots.Info
-	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+	err := s.db.view(ctx, func(ctx context.Context) error {
 		return s.walk(ctx, func(info snapshots.Info) error {
 			if own == "" || info.Labels[labelNamespace] == own {
 				infos = append(infos, info)
@@ -475,12 +479,10 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
-		if _, info, _, err = storage.GetInfo(ctx, key); err != nil {
-			return err
+	err = s.db.update(ctx, func(ctx context.Context) (err error) {
+		if id, info, err = removeSnapshot(ctx, key); err == nil {
+			s.refs.remove(info.Labels[labelRef], key)
 		}
-		s.refs.remove(info.Labels[labelRef], key)
-		id, _, err = storage.Remove(ctx, key)
 		return err
 	})
 	if err != nil {
@@ -490,6 +492,9 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 		return fmt.Errorf("remove snapshot %q: %w", key, err)
 	}
 	s.step("remove.recorded")
+	if id == "" { // what it said belongs to it may be another one's
+		return nil
+	}
 	s.ids.remove(id, key)
 	s.cancelBuild(key)
 	if lid, ok := layerOf(info); ok {
@@ -521,7 +526,7 @@ func (s *Snapshotter) unuse(ctx context.Context, id string) {
 
 // discard takes a snapshot's directory out of sight and deletes it in the background.
 func (s *Snapshotter) discard(ctx context.Context, id string) error {
-	gone := s.path(dirSnapshots, "rm-"+id)
+	gone := s.path(dirSnapshots, goingPrefix+id)
 	err := os.Rename(s.path(dirSnapshots, id), gone)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -564,8 +569,8 @@ func (s *Snapshotter) Close() (err error) {
 		if s.layers != nil {
 			err = errors.Join(err, s.layers.Close())
 		}
-		if s.ms != nil {
-			err = errors.Join(err, s.ms.Close())
+		if s.db != nil {
+			err = errors.Join(err, s.db.close())
 		}
 		if s.lock != nil {
 			err = errors.Join(err, s.lock.Close())

@@ -58,6 +58,8 @@ type Options struct {
 	Durability Durability
 	// Verity gives objects fs-verity; the file system must have it (verity.Probe).
 	Verity bool
+	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
+	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.

@@ -21,7 +21,7 @@ import (
 
 // Open opens or creates the store below opts.Root. live names every layer that a
 // snapshot refers to, once per reference: each gets one hold, every other layer is
-// removed. What an unclean stop may have damaged is found here; live layers that are damaged are out of service.
+// removed unless opts say otherwise. What an unclean stop may have damaged is found here; live layers that are damaged are out of service.
 func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, err error) {
 	s, err := newStore(opts)
 	if err != nil {
@@ -166,6 +166,9 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 	for _, d := range dir {
 		sum, err := content.ParseSum(d.Name())
 		id := content.LayerID{Sum: sum}
+		if err == nil && holds[id] == 0 && s.opts.KeepUnnamed {
+			holds[id] = 1
+		}
 		if err != nil || holds[id] == 0 {
 			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
 				return nil, false, fmt.Errorf("remove unused layer: %w", err)

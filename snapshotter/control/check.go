@@ -72,7 +72,7 @@ func (s *Server) findings(ctx context.Context, found []snapshotter.Finding) []*d
 			Hint: f.Hint, Bytes: f.Bytes, Snapshots: f.Snapshots,
 		}
 		for _, img := range images {
-			if slices.ContainsFunc(f.Harmed(), func(id content.LayerID) bool { return slices.Contains(img.layers, id) }) {
+			if img.has(f) {
 				m.Images = append(m.Images, img.names)
 			}
 		}
@@ -84,7 +84,14 @@ func (s *Server) findings(ctx context.Context, found []snapshotter.Finding) []*d
 // imageLayers is an image of containerd with what it consists of.
 type imageLayers struct {
 	names  *dedupv1.ImageNames
+	ref    snapshotter.ImageRef
 	layers []content.LayerID
+}
+
+// has tells whether a finding concerns the image.
+func (i imageLayers) has(f snapshotter.Finding) bool {
+	return slices.ContainsFunc(f.Harmed(), func(id content.LayerID) bool { return slices.Contains(i.layers, id) }) ||
+		slices.ContainsFunc(f.Snapshots, i.ref.Keeps)
 }
 
 func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
@@ -102,7 +109,7 @@ func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
 	}
 	out := make([]imageLayers, len(images))
 	for i, img := range images {
-		out[i] = imageLayers{&dedupv1.ImageNames{Namespace: img.Namespace, Names: img.Names}, layers[i]}
+		out[i] = imageLayers{&dedupv1.ImageNames{Namespace: img.Namespace, Names: img.Names}, refs[i], layers[i]}
 	}
 	return out, nil
 }
