@@ -63,9 +63,11 @@ func (s *soak) loops(t *testing.T) (found []string) {
 
 // soakSample is what the daemon needs when its store is empty.
 type soakSample struct {
-	pid                    int
-	files, goroutines, rss float64
-	disk                   rootfs.Used
+	pid               int
+	files, goroutines float64
+	rss               float64
+	target            float64 // of the heap at which it is collected next: twice what was in use the last time
+	disk              rootfs.Used
 }
 
 func (s *soak) sample(t *testing.T) soakSample {
@@ -79,20 +81,22 @@ func (s *soak) sample(t *testing.T) soakSample {
 	return soakSample{
 		pid:   pids[len(pids)-1],
 		files: m.sum("process_open_fds"), goroutines: m.sum("go_goroutines"), rss: m.sum("process_resident_memory_bytes"),
-		disk: used,
+		target: m.sum("go_memstats_next_gc_bytes"), disk: used,
 	}
 }
 
 func (s soakSample) String() string {
-	return fmt.Sprintf("%.0f open files, %.0f goroutines, %.0f MB of memory, %d KB and %d inodes on the disk",
-		s.files, s.goroutines, s.rss/(1<<20), s.disk.Bytes>>10, s.disk.Inodes)
+	return fmt.Sprintf("%.0f open files, %.0f goroutines, %.0f MB of memory, %.1f MB of heap before the next collection, %d KB and %d inodes on the disk",
+		s.files, s.goroutines, s.rss/(1<<20), s.target/(1<<20), s.disk.Bytes>>10, s.disk.Inodes)
 }
 
 // noGrowth compares the last rounds with the first: the daemon is the same, and the store was empty each time.
 func (s *soak) noGrowth(t *testing.T) {
 	t.Helper()
 	first, last := s.samples[0], s.samples[len(s.samples)-1]
-	t.Logf("first %v; last %v", first, last)
+	for i, at := range s.samples {
+		t.Logf("calm round %d: %v", i, at)
+	}
 	if first.pid != last.pid {
 		t.Fatalf("the daemon changed from %d to %d", first.pid, last.pid)
 	}
@@ -106,6 +110,7 @@ func (s *soak) noGrowth(t *testing.T) {
 		{"open files", func(s soakSample) float64 { return s.files }, 3},
 		{"goroutines", func(s soakSample) float64 { return s.goroutines }, 4},
 		{"bytes of memory", func(s soakSample) float64 { return s.rss }, 64 << 20},
+		{"bytes of heap", func(s soakSample) float64 { return s.target }, 8 << 20},
 		{"bytes on the disk", func(s soakSample) float64 { return float64(s.disk.Bytes) }, 1 << 20}, // metadata.db, directories
 		{"inodes on the disk", func(s soakSample) float64 { return float64(s.disk.Inodes) }, 0},
 	} {
