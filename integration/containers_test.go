@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/rootfs"
 	"github.com/google/go-cmp/cmp"
@@ -316,4 +318,33 @@ func mincore(t *testing.T, mem []byte) (in, of int) {
 		in += int(v & 1)
 	}
 	return in, len(vec)
+}
+
+// An image's files can be looked at without a container: what `ctr snapshots mounts` prints does it, as docs/troubleshooting.md says.
+func TestSnapshotMountsByHand(t *testing.T) {
+	t.Parallel()
+	n, ctx := startDedup(t, node.Options{}), testContext(t)
+	file := payload("mounts", "file", 9000)
+	ref := push(t, startRegistry(t), "app:1", busybox(t), layer(t, file))
+	pull(t, n, node.Snapshotter, ref)
+	chain, err := n.ChainID(ctx, ref)
+	must(t, err)
+	ctr := func(args ...string) string {
+		t.Helper()
+		out, err := n.Ctr(ctx, append([]string{"snapshots", "--snapshotter", node.Snapshotter}, args...)...)
+		must(t, err)
+		return out
+	}
+	ctr("view", "look", chain)
+	dir := t.TempDir()
+	first, _, _ := strings.Cut(ctr("mounts", dir, "look"), "\n")
+	if out, err := exec.CommandContext(ctx, "sh", "-c", first).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", first, err, out)
+	}
+	got, err := os.ReadFile(filepath.Join(dir, file.Name))
+	must(t, errors.Join(err, mount.UnmountAll(dir, 0)))
+	if string(got) != file.Content {
+		t.Errorf("the file has %d bytes, want %d", len(got), len(file.Content))
+	}
+	ctr("rm", "look")
 }

@@ -650,3 +650,47 @@ func clearBucket(b *bbolt.Bucket) (err error) {
 	}
 	return err
 }
+
+// A read error of the disk cannot reach what bolt has mapped: all of it is locked in memory, also when it has grown.
+func TestMetadataIsLocked(t *testing.T) {
+	needRoot(t)
+	if !mayLock() {
+		t.Skip("this process may not lock as much memory as it wants")
+	}
+	s := open(t, t.TempDir())
+	locked := func() (mapped, locked int) {
+		maps, err := os.ReadFile("/proc/self/smaps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, text, _ := strings.Cut(string(maps), s.path("metadata.db"))
+		for _, f := range []struct {
+			name string
+			to   *int
+		}{{"\nRss:", &mapped}, {"\nLocked:", &locked}} {
+			_, after, _ := strings.Cut(text, f.name)
+			if _, err := fmt.Sscanf(after, "%d kB", f.to); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return mapped, locked
+	}
+	before, is := locked()
+	if is == 0 || is < before {
+		t.Errorf("%d of %d kB are locked", is, before)
+	}
+	err := s.db.update(t.Context(), func(ctx context.Context) error {
+		for i := range 500 {
+			if _, err := createSnapshot(ctx, snapshots.KindView, fmt.Sprint("view-", i), "", map[string]string{"long": strings.Repeat("x", 2000)}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after, is := locked(); after <= before || is < after {
+		t.Errorf("%d of %d kB are locked; before it grew there were %d", is, after, before)
+	}
+}
