@@ -139,6 +139,11 @@ func (c *chains) isUsed(n chainName) bool {
 
 // release unmounts a chain that has no users.
 func (c *chains) release(ctx context.Context, n chainName) error {
+	return c.ifUnused(ctx, n, func() error { return c.unmount(n) })
+}
+
+// ifUnused calls fn for a chain that has no users, while nobody else is busy with it.
+func (c *chains) ifUnused(ctx context.Context, n chainName, fn func() error) error {
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err
@@ -150,7 +155,7 @@ func (c *chains) release(ctx context.Context, n chainName) error {
 	if used {
 		return nil
 	}
-	return c.unmount(n)
+	return fn()
 }
 
 // acquire waits until nobody else is busy with a chain, and returns how to let go.
@@ -364,21 +369,12 @@ func (c *chains) list() ([]chainName, error) {
 
 // drop removes the image and the mount of a chain that no snapshot has.
 func (c *chains) drop(ctx context.Context, n chainName) error {
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	c.mu.Lock()
-	used := len(c.users[n]) > 0
-	c.mu.Unlock()
-	if used {
-		return nil
-	}
-	err = os.Remove(c.image(n))
-	if errors.Is(err, os.ErrNotExist) {
-		err = nil
-	}
-	c.step("chain.dropped")
-	return errors.Join(err, c.measure(n), c.unmount(n))
+	return c.ifUnused(ctx, n, func() error {
+		err := os.Remove(c.image(n))
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		c.step("chain.dropped")
+		return errors.Join(err, c.measure(n), c.unmount(n))
+	})
 }

@@ -156,8 +156,9 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	}
 	in, err = s.layers.IngestBlob(ctx, blob)
 	if err != nil {
-		// Whoever unpacks it next says what is wrong.
-		log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
+		if ctx.Err() == nil { // whoever unpacks it next says what is wrong
+			log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
+		}
 		return layer.Ingested{}, reasonBadBlob, false
 	}
 	if !w.leads(in.DiffID) {
