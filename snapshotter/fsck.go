@@ -157,36 +157,17 @@ func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID)
 	return names, err
 }
 
-// committedChains returns the layers of every committed snapshot, by chain image.
-func (s *Snapshotter) committedChains(ctx context.Context) (map[chainName][]content.LayerID, error) {
-	all := map[chainName][]content.LayerID{}
-	err := s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
-			if info.Kind != snapshots.KindCommitted {
-				return nil
-			}
-			chain, pending, err := chainOf(ctx, info.Name)
-			if err == nil && pending == nil {
-				all[s.chains.name(chain)] = chain
-			}
-			if errors.Is(err, errRecord) {
-				return nil
-			}
-			return err
-		})
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read metadata.db: %w", err)
-	}
-	return all, nil
-}
-
 // checkChains builds each chain image once more, without storing it, and compares.
 func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	chains, err := s.committedChains(ctx)
+	g, err := s.snapshotGraph(ctx)
 	if err != nil {
 		return nil, err
+	}
+	chains := map[chainName][]content.LayerID{}
+	for _, n := range g.nodes {
+		if n.whole {
+			chains[n.chain], _ = n.layers()
+		}
 	}
 	var names []chainName
 	for n := range chains {

@@ -187,10 +187,7 @@ type strays struct {
 
 // strays looks for what no snapshot uses.
 func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
-	used := map[string]bool{}
-	chainsUsed := map[chainName]bool{}
-	var damaged damage
-	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before the transaction: newer ones are not ours to judge
+	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before metadata.db: newer ones are not ours to judge
 	if err != nil {
 		return stray, fmt.Errorf("list snapshot directories: %w", err)
 	}
@@ -198,31 +195,26 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	if err != nil {
 		return stray, err
 	}
-	err = s.db.view(ctx, func(ctx context.Context) error {
-		damaged, err = walkAll(ctx, func(id string, info snapshots.Info) error {
-			// A layer needs no directory once it is stored; a crash right after may have left it.
-			used[id] = info.Kind != snapshots.KindCommitted || info.Labels[labelPending] != ""
-			name := info.Name
-			if info.Kind != snapshots.KindCommitted {
-				name = info.Parent
-			}
-			chain, pending, err := chainOf(ctx, name)
-			if err == nil && pending == nil {
-				chainsUsed[s.chains.name(chain)] = true
-			}
-			if errors.Is(err, errRecord) {
-				return nil
-			}
-			return err
-		})
-		return err
-	})
+	g, err := s.snapshotGraph(ctx)
 	if err != nil {
-		return stray, fmt.Errorf("read metadata.db: %w", err)
+		return stray, err
 	}
-	if damaged.any() {
+	if g.damaged.any() {
 		log.G(ctx).Warn("metadata.db is damaged: until it is repaired (`dedupctl fsck --repair`) nothing is removed for being unused")
 		return stray, nil
+	}
+	used := map[string]bool{}
+	chainsUsed := map[chainName]bool{}
+	for _, n := range g.nodes {
+		committed := n.kind == snapshots.KindCommitted
+		// A layer needs no directory once it is stored; a crash right after may have left it.
+		used[n.id] = !committed || n.layer.IsZero()
+		if !committed {
+			n = n.parent
+		}
+		if n != nil && n.whole {
+			chainsUsed[n.chain] = true
+		}
 	}
 	for _, d := range dirs {
 		if !used[d.Name()] {

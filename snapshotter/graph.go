@@ -1,0 +1,106 @@
+package snapshotter
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// snapshotNode is a stored snapshot.
+type snapshotNode struct {
+	id     string
+	parent *snapshotNode
+	orphan bool // its parent is not there, or its record is damaged
+	kind   snapshots.Kind
+	place  chainPlace
+	// layer is zero when the directory is not yet ingested: the snapshot is pending.
+	layer  content.LayerID
+	chain  chainName // of a committed one's layers
+	whole  bool      // it has a chain: none of its layers is pending
+	images int       // how many images lead to it
+	// foreign: something that is no image needs it. used: a container, a view or a lease keeps it.
+	foreign, used bool
+	// users are the containers and views directly on it.
+	users int
+}
+
+type chainPlace struct {
+	namespace string
+	chain     content.ChainID
+}
+
+// snapshotGraph is all that metadata.db says of snapshots whose records are whole, and damaged what it says of others.
+type snapshotGraph struct {
+	nodes   []*snapshotNode
+	byPlace map[chainPlace][]*snapshotNode
+	damaged damage
+}
+
+// snapshotGraph reads all snapshots.
+func (s *Snapshotter) snapshotGraph(ctx context.Context) (*snapshotGraph, error) {
+	g := &snapshotGraph{byPlace: map[chainPlace][]*snapshotNode{}}
+	byName := map[string]*snapshotNode{}
+	parents := map[*snapshotNode]string{}
+	err := s.db.view(ctx, func(ctx context.Context) (err error) {
+		g.damaged, err = walkAll(ctx, func(id string, info snapshots.Info) error {
+			n := &snapshotNode{id: id, kind: info.Kind}
+			n.layer, _ = layerOf(info)
+			if chain, ok := chainOfName(info.Name); ok && n.kind == snapshots.KindCommitted {
+				n.place = chainPlace{info.Labels[labelNamespace], chain}
+				g.byPlace[n.place] = append(g.byPlace[n.place], n)
+			}
+			g.nodes = append(g.nodes, n)
+			byName[info.Name], parents[n] = n, info.Parent
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	for n, name := range parents {
+		n.parent = byName[name]
+		n.orphan = n.parent == nil && name != ""
+	}
+	for _, n := range g.nodes {
+		n.setChain(s.chains.name)
+	}
+	return g, nil
+}
+
+func (n *snapshotNode) setChain(name func([]content.LayerID) chainName) {
+	if chain, ok := n.layers(); ok {
+		n.chain, n.whole = name(chain), true
+	}
+}
+
+// layers returns the layers of a committed snapshot and all below it, base first, when all are there.
+func (n *snapshotNode) layers() (chain []content.LayerID, ok bool) {
+	for p := n; p != nil; p = p.parent {
+		if p.layer.IsZero() || p.kind != snapshots.KindCommitted || p.orphan {
+			return nil, false
+		}
+		chain = append(chain, p.layer)
+	}
+	slices.Reverse(chain)
+	return chain, true
+}
+
+// of returns the snapshots that an image keeps.
+func (g *snapshotGraph) of(ref ImageRef) []*snapshotNode {
+	seen := map[*snapshotNode]bool{}
+	var list []*snapshotNode
+	for _, chain := range ref.Chains {
+		for _, n := range g.byPlace[chainPlace{ref.Namespace, chain}] {
+			for ; n != nil && !seen[n]; n = n.parent {
+				seen[n] = true
+				list = append(list, n)
+			}
+		}
+	}
+	return list
+}
