@@ -259,6 +259,7 @@ func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
 	if err != nil || len(found) == 0 {
 		return err
 	}
+	s.countCheck(found)
 	// Without its links storage would remove a parent before its children.
 	return s.db.update(ctx, func(ctx context.Context) error {
 		if d, err := walkAll(ctx, ignoreRecord); err != nil || d.any() {
