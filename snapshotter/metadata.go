@@ -183,6 +183,29 @@ func seal(ctx context.Context, key, before string) error {
 	return errors.Join(r.Bucket(bucketLabels).Put([]byte(labelSeal), []byte(now)), toggle(ctx, before), toggle(ctx, now))
 }
 
+// sealAll seals a metadata.db that has no seals, or some.
+func sealAll(ctx context.Context, path string) error {
+	ms, err := storage.NewMetaStore(path)
+	if err != nil {
+		return err
+	}
+	m := &metaDB{ms}
+	err = m.update(ctx, func(ctx context.Context) error {
+		if txOf(ctx).Bucket(bucketStorage) == nil {
+			return nil // openMetadata says what is wrong
+		}
+		ours, err := txOf(ctx).CreateBucketIfNotExists(bucketOurs)
+		if err == nil {
+			err = ours.Put(keySum, xor(nil, ""))
+		}
+		for _, name := range names(ctx) {
+			err = errors.Join(err, seal(ctx, name, ""))
+		}
+		return err
+	})
+	return errors.Join(err, m.close())
+}
+
 // getInfo is storage.GetInfo that refuses a damaged record.
 func getInfo(ctx context.Context, key string) (id string, info snapshots.Info, usage snapshots.Usage, err error) {
 	if r := record(ctx, key); r != nil {

@@ -567,6 +567,42 @@ func TestMetadataOnDisk(t *testing.T) {
 	}
 }
 
+// A store of the layout before this one is taken over, also when that was interrupted.
+func TestUpgrade(t *testing.T) {
+	needRoot(t)
+	root := bulkStore(t)
+	db, format := filepath.Join(root, "metadata.db"), filepath.Join(root, "format")
+	before := stored(t, root)
+	for _, interrupted := range []bool{false, true} {
+		if err := os.WriteFile(format, []byte(layoutUnsealed), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if !interrupted {
+			damageRecords(t, db, func(all, _ *bbolt.Bucket) error {
+				return errors.Join(all.Tx().DeleteBucket(bucketOurs), all.ForEachBucket(func(name []byte) error {
+					return all.Bucket(name).Bucket(bucketLabels).Delete([]byte(labelSeal))
+				}))
+			})
+		}
+		s := open(t, root)
+		if found, err := s.Check(t.Context(), CheckOptions{}); err != nil || len(found) > 0 {
+			t.Errorf("%+v, %v", found, err)
+		}
+		if _, err := s.Mounts(t.Context(), "container"); err != nil {
+			t.Error(err)
+		}
+		if err := stop(s); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(before, stored(t, root)); diff != "" {
+			t.Errorf("the store has changed (-before +after):\n%s", diff)
+		}
+		if b, err := os.ReadFile(format); err != nil || string(b) != layoutVersion {
+			t.Errorf("format: %q, %v", b, err)
+		}
+	}
+}
+
 // idOf returns the id of an active snapshot.
 func (x *index) idOf(t *testing.T, key string) string {
 	t.Helper()

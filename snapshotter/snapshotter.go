@@ -79,13 +79,16 @@ type Snapshotter struct {
 }
 
 const (
-	// layoutVersion is the version of the layout on disk. An unknown one is refused.
-	layoutVersion = "3\n"
-	dirSnapshots  = "snapshots"
-	dirChains     = "chains"
-	dirEmpty      = "empty"
-	dirIngest     = "ingest"
-	dirLost       = "lost+found"
+	// layoutVersion is the version of the layout on disk. An unknown one is refused, layoutUnsealed, whose metadata.db has no
+	// seals, is made the newer one.
+	layoutVersion  = "3\n"
+	layoutUnsealed = "2\n"
+
+	dirSnapshots = "snapshots"
+	dirChains    = "chains"
+	dirEmpty     = "empty"
+	dirIngest    = "ingest"
+	dirLost      = "lost+found"
 	// goingPrefix begins the names of snapshot directories that are being removed.
 	goingPrefix = "rm-"
 )
@@ -123,7 +126,9 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.takeLock(); err != nil {
 		return nil, err
 	}
-	if err := checkFormat(filepath.Join(opts.Root, "format")); err != nil {
+	format := filepath.Join(opts.Root, "format")
+	version, err := checkFormat(format)
+	if err != nil {
 		return nil, err
 	}
 	for _, dir := range []string{dirSnapshots, dirChains, dirEmpty} {
@@ -143,6 +148,11 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	}
 	if err := s.checkMetadata(ctx); err != nil {
 		return nil, err
+	}
+	if version == layoutUnsealed {
+		if err := errors.Join(sealAll(ctx, s.path("metadata.db")), createFormat(format)); err != nil {
+			return nil, fmt.Errorf("upgrade from layout %s: %w", strings.TrimSpace(version), err)
+		}
 	}
 	if err := s.openMetadata(ctx); err != nil {
 		return nil, err
@@ -199,18 +209,18 @@ func (s *Snapshotter) takeLock() (err error) {
 	return nil
 }
 
-func checkFormat(path string) error {
+func checkFormat(path string) (version string, err error) {
 	b, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return createFormat(path)
+		return layoutVersion, createFormat(path)
 	case err != nil:
-		return fmt.Errorf("read format: %w", err)
-	case string(b) != layoutVersion:
-		return fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
+		return "", fmt.Errorf("read format: %w", err)
+	case string(b) != layoutVersion && string(b) != layoutUnsealed:
+		return "", fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
 			path, strings.TrimSpace(string(b)), strings.TrimSpace(layoutVersion))
 	}
-	return nil
+	return string(b), nil
 }
 
 // refused is what to do when metadata.db cannot be used.
