@@ -335,7 +335,7 @@ func TestSnapshotMountsByHand(t *testing.T) {
 		must(t, err)
 		return out
 	}
-	ctr("view", "look", chain)
+	ctr("prepare", "look", chain) // a view nothing keeps from containerd's garbage collection
 	dir := t.TempDir()
 	first, _, _ := strings.Cut(ctr("mounts", dir, "look"), "\n")
 	if out, err := exec.CommandContext(ctx, "sh", "-c", first).CombinedOutput(); err != nil {

@@ -75,6 +75,9 @@ func TestNoMemory(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(group, "cgroup.procs"), fmt.Append(nil, daemon), 0o600))
 	err = w.n.Pull(w.ctx, node.Snapshotter, w.refs["next"])
 	t.Logf("pull: %v", err)
+	for tries := 0; err != nil && len(w.n.Pids()) != 1 && tries < 100; tries++ { // containerd hears of it first
+		time.Sleep(50 * time.Millisecond)
+	}
 	if err == nil || len(w.n.Pids()) != 1 {
 		t.Fatalf("the daemon has done with less memory than it needs: %v, %v", err, w.n.Pids())
 	}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -313,12 +315,37 @@ func (w *world) limitFiles(t *testing.T, more uint64) {
 	t.Helper()
 	pids := w.n.Pids()
 	pid := pids[len(pids)-1]
-	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	must(t, err)
+	open := openFiles(t, pid)
+	for same := 0; same < 5; { // what opens and closes files in the background has come to its end
+		time.Sleep(20 * time.Millisecond)
+		now := openFiles(t, pid)
+		if same++; !slices.Equal(now, open) {
+			open, same = now, 0
+		}
+	}
+	free, lowest := uint64(0), uint64(0) // the limit is one of numbers, of which some below the highest are free
+	for ; free < more || slices.Contains(open, lowest); lowest++ {
+		if !slices.Contains(open, lowest) {
+			free++
+		}
+	}
 	var limit unix.Rlimit
 	must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &limit))
-	limit.Cur = min(uint64(len(files))+more, limit.Max)
+	limit.Cur = min(lowest, limit.Max)
 	must(t, unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limit, nil))
+}
+
+// openFiles are the numbers of a process's open files.
+func openFiles(t *testing.T, pid int) (numbers []uint64) {
+	t.Helper()
+	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	must(t, err)
+	for _, f := range files {
+		n, err := strconv.ParseUint(f.Name(), 10, 64)
+		must(t, err)
+		numbers = append(numbers, n)
+	}
+	return numbers
 }
 
 // breakFileSystem lets the kernel find an error in the file system, and turn it read-only.
