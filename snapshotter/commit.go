@@ -248,22 +248,14 @@ type ingestJob struct {
 	err  error
 }
 
-// resumeIngests goes on where the last process stopped.
-func (s *Snapshotter) resumeIngests(ctx context.Context) error {
-	var pending []pendingSnapshot
-	err := s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
-			if info.Labels[labelPending] != "" {
-				pending = append(pending, pendingSnapshot{id, info.Name})
-			}
-			return nil
-		})
-		return err
-	})
-	for _, p := range pending {
-		s.startIngest(p)
+// pending are the committed snapshots whose directories are not yet ingested.
+func (r records) pending() (all []pendingSnapshot) {
+	for _, sn := range r.whole {
+		if sn.Labels[labelPending] != "" {
+			all = append(all, pendingSnapshot{sn.id, sn.Name})
+		}
 	}
-	return err
+	return all
 }
 
 func (s *Snapshotter) startIngest(p pendingSnapshot) *ingestJob {

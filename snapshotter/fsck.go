@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -144,27 +143,24 @@ func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[con
 
 // snapshotsOf returns the names of the committed snapshots that stand for any of the layers, sorted.
 func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
-	err = s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
-			if id, ok := layerOf(info); ok && slices.Contains(layers, id) {
-				names = append(names, info.Name)
-			}
-			return nil
-		})
-		return err
-	})
+	stored, err := s.db.records(ctx)
+	for _, sn := range stored.whole {
+		if id, ok := layerOf(sn.Info); ok && slices.Contains(layers, id) {
+			names = append(names, sn.Name)
+		}
+	}
 	slices.Sort(names)
 	return names, err
 }
 
 // checkChains builds each chain image once more, without storing it, and compares.
 func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	g, err := s.snapshotGraph(ctx)
+	stored, err := s.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
 	chains := map[chainName][]content.LayerID{}
-	for _, n := range g.nodes {
+	for _, n := range stored.graph(s.chains.name).nodes {
 		if n.whole {
 			chains[n.chain], _ = n.layers()
 		}
@@ -361,23 +357,22 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 		found = append(found, f)
 		return &found[len(found)-1]
 	}
-	var d damage
+	var stored records
 	var linked string
-	below := map[string][]string{} // children, by parent
-	all := map[string]bool{"": true}
 	err = s.db.view(ctx, func(ctx context.Context) error {
-		d, err = walkAll(ctx, func(_ string, info snapshots.Info) error {
-			below[info.Parent] = append(below[info.Parent], info.Name)
-			all[info.Name] = true
-			return nil
-		})
-		if err == nil && !d.any() {
-			linked, err = checkLinks(ctx)
+		if stored = readRecords(ctx); stored.complete() {
+			linked = checkLinks(ctx, stored)
 		}
-		return err
+		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read metadata.db: %w", err)
+	}
+	below := map[string][]string{} // children, by parent
+	all := map[string]bool{"": true}
+	for _, sn := range stored.whole {
+		below[sn.Parent] = append(below[sn.Parent], sn.Name)
+		all[sn.Name] = true
 	}
 	withAbove := func(harmed ...string) []string {
 		for i := 0; i < len(harmed); i++ {
@@ -387,17 +382,17 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 	}
 	var orphans []string // whose parents are gone
 	for parent, names := range below {
-		if !all[parent] && !slices.Contains(d.records, parent) {
+		if !all[parent] && !slices.Contains(stored.damaged, parent) {
 			orphans = append(orphans, withAbove(names...)...)
 		}
 	}
 	slices.Sort(orphans)
-	for _, name := range d.records {
+	for _, name := range stored.damaged {
 		harmed := append(withAbove(name), orphans...)
 		finding(fmt.Sprintf("the record of snapshot %q is not what was written", name),
 			"remove the images and containers that it harms, then `dedupctl fsck --repair`, and pull them again", harmed...)
 	}
-	if d.lost {
+	if stored.lost {
 		f := finding("records of snapshots are lost", "nothing is removed for being unused until `dedupctl fsck --repair`", orphans...)
 		if opts.Repair {
 			if err := s.giveUpLost(ctx); err != nil {
@@ -438,20 +433,11 @@ func (s *Snapshotter) giveUpLost(ctx context.Context) error {
 
 // checkPending looks for committed snapshots whose directory could not be ingested.
 func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	var pending []pendingSnapshot
-	err = s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
-			if info.Labels[labelPending] != "" {
-				pending = append(pending, pendingSnapshot{id, info.Name})
-			}
-			return nil
-		})
-		return err
-	})
+	stored, err := s.db.records(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("read metadata.db: %w", err)
+		return nil, err
 	}
-	for _, p := range pending {
+	for _, p := range stored.pending() {
 		// One that is being ingested is fine, and so is one whose ingest works out now.
 		err := s.awaitIngest(ctx, p)
 		if err == nil {

@@ -195,17 +195,17 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	if err != nil {
 		return stray, err
 	}
-	g, err := s.snapshotGraph(ctx)
+	stored, err := s.db.records(ctx)
 	if err != nil {
 		return stray, err
 	}
-	if g.damaged.any() {
+	if !stored.complete() {
 		log.G(ctx).Warn("metadata.db is damaged: until it is repaired (`dedupctl fsck --repair`) nothing is removed for being unused")
 		return stray, nil
 	}
 	used := map[string]bool{}
 	chainsUsed := map[chainName]bool{}
-	for _, n := range g.nodes {
+	for _, n := range stored.graph(s.chains.name).nodes {
 		committed := n.kind == snapshots.KindCommitted
 		// A layer needs no directory once it is stored; a crash right after may have left it.
 		used[n.id] = !committed || n.layer.IsZero()

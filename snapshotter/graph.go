@@ -1,8 +1,6 @@
 package snapshotter
 
 import (
-	"context"
-	"fmt"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -33,43 +31,35 @@ type chainPlace struct {
 	chain     content.ChainID
 }
 
-// snapshotGraph is all that metadata.db says of snapshots whose records are whole, and damaged what it says of others.
+// snapshotGraph is what metadata.db says of snapshots whose records are whole.
 type snapshotGraph struct {
 	nodes   []*snapshotNode
 	byPlace map[chainPlace][]*snapshotNode
-	damaged damage
 }
 
-// snapshotGraph reads all snapshots.
-func (s *Snapshotter) snapshotGraph(ctx context.Context) (*snapshotGraph, error) {
+// graph links the snapshots with each other, and with their chain images.
+func (r records) graph(name func([]content.LayerID) chainName) *snapshotGraph {
 	g := &snapshotGraph{byPlace: map[chainPlace][]*snapshotNode{}}
 	byName := map[string]*snapshotNode{}
 	parents := map[*snapshotNode]string{}
-	err := s.db.view(ctx, func(ctx context.Context) (err error) {
-		g.damaged, err = walkAll(ctx, func(id string, info snapshots.Info) error {
-			n := &snapshotNode{id: id, kind: info.Kind}
-			n.layer, _ = layerOf(info)
-			if chain, ok := chainOfName(info.Name); ok && n.kind == snapshots.KindCommitted {
-				n.place = chainPlace{info.Labels[labelNamespace], chain}
-				g.byPlace[n.place] = append(g.byPlace[n.place], n)
-			}
-			g.nodes = append(g.nodes, n)
-			byName[info.Name], parents[n] = n, info.Parent
-			return nil
-		})
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read metadata.db: %w", err)
+	for _, sn := range r.whole {
+		n := &snapshotNode{id: sn.id, kind: sn.Kind}
+		n.layer, _ = layerOf(sn.Info)
+		if chain, ok := chainOfName(sn.Name); ok && n.kind == snapshots.KindCommitted {
+			n.place = chainPlace{sn.Labels[labelNamespace], chain}
+			g.byPlace[n.place] = append(g.byPlace[n.place], n)
+		}
+		g.nodes = append(g.nodes, n)
+		byName[sn.Name], parents[n] = n, sn.Parent
 	}
-	for n, name := range parents {
-		n.parent = byName[name]
-		n.orphan = n.parent == nil && name != ""
+	for n, parent := range parents {
+		n.parent = byName[parent]
+		n.orphan = n.parent == nil && parent != ""
 	}
 	for _, n := range g.nodes {
-		n.setChain(s.chains.name)
+		n.setChain(name)
 	}
-	return g, nil
+	return g
 }
 
 func (n *snapshotNode) setChain(name func([]content.LayerID) chainName) {

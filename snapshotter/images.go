@@ -41,10 +41,11 @@ type ImageUsage struct {
 // Images returns the usage of each image of refs, which have to be all there are: what none of them leads to counts
 // as needed by somebody else. What others lead to is used like a container's files.
 func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]ImageUsage, error) {
-	stored, err := s.snapshotGraph(ctx)
+	all, err := s.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
+	stored := all.graph(s.chains.name)
 	sharing, err := s.layers.Sharing(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read layers: %w", err)

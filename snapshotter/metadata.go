@@ -324,86 +324,94 @@ func names(ctx context.Context) (all []string) {
 	return all
 }
 
-// damage is what is wrong with metadata.db while its structure is whole. While there is any nothing may be called unused.
-type damage struct {
-	records []string // names of snapshots
+// storedSnapshot is one whose record is whole.
+type storedSnapshot struct {
+	id string
+	snapshots.Info
+}
+
+// records are all that metadata.db says while its structure is whole.
+type records struct {
+	whole   []storedSnapshot
+	damaged []string // names of snapshots
 	lost    bool     // records have vanished, or removed ones have come back
 }
 
-func (d damage) any() bool { return len(d.records) > 0 || d.lost }
+// complete: nothing is damaged. While something is, nothing may be called unused.
+func (r records) complete() bool { return len(r.damaged) == 0 && !r.lost }
 
-// walkAll walks the snapshots whose records are whole, with their ids.
-func walkAll(ctx context.Context, fn func(id string, info snapshots.Info) error) (d damage, err error) {
-	var sum []byte
+// records reads all.
+func (m *metaDB) records(ctx context.Context) (r records, err error) {
+	err = m.view(ctx, func(ctx context.Context) error {
+		r = readRecords(ctx)
+		return nil
+	})
+	if err != nil {
+		return r, fmt.Errorf("read metadata.db: %w", err)
+	}
+	return r, nil
+}
+
+// readRecords reads all. In a transaction.
+func readRecords(ctx context.Context) (r records) {
+	sum := xor(nil, "")
 	for _, name := range names(ctx) {
 		id, info, _, err := getInfo(ctx, name)
 		if err != nil { // also of what is no bucket any more
-			d.records = append(d.records, name)
+			r.damaged = append(r.damaged, name)
 			continue
 		}
 		sum = xor(sum, info.Labels[labelSeal])
-		if err := fn(id, info); err != nil {
-			return d, err
-		}
+		r.whole = append(r.whole, storedSnapshot{id, info})
 	}
-	d.lost = len(d.records) == 0 && !bytes.Equal(xor(sum, ""), txOf(ctx).Bucket(bucketOurs).Get(keySum))
-	return d, nil
+	r.lost = len(r.damaged) == 0 && !bytes.Equal(sum, txOf(ctx).Bucket(bucketOurs).Get(keySum))
+	return r
 }
-
-func ignoreRecord(string, snapshots.Info) error { return nil }
 
 // resum takes what there is for all there ever was.
 func resum(ctx context.Context) error {
-	var sum []byte
-	for _, name := range names(ctx) {
-		if _, info, _, err := storage.GetInfo(ctx, name); err == nil {
-			sum = xor(sum, info.Labels[labelSeal])
-		}
+	r := readRecords(ctx)
+	sum := xor(nil, "")
+	for _, sn := range r.whole {
+		sum = xor(sum, sn.Labels[labelSeal])
 	}
-	return errors.Join(txOf(ctx).Bucket(bucketOurs).Put(keySum, xor(sum, "")), makeLinks(ctx))
+	return errors.Join(txOf(ctx).Bucket(bucketOurs).Put(keySum, sum), makeLinks(ctx))
 }
 
 // links returns what storage's links have to be, and the highest id, when all records are whole.
-func links(ctx context.Context) (want map[string][]byte, last uint64, err error) {
-	ids, parents := map[string]uint64{}, map[string]string{}
-	_, err = walkAll(ctx, func(text string, info snapshots.Info) error {
-		id, err := strconv.ParseUint(text, 10, 64)
-		ids[info.Name], parents[info.Name] = id, info.Parent
+func (r records) links() (want map[string][]byte, last uint64) {
+	ids := map[string]uint64{}
+	for _, sn := range r.whole {
+		id, _ := strconv.ParseUint(sn.id, 10, 64) // storage has printed it
+		ids[sn.Name] = id
 		last = max(last, id)
-		return err
-	})
+	}
 	want = map[string][]byte{}
-	for name, parent := range parents {
-		if parent != "" {
-			key := append(binary.AppendUvarint(nil, ids[parent]), 0)
-			want[string(binary.AppendUvarint(key, ids[name]))] = []byte(name)
+	for _, sn := range r.whole {
+		if sn.Parent != "" {
+			key := append(binary.AppendUvarint(nil, ids[sn.Parent]), 0)
+			want[string(binary.AppendUvarint(key, ids[sn.Name]))] = []byte(sn.Name)
 		}
 	}
-	return want, last, err
+	return want, last
 }
 
-// checkLinks tells what is wrong with what can be made anew from the records, when all of these are whole.
-func checkLinks(ctx context.Context) (problem string, err error) {
-	want, last, err := links(ctx)
-	if err != nil {
-		return "", err
-	}
+// checkLinks tells what is wrong with what can be made anew from the records, when all of these are whole. In a transaction.
+func checkLinks(ctx context.Context, r records) (problem string) {
+	want, last := r.links()
 	v1 := txOf(ctx).Bucket(bucketStorage)
 	switch {
 	case !maps.EqualFunc(want, entries(v1.Bucket(bucketParents)), bytes.Equal):
-		return "its links from parents to children are not what its records say", nil
+		return "its links from parents to children are not what its records say"
 	case v1.Bucket(bucketSnapshots).Sequence() < last:
-		return "it would give an id for the second time", nil
+		return "it would give an id for the second time"
 	}
-	return "", nil
+	return ""
 }
 
 // makeLinks makes anew what checkLinks checks.
-func makeLinks(ctx context.Context) error {
-	want, last, err := links(ctx)
-	if err != nil {
-		return err
-	}
+func makeLinks(ctx context.Context) (err error) {
+	want, last := readRecords(ctx).links()
 	v1 := txOf(ctx).Bucket(bucketStorage)
 	have := v1.Bucket(bucketParents)
 	for k := range entries(have) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -62,25 +61,19 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 // origins returns where the blobs of layers may be.
 func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
 	all := map[content.LayerID][]origin{}
-	err := s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(_ string, info snapshots.Info) error {
-			id, ok := layerOf(info)
-			if _, damaged := layers[id]; !ok || !damaged || info.Labels[labelNamespace] == "" {
-				return nil
-			}
-			o := origin{namespace: info.Labels[labelNamespace]}
-			o.chain, _ = chainOfName(info.Name)
-			if !slices.Contains(all[id], o) {
-				all[id] = append(all[id], o)
-			}
-			return nil
-		})
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read metadata.db: %w", err)
+	stored, err := s.db.records(ctx)
+	for _, sn := range stored.whole {
+		id, ok := layerOf(sn.Info)
+		if _, damaged := layers[id]; !ok || !damaged || sn.Labels[labelNamespace] == "" {
+			continue
+		}
+		o := origin{namespace: sn.Labels[labelNamespace]}
+		o.chain, _ = chainOfName(sn.Name)
+		if !slices.Contains(all[id], o) {
+			all[id] = append(all[id], o)
+		}
 	}
-	return all, nil
+	return all, err
 }
 
 // repairFrom tries the blobs that one namespace has for a layer. node is what is wrong with this node, not with a blob.
@@ -145,10 +138,11 @@ func (s *Snapshotter) healthy(ctx context.Context, chain []content.LayerID) erro
 
 // LayersOf returns the layers that each image keeps here, base first.
 func (s *Snapshotter) LayersOf(ctx context.Context, refs []ImageRef) ([][]content.LayerID, error) {
-	g, err := s.snapshotGraph(ctx)
+	stored, err := s.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
+	g := stored.graph(s.chains.name)
 	out := make([][]content.LayerID, len(refs))
 	for i, ref := range refs {
 		for _, n := range g.of(ref) {

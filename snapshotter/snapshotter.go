@@ -157,13 +157,20 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.openMetadata(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.openStores(ctx); err != nil {
+	stored, err := s.db.records(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.openStores(ctx, stored); err != nil {
 		return nil, err
 	}
 	if err := s.Cleanup(ctx); err != nil {
 		return nil, err
 	}
-	return s, s.resumeIngests(ctx)
+	for _, p := range stored.pending() { // go on where the last process stopped
+		s.startIngest(p)
+	}
+	return s, nil
 }
 
 // explain adds what to do to an error of the system that a client is about to get.
@@ -272,8 +279,8 @@ func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
 	s.countCheck(found)
 	// Without its links storage would remove a parent before its children.
 	return s.db.update(ctx, func(ctx context.Context) error {
-		if d, err := walkAll(ctx, ignoreRecord); err != nil || d.any() {
-			return err
+		if !readRecords(ctx).complete() {
+			return nil
 		}
 		return makeLinks(ctx)
 	})
@@ -295,29 +302,24 @@ func (s *Snapshotter) refuseData(problem string) error {
 
 // openStores opens the layers with the holds that snapshots have, and the chain images with
 // their users.
-func (s *Snapshotter) openStores(ctx context.Context) error {
+func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error) {
 	var live []content.LayerID
-	var damaged damage
-	err := s.db.view(ctx, func(ctx context.Context) (err error) {
-		damaged, err = walkAll(ctx, func(_ string, info snapshots.Info) error {
-			id, ok := layerOf(info)
-			if ok {
-				live = append(live, id)
-			} else if info.Kind == snapshots.KindCommitted && info.Labels[labelPending] == "" {
-				return fmt.Errorf("snapshot %q names no layer: %s", info.Name, refused)
-			}
-			if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
-				s.refs.add(info.Labels[labelRef], info.Name)
-			}
-			return nil
-		})
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("read metadata.db: %w", err)
+	for _, sn := range stored.whole {
+		id, ok := layerOf(sn.Info)
+		if ok {
+			live = append(live, id)
+		} else if sn.Kind == snapshots.KindCommitted && sn.Labels[labelPending] == "" {
+			return fmt.Errorf("read metadata.db: snapshot %q names no layer: %s", sn.Name, refused)
+		}
+		switch {
+		case sn.Kind != snapshots.KindCommitted:
+			s.ids.add(sn.id, sn.Name)
+		case sn.Labels[labelRef] != "":
+			s.refs.add(sn.Labels[labelRef], sn.Name)
+		}
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
-		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: damaged.any(),
+		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
 		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
 	}, live)
 	if err != nil {
@@ -331,26 +333,12 @@ func (s *Snapshotter) openStores(ctx context.Context) error {
 	if s.layers.Verity() {
 		s.chains.digests = s.layers.Digests
 	}
-	return s.db.view(ctx, func(ctx context.Context) error {
-		_, err := walkAll(ctx, func(id string, info snapshots.Info) error {
-			if info.Kind == snapshots.KindCommitted {
-				return nil
-			}
-			s.ids.add(id, info.Name)
-			if info.Parent == "" {
-				return nil
-			}
-			chain, pending, err := chainOf(ctx, info.Parent)
-			if err == nil && pending == nil {
-				s.chains.use(s.chains.name(chain), id)
-			}
-			if errors.Is(err, errRecord) {
-				return nil // it says so when it is asked for
-			}
-			return err
-		})
-		return err
-	})
+	for _, n := range stored.graph(s.chains.name).nodes {
+		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
+			s.chains.use(n.parent.chain, n.id)
+		}
+	}
+	return nil
 }
 
 // chainOf returns the layers of a committed snapshot and all below it, base first, or one
