@@ -402,7 +402,7 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 		}
 	}
 	if linked != "" {
-		f := finding(linked, "`dedupctl fsck --repair` makes it anew")
+		f := finding(linked, "the next start makes it anew, or `dedupctl fsck --repair` now")
 		if opts.Repair {
 			if err := s.db.update(ctx, makeLinks); err != nil {
 				return nil, fmt.Errorf("repair metadata.db: %w", err)

@@ -63,7 +63,10 @@ func stored(t *testing.T, root string) (paths []string) {
 	t.Helper()
 	for _, dir := range []string{"objects", "layers", "snapshots"} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
-			if err == nil && !strings.HasPrefix(d.Name(), "rm-") {
+			if strings.HasPrefix(filepath.Base(path), goingPrefix) {
+				return fs.SkipDir
+			}
+			if err == nil {
 				paths = append(paths, strings.TrimPrefix(path, root))
 			}
 			return err
