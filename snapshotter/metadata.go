@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"strconv"
 	"time"
 
@@ -88,6 +87,10 @@ type txKey struct{}
 
 func txOf(ctx context.Context) *bbolt.Tx { return ctx.Value(txKey{}).(*bbolt.Tx) }
 
+func snapshotsBucket(ctx context.Context) *bbolt.Bucket {
+	return txOf(ctx).Bucket(bucketStorage).Bucket(bucketSnapshots)
+}
+
 // view reads. What it calls has a transaction in its context.
 func (m *metaDB) view(ctx context.Context, fn func(context.Context) error) error {
 	return m.transact(ctx, false, fn)
@@ -111,11 +114,6 @@ func (m *metaDB) transact(ctx context.Context, writable bool, fn func(context.Co
 		return errors.Join(err, t.Rollback())
 	}
 	return t.Commit()
-}
-
-// record returns all that is stored of a snapshot; nil when there is no such.
-func record(ctx context.Context, name string) *bbolt.Bucket {
-	return txOf(ctx).Bucket(bucketStorage).Bucket(bucketSnapshots).Bucket([]byte(name))
 }
 
 // sealOf returns the checksum of a record, and the one that is stored with it. The time of the last write is not in it;
@@ -178,7 +176,7 @@ func seal(ctx context.Context, key, before string) error {
 	if _, err := storage.UpdateInfo(ctx, info, "labels"); err != nil {
 		return err
 	}
-	r := record(ctx, key)
+	r := snapshotsBucket(ctx).Bucket([]byte(key))
 	now, _ := sealOf(key, r)
 	return errors.Join(r.Bucket(bucketLabels).Put([]byte(labelSeal), []byte(now)), toggle(ctx, before), toggle(ctx, now))
 }
@@ -191,7 +189,7 @@ func sealAll(ctx context.Context, path string) error {
 	}
 	m := &metaDB{ms}
 	err = m.update(ctx, func(ctx context.Context) error {
-		if txOf(ctx).Bucket(bucketStorage) == nil {
+		if v1 := txOf(ctx).Bucket(bucketStorage); v1 == nil || v1.Bucket(bucketSnapshots) == nil {
 			return nil // openMetadata says what is wrong
 		}
 		ours, err := txOf(ctx).CreateBucketIfNotExists(bucketOurs)
@@ -208,10 +206,14 @@ func sealAll(ctx context.Context, path string) error {
 
 // getInfo is storage.GetInfo that refuses a damaged record.
 func getInfo(ctx context.Context, key string) (id string, info snapshots.Info, usage snapshots.Usage, err error) {
-	if r := record(ctx, key); r != nil {
-		if is, stored := sealOf(key, r); is != stored {
-			return "", info, usage, fmt.Errorf("snapshot %q: %w", key, errRecord)
-		}
+	all := snapshotsBucket(ctx)
+	sound := all.Get([]byte(key)) == nil // a value, where a bucket should be, if anything
+	if r := all.Bucket([]byte(key)); r != nil {
+		is, stored := sealOf(key, r)
+		sound = is == stored
+	}
+	if !sound {
+		return "", info, usage, fmt.Errorf("snapshot %q: %w", key, errRecord)
 	}
 	return storage.GetInfo(ctx, key)
 }
@@ -255,7 +257,7 @@ func commitActive(ctx context.Context, key, name, parent string, usage snapshots
 	return seal(ctx, name, active.Labels[labelSeal])
 }
 
-// updateInfo is storage.UpdateInfo. The seal of old, which getInfo has returned, has to be among the labels still.
+// updateInfo is storage.UpdateInfo; old is what getInfo returned before.
 func updateInfo(ctx context.Context, old, info snapshots.Info, fieldpaths ...string) (snapshots.Info, error) {
 	out, err := storage.UpdateInfo(ctx, info, fieldpaths...)
 	if err != nil {
@@ -269,7 +271,7 @@ func updateInfo(ctx context.Context, old, info snapshots.Info, fieldpaths ...str
 func removeSnapshot(ctx context.Context, key string) (id string, info snapshots.Info, err error) {
 	id, info, _, err = getInfo(ctx, key)
 	switch {
-	case errors.Is(err, errRecord), errdefs.IsNotFound(err) && slices.Contains(names(ctx), key):
+	case errors.Is(err, errRecord):
 		return "", snapshots.Info{}, removeDamaged(ctx, key)
 	case err != nil:
 		return "", info, err
@@ -280,7 +282,7 @@ func removeSnapshot(ctx context.Context, key string) (id string, info snapshots.
 	return id, info, toggle(ctx, info.Labels[labelSeal])
 }
 
-// removeDamaged removes a damaged record that nobody names as his parent. The sum of seals tells that there was more.
+// removeDamaged removes a damaged record that no other names as its parent. The sum of seals tells that there was more.
 func removeDamaged(ctx context.Context, key string) error {
 	for _, other := range names(ctx) {
 		_, info, _, err := getInfo(ctx, other)
@@ -317,7 +319,7 @@ func entries(b *bbolt.Bucket) map[string][]byte {
 
 // names returns the names of all snapshots, sorted, the damaged ones' too.
 func names(ctx context.Context) (all []string) {
-	_ = txOf(ctx).Bucket(bucketStorage).Bucket(bucketSnapshots).ForEach(func(k, _ []byte) error {
+	_ = snapshotsBucket(ctx).ForEach(func(k, _ []byte) error {
 		all = append(all, string(k))
 		return nil
 	})
@@ -357,7 +359,7 @@ func readRecords(ctx context.Context) (r records) {
 	sum := xor(nil, "")
 	for _, name := range names(ctx) {
 		id, info, _, err := getInfo(ctx, name)
-		if err != nil { // also of what is no bucket any more
+		if err != nil {
 			r.damaged = append(r.damaged, name)
 			continue
 		}

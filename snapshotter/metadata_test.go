@@ -421,18 +421,21 @@ func TestDamagedRecords(t *testing.T) {
 		harmed []string // by name; nil when all can be made anew
 		lost   bool
 	}{
-		"a container's id":       {damage: put(below("container-0"), "id", "\x63"), harmed: []string{"container-0"}},
-		"a container's parent":   {damage: put(below("container-0"), "parent", images[1][0]), harmed: []string{"container-0"}},
-		"a parent that is not":   {damage: put(below("container-0"), "parent", "nobody"), harmed: []string{"container-0"}},
-		"itself as a parent":     {damage: put(below(middle), "parent", middle), harmed: []string{middle, last, "container-0"}},
-		"a container's kind":     {damage: put(below("container-0"), "kind", "\x03"), harmed: []string{"container-0"}},
-		"an unknown kind":        {damage: put(below("container-0"), "kind", "\x63"), harmed: []string{"container-0"}},
-		"a time":                 {damage: put(below("container-0"), "createdat", "\x09"), harmed: []string{"container-0"}},
-		"a layer":                {damage: put(below(middle, "labels"), labelLayer, strings.Repeat("ab", 32)), harmed: []string{middle, last, "container-0"}},
-		"a layer that is none":   {damage: put(below(last, "labels"), labelLayer, "none"), harmed: []string{last, "container-0"}},
-		"a seal":                 {damage: put(below(last, "labels"), labelSeal, "00"), harmed: []string{last, "container-0"}},
-		"the labels":             {damage: func(all, _ *bbolt.Bucket) error { return below(last)(all).DeleteBucket([]byte("labels")) }, harmed: []string{last, "container-0"}},
-		"a record without all":   {damage: func(all, _ *bbolt.Bucket) error { return below("container-0")(all).Delete([]byte("id")) }, harmed: []string{"container-0"}},
+		"a container's id":     {damage: put(below("container-0"), "id", "\x63"), harmed: []string{"container-0"}},
+		"a container's parent": {damage: put(below("container-0"), "parent", images[1][0]), harmed: []string{"container-0"}},
+		"a parent that is not": {damage: put(below("container-0"), "parent", "nobody"), harmed: []string{"container-0"}},
+		"itself as a parent":   {damage: put(below(middle), "parent", middle), harmed: []string{middle, last, "container-0"}},
+		"a container's kind":   {damage: put(below("container-0"), "kind", "\x03"), harmed: []string{"container-0"}},
+		"an unknown kind":      {damage: put(below("container-0"), "kind", "\x63"), harmed: []string{"container-0"}},
+		"a time":               {damage: put(below("container-0"), "createdat", "\x09"), harmed: []string{"container-0"}},
+		"a layer":              {damage: put(below(middle, "labels"), labelLayer, strings.Repeat("ab", 32)), harmed: []string{middle, last, "container-0"}},
+		"a layer that is none": {damage: put(below(last, "labels"), labelLayer, "none"), harmed: []string{last, "container-0"}},
+		"a seal":               {damage: put(below(last, "labels"), labelSeal, "00"), harmed: []string{last, "container-0"}},
+		"the labels":           {damage: func(all, _ *bbolt.Bucket) error { return below(last)(all).DeleteBucket([]byte("labels")) }, harmed: []string{last, "container-0"}},
+		"a record without all": {damage: func(all, _ *bbolt.Bucket) error { return below("container-0")(all).Delete([]byte("id")) }, harmed: []string{"container-0"}},
+		"a record that is a value": {damage: func(all, _ *bbolt.Bucket) error {
+			return errors.Join(all.DeleteBucket([]byte("container-0")), all.Put([]byte("container-0"), []byte("value")))
+		}, harmed: []string{"container-0"}},
 		"a record of nothing":    {damage: recreate("container-0", false), harmed: []string{"container-0"}},
 		"no record":              {damage: recreate("container-0", true), harmed: []string{"container-0"}, lost: true},
 		"no links":               {damage: func(_, links *bbolt.Bucket) error { return clearBucket(links) }},
