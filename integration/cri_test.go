@@ -84,6 +84,13 @@ func criLife(t *testing.T, version string) {
 	if _, err := c.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: pause}}); err != nil {
 		t.Error(err)
 	}
+
+	// CRI asks for the usage of a committed snapshot once: it stays right when others come that share most of it.
+	rebuilt := push(t, r, "app:2", busybox(t), layer(t, image.Dir("app"), payload(version, "app/file", 2<<20), payload(version, "app/other", 700_000)))
+	for _, ref := range []string{app, rebuilt} {
+		must(t, c.Pull(ctx, ref))
+		criFsInfo(t, n, c, ctx)
+	}
 }
 
 // criPod runs a container in a sandbox on the host's network and takes both down.

@@ -84,20 +84,19 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	defer s.explain(&err)
 	id := idOfUpper(upper)
 	var old snapshots.Info
+	private := s.claim(in.Layer)
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		var key string
 		if key, old, err = s.activeByID(ctx, id); err != nil {
 			return err
 		}
-		return setPrivate(ctx, key, id, map[string]string{labelLayer: in.Layer.Hex()})
+		return setPrivate(ctx, key, id, private)
 	})
 	if err != nil {
-		s.layers.Release(in.Layer)
+		s.release(private)
 		return fmt.Errorf("note layer of snapshot: %w", err)
 	}
-	if lid, ok := layerOf(old); ok {
-		s.layers.Release(lid)
-	}
+	s.release(old.Labels)
 	s.step("applied.noted")
 	s.countIngest(doorApply, in)
 	s.mu.Lock()
@@ -319,12 +318,13 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	}
 	s.step("pending.ingested")
 	s.countIngest(doorCommit, in)
-	labels := map[string]string{labelLayer: in.Layer.Hex(), labelPending: ""}
+	private := s.claim(in.Layer)
+	private[labelPending] = ""
 	err = s.db.update(ctx, func(ctx context.Context) error {
-		return setPrivate(ctx, p.name, id, labels)
+		return setPrivate(ctx, p.name, id, private)
 	})
 	if err != nil {
-		s.layers.Release(in.Layer)
+		s.release(private)
 		if errdefs.IsNotFound(err) {
 			return nil
 		}

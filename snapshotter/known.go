@@ -197,7 +197,7 @@ func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, label
 	ns, _ := namespaces.Namespace(ctx)
 	target := labels[labelRef]
 	labels = maps.Clone(labels)
-	labels[labelLayer] = in.Layer.Hex()
+	maps.Copy(labels, s.claim(in.Layer))
 	labels[labelNamespace] = ns
 	name := hitName(ns, parent, target)
 	err := s.db.update(ctx, func(ctx context.Context) error {
@@ -211,7 +211,7 @@ func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, label
 		return commitActive(ctx, key, name, "", snapshots.Usage{}, labels)
 	})
 	if err != nil {
-		s.layers.Release(in.Layer)
+		s.release(labels)
 	}
 	s.step("known.recorded")
 	if err != nil && !errdefs.IsAlreadyExists(err) {
@@ -233,7 +233,7 @@ func hitName(namespace, parent, target string) string {
 // so (2.4 and newer). It takes the hold that in carries.
 func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string, in layer.Ingested) ([]mount.Mount, error) {
 	labels = maps.Clone(labels)
-	labels[labelLayer] = in.Layer.Hex()
+	maps.Copy(labels, s.claim(in.Layer))
 	labels[labelStaged] = "true"
 	var id string
 	err := s.db.update(ctx, func(ctx context.Context) (err error) {
@@ -243,7 +243,7 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 		return err
 	})
 	if err != nil {
-		s.layers.Release(in.Layer)
+		s.release(labels)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
 	if err := s.makeDirs(id); err != nil {

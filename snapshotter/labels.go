@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 const (
@@ -25,6 +26,8 @@ const (
 	labelNamespace = labelPrefix + "namespace"
 	// labelUpdated is when a client last changed the snapshot; we change it after that.
 	labelUpdated = labelPrefix + "updated"
+	// labelClaim is what a snapshot, the first of its layer, claims of the disk: bytes and inodes.
+	labelClaim = labelPrefix + "claim"
 	// labelSeal is a checksum of all else that is stored of the snapshot.
 	labelSeal = labelPrefix + "seal"
 
@@ -68,6 +71,38 @@ func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
 	}
 	base.Labels = public(base.Labels)
 	return base, nil
+}
+
+// claim returns the private labels of a snapshot that stands for a held layer from now on.
+func (s *Snapshotter) claim(id content.LayerID) map[string]string {
+	private := map[string]string{labelLayer: id.Hex(), labelClaim: ""}
+	if u, ok := s.layers.Claim(id, s.chains.usage()); ok {
+		private[labelClaim] = fmt.Sprintf(claimFormat, u.Bytes, u.Inodes)
+	}
+	return private
+}
+
+// release gives up the layer that a snapshot with these labels stands for, if any.
+func (s *Snapshotter) release(labels map[string]string) {
+	id, ok := layerOf(snapshots.Info{Labels: labels})
+	if !ok {
+		return
+	}
+	if labels[labelClaim] != "" {
+		s.layers.Unclaim(id)
+	}
+	s.layers.Release(id)
+}
+
+const claimFormat = "%d %d"
+
+// reclaim restores the claim of a stored snapshot, if it has one.
+func (s *Snapshotter) reclaim(info snapshots.Info) {
+	var u layer.Usage
+	id, ok := layerOf(info)
+	if _, err := fmt.Sscanf(info.Labels[labelClaim], claimFormat, &u.Bytes, &u.Inodes); ok && err == nil {
+		s.layers.Reclaim(id, u)
+	}
 }
 
 func layerOf(info snapshots.Info) (content.LayerID, bool) {

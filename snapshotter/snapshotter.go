@@ -333,6 +333,9 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	if s.layers.Verity() {
 		s.chains.digests = s.layers.Digests
 	}
+	for _, sn := range stored.whole {
+		s.reclaim(sn.Info)
+	}
 	for _, n := range stored.graph(s.chains.name).nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
 			s.chains.use(n.parent.chain, n.id)
@@ -412,9 +415,8 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return visible(out), err
 }
 
-// Usage of an active snapshot is that of its directory. A committed one has its part in all that is stored
-// for committed ones, so that the sum over all snapshots is what the disk holds, which is what
-// the kubelet wants to know.
+// Usage of an active snapshot is that of its directory. The first committed one of a layer has what was added to the disk when it came, and all have
+// their part in what nobody has, so that the sum over all snapshots is what the disk holds, which is what the kubelet wants to know.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	defer s.explain(&err)
 	var id string
@@ -427,7 +429,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, err
 	}
 	if lid, ok := layerOf(info); ok {
-		u := s.layers.Share(lid, s.chains.usage())
+		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.usage())
 		return snapshots.Usage{Size: u.Bytes, Inodes: u.Inodes}, nil
 	}
 	if info.Kind != snapshots.KindActive {
@@ -496,9 +498,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	}
 	s.ids.remove(id, key)
 	s.cancelBuild(key)
-	if lid, ok := layerOf(info); ok {
-		s.layers.Release(lid)
-	}
+	s.release(info.Labels)
 	if info.Kind != snapshots.KindCommitted {
 		s.unuse(ctx, id)
 	}

@@ -101,3 +101,80 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 		t.Errorf("snapshots use %d inodes, the disk holds %d", sum.Inodes, disk.Inodes)
 	}
 }
+
+// CRI asks for the usage of a committed snapshot once, when it first sees it. What it adds up is what the disk holds nevertheless, while images that
+// share much come in.
+func TestUsageIsAskedOnce(t *testing.T) {
+	needRoot(t)
+	s := open(t, t.TempDir())
+	ctx := ns(t, "k8s.io")
+	told := map[string]int64{}
+	look := func() {
+		t.Helper()
+		s.wg.Wait()
+		err := s.Walk(ctx, func(ctx context.Context, info snapshots.Info) error {
+			if _, ok := told[info.Name]; ok {
+				return nil
+			}
+			u, err := s.Usage(ctx, info.Name)
+			told[info.Name] = u.Size
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var sum int64
+		for _, n := range told {
+			sum += n
+		}
+		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "objects"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if off := float64(sum)/float64(disk.Bytes) - 1; off < -0.01 || off > 0.01 {
+			t.Errorf("%d snapshots were said to use %d bytes, the disk holds %d: %.1f %% off", len(told), sum, disk.Bytes, 100*off)
+		}
+	}
+	var tops []string
+	shared := map[string]string{}
+	for i := range 50 {
+		shared[fmt.Sprint("shared-", i)] = noiseOf(uint64(i), 200_000)
+	}
+	for i := range 8 {
+		base, _ := unpack(t, s, "k8s.io", "", layerTar(t, map[string]string{"base": noiseOf(100, 2_000_000)}), nil)
+		files := map[string]string{"own": noiseOf(uint64(1000+i), 500_000)} // of a rebuild
+		for name, data := range shared {
+			files[name] = data
+		}
+		top, _ := unpack(t, s, "k8s.io", base, layerTar(t, files), nil)
+		tops = append(tops, top)
+		if i%3 == 0 { // somebody else has the same
+			unpack(t, s, "other", "", layerTar(t, map[string]string{"base": noiseOf(100, 2_000_000)}), nil)
+		}
+		if i > 3 { // the first, who had most of what all share, go
+			if err := s.Remove(ctx, tops[i-4]); err != nil {
+				t.Fatal(err)
+			}
+			delete(told, tops[i-4])
+			s.layers.Wait()
+		}
+		if i == 5 {
+			if err := stop(s); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, s.opts.Root)
+		}
+		if i < 4 || i == 7 {
+			look()
+		}
+	}
+}
+
+func noiseOf(seed uint64, size int) string {
+	r := rand.New(rand.NewPCG(seed, 4))
+	b := make([]byte, size)
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return string(b)
+}

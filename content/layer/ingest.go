@@ -383,7 +383,7 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size in
 	st := &state{facts: facts, holds: 1, taken: 1, counted: true, ahead: ahead}
 	if old != nil {
 		counted = old.counted
-		st.holds, st.taken = old.holds+1, old.taken+1
+		st.holds, st.taken, st.claimed = old.holds+1, old.taken+1, old.claimed
 		s.forget(id, old)
 	}
 	s.insert(id, st, size)

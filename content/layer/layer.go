@@ -159,6 +159,8 @@ type Store struct {
 	// trees is what the tree files occupy, weight the sum of all layers'.
 	trees  Usage
 	weight int64
+	// claimed is what the claims of all layers add up to.
+	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
 }
@@ -176,9 +178,11 @@ type (
 	state struct {
 		facts tree.Facts
 		holds int
-		taken int   // holds ever taken, those given back too
-		file  int64 // what the tree file occupies
-		ahead bool  // ingested ahead, and not yet taken up
+		taken int // holds ever taken, those given back too
+		// claimed is what a use of the layer has claimed; nil when none has.
+		claimed *Usage
+		file    int64 // what the tree file occupies
+		ahead   bool  // ingested ahead, and not yet taken up
 		// counted: the layer's objects are counted as referenced. Those of a tree that could not be read are not.
 		counted bool
 		// damage is why the layer is out of service; nil for one that serves.
@@ -220,7 +224,7 @@ func (s *Store) insert(id content.LayerID, st *state, size int64) {
 	s.show(id, st)
 }
 
-// forget takes a layer out of the store. Under mu.
+// forget takes a layer out of the store, but for its claim. Under mu.
 func (s *Store) forget(id content.LayerID, st *state) {
 	if st.damage != nil {
 		s.damaged--
@@ -372,6 +376,7 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 		return nil, err
 	}
 	s.forget(id, st)
+	s.unclaim(st)
 	s.counters.change(func(c *Stats) { c.RemovedLayers++ })
 	if err != nil || !st.counted {
 		s.leaked.Store(true) // nobody can tell what it named

@@ -2,9 +2,11 @@ package layer
 
 import "github.com/dedup-snapshotter/dedup-snapshotter/content"
 
-// What a payload that many layers name costs cannot be said of one of them: whoever goes, it stays. So the
-// whole of what the store occupies, which is known exactly, is divided among the uses of its layers, in
-// proportion to the layers' sizes. The sum over all uses is what the disk holds, at any time.
+// What a payload that many layers name costs cannot be said of one of them: whoever goes, it stays. But whoever adds uses up
+// may have asked once and for all (CRI does, for committed snapshots), so what a use has must not change when others come. So one
+// use of a layer, the first, claims all that is on the disk by then and that nobody has claimed: what the layer's ingest added, and what removed
+// layers left behind that others need. What has come since, such as chain images, is divided among all uses in proportion to the layers'
+// sizes, until the next one claims it. The sum over all uses is what the disk holds, at any time.
 
 // weight is a layer's part in the division; an empty one still has a tree.
 func (st *state) weight() int64 { return st.facts.Bytes + content.BlockSize }
@@ -35,19 +37,75 @@ func (s *Store) used() Usage {
 	return Usage{Bytes: bytes + dirBytes + s.trees.Bytes, Inodes: inodes + dirs + s.trees.Inodes}
 }
 
-// Share returns the part that one use of a layer has in all that is stored; more is what the caller
+// Claim makes one use of a held layer stand for all that nobody has claimed; more is as in Share. ok is false when another use of the
+// layer has a claim.
+func (s *Store) Claim(id content.LayerID, more Usage) (u Usage, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	u = s.unclaimed(more)
+	return u, s.setClaim(id, u)
+}
+
+// Reclaim restores what Claim returned in an earlier process.
+func (s *Store) Reclaim(id content.LayerID, u Usage) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.setClaim(id, u)
+}
+
+func (s *Store) setClaim(id content.LayerID, u Usage) bool {
+	st := s.layers[id]
+	if st == nil || st.claimed != nil {
+		return false
+	}
+	st.claimed = &u
+	s.claimed.Bytes += u.Bytes
+	s.claimed.Inodes += u.Inodes
+	return true
+}
+
+// unclaimed is called under mu.
+func (s *Store) unclaimed(more Usage) Usage {
+	all := s.used()
+	return Usage{
+		Bytes:  max(0, all.Bytes+more.Bytes-s.claimed.Bytes),
+		Inodes: max(0, all.Inodes+more.Inodes-s.claimed.Inodes),
+	}
+}
+
+// Unclaim gives a claim up.
+func (s *Store) Unclaim(id content.LayerID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if st := s.layers[id]; st != nil {
+		s.unclaim(st)
+	}
+}
+
+// unclaim is Unclaim under mu.
+func (s *Store) unclaim(st *state) {
+	if st.claimed != nil {
+		s.claimed.Bytes -= st.claimed.Bytes
+		s.claimed.Inodes -= st.claimed.Inodes
+		st.claimed = nil
+	}
+}
+
+// Share returns the part that one use of a layer has in all that is stored; claimed tells that Claim was called for it, and more is what the caller
 // stores beside it for all of them.
-func (s *Store) Share(id content.LayerID, more Usage) Usage {
+func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	st := s.layers[id]
 	if st == nil || st.holds == 0 {
 		return Usage{}
 	}
-	part := float64(st.weight()) / float64(s.weight) / float64(st.holds)
-	all := s.used()
-	return Usage{
-		Bytes:  int64(float64(all.Bytes+more.Bytes)*part + 0.5),
-		Inodes: int64(float64(all.Inodes+more.Inodes)*part + 0.5),
+	if claimed && st.claimed != nil {
+		u = *st.claimed
 	}
+	part := float64(st.weight()) / float64(s.weight) / float64(st.holds)
+	rest := s.unclaimed(more)
+	u.Bytes += int64(float64(rest.Bytes)*part + 0.5)
+	u.Inodes += int64(float64(rest.Inodes)*part + 0.5)
+	return u
 }
