@@ -436,11 +436,11 @@ func TestDamagedRecords(t *testing.T) {
 		"a record that is a value": {damage: func(all, _ *bbolt.Bucket) error {
 			return errors.Join(all.DeleteBucket([]byte("container-0")), all.Put([]byte("container-0"), []byte("value")))
 		}, harmed: []string{"container-0"}},
-		"a record of nothing":    {damage: recreate("container-0", false), harmed: []string{"container-0"}},
-		"no record":              {damage: recreate("container-0", true), harmed: []string{"container-0"}, lost: true},
-		"no links":               {damage: func(_, links *bbolt.Bucket) error { return clearBucket(links) }},
-		"a link to nobody":       {damage: func(_, links *bbolt.Bucket) error { return links.Put([]byte("\x01\x00\x70"), []byte("nobody")) }},
-		"the number of snapshot": {damage: func(all, _ *bbolt.Bucket) error { return all.SetSequence(1) }},
+		"a record of nothing": {damage: recreate("container-0", false), harmed: []string{"container-0"}},
+		"no record":           {damage: recreate("container-0", true), harmed: []string{"container-0"}, lost: true},
+		"no links":            {damage: func(_, links *bbolt.Bucket) error { return clearBucket(links) }},
+		"a link to nobody":    {damage: func(_, links *bbolt.Bucket) error { return links.Put([]byte("\x01\x00\x70"), []byte("nobody")) }},
+		"the next id":         {damage: func(all, _ *bbolt.Bucket) error { return all.SetSequence(1) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			whole, root := root, filepath.Join(t.TempDir(), "root")
