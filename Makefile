@@ -81,10 +81,17 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 	DEDUP_VM=1 $(GO) test -v -timeout 70m ./integration/vm
 
 .PHONY: lint
-lint: ## gofmt and vet
+lint: ## gofmt, vet, staticcheck, dead code, the tree's limits, and govulncheck where its database can be reached
 	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
 	if [ -n "$$unformatted" ]; then echo "not gofmt'ed:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	@dead=$$($(GO) tool deadcode -test ./...); if [ -n "$$dead" ]; then echo "dead code:"; echo "$$dead"; exit 1; fi
+	$(GO) run ./.ci/limits
+	@out=$$($(GO) tool govulncheck ./... 2>&1) || case "$$out" in \
+		*"fetching vulnerabilities"*) echo "govulncheck: skipped, its database cannot be reached" ;; \
+		*) echo "$$out"; exit 1 ;; \
+	esac
 
 .PHONY: proto
 proto: ## Go code of the control API from proto/

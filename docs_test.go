@@ -45,7 +45,7 @@ func TestDocs(t *testing.T) {
 				checkLink(t, page, m[1])
 			}
 		}
-		for _, m := range regexp.MustCompile("\\b(?:Test|Benchmark|Fuzz)[A-Z]\\w+").FindAllString(text, -1) {
+		for _, m := range regexp.MustCompile(`\b(?:Test|Benchmark|Fuzz)[A-Z]\w+`).FindAllString(text, -1) {
 			if !tests[m] {
 				t.Errorf("%s names %s, which there is not", page, m)
 			}

@@ -126,10 +126,7 @@ func (r demoReport) ratio(subject, key string) (float64, bool) {
 // print writes the table.
 func (r demoReport) print(w io.Writer) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	head := []string{""}
-	for _, s := range r.order {
-		head = append(head, s)
-	}
+	head := append([]string{""}, r.order...)
 	for _, s := range r.order {
 		if s != baseline {
 			head = append(head, s+"/"+baseline)

@@ -53,7 +53,6 @@ func mtime(sec, ns int64) edit { return func(h *tar.Header) { h.ModTime = time.U
 func format(f tar.Format) edit {
 	return func(h *tar.Header) { h.Format = f; h.ModTime = time.Unix(h.ModTime.Unix(), 0) }
 }
-func typeflag(b byte) edit { return func(h *tar.Header) { h.Typeflag = b } }
 func xattr(name, v string) edit {
 	return func(h *tar.Header) {
 		if h.PAXRecords == nil {

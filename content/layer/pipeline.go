@@ -72,8 +72,7 @@ func (s *stream) produce(src io.Reader) {
 	defer close(s.toHash)
 	for {
 		c := chunkPool.Get().(*chunk)
-		var err error
-		err = safely(func() (err error) {
+		err := safely(func() (err error) {
 			c.buf, err = fill(src, c.buf[:0])
 			return err
 		})
