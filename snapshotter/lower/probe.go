@@ -1,4 +1,4 @@
-package snapshotter
+package lower
 
 import (
 	"bytes"
@@ -19,19 +19,19 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// kernel is what the probe found out about overlayfs here.
-type kernel struct {
-	// options every overlay mount gets.
-	options []string
-	// metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
+// Kernel is what the probe found out about overlayfs here.
+type Kernel struct {
+	// Options every overlay mount gets.
+	Options []string
+	// Metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
-	metacopy bool
-	// noVerity tells why objects have no fs-verity; nil when they have, and options ask overlayfs to compare it.
-	noVerity error
+	Metacopy bool
+	// NoVerity tells why objects have no fs-verity; nil when they have, and Options ask overlayfs to compare it.
+	NoVerity error
 }
 
-// probePrefix names the probe's directory below the root.
-const probePrefix = "probe-"
+// ProbePrefix names the probe's directory below the root.
+const ProbePrefix = "probe-"
 
 // Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
 // distributions backport.
@@ -62,34 +62,9 @@ type examination struct {
 	metacopy bool
 }
 
-// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may hold files without
-// bytes, and overlayfs refuses these, and the directories that they are in, without it: also a newer kernel has to go on with it.
-const fileMetacopy = "metacopy"
-
-// probeKernel finds out how to mount overlays here.
-func (s *Snapshotter) probeKernel() error {
-	uppers, err := os.ReadDir(s.path(dirSnapshots))
-	if err != nil {
-		return err
-	}
-	if len(uppers) == 0 {
-		if err := os.Remove(s.path(fileMetacopy)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	_, err = os.Stat(s.path(fileMetacopy))
-	marked := err == nil
-	if s.kernel, err = probe(s.opts.Root, s.opts.Verity, marked); err != nil {
-		return err
-	}
-	if !s.kernel.metacopy || marked {
-		return nil
-	}
-	return create(s.path(fileMetacopy), func(path string) error { return os.WriteFile(path, nil, 0o600) })
-}
-
-// probe examines the root and says what the daemon cannot do without.
-func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
+// Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the kernel does
+// without.
+func Probe(root string, want Verity, metacopy bool) (k Kernel, err error) {
 	f, err := examine(root, examination{verity: want == VerityAuto || want == VerityOn, metacopy: metacopy})
 	switch {
 	case err != nil:
@@ -104,16 +79,16 @@ func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
 	case f.DataOnly != nil:
 		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	k = kernel{options: f.Options, metacopy: f.Metacopy}
-	if k.noVerity, err = want.decide(f.Verity); err == nil && k.noVerity == nil {
-		k.options = append(k.options, verityOption(k.metacopy))
+	k = Kernel{Options: f.Options, Metacopy: f.Metacopy}
+	if k.NoVerity, err = want.decide(f.Verity); err == nil && k.NoVerity == nil {
+		k.Options = append(k.Options, verityOption(k.Metacopy))
 	}
 	return k, err
 }
 
 // examine mounts a small chain image over one object, writable, and reads it back.
 func examine(parent string, look examination) (f Features, err error) {
-	dir, err := os.MkdirTemp(parent, probePrefix)
+	dir, err := os.MkdirTemp(parent, ProbePrefix)
 	if err != nil {
 		return f, err
 	}
@@ -137,8 +112,8 @@ func examine(parent string, look examination) (f Features, err error) {
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
 	if f.Upper == nil {
 		for _, k := range kernelChoices(look.metacopy) {
-			if f.DataOnly = tryOverlay(dir, image, k.options, payload); f.DataOnly == nil {
-				f.Options, f.Metacopy = k.options, k.metacopy
+			if f.DataOnly = tryOverlay(dir, image, k.Options, payload); f.DataOnly == nil {
+				f.Options, f.Metacopy = k.Options, k.Metacopy
 				break
 			}
 		}
@@ -172,7 +147,7 @@ func tryIDMap(dir, image string) (err error) {
 }
 
 // kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
-func kernelChoices(keep bool) []kernel {
+func kernelChoices(keep bool) []Kernel {
 	plain := []string{"index=off"}
 	on := func(parameter string) bool {
 		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
@@ -189,13 +164,13 @@ func kernelChoices(keep bool) []kernel {
 	metacopy := []string{"index=off", "metacopy=on"}
 	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
 	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	all := []kernel{
-		{options: with(plain, "xino=on")},
-		{options: with(metacopy, "xino=on"), metacopy: true},
-		{options: plain},
-		{options: metacopy, metacopy: true},
+	all := []Kernel{
+		{Options: with(plain, "xino=on")},
+		{Options: with(metacopy, "xino=on"), Metacopy: true},
+		{Options: plain},
+		{Options: metacopy, Metacopy: true},
 	}
-	return slices.DeleteFunc(all, func(k kernel) bool { return keep && !k.metacopy })
+	return slices.DeleteFunc(all, func(k Kernel) bool { return keep && !k.Metacopy })
 }
 
 // writeProbe writes the object, and returns an entry that names it.
@@ -232,13 +207,13 @@ func tryOverlay(dir, lower string, options []string, want []byte) (err error) {
 			return err
 		}
 	}
-	below := lower
+	stack := Stack{Lower: []string{lower}, Upper: paths["upper"], Work: paths["work"]}
 	if want != nil {
-		below += "::" + filepath.Join(dir, "objects")
+		stack.Objects = filepath.Join(dir, "objects")
 	}
-	options = append([]string{"lowerdir=" + below, "upperdir=" + paths["upper"], "workdir=" + paths["work"]}, options...)
-	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, strings.Join(options, ",")); err != nil {
-		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options[3:], ","), err)
+	all := strings.Join(Kernel{Options: options}.Overlay(stack), ",")
+	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, all); err != nil {
+		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options, ","), err)
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
 	if err := os.WriteFile(filepath.Join(paths["merged"], "new"), nil, 0o600); err != nil {
