@@ -79,6 +79,7 @@ type image struct {
 	shared sharedXattrs
 	ents   []dirent                             // scratch of dirents
 	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
+	packs  *packs                               // nil: files without data are holes
 	length int64                                // of the image in bytes; a multiple of blockSize
 }
 
@@ -99,8 +100,15 @@ func Write(ctx context.Context, w io.Writer, root *tree.Node) (int64, error) {
 // WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is mounted with verity=on it
 // opens no object that has another. digest is asked once for each inode without data.
 func WriteVerity(ctx context.Context, w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
-	im := image{ctx: ctx, digest: digest, shared: sharedXattrs{digests: digest != nil}}
+	im := image{ctx: ctx, digest: digest, shared: sharedXattrs{digests: digest != nil, redirectLen: redirectLen}}
+	return im.write(w, root)
+}
+
+func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	if err := im.scan(root); err != nil {
+		return 0, fmt.Errorf("build chain image: %w", err)
+	}
+	if err := im.checkPlaces(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	if err := im.place(); err != nil {
@@ -121,6 +129,7 @@ func WriteVerity(ctx context.Context, w io.Writer, root *tree.Node, digest func(
 func (im *image) encode() ([]byte, error) {
 	b := make([]byte, im.length)
 	im.shared.encode(b)
+	im.packs.encode(b)
 	chunked := false
 	for i := range im.inodes {
 		if err := im.stopped(i); err != nil {
@@ -154,14 +163,26 @@ func (im *image) encodeSuper(b []byte, chunked bool) {
 	le.PutUint32(sb[32:], im.epoch.Nsec)
 	le.PutUint32(sb[36:], uint32(im.length/blockSize))
 	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
+	incompat := uint32(0)
 	if chunked {
-		le.PutUint32(sb[80:], incompatChunked)
+		incompat |= incompatChunked
 	}
+	if im.packs.count() > 0 {
+		incompat |= incompatDevices
+		le.PutUint16(sb[86:], uint16(im.packs.count()))
+		le.PutUint16(sb[88:], deviceTable/deviceSlot)
+	}
+	le.PutUint32(sb[80:], incompat)
 	sum := sha256.Sum256(b)
-	uuid := sb[superUUIDOff : superUUIDOff+16]
-	copy(uuid, sum[:])
-	uuid[6] = uuid[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of our own
-	uuid[8] = uuid[8]&0x3f | 0x80
+	putUUID(sb, sum[:])
 	// The kernel's crc32c leaves out the last inversion.
 	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+}
+
+// putUUID writes a uuid made from a sum into a superblock.
+func putUUID(sb, sum []byte) {
+	uuid := sb[superUUIDOff : superUUIDOff+16]
+	copy(uuid, sum)
+	uuid[6] = uuid[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of our own
+	uuid[8] = uuid[8]&0x3f | 0x80
 }

@@ -11,7 +11,7 @@ import (
 func (im *image) place() error {
 	im.epoch = im.commonMtime()
 	im.shared.choose()
-	meta := arena{end: superOffset + superSize}
+	meta := arena{end: im.packs.end()}
 	for i := range im.inodes {
 		if err := im.stopped(i); err != nil {
 			return err
