@@ -101,3 +101,16 @@ func TestLeads(t *testing.T) {
 		t.Error("Leads and Chain disagree")
 	}
 }
+
+func TestPackID(t *testing.T) {
+	for text, want := range map[string]PackID{"0000000000000": 0, "00064f0a1b2c3": 0x64f0a1b2c3, "fffffffffffff": 1<<52 - 1} {
+		if got, ok := ParsePackID(text); got != want || !ok || got.String() != text {
+			t.Errorf("%s: %v %v", text, got, ok)
+		}
+	}
+	for _, text := range []string{"", "1", "00064F0A1B2C3", "+064f0a1b2c30", "00064f0a1b2c30", "00064f0a1b2cg"} {
+		if got, ok := ParsePackID(text); ok {
+			t.Errorf("%q is taken for %s", text, got)
+		}
+	}
+}

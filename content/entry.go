@@ -60,6 +60,9 @@ type Xattr struct {
 	Value []byte
 }
 
+// XattrSize is what an attribute takes of an inode's room in a chain image, its header and its padding included; at most.
+func XattrSize(x Xattr) int64 { return int64(len(x.Name) + len(x.Value) + 8) }
+
 // Entry is one normalised member of a layer.
 type Entry struct {
 	// Path is relative, slash-separated, clean, without NUL, never with "." or

@@ -191,9 +191,13 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
 	clock.mark(stageEncode)
-	// The session may have put what was bad.
-	if err := s.heal(ss.ctx, ss.sync); err != nil {
-		return Ingested{}, errors.Join(err, ss.end(nil))
+	if ss.objects.Heals() {
+		if _, err := ss.objects.Seal(); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
+		if err := s.heal(ss.ctx, ss.sync); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
 	}
 	var ok bool
 	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
@@ -323,7 +327,11 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 
 // publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
-	used = ss.added
+	sealed, err := ss.objects.Seal()
+	if err != nil {
+		return Usage{}, false, err
+	}
+	used = Usage{Bytes: sealed.Bytes, Inodes: sealed.Files}
 	file, err := enc.Marshal(facts)
 	if err != nil {
 		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
@@ -352,6 +360,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 		return Usage{}, false, err
 	}
 	s.step("ingest.committed")
+	s.wakeKeeper()
 	s.noteWritten()
 	return used, counted, nil
 }

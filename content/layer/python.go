@@ -105,16 +105,16 @@ func (ss *session) restore(e *content.Entry, p pyc) error {
 		content.SetPycTime(e.Data, p.header.Mtime)
 		return nil
 	}
-	buf, err := ss.s.objects.Read(e.Object)
+	buf, err := ss.objects.Read(e.Object)
 	if err != nil {
 		return err
 	}
 	content.SetPycTime(buf, p.header.Mtime)
 	id := content.ObjectID{Sum: sha256.Sum256(buf)}
-	added, err := ss.s.objects.Put(id, buf)
+	added, err := ss.objects.Put(id, buf)
 	if err != nil {
 		return err
 	}
 	e.Object = id
-	return ss.took(id, added)
+	return ss.took(added)
 }

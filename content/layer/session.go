@@ -8,7 +8,6 @@ import (
 	"hash"
 	"io"
 	"math/bits"
-	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -16,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
 const (
@@ -45,12 +45,12 @@ type session struct {
 	root     int
 	unsynced error
 
+	// objects takes the payloads.
+	objects *object.Writer
+
 	mu    sync.Mutex // guards what follows
-	refs  map[content.ObjectID]uint32
-	added Usage
+	added Usage      // objects that were new, as if each was a file
 	pyc   map[*content.Entry]pyc
-	// wrote are the objects that this session has written.
-	wrote []content.ObjectID
 }
 
 // job is one payload in memory.
@@ -77,11 +77,11 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
 		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax, root: root,
-		jobs: make(chan job, 256),
-		refs: map[content.ObjectID]uint32{},
-		pyc:  map[*content.Entry]pyc{},
+		jobs:    make(chan job, 256),
+		objects: s.objects.Begin(),
+		pyc:     map[*content.Entry]pyc{},
 	}
-	for range ingestWorkers(s.opts.Verity) {
+	for range ingestWorkers() {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
 				if ss.ctx.Err() == nil {
@@ -98,13 +98,7 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 }
 
 // ingestWorkers is how many write payloads at a time.
-func ingestWorkers(hashed bool) int {
-	n := max(2, runtime.GOMAXPROCS(0))
-	if hashed {
-		n *= veritySpread
-	}
-	return n
-}
+func ingestWorkers() int { return max(2, runtime.GOMAXPROCS(0)) }
 
 // wait ends the workers; no Put may follow. It returns the first error.
 func (ss *session) wait() error {
@@ -113,22 +107,15 @@ func (ss *session) wait() error {
 	return context.Cause(ss.ctx)
 }
 
-// end gives back every reference of the session but those in keep.
+// end gives back every reference of the session but one for each of keep.
 func (ss *session) end(keep []content.ObjectID) error {
 	ss.stop(nil)
-	for _, id := range keep {
-		if ss.refs[id]--; ss.refs[id] == 0 {
-			delete(ss.refs, id)
-		}
-	}
-	var errs []error
-	for id, n := range ss.refs {
-		errs = append(errs, ss.s.objects.Unref(id, n))
-	}
+	wrote := ss.objects.Wrote()
+	err := ss.objects.End(keep)
 	if ss.unsynced != nil {
-		ss.s.distrust(context.WithoutCancel(ss.ctx), ss.wrote)
+		ss.s.distrust(context.WithoutCancel(ss.ctx), wrote)
 	}
-	return errors.Join(append(errs, unix.Close(ss.root))...)
+	return errors.Join(err, unix.Close(ss.root))
 }
 
 // Put reads one payload and hands it to a worker.
@@ -176,12 +163,12 @@ func (ss *session) store(j job) error {
 		e.Data = append([]byte(nil), buf...)
 	} else {
 		id := content.ObjectID{Sum: sha256.Sum256(buf)}
-		added, err := ss.s.objects.Put(id, buf)
+		added, err := ss.objects.Put(id, buf)
 		if err != nil {
 			return err
 		}
 		e.Object = id
-		if err := ss.took(id, added); err != nil {
+		if err := ss.took(added); err != nil {
 			return err
 		}
 		if p.canonical = id; isPyc && ss.want.fidelity == content.Exact {
@@ -208,17 +195,14 @@ func canonicalID(buf []byte) (id content.ObjectID) {
 }
 
 // took counts an object that was put; every so often it looks at how much room is left.
-func (ss *session) took(id content.ObjectID, added int64) error {
-	ss.mu.Lock()
-	ss.refs[id]++
+func (ss *session) took(added int64) error {
 	if added == 0 {
-		ss.mu.Unlock()
 		return nil
 	}
+	ss.mu.Lock()
 	before := ss.added
-	ss.added.Bytes += ss.s.objects.Occupies(added)
+	ss.added.Bytes += content.Blocks(added)
 	ss.added.Inodes++
-	ss.wrote = append(ss.wrote, id)
 	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
 	ss.mu.Unlock()
 	ss.s.step("ingest.object")
@@ -228,36 +212,23 @@ func (ss *session) took(id content.ObjectID, added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage writes a large payload to a file, hashing it beside.
+// stage stores a large payload, hashing it beside.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
-	f, err := os.CreateTemp(ss.s.path(dirIngest), "object-")
-	if err != nil {
-		return fmt.Errorf("stage payload: %w", err)
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
 	h := newAsyncHash()
-	_, err = io.CopyBuffer(io.MultiWriter(struct{ io.Writer }{f}, h), io.LimitReader(ctxReader{ss.ctx, r}, e.Size), make([]byte, chunkSize))
-	id := content.ObjectID{Sum: h.sum()}
-	if err == nil {
-		var fi os.FileInfo
-		if fi, err = f.Stat(); err == nil && fi.Size() != e.Size {
-			err = io.ErrUnexpectedEOF
+	var sum *content.ObjectID
+	total := func() content.ObjectID {
+		if sum == nil {
+			sum = &content.ObjectID{Sum: h.sum()}
 		}
+		return *sum
 	}
-	if err == nil {
-		err = errors.Join(f.Chmod(0o400), f.Close()) // fs-verity is for files that nobody writes to
-	}
+	defer total() // it has a goroutine
+	id, added, err := ss.objects.PutStream(io.TeeReader(ctxReader{ss.ctx, r}, h), e.Size, total)
 	if err != nil {
-		return fmt.Errorf("stage payload: %w", err)
-	}
-	ss.s.step("ingest.staged")
-	added, err := ss.s.objects.PutFile(id, f.Name(), e.Size)
-	if err != nil {
-		return err
+		return fmt.Errorf("store payload: %w", err)
 	}
 	e.Object = id
-	return ss.took(id, added)
+	return ss.took(added)
 }
 
 type ctxReader struct {
