@@ -26,7 +26,7 @@ type chainName struct{ content.Sum }
 
 // chainVersion is hashed into every name, so that images of another writer are not taken for
 // ours: change it whenever erofs.Write or tree.Merge change what they produce.
-const chainVersion = "chain image 1\n"
+const chainVersion = "chain image 2\n"
 
 // withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of the other kind
 // are nobody's, and go.

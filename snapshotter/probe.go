@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -213,7 +214,7 @@ func writeProbe(dir string, payload []byte) (*content.Entry, error) {
 
 func writeProbeImage(path string, e *content.Entry, digest func(content.ObjectID) verity.Digest) error {
 	var b bytes.Buffer
-	_, err := erofs.WriteVerity(&b, &tree.Node{
+	_, err := erofs.WriteVerity(context.Background(), &b, &tree.Node{
 		Entry:    &content.Entry{Kind: content.Dir, Mode: 0o755},
 		Children: []*tree.Node{{Name: "file", Entry: e}},
 	}, digest)

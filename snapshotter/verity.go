@@ -104,7 +104,7 @@ func (c *chains) write(ctx context.Context, to io.Writer, root *tree.Node) error
 		digest = func(id content.ObjectID) verity.Digest { return digests[id] }
 	}
 	w := bufio.NewWriterSize(to, 1<<20)
-	if _, err := erofs.WriteVerity(w, root, digest); err != nil {
+	if _, err := erofs.WriteVerity(ctx, w, root, digest); err != nil {
 		return err
 	}
 	return w.Flush()

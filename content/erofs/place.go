@@ -13,6 +13,9 @@ func (im *image) place() error {
 	im.shared.choose()
 	meta := arena{end: superOffset + superSize}
 	for i := range im.inodes {
+		if err := im.stopped(i); err != nil {
+			return err
+		}
 		in := &im.inodes[i]
 		in.extended = !in.fitsCompact() || in.node.Entry.Mtime != im.epoch
 		var err error

@@ -129,7 +129,7 @@ func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			sizes[i], err = chainImage(opts, drafts, c)
+			sizes[i], err = chainImage(ctx, opts, drafts, c)
 			return err
 		})
 	}
@@ -141,7 +141,7 @@ func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains
 	return sum, err
 }
 
-func chainImage(opts Options, drafts []layer.Draft, c Chain) (int64, error) {
+func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain) (int64, error) {
 	layers := make([][]*content.Entry, len(c))
 	for k, i := range c {
 		var err error
@@ -149,15 +149,15 @@ func chainImage(opts Options, drafts []layer.Draft, c Chain) (int64, error) {
 			return 0, err
 		}
 	}
-	root, err := tree.Merge(layers...)
+	root, err := tree.Merge(ctx, layers...)
 	if err != nil {
 		return 0, fmt.Errorf("merge %d layers: %w", len(c), err)
 	}
 	if !opts.Verity {
-		return erofs.Write(io.Discard, root)
+		return erofs.Write(ctx, io.Discard, root)
 	}
 	// What the digests are does not matter, but that they differ.
-	return erofs.WriteVerity(io.Discard, root, func(id content.ObjectID) verity.Digest { return verity.Digest{Sum: id.Sum} })
+	return erofs.WriteVerity(ctx, io.Discard, root, func(id content.ObjectID) verity.Digest { return verity.Digest{Sum: id.Sum} })
 }
 
 // Directories returns what the files of a layer occupy as directories of ext4 with inodes of 256 bytes.

@@ -139,7 +139,7 @@ func TestOf(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			n, err := erofs.Write(io.Discard, root)
+			n, err := erofs.Write(t.Context(), io.Discard, root)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,7 +41,6 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -421,26 +421,52 @@ func (s *Store) Facts(id content.LayerID) (Facts, error) {
 // Merge reads the trees of a chain, base first, and merges them. The empty
 // chain is an empty root directory.
 func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	trees := make([][]*content.Entry, len(chain))
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(2)
-	for i, id := range chain {
-		g.Go(func() (err error) {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, trees[i], err = tree.Read(s.treePath(id), id); isDamage(err) {
-				s.harm(ctx, id, Damage{Tree: err})
-			}
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return nil, fmt.Errorf("read chain: %w", err)
-	}
-	n, err := tree.Merge(trees...)
+	n, err := tree.MergeEach(ctx, s.readAhead(ctx, chain))
 	if err != nil {
 		return nil, fmt.Errorf("merge chain: %w", err)
 	}
 	return n, nil
+}
+
+// readAhead reads the trees of a chain, each while the one below it is being used.
+func (s *Store) readAhead(ctx context.Context, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
+	type read struct {
+		entries []*content.Entry
+		err     error
+	}
+	start := func(id content.LayerID) <-chan read {
+		done := make(chan read, 1)
+		go func() {
+			_, entries, err := tree.Read(s.treePath(id), id)
+			if isDamage(err) {
+				s.harm(ctx, id, Damage{Tree: err})
+			}
+			if err != nil {
+				err = fmt.Errorf("read layer %s: %w", id, err)
+			}
+			done <- read{entries, err}
+		}()
+		return done
+	}
+	return func(yield func([]*content.Entry, error) bool) {
+		var next <-chan read
+		defer func() {
+			if next != nil {
+				<-next // it may have to say that the tree is damaged
+			}
+		}()
+		for i, id := range chain {
+			if next == nil {
+				next = start(id)
+			}
+			this := <-next
+			next = nil
+			if i+1 < len(chain) {
+				next = start(chain[i+1])
+			}
+			if !yield(this.entries, this.err) {
+				return
+			}
+		}
+	}
 }

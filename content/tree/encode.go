@@ -158,7 +158,11 @@ var ErrDamaged = errors.New("damaged tree")
 
 var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 
-// decodeTree parses a canonical encoding. raw is kept: the entries' Data point into it.
+// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when a chain is
+// merged, keeps the block alive.
+const decodeBlock = 64
+
+// decodeTree parses a canonical encoding. The entries share nothing with raw.
 func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 	var (
 		objects  []byte
@@ -166,6 +170,7 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 		version  uint64
 		entries  []*content.Entry
 		block    []content.Entry
+		keep     arena
 	)
 	err := eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
 		switch n {
@@ -177,11 +182,11 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 			fidelity = content.Fidelity(b)
 		case treeEntry:
 			if len(block) == 0 {
-				block = make([]content.Entry, 512)
+				block = make([]content.Entry, decodeBlock)
 			}
 			e := &block[0]
 			block = block[1:]
-			if err := decodeEntry(e, b, objects); err != nil {
+			if err := decodeEntry(e, b, objects, &keep); err != nil {
 				return fmt.Errorf("entry %d: %w", len(entries), err)
 			}
 			entries = append(entries, e)
@@ -223,7 +228,7 @@ func eachField(raw []byte, field func(n protowire.Number, v uint64, b []byte) er
 	return nil
 }
 
-func decodeEntry(e *content.Entry, raw, objects []byte) error {
+func decodeEntry(e *content.Entry, raw, objects []byte, keep *arena) error {
 	return eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
 		switch n {
 		case entryPath:
@@ -249,7 +254,7 @@ func decodeEntry(e *content.Entry, raw, objects []byte) error {
 				case 1:
 					x.Name = string(b)
 				case 2:
-					x.Value = b
+					x.Value = keep.clone(b)
 				}
 				return nil
 			})
@@ -264,7 +269,7 @@ func decodeEntry(e *content.Entry, raw, objects []byte) error {
 		case entrySize:
 			e.Size = int64(v)
 		case entryData:
-			e.Data = b
+			e.Data = keep.clone(b)
 		case entryObject:
 			return objectAt(&e.Object, objects, v)
 		case entryPycTime:
@@ -274,6 +279,23 @@ func decodeEntry(e *content.Entry, raw, objects []byte) error {
 		}
 		return nil
 	})
+}
+
+// arena holds many short byte strings in a few allocations, none so large that one string that lasts keeps much alive.
+type arena struct{ room []byte }
+
+const arenaSize = 16 << 10
+
+func (a *arena) clone(b []byte) []byte {
+	if len(b) > arenaSize/4 {
+		return bytes.Clone(b)
+	}
+	if len(b) > cap(a.room)-len(a.room) {
+		a.room = make([]byte, 0, arenaSize)
+	}
+	start := len(a.room)
+	a.room = append(a.room, b...)
+	return a.room[start:len(a.room):len(a.room)]
 }
 
 func objectAt(id *content.ObjectID, objects []byte, i uint64) error {

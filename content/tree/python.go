@@ -46,7 +46,7 @@ func (m *merger) pinLinked(dir *Node, path string) {
 		case c.Entry.Kind == content.Dir:
 			m.pinLinked(c, at)
 		case c.Entry.Kind == content.Symlink && strings.HasSuffix(c.Name, ".py"):
-			bytecode := bytecodeOf(dir, c.Name)
+			bytecode := m.bytecodeOf(dir, c.Name)
 			settled := !slices.ContainsFunc(bytecode, func(b *Node) bool {
 				return b.Entry.Flags&(content.PycPaired|content.PycLone) == 0
 			})
@@ -61,7 +61,8 @@ func (m *merger) pinLinked(dir *Node, path string) {
 }
 
 // bytecodeOf returns the compiled files that belong to a source of a directory.
-func bytecodeOf(dir *Node, name string) (found []*Node) {
+func (m *merger) bytecodeOf(dir *Node, name string) (found []*Node) {
+	stem := strings.TrimSuffix(name, "py") // "module."
 	for _, holder := range []struct {
 		dir    *Node
 		prefix string
@@ -69,7 +70,8 @@ func bytecodeOf(dir *Node, name string) (found []*Node) {
 		if holder.dir == nil {
 			continue
 		}
-		for _, c := range holder.dir.Children {
+		for _, c := range holder.dir.prefixed(stem) {
+			m.steps++
 			if src, ok := content.PycSource(holder.prefix + c.Name); ok && src == name {
 				found = append(found, c)
 			}

@@ -202,7 +202,7 @@ func TestMerge(t *testing.T) {
 			"/d 1 755 2 \n/d/a 1 755 2 \n/d/a/in 2 644 2 i\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 2 644 2 e\n/l 2 644 2 l\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			n, err := Merge(base, append([]*content.Entry{dir("", 0, content.Implied)}, row.layer...))
+			n, err := Merge(t.Context(), base, append([]*content.Entry{dir("", 0, content.Implied)}, row.layer...))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -216,7 +216,7 @@ func TestMerge(t *testing.T) {
 func TestMergeHardlinks(t *testing.T) {
 	root := dir("", 0, 0)
 	base := []*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"}, file("c", "c", 1)}
-	n, err := Merge(base, []*content.Entry{root, {Path: "a", Kind: content.Whiteout},
+	n, err := Merge(t.Context(), base, []*content.Entry{root, {Path: "a", Kind: content.Whiteout},
 		{Path: "l", Kind: content.LowerLink, Target: "a", Mode: 0o600, Mtime: content.Time{Sec: 9}}, {Path: "m", Kind: content.Hardlink, Target: "l"}})
 	if err != nil {
 		t.Fatal(err)
@@ -225,7 +225,7 @@ func TestMergeHardlinks(t *testing.T) {
 	if n.child("a") != nil || b.Entry != l.Entry || l.Entry != m.Entry || string(l.Entry.Data) != "one" || l.Entry.Mode != 0o600 || l.Entry.Mtime.Sec != 9 {
 		t.Error(show(n))
 	}
-	if _, err := Merge(base, []*content.Entry{root, {Path: "l", Kind: content.LowerLink, Target: "nope"}}); err == nil || !strings.Contains(err.Error(), "nope") {
+	if _, err := Merge(t.Context(), base, []*content.Entry{root, {Path: "l", Kind: content.LowerLink, Target: "nope"}}); err == nil || !strings.Contains(err.Error(), "nope") {
 		t.Error(err)
 	}
 }
@@ -289,7 +289,7 @@ func TestMergePython(t *testing.T) {
 			{root, {Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: content.Time{Sec: orig}}}}, orig, map[string]bool{p311: false}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			n, err := Merge(row.layers...)
+			n, err := Merge(t.Context(), row.layers...)
 			if err != nil {
 				t.Fatal(err)
 			}
