@@ -173,29 +173,29 @@ func tryIDMap(dir, image string) (err error) {
 
 // kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
 func kernelChoices(keep bool) []kernel {
-	plain := []string{"index=off"}
-	on := func(parameter string) bool {
-		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
-		return err == nil && strings.TrimSpace(string(b)) == "Y"
+	// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot
+	// tell apart. BuildKit reads few options, so it is refused only where the kernel's default is to have it.
+	both := []string{"index=off"}
+	if overlayDefault("xino_auto") {
+		both = append(both, "xino=off")
 	}
-	if on("metacopy") {
+	plain := slices.Clone(both)
+	if overlayDefault("metacopy") {
 		plain = append(plain, "metacopy=off")
 	}
-	if on("redirect_dir") || on("metacopy") {
+	if overlayDefault("redirect_dir") || overlayDefault("metacopy") {
 		// A renamed directory would be a redirect that no image can express.
 		plain = append(plain, "redirect_dir=off")
 	}
 	// metacopy=on asks for redirects, so there it stays as it is.
-	metacopy := []string{"index=off", "metacopy=on"}
-	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
-	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	all := []kernel{
-		{options: with(plain, "xino=on")},
-		{options: with(metacopy, "xino=on"), metacopy: true},
-		{options: plain},
-		{options: metacopy, metacopy: true},
-	}
+	all := []kernel{{options: plain}, {options: append(both, "metacopy=on"), metacopy: true}}
 	return slices.DeleteFunc(all, func(k kernel) bool { return keep && !k.metacopy })
+}
+
+// overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.
+func overlayDefault(parameter string) bool {
+	b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
+	return err == nil && strings.TrimSpace(string(b)) == "Y"
 }
 
 // writeProbe writes the object, and returns an entry that names it.
