@@ -105,9 +105,12 @@ func debian(t *testing.T) *image.Layer {
 }
 
 // Inode numbers are small, tell apart the files that overlayfs tells apart and no others, and stay: over remounts, copies up and
-// restarts.
-func TestInodeNumbers(t *testing.T) {
+// restarts. Programs that rest on them do what they do with overlayfs.
+func TestInodes(t *testing.T) {
 	t.Parallel()
+	usual := debian(t)
+	programs, err := inputs.Programs(testContext(t), func(text string) { t.Log(text) })
+	must(t, err)
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	tortured := []*image.Layer{busybox(t)}
 	for _, l := range torture.Layers() {
@@ -120,28 +123,31 @@ func TestInodeNumbers(t *testing.T) {
 		linked string   // one with several
 	}{
 		{"torture", tortured, []string{"/kinds/size-1", "/kinds/size-65537", "/bin/busybox", "/meta/user-long"}, "/kinds/hard-2"},
-		{"debian", []*image.Layer{debian(t)}, []string{"/etc/passwd", "/bin/bash"}, "/usr/bin/perl"},
+		{"debian", []*image.Layer{usual, programs, linkedLayer(t), repositoryLayer(t)}, []string{"/etc/passwd", "/bin/bash"}, "/usr/bin/perl"},
 	} {
+		ref := pushDemo(t, r, row.name+":1", row.layers...)
+		for _, snapshotter := range []string{"overlayfs", node.Snapshotter} {
+			pull(t, n, snapshotter, ref)
+		}
 		t.Run(row.name, func(t *testing.T) {
-			ref := pushDemo(t, r, row.name+":1", row.layers...)
-			var want identities
-			pull(t, n, "overlayfs", ref)
-			must(t, n.View(testContext(t), "overlayfs", ref, func(root string) error { want = identify(t, root); return nil }))
+			want, got := identifyView(t, n, "overlayfs", ref), identifyView(t, n, node.Snapshotter, ref)
 			if len(want.names()) == 0 {
 				t.Fatal("the image has no hard links: nothing was compared")
 			}
-			pull(t, n, node.Snapshotter, ref)
-			must(t, n.View(testContext(t), node.Snapshotter, ref, func(root string) error {
-				got := identify(t, root)
-				got.fit(t)
-				if diff := cmp.Diff(want.names(), got.names()); diff != "" {
-					t.Errorf("names of one file in a view (-overlayfs +dedup):\n%s", diff)
-				}
-				return nil
-			}))
+			got.fit(t)
+			if diff := cmp.Diff(want.names(), got.names()); diff != "" {
+				t.Errorf("names of one file in a view (-overlayfs +dedup):\n%s", diff)
+			}
 			numbersStay(t, n, ref, want, row.change, row.linked)
 		})
 	}
+	t.Run("programs", func(t *testing.T) { runPrograms(t, n, r.Ref("debian:1")) })
+}
+
+func identifyView(t *testing.T, n *node.Node, snapshotter, ref string) (found identities) {
+	t.Helper()
+	must(t, n.View(testContext(t), snapshotter, ref, func(root string) error { found = identify(t, root); return nil }))
+	return found
 }
 
 // numbersStay changes files in a container's snapshot, mounts it again, and restarts the daemon between.
