@@ -186,3 +186,19 @@ func runPrograms(t *testing.T, n *node.Node, ref string) {
 		})
 	}
 }
+
+// A program in a container mounts an overlay over the container's own files, as Docker in Docker and kind do.
+func TestOverlayInContainer(t *testing.T) {
+	t.Parallel()
+	n, r := startDedup(t, node.Options{}), startRegistry(t)
+	ref := push(t, r, "nested:1", busybox(t), dataLayer(t))
+	script := "mount -t tmpfs t /tmp && mkdir /tmp/u /tmp/w /tmp/m && " +
+		"mount -t overlay o -o lowerdir=/data,upperdir=/tmp/u,workdir=/tmp/w /tmp/m && wc -c < /tmp/m/a && echo more >> /tmp/m/b && tail -c 5 /tmp/m/b"
+	for _, snapshotter := range []string{"overlayfs", node.Snapshotter} {
+		pull(t, n, snapshotter, ref)
+		out, err := n.RunWith(testContext(t), snapshotter, []string{"--privileged"}, ref, "sh", "-c", script)
+		if want := "9000\nmore\n"; err != nil || out != want {
+			t.Errorf("with %s: %q, %v; want %q", snapshotter, out, err, want)
+		}
+	}
+}

@@ -329,7 +329,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	if err != nil {
 		return err
 	}
-	s.chains.step = s.step
+	s.chains.step, s.chains.loop = s.step, s.kernel.loop
 	if s.layers.Verity() {
 		s.chains.digests = s.layers.Digests
 	}
