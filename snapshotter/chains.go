@@ -61,6 +61,7 @@ type chains struct {
 	digests  func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
 	counters *counters
 	step     func(name string)
+	loop     bool // mount from loop devices only
 
 	mu sync.Mutex // guards what follows
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
@@ -312,14 +313,16 @@ func (c *chains) mountImage(n chainName) error {
 		return fmt.Errorf("create mount point: %w", err)
 	}
 	c.step("chain.mounting")
-	_, err := mountErofs(c.image(n), c.mountPoint(n))
+	_, err := mountErofs(c.image(n), c.mountPoint(n), c.loop)
 	c.step("chain.mounted")
 	return err
 }
 
-// mountErofs mounts an image from its file where the kernel can (6.12), else from a loop device.
-func mountErofs(image, target string) (loop bool, err error) {
-	err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+// mountErofs mounts an image from its file where the kernel can (6.12), else, or if asked to, from a loop device.
+func mountErofs(image, target string, asked bool) (loop bool, err error) {
+	if err = unix.ENOTBLK; !asked {
+		err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+	}
 	if errors.Is(err, unix.ENOTBLK) {
 		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
 		loop, err = true, m.Mount(target)

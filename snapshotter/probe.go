@@ -27,6 +27,8 @@ type kernel struct {
 	// metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
 	metacopy bool
+	// loop: EROFS has to be mounted from loop devices.
+	loop bool
 	// noVerity tells why objects have no fs-verity; nil when they have, and options ask overlayfs to compare it.
 	noVerity error
 }
@@ -43,6 +45,11 @@ type Features struct {
 	Erofs, Upper, DataOnly error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
 	Loop bool
+	// Counted tells what fails inside a container where the kernel counts an EROFS mounted from its file as a level of
+	// stacked file systems (some of 6.12 to 6.18), of which there may be two: Loop is set then. nil elsewhere.
+	Counted error
+	// Nested tells why no overlay can be mounted over a container's files, as some programs in containers do.
+	Nested error
 	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
 	Options  []string
 	Metacopy bool
@@ -105,7 +112,7 @@ func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
 	case f.DataOnly != nil:
 		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	k = kernel{options: f.Options, metacopy: f.Metacopy}
+	k = kernel{options: f.Options, metacopy: f.Metacopy, loop: f.Counted != nil}
 	if k.noVerity, err = want.decide(f.Verity); err == nil && k.noVerity == nil {
 		k.options = append(k.options, verityOption(k.metacopy))
 	}
@@ -132,7 +139,7 @@ func examine(parent string, look examination) (f Features, err error) {
 		return f, err
 	}
 	f.Upper = tryOverlay(dir, empty, nil, nil)
-	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image); f.Erofs != nil {
+	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image, false); f.Erofs != nil {
 		return f, nil
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
@@ -142,6 +149,9 @@ func examine(parent string, look examination) (f Features, err error) {
 				f.Options, f.Metacopy = k.options, k.metacopy
 				break
 			}
+		}
+		if err := f.examineStacking(dir, image); err != nil {
+			return f, err
 		}
 	}
 	if look.idmap {
@@ -154,6 +164,44 @@ func examine(parent string, look examination) (f Features, err error) {
 		}
 	}
 	return f, nil
+}
+
+// examineStacking finds out whether overlays work inside containers, and whether they do so only with loop devices.
+func (f *Features) examineStacking(dir, image string) (err error) {
+	if f.Nested = tryNested(dir, image); f.Nested == nil || f.Loop {
+		return nil
+	}
+	looped, err := os.MkdirTemp(dir, "looped")
+	if err != nil {
+		return err
+	}
+	if _, err := mountErofs(filepath.Join(dir, "chain.erofs"), looped, true); err != nil {
+		return nil // there are no loop devices to do better with
+	}
+	if tryNested(dir, looped) == nil {
+		f.Loop, f.Counted, f.Nested = true, f.Nested, nil
+	}
+	return unix.Unmount(looped, unix.MNT_DETACH)
+}
+
+// tryNested mounts an overlay over an overlay, as programs in a container do, and writes to it.
+func tryNested(dir, image string) (err error) {
+	lower := image
+	for range 2 {
+		paths := map[string]string{}
+		for _, d := range []string{"upper", "work", "merged"} {
+			if paths[d], err = os.MkdirTemp(dir, d); err != nil {
+				return err
+			}
+		}
+		options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, paths["upper"], paths["work"])
+		if err := unix.Mount("overlay", paths["merged"], "overlay", 0, options); err != nil {
+			return fmt.Errorf("mount an overlay over the files of a container: %w", err)
+		}
+		lower = paths["merged"]
+		defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
+	}
+	return os.WriteFile(filepath.Join(lower, "new"), nil, 0o600)
 }
 
 func tryIDMap(dir, image string) (err error) {
@@ -174,29 +222,29 @@ func tryIDMap(dir, image string) (err error) {
 
 // kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
 func kernelChoices(keep bool) []kernel {
-	plain := []string{"index=off"}
-	on := func(parameter string) bool {
-		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
-		return err == nil && strings.TrimSpace(string(b)) == "Y"
+	// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot
+	// tell apart. BuildKit reads few options, so it is refused only where the kernel's default is to have it.
+	both := []string{"index=off"}
+	if overlayDefault("xino_auto") {
+		both = append(both, "xino=off")
 	}
-	if on("metacopy") {
+	plain := slices.Clone(both)
+	if overlayDefault("metacopy") {
 		plain = append(plain, "metacopy=off")
 	}
-	if on("redirect_dir") || on("metacopy") {
+	if overlayDefault("redirect_dir") || overlayDefault("metacopy") {
 		// A renamed directory would be a redirect that no image can express.
 		plain = append(plain, "redirect_dir=off")
 	}
 	// metacopy=on asks for redirects, so there it stays as it is.
-	metacopy := []string{"index=off", "metacopy=on"}
-	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
-	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	all := []kernel{
-		{options: with(plain, "xino=on")},
-		{options: with(metacopy, "xino=on"), metacopy: true},
-		{options: plain},
-		{options: metacopy, metacopy: true},
-	}
+	all := []kernel{{options: plain}, {options: append(both, "metacopy=on"), metacopy: true}}
 	return slices.DeleteFunc(all, func(k kernel) bool { return keep && !k.metacopy })
+}
+
+// overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.
+func overlayDefault(parameter string) bool {
+	b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
+	return err == nil && strings.TrimSpace(string(b)) == "Y"
 }
 
 // writeProbe writes the object, and returns an entry that names it.
