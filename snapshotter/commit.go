@@ -22,6 +22,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // buildDelay is how long a committed layer waits for another one on top of it before its
@@ -251,7 +252,7 @@ func (s *Snapshotter) scheduleBuild(ctx context.Context, name string) {
 		s.background(func(ctx context.Context) {
 			chain, err := s.resolve(ctx, name)
 			if err == nil {
-				err = s.chains.build(ctx, chain)
+				err = s.chains.Build(ctx, chain)
 			}
 			gone := errdefs.IsNotFound(err) || errors.Is(err, fs.ErrNotExist) // removed meanwhile
 			if err != nil && !gone && ctx.Err() == nil {
@@ -369,22 +370,25 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 
 func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer.Ingested, err error) {
 	dir := layer.Dir{Upper: s.upper(id)}
-	if s.kernel.metacopy && parent != "" {
+	if s.kernel.Metacopy && parent != "" {
 		// Files whose metadata alone was changed have no bytes in the upper directory.
 		chain, err := s.resolve(ctx, parent)
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		s.chains.use(s.chains.name(chain), id)
+		s.chains.Use(s.chains.Name(chain), id)
 		defer s.unuse(ctx, id)
-		if err := s.chains.ensure(ctx, chain); err != nil {
+		if err := s.chains.Ensure(ctx, chain); err != nil {
 			return layer.Ingested{}, err
 		}
 		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
-		lowers := s.upper(id) + ":" + s.chains.mountPoint(s.chains.name(chain)) + "::" + s.layers.ObjectsDir()
-		m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro", "lowerdir=" + lowers}, s.kernel.options...)}
+		stack := lower.Stack{
+			Lower:   []string{s.upper(id), s.chains.MountPoint(s.chains.Name(chain))},
+			Objects: s.layers.ObjectsDir(), ReadOnly: true,
+		}
+		m := mount.Mount{Type: "overlay", Source: "overlay", Options: s.kernel.Overlay(stack)}
 		if err := m.Mount(dir.View); err != nil {
 			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
 		}

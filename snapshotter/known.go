@@ -262,7 +262,7 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 // stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
 // fetches the blob, still finds its way to our diff service.
 func (s *Snapshotter) stagedMounts(id string) []mount.Mount {
-	mounts := s.mounts(snapshots.KindActive, id, lower{dir: s.path(dirEmpty), extraction: true})
+	mounts := s.mounts(snapshots.KindActive, id, below{dir: s.path(dirEmpty), extraction: true})
 	mounts[0].Options = append(mounts[0].Options, "ro")
 	return mounts
 }

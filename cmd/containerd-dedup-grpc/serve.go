@@ -32,6 +32,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -66,7 +67,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Verity: snapshotter.Verity(c.Verity), Reserve: reserve,
+		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind,
 	})

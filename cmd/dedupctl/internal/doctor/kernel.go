@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 func owner(fi os.FileInfo) int {
@@ -30,7 +30,7 @@ func (n *node) place() string {
 
 // lookAtKernel tries out mounts as the daemon makes them.
 func (n *node) lookAtKernel(context.Context) {
-	f, err := snapshotter.Examine(n.place())
+	f, err := lower.Examine(n.place())
 	if err != nil {
 		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v", n.place(), err)
 		return

@@ -1,46 +1,68 @@
-package snapshotter
+package lower
 
 import (
+	"context"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// Where the kernel counts an EROFS that is mounted from its file as a level of stacked file systems, chain images are mounted from
-// loop devices, from the first container on.
+func needsMounts(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts")
+	}
+}
+
+// With Loop chain images are mounted from loop devices, from the first container on.
 func TestLoopWhereErofsCounts(t *testing.T) {
-	s := open(t, t.TempDir())
-	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": strings.Repeat("text", 5000)}), nil)
-	sourceOf := func(key string) string {
-		t.Helper()
-		if _, err := s.Prepare(t.Context(), key, name); err != nil {
+	needsMounts(t)
+	for _, asked := range []bool{true, false} {
+		dir := t.TempDir()
+		o := Options{
+			Images: filepath.Join(dir, "images"), Staging: dir, Mounts: filepath.Join(dir, "mounts"), Loop: asked,
+			Merge: func(context.Context, []content.LayerID) (*tree.Node, error) {
+				return &tree.Node{Entry: &content.Entry{Kind: content.Dir, Mode: 0o755}}, nil
+			},
+		}
+		if err := os.Mkdir(o.Images, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(s.chains.mnt))
+		c, err := Open(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		chain := []content.LayerID{{Sum: content.Sum{1}}}
+		if err := c.Ensure(t.Context(), chain); err != nil {
+			t.Fatal(err)
+		}
+		mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(o.Mounts))
 		if err != nil || len(mounts) != 1 {
 			t.Fatalf("mounts %v, %v", mounts, err)
 		}
-		if err := s.Remove(t.Context(), key); err != nil {
+		f, err := Examine(t.TempDir())
+		if err != nil {
 			t.Fatal(err)
 		}
-		return mounts[0].Source
-	}
-	s.chains.loop = true // what probe makes of Features.Counted
-	if source := sourceOf("looped"); !strings.HasPrefix(source, "/dev/loop") {
-		t.Errorf("mounted from %s", source)
-	}
-	s.chains.loop = s.kernel.loop
-	if source := sourceOf("plain"); s.kernel.loop != strings.HasPrefix(source, "/dev/loop") {
-		t.Errorf("mounted from %s, and the probe says loop %v", source, s.kernel.loop)
+		if source := mounts[0].Source; strings.HasPrefix(source, "/dev/loop") != (asked || f.Loop) {
+			t.Errorf("asked for a loop device: %v, mounted from %s", asked, source)
+		}
+		if err := c.Drop(t.Context(), c.Name(chain)); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
 // Features say whether a container can mount overlays over its own files, and so does trying it.
 func TestNestedOverlays(t *testing.T) {
-	open(t, t.TempDir()) // skips where nothing can be mounted
+	needsMounts(t)
 	f, err := Examine(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +77,7 @@ func TestNestedOverlays(t *testing.T) {
 
 // A lower directory that is one level too high, as an EROFS file is on some kernels, has the probe turn to loop devices.
 func TestProbeCountsLevels(t *testing.T) {
-	open(t, t.TempDir()) // skips where nothing can be mounted
+	needsMounts(t)
 	dir := t.TempDir()
 	object, err := writeProbe(dir, []byte("payload"))
 	if err == nil {
