@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,9 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
@@ -85,6 +88,17 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	defer s.explain(&err)
 	id := idOfUpper(upper)
 	var old snapshots.Info
+	err = s.db.view(ctx, func(ctx context.Context) (err error) {
+		_, old, err = s.activeByID(ctx, id)
+		return err
+	})
+	if err == nil && !parentLater(old) {
+		err = s.fits(ctx, in.Layer, old.Parent)
+	}
+	if err != nil {
+		s.layers.Release(in.Layer)
+		return fmt.Errorf("layer %s: %w", in.DiffID.Digest(), err)
+	}
 	private := s.claim(in.Layer)
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		var key string
@@ -104,6 +118,20 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	s.applied = true
 	s.mu.Unlock()
 	return nil
+}
+
+// parentLater reports whether containerd unpacks layers side by side, and names the parent of this one at Commit.
+func parentLater(active snapshots.Info) bool {
+	return active.Parent == "" && active.Labels[labelParentChain] != ""
+}
+
+// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is known at once.
+func (s *Snapshotter) fits(ctx context.Context, id content.LayerID, parent string) error {
+	err := s.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return s.resolve(ctx, parent) })
+	if errors.Is(err, tree.ErrUnfit) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return err
 }
 
 func (s *Snapshotter) usesApply() bool {
@@ -129,7 +157,12 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
-	_, applied := layerOf(active)
+	lid, applied := layerOf(active)
+	if applied && (base.Parent != "" || parentLater(active)) {
+		if err := s.fits(ctx, lid, cmp.Or(base.Parent, active.Parent)); err != nil {
+			return fmt.Errorf("commit snapshot %q: %w", key, err)
+		}
+	}
 	var usage snapshots.Usage
 	labels := maps.Clone(base.Labels)
 	if applied {

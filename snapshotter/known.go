@@ -87,6 +87,12 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 		return nil, nil
 	}
 	in, reason, ok := s.findLayer(ctx, w)
+	if ok && !w.staged { // the parent of a staged one is known at Commit
+		if err := s.fits(ctx, in.Layer, parent); err != nil {
+			s.layers.Release(in.Layer)
+			return nil, fmt.Errorf("layer %s: %w", in.DiffID.Digest(), err)
+		}
+	}
 	hit := ok && reason != reasonIngested
 	if ok && s.layers.TakeAhead(in.Layer) {
 		hit, reason = false, reasonAhead

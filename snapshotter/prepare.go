@@ -32,12 +32,14 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 			s.counters.answer(doorPrepare, false, reasonUnnamed)
 		}
 	}
-	if named {
-		if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
-			return mounts, err
+	return s.lost.retry(ctx, parent, func() ([]mount.Mount, error) {
+		if named {
+			if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
+				return mounts, err
+			}
 		}
-	}
-	return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
+		return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
+	})
 }
 
 // View creates a read-only snapshot.
@@ -47,7 +49,9 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
+	return s.lost.retry(ctx, parent, func() ([]mount.Mount, error) {
+		return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
+	})
 }
 
 // create stores a snapshot and returns its mounts. The snapshot is stored first, so that its

@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
@@ -43,6 +44,8 @@ type Options struct {
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
+	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then. May be nil.
+	Remind func(ctx context.Context, chain content.ChainID) error
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
@@ -64,6 +67,7 @@ type Snapshotter struct {
 	close  sync.Once
 
 	repairing sync.Mutex // held by who repairs layers
+	lost      lost
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
@@ -114,6 +118,7 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s.lost.s = s
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -328,7 +333,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	o := lower.Options{
 		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
-		Merge: s.layers.Merge, Step: s.step,
+		Merge: s.layers.Merge, Step: s.step, Loop: s.kernel.Loop,
 	}
 	if s.layers.Verity() {
 		o.Digests = s.layers.Digests
@@ -386,10 +391,13 @@ func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.Layer
 
 // Stat returns the info of a snapshot.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
-	err = s.db.view(ctx, func(ctx context.Context) error {
+	look := func(ctx context.Context) error {
 		_, info, _, err = getInfo(ctx, key)
 		return err
-	})
+	}
+	if err = s.db.view(ctx, look); errdefs.IsNotFound(err) && s.lost.restore(ctx, key) {
+		err = s.db.view(ctx, look)
+	}
 	return visible(info), err
 }
 

@@ -55,6 +55,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("containerd_address: %w", err)
 	}
 	defer conn.Close()
+	catalog := blobs.NewCatalog(conn, c.Address)
 	found := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 
 	reserve, err := c.reserve()
@@ -68,7 +69,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
-		Blobs: found,
+		Blobs: found, Remind: catalog.Remind,
 	})
 	if err != nil {
 		return err
@@ -94,7 +95,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
-		Catalog: blobs.NewCatalog(conn, c.Address),
+		Catalog: catalog,
 	}))
 
 	done := make(chan error, 1)

@@ -25,7 +25,7 @@ type Name struct{ content.Sum }
 
 // chainVersion is hashed into every name, so that images of another writer are not taken for
 // ours: change it whenever erofs.Write or tree.Merge change what they produce.
-const chainVersion = "chain image 1\n"
+const chainVersion = "chain image 2\n"
 
 // withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of the other kind
 // are nobody's, and go.
@@ -79,6 +79,8 @@ type Options struct {
 	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
 	// Digests gives fs-verity's digests of objects; nil when it is off.
 	Digests func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
+	// Loop: mount from loop devices only.
+	Loop bool
 	// Step names points at which a test may end the process; nil for none.
 	Step func(name string)
 }

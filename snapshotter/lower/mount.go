@@ -23,14 +23,16 @@ func (c *Chains) mountImage(n Name) error {
 		return fmt.Errorf("create mount point: %w", err)
 	}
 	c.opts.Step("chain.mounting")
-	_, err := mountErofs(c.Image(n), c.MountPoint(n))
+	_, err := mountErofs(c.Image(n), c.MountPoint(n), c.opts.Loop)
 	c.opts.Step("chain.mounted")
 	return err
 }
 
-// mountErofs mounts an image from its file where the kernel can (6.12), else from a loop device.
-func mountErofs(image, target string) (loop bool, err error) {
-	err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+// mountErofs mounts an image from its file where the kernel can (6.12), else, or if asked to, from a loop device.
+func mountErofs(image, target string, asked bool) (loop bool, err error) {
+	if err = unix.ENOTBLK; !asked {
+		err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
+	}
 	if errors.Is(err, unix.ENOTBLK) {
 		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
 		loop, err = true, m.Mount(target)

@@ -27,6 +27,8 @@ type Kernel struct {
 	// Metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
 	Metacopy bool
+	// Loop: EROFS has to be mounted from loop devices.
+	Loop bool
 	// NoVerity tells why objects have no fs-verity; nil when they have, and Options ask overlayfs to compare it.
 	NoVerity error
 }
@@ -43,6 +45,11 @@ type Features struct {
 	Erofs, Upper, DataOnly error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
 	Loop bool
+	// Counted tells what fails inside a container where the kernel counts an EROFS mounted from its file as a level of
+	// stacked file systems (some of 6.12 to 6.18), of which there may be two: Loop is set then. nil elsewhere.
+	Counted error
+	// Nested tells why no overlay can be mounted over a container's files, as some programs in containers do.
+	Nested error
 	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
 	Options  []string
 	Metacopy bool
@@ -80,7 +87,7 @@ func Probe(root string, want Verity, metacopy bool) (k Kernel, err error) {
 	case f.DataOnly != nil:
 		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	k = Kernel{Options: f.Options, Metacopy: f.Metacopy}
+	k = Kernel{Options: f.Options, Metacopy: f.Metacopy, Loop: f.Counted != nil}
 	if k.NoVerity, err = want.decide(f.Verity); err == nil && k.NoVerity == nil {
 		k.Options = append(k.Options, verityOption(k.Metacopy))
 	}
@@ -107,7 +114,7 @@ func examine(parent string, look examination) (f Features, err error) {
 		return f, err
 	}
 	f.Upper = tryOverlay(dir, empty, nil, nil)
-	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image); f.Erofs != nil {
+	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image, false); f.Erofs != nil {
 		return f, nil
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
@@ -117,6 +124,9 @@ func examine(parent string, look examination) (f Features, err error) {
 				f.Options, f.Metacopy = k.Options, k.Metacopy
 				break
 			}
+		}
+		if err := f.examineStacking(dir, image); err != nil {
+			return f, err
 		}
 	}
 	if look.idmap {
@@ -129,6 +139,44 @@ func examine(parent string, look examination) (f Features, err error) {
 		}
 	}
 	return f, nil
+}
+
+// examineStacking finds out whether overlays work inside containers, and whether they do so only with loop devices.
+func (f *Features) examineStacking(dir, image string) (err error) {
+	if f.Nested = tryNested(dir, image); f.Nested == nil || f.Loop {
+		return nil
+	}
+	looped, err := os.MkdirTemp(dir, "looped")
+	if err != nil {
+		return err
+	}
+	if _, err := mountErofs(filepath.Join(dir, "chain.erofs"), looped, true); err != nil {
+		return nil // there are no loop devices to do better with
+	}
+	if tryNested(dir, looped) == nil {
+		f.Loop, f.Counted, f.Nested = true, f.Nested, nil
+	}
+	return unix.Unmount(looped, unix.MNT_DETACH)
+}
+
+// tryNested mounts an overlay over an overlay, as programs in a container do, and writes to it.
+func tryNested(dir, image string) (err error) {
+	lower := image
+	for range 2 {
+		paths := map[string]string{}
+		for _, d := range []string{"upper", "work", "merged"} {
+			if paths[d], err = os.MkdirTemp(dir, d); err != nil {
+				return err
+			}
+		}
+		options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, paths["upper"], paths["work"])
+		if err := unix.Mount("overlay", paths["merged"], "overlay", 0, options); err != nil {
+			return fmt.Errorf("mount an overlay over the files of a container: %w", err)
+		}
+		lower = paths["merged"]
+		defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
+	}
+	return os.WriteFile(filepath.Join(lower, "new"), nil, 0o600)
 }
 
 func tryIDMap(dir, image string) (err error) {
@@ -149,29 +197,29 @@ func tryIDMap(dir, image string) (err error) {
 
 // kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
 func kernelChoices(keep bool) []Kernel {
-	plain := []string{"index=off"}
-	on := func(parameter string) bool {
-		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
-		return err == nil && strings.TrimSpace(string(b)) == "Y"
+	// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot
+	// tell apart. BuildKit reads few options, so it is refused only where the kernel's default is to have it.
+	both := []string{"index=off"}
+	if overlayDefault("xino_auto") {
+		both = append(both, "xino=off")
 	}
-	if on("metacopy") {
+	plain := slices.Clone(both)
+	if overlayDefault("metacopy") {
 		plain = append(plain, "metacopy=off")
 	}
-	if on("redirect_dir") || on("metacopy") {
+	if overlayDefault("redirect_dir") || overlayDefault("metacopy") {
 		// A renamed directory would be a redirect that no image can express.
 		plain = append(plain, "redirect_dir=off")
 	}
 	// metacopy=on asks for redirects, so there it stays as it is.
-	metacopy := []string{"index=off", "metacopy=on"}
-	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
-	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	all := []Kernel{
-		{Options: with(plain, "xino=on")},
-		{Options: with(metacopy, "xino=on"), Metacopy: true},
-		{Options: plain},
-		{Options: metacopy, Metacopy: true},
-	}
+	all := []Kernel{{Options: plain}, {Options: append(both, "metacopy=on"), Metacopy: true}}
 	return slices.DeleteFunc(all, func(k Kernel) bool { return keep && !k.Metacopy })
+}
+
+// overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.
+func overlayDefault(parameter string) bool {
+	b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
+	return err == nil && strings.TrimSpace(string(b)) == "Y"
 }
 
 // writeProbe writes the object, and returns an entry that names it.

@@ -78,7 +78,7 @@ func tryVerity(dir string, f Features, object *content.Entry, payload []byte) (e
 	if err != nil {
 		return err
 	}
-	if _, err := mountErofs(image, target); err != nil {
+	if _, err := mountErofs(image, target, false); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(target, unix.MNT_DETACH)) }()
