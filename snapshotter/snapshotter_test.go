@@ -28,7 +28,7 @@ import (
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
 	needRoot(t)
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity()})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity(), PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}

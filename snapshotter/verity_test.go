@@ -44,7 +44,7 @@ func verityRoot(t *testing.T) string {
 // openVerity opens a store until the test ends or stops it.
 func openVerity(t *testing.T, root string, v lower.Verity) *Snapshotter {
 	t.Helper()
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v, PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}
