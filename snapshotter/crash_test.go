@@ -260,8 +260,11 @@ func holdsNothingElse(t *testing.T, s *Snapshotter, ctx context.Context) {
 		}
 		return len(found)
 	}
-	if got, want := count("objects/*/*"), s.layers.Objects(); got != want {
-		t.Errorf("%d files in objects, %d are objects", got, want)
+	if got, want := count("packs/*"), s.layers.Stats().Packs.Packs; got != want {
+		t.Errorf("%d files in packs, %d are packs", got, want)
+	}
+	if found, err := s.layers.Orphans(ctx); err != nil || len(found) > 0 {
+		t.Errorf("files that nothing names: %v, %v", found, err)
 	}
 	if got, want := count("layers/*"), len(s.layers.List()); got != want {
 		t.Errorf("%d files in layers, %d layers", got, want)

@@ -429,7 +429,7 @@ func TestRemoveFreesEverything(t *testing.T) {
 	if left := mountsBelow(t, root); len(left) > 0 {
 		t.Errorf("still mounted: %v", left)
 	}
-	for _, dir := range []string{dirSnapshots, dirChains, dirIngest, "layers", "objects"} {
+	for _, dir := range []string{dirSnapshots, dirChains, dirIngest, "layers", "packs"} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d os.DirEntry, err error) error {
 			if err == nil && !d.IsDir() {
 				t.Errorf("%s stays", path)

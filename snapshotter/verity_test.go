@@ -31,7 +31,7 @@ func verityRoot(t *testing.T) string {
 		t.Fatal(err)
 	}
 	if f.Verity != nil {
-		t.Skipf("needs fs-verity (ext4 with the feature verity) and overlayfs's verity= (Linux 6.6): %v", f.Verity)
+		t.Skipf("needs fs-verity (ext4 with the feature verity): %v", f.Verity)
 	}
 	t.Cleanup(func() {
 		if left := mountsBelow(t, root); len(left) > 0 {
@@ -76,10 +76,10 @@ func tryRead(t *testing.T, s *Snapshotter, parent, file string) (data string, er
 	return data, err
 }
 
-// hashed counts the objects with and without fs-verity.
+// hashed counts the packs with and without fs-verity.
 func hashed(t *testing.T, s *Snapshotter) (with, without int) {
 	t.Helper()
-	err := filepath.WalkDir(s.layers.ObjectsDir(), func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(s.path("packs"), func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
@@ -104,8 +104,14 @@ func hashed(t *testing.T, s *Snapshotter) (with, without int) {
 	return with, without
 }
 
-func objectOf(s *Snapshotter, text string) string {
-	return filepath.Join(s.layers.ObjectsDir(), content.ObjectID{Sum: sha256.Sum256([]byte(text))}.Path())
+// packOf returns the pack that holds a payload.
+func packOf(t *testing.T, s *Snapshotter, text string) string {
+	t.Helper()
+	place, ok := s.layers.Packs().Place(content.ObjectID{Sum: sha256.Sum256([]byte(text))})
+	if !ok {
+		t.Fatal("no pack has it")
+	}
+	return s.layers.Packs().Path(place.Pack)
 }
 
 // swap puts another file in the place of an object.
@@ -125,42 +131,44 @@ func swap(t *testing.T, path, text string, hash bool) {
 	}
 }
 
-// The kernel refuses an object that is not the one that the image was built for, and what is damaged heals.
-func TestVerityRefusesOtherBytes(t *testing.T) {
+// A chain image is mounted over no other pack than the one that it was built for, and what is damaged heals.
+func TestVerityRefusesOtherPacks(t *testing.T) {
 	s := openVerity(t, verityRoot(t), lower.VerityOn)
 	right, wrong := strings.Repeat("right", 5000), strings.Repeat("wrong", 5000)
-	blob := layerTar(t, map[string]string{"file": right, "other": strings.Repeat("other", 1000), "tiny": "tiny"})
+	files := map[string]string{"file": right, "other": strings.Repeat("other", 1000), "tiny": "tiny"}
+	blob := layerTar(t, files)
 	name, _ := unpack(t, s, "one", "", blob, nil)
 	for file, want := range map[string]string{"file": right, "tiny": "tiny"} {
 		if got := read(t, s, name, file); got != want {
 			t.Fatalf("%s: %d bytes", file, len(got))
 		}
 	}
-	if with, without := hashed(t, s); with != 2 || without != 0 {
-		t.Errorf("%d objects with fs-verity, %d without", with, without)
+	if with, without := hashed(t, s); with != 1 || without != 0 {
+		t.Errorf("%d packs with fs-verity, %d without", with, without)
 	}
-	t.Logf("overlay with %s", s.OverlayOptions())
-	if err := os.WriteFile(objectOf(s, right), []byte(wrong), 0); !errors.Is(err, unix.EPERM) {
+	if err := os.WriteFile(packOf(t, s, right), []byte(wrong), 0); !errors.Is(err, unix.EPERM) {
 		t.Errorf("written in place: %v", err)
 	}
-	for _, hash := range []bool{false, true} {
-		swap(t, objectOf(s, right), wrong, hash)
-		if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || got != "" {
-			t.Errorf("swapped, fs-verity %v: %d bytes, %v", hash, len(got), err)
+	for i, hash := range []bool{false, true} {
+		pack := packOf(t, s, right)
+		whole, err := os.ReadFile(pack)
+		if err != nil {
+			t.Fatal(err)
 		}
-		found, err := s.Check(t.Context(), CheckOptions{})
-		if err != nil || !slices.ContainsFunc(found, func(f Finding) bool { return f.Kind == layer.DamagedObject && f.Path == objectOf(s, right) }) {
-			t.Errorf("swapped, fs-verity %v: found %v, %v", hash, found, err)
+		// The trailer says nothing of payloads: without fs-verity this would be mounted.
+		swap(t, pack, strings.Replace(string(whole), right, wrong, 1), hash)
+		if got, err := tryRead(t, s, name, "file"); !errors.Is(err, layer.ErrDamaged) || got != "" {
+			t.Errorf("swapped, fs-verity %v: %d bytes, %v", hash, len(got), err)
 		}
 		if _, err := tryRead(t, s, name, "other"); !errors.Is(err, layer.ErrDamaged) {
 			t.Errorf("a damaged layer is served: %v", err)
 		}
-		unpack(t, s, fmt.Sprint("again", hash), "", blob, nil)
+		unpack(t, s, fmt.Sprint("again", i), "", blob, nil)
 		if got := read(t, s, name, "file"); got != right {
 			t.Errorf("healed: %d bytes", len(got))
 		}
-		if with, without := hashed(t, s); with != 2 || without != 0 {
-			t.Errorf("healed: %d objects with fs-verity, %d without", with, without)
+		if _, without := hashed(t, s); without != 0 {
+			t.Errorf("healed: %d packs without fs-verity", without)
 		}
 	}
 	checkClean(t, s)
@@ -182,15 +190,15 @@ func TestVerityRefusesFlippedBits(t *testing.T) {
 	if got := read(t, s, name, "file"); got != text {
 		t.Fatalf("%d bytes", len(got))
 	}
-	object, image := objectOf(s, text), s.chains.Image(onlyChain(t, s))
-	flip(t, disk, object)
+	flip(t, disk, packOf(t, s, text), content.BlockSize+2048)
 	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || strings.Contains(got, "tezt") {
-		t.Errorf("object: %d bytes, %v", len(got), err)
+		t.Errorf("payload: %d bytes, %v", len(got), err)
 	}
-	for _, path := range []string{object, image} {
-		flip(t, disk, path)
+	image := s.chains.Image(onlyChain(t, s))
+	for path, at := range map[string]int64{packOf(t, s, text): content.BlockSize + 2048, image: 2048} {
+		flip(t, disk, path, at)
 		found, err := s.Check(t.Context(), CheckOptions{Repair: true})
-		if err != nil || len(found) != 1 || found[0].Path != path || !found[0].Damaged() {
+		if err != nil || !slices.ContainsFunc(found, func(f Finding) bool { return f.Path == path && f.Damaged() }) {
 			t.Errorf("%s: found %v, %v", path, found, err)
 		}
 		unpack(t, s, "heals", "", blob, nil)
@@ -199,7 +207,7 @@ func TestVerityRefusesFlippedBits(t *testing.T) {
 		}
 		checkClean(t, s)
 	}
-	flip(t, disk, image)
+	flip(t, disk, image, 2048)
 	if got := read(t, s, name, "file"); got != text {
 		t.Errorf("an image that cannot be mounted: %d bytes", len(got))
 	}
@@ -214,8 +222,8 @@ func onlyChain(t *testing.T, s *Snapshotter) lower.Name {
 	return names[0]
 }
 
-// flip changes the second half of a file's first block on the disk, and makes the kernel forget what it has read.
-func flip(t *testing.T, disk, path string) {
+// flip changes four bytes of a file on the disk, and makes the kernel forget what it has read.
+func flip(t *testing.T, disk, path string, at int64) {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {
@@ -232,7 +240,7 @@ func flip(t *testing.T, disk, path string) {
 		_                       [3]uint32
 	}
 	const fsIocFiemap = 0xc020660b
-	arg.length, arg.flags, arg.count = 1, 1, 1 // FIEMAP_FLAG_SYNC
+	arg.start, arg.length, arg.flags, arg.count = uint64(at), 1, 1, 1 // FIEMAP_FLAG_SYNC
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&arg))); errno != 0 || arg.mapped != 1 {
 		t.Fatal("where the file lies:", errno, arg.mapped)
 	}
@@ -240,7 +248,7 @@ func flip(t *testing.T, disk, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = d.WriteAt([]byte("tezt"), int64(arg.physical)+2048)
+	_, err = d.WriteAt([]byte("tezt"), int64(arg.physical)+at-int64(arg.logical))
 	if err = errors.Join(err, d.Sync(), d.Close()); err == nil {
 		err = os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 	}
@@ -257,8 +265,8 @@ func TestVerityOnAndOff(t *testing.T) {
 	for i, v := range []lower.Verity{lower.VerityOff, lower.VerityOn, lower.VerityOff, lower.VerityAuto} {
 		s := openVerity(t, root, v)
 		on := v != lower.VerityOff
-		if on != (s.VerityState() == "on") || on != slices.ContainsFunc(s.OverlayOptions(), func(o string) bool { return strings.HasPrefix(o, "verity=") }) {
-			t.Errorf("%s: %v, options %v", v, s.VerityState(), s.OverlayOptions())
+		if on != (s.VerityState() == "on") {
+			t.Errorf("%s: %v", v, s.VerityState())
 		}
 		if i < len(texts) {
 			name, _ := unpack(t, s, "default", "", layerTar(t, map[string]string{"file": texts[i]}), nil)
@@ -269,8 +277,11 @@ func TestVerityOnAndOff(t *testing.T) {
 				t.Errorf("%s: layer %d: %d bytes", v, j, len(got))
 			}
 		}
+		if err := s.layers.Compact(t.Context()); err != nil {
+			t.Error(err)
+		}
 		if _, without := hashed(t, s); on && without > 0 {
-			t.Errorf("%s: %d objects that containers see have none", v, without)
+			t.Errorf("%s: %d packs have none", v, without)
 		}
 		writeInContainer(t, s, v, i == 0, names[0], "file")
 		checkClean(t, s)
@@ -307,17 +318,28 @@ func writeInContainer(t *testing.T, s *Snapshotter, v lower.Verity, fresh bool, 
 	}
 }
 
-// Damage from a time without fs-verity is not sealed: an object is compared with its name before it gets it.
+// Damage from a time without fs-verity is not sealed: a payload is compared with its name before it is copied into a pack that has it.
 func TestVerityDoesNotSealDamage(t *testing.T) {
 	root := verityRoot(t)
 	s := openVerity(t, root, lower.VerityOff)
 	right := strings.Repeat("right", 5000)
 	blob := layerTar(t, map[string]string{"file": right})
 	name, _ := unpack(t, s, "one", "", blob, nil)
-	swap(t, objectOf(s, right), strings.Repeat("wrong", 5000), false)
+	pack := packOf(t, s, right)
+	whole, err := os.ReadFile(pack)
+	if err != nil {
+		t.Fatal(err)
+	}
+	swap(t, pack, strings.Replace(string(whole), right, strings.Repeat("wrong", 5000), 1), false)
 	closeStore(t, s)
 
 	s = openVerity(t, root, lower.VerityOn)
+	if err := s.layers.Compact(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Check(t.Context(), CheckOptions{}); err != nil {
+		t.Error(err)
+	}
 	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, layer.ErrDamaged) || got != "" {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
@@ -338,7 +360,7 @@ func TestVerityAfterRestore(t *testing.T) {
 		t.Fatalf("%d bytes", len(got))
 	}
 	closeStore(t, s)
-	for _, dir := range []string{"objects", dirChains} {
+	for _, dir := range []string{"packs", dirChains} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
 			if err == nil && d.Type().IsRegular() {
 				var b []byte
@@ -354,13 +376,16 @@ func TestVerityAfterRestore(t *testing.T) {
 	}
 	s = openVerity(t, root, lower.VerityOn)
 	if with, without := hashed(t, s); with != 0 || without != 1 {
-		t.Errorf("copied: %d objects with fs-verity, %d without", with, without)
+		t.Errorf("copied: %d packs with fs-verity, %d without", with, without)
+	}
+	if err := s.layers.Compact(t.Context()); err != nil {
+		t.Error(err)
 	}
 	if got, err := tryRead(t, s, name, "file"); got != text {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
 	if with, without := hashed(t, s); with != 1 || without != 0 {
-		t.Errorf("%d objects with fs-verity, %d without", with, without)
+		t.Errorf("%d packs with fs-verity, %d without", with, without)
 	}
 	checkClean(t, s)
 }
