@@ -16,6 +16,8 @@ const (
 	dropAfter = 10 * time.Second
 	// dropEvery is how often it forgets those that reads have brought in since.
 	dropEvery = 5 * time.Minute
+	// moveEvery is how often it looks whether overlays from before the upgrade have gone.
+	moveEvery = 5 * time.Minute
 )
 
 // keeper merges packs and drops their pages in the background.
@@ -48,9 +50,10 @@ func (k *keeper) stop() {
 }
 
 func (s *Store) keep(ctx context.Context) {
-	merge, drop := time.NewTimer(quiet), time.NewTimer(dropAfter)
+	merge, drop, move := time.NewTimer(quiet), time.NewTimer(dropAfter), time.NewTimer(moveEvery)
 	defer merge.Stop()
 	defer drop.Stop()
+	defer move.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -65,7 +68,23 @@ func (s *Store) keep(ctx context.Context) {
 		case <-drop.C:
 			s.objects.DropCache()
 			drop.Reset(dropEvery)
+		case <-move.C:
+			if s.oldLeft() {
+				s.moveRest(ctx)
+				move.Reset(moveEvery)
+			}
 		}
+	}
+}
+
+// moveRest goes on with the upgrade: room may have come, and old overlays gone.
+func (s *Store) moveRest(ctx context.Context) {
+	err := s.moveOld(ctx)
+	if err == nil {
+		err = s.heal(ctx, s.Sync)
+	}
+	if err != nil && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Warn("upgrade: what is left in objects/ is tried again later")
 	}
 }
 

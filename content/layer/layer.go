@@ -66,8 +66,13 @@ type Options struct {
 	Reserve Reserve
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
+	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
+	// while payloads of the layout before packs are left.
+	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
+
+	moveBatch int64 // another one than the constant, for tests
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.
@@ -144,6 +149,7 @@ type Store struct {
 	keeper   keeper
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
+	old      oldObjects
 	counters counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
