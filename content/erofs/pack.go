@@ -301,3 +301,16 @@ func (p *Pack) decodeTable(b []byte, damaged func(string, ...any) error) error {
 	}
 	return nil
 }
+
+// PackSize returns the length of a pack's file, in bytes, that holds payloads of these sizes.
+func PackSize(sizes []int64) (int64, error) {
+	p := &Pack{Meta: 1, Slots: make([]Slot, len(sizes))}
+	for i, size := range sizes {
+		p.Slots[i] = Slot{Block: p.Meta, Size: size}
+		p.Meta += uint32(blocksOf(size))
+	}
+	if _, _, err := p.encodeTail(); err != nil {
+		return 0, err
+	}
+	return int64(p.Blocks) * blockSize, nil
+}

@@ -32,7 +32,7 @@ type layerSet struct {
 }
 
 // Each calls fn for each set of layers that have objects to themselves: indexes into Layers, in ascending
-// order, valid during the call, and what these objects occupy, rounded up to blocks of 4 KiB.
+// order, valid during the call, and what these objects occupy, rounded up to blocks of 4 KiB: they share inodes.
 func (sh *Sharing) Each(fn func(layers []int, u Usage)) {
 	var buf []int
 	for _, s := range sh.sets {
@@ -48,7 +48,7 @@ func (sh *Sharing) Each(fn func(layers []int, u Usage)) {
 			n--
 			buf[n] = int(at.layer)
 		}
-		fn(buf, Usage{Bytes: s.bytes, Inodes: s.objects})
+		fn(buf, Usage{Bytes: s.bytes})
 	}
 }
 
