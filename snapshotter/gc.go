@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // GCOptions say what GC removes.
@@ -50,22 +51,22 @@ func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, 
 
 // dropUnused removes the chain images that no container uses now.
 func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
-	names, err := s.chains.list()
+	names, err := s.chains.List()
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range names {
-		fi, err := os.Stat(s.chains.image(n))
-		if err != nil || s.chains.isUsed(n) {
+		fi, err := os.Stat(s.chains.Image(n))
+		if err != nil || s.chains.IsUsed(n) {
 			continue
 		}
 		if !dryRun {
-			if err := s.chains.drop(ctx, n); err != nil {
+			if err := s.chains.Drop(ctx, n); err != nil {
 				return found, err
 			}
 		}
 		found = append(found, Finding{
-			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no container uses it now", Bytes: fi.Size()},
+			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no container uses it now", Bytes: fi.Size()},
 			Fixed:   !dryRun,
 		})
 	}
@@ -91,14 +92,14 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
 	}
 	for _, n := range stray.chains {
-		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no snapshot has this chain"}}
-		if !s.chains.hasImage(n) {
-			f.Kind, f.Path = StrayMount, s.chains.mountPoint(n)
+		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no snapshot has this chain"}}
+		if !s.chains.HasImage(n) {
+			f.Kind, f.Path = StrayMount, s.chains.MountPoint(n)
 		}
 		found = append(found, f)
 	}
 	for _, n := range stray.mounts {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.mountPoint(n), Problem: "no container or view uses it"}})
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.MountPoint(n), Problem: "no container or view uses it"}})
 	}
 	for i := range found {
 		if fi, err := os.Lstat(found[i].Path); err == nil && fi.Mode().IsRegular() {
@@ -180,9 +181,9 @@ func (s *Snapshotter) strayLoops() (found []Finding, err error) {
 
 // strays is what no snapshot uses.
 type strays struct {
-	dirs   []string    // names below snapshots/
-	chains []chainName // images or mount points of chains that no snapshot has
-	mounts []chainName // mounts of chains that snapshots have, and none needs mounted
+	dirs   []string     // names below snapshots/
+	chains []lower.Name // images or mount points of chains that no snapshot has
+	mounts []lower.Name // mounts of chains that snapshots have, and none needs mounted
 }
 
 // strays looks for what no snapshot uses.
@@ -191,7 +192,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	if err != nil {
 		return stray, fmt.Errorf("list snapshot directories: %w", err)
 	}
-	images, err := s.chains.list()
+	images, err := s.chains.List()
 	if err != nil {
 		return stray, err
 	}
@@ -204,8 +205,8 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		return stray, nil
 	}
 	used := map[string]bool{}
-	chainsUsed := map[chainName]bool{}
-	for _, n := range stored.graph(s.chains.name).nodes {
+	chainsUsed := map[lower.Name]bool{}
+	for _, n := range stored.graph(s.chains.Name).nodes {
 		committed := n.kind == snapshots.KindCommitted
 		// A layer needs no directory once it is stored; a crash right after may have left it.
 		used[n.id] = !committed || n.layer.IsZero()
@@ -225,7 +226,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case s.chains.isMounted(name) && !s.chains.isUsed(name):
+		case s.chains.IsMounted(name) && !s.chains.IsUsed(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}
@@ -239,10 +240,10 @@ func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
 		errs = append(errs, os.RemoveAll(s.path(dirSnapshots, dir)))
 	}
 	for _, n := range stray.chains {
-		errs = append(errs, s.chains.drop(ctx, n))
+		errs = append(errs, s.chains.Drop(ctx, n))
 	}
 	for _, n := range stray.mounts {
-		errs = append(errs, s.chains.release(ctx, n))
+		errs = append(errs, s.chains.Release(ctx, n))
 	}
 	return errors.Join(errs...)
 }

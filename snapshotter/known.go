@@ -87,6 +87,12 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 		return nil, nil
 	}
 	in, reason, ok := s.findLayer(ctx, w)
+	if ok && !w.staged { // the parent of a staged one is known at Commit
+		if err := s.fits(ctx, in.Layer, parent); err != nil {
+			s.layers.Release(in.Layer)
+			return nil, fmt.Errorf("layer %s: %w", in.DiffID.Digest(), err)
+		}
+	}
 	hit := ok && reason != reasonIngested
 	if ok && s.layers.TakeAhead(in.Layer) {
 		hit, reason = false, reasonAhead
@@ -256,7 +262,7 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 // stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
 // fetches the blob, still finds its way to our diff service.
 func (s *Snapshotter) stagedMounts(id string) []mount.Mount {
-	mounts := s.mounts(snapshots.KindActive, id, lower{dir: s.path(dirEmpty), extraction: true})
+	mounts := s.mounts(snapshots.KindActive, id, below{dir: s.path(dirEmpty), extraction: true})
 	mounts[0].Options = append(mounts[0].Options, "ro")
 	return mounts
 }

@@ -17,7 +17,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -66,7 +66,7 @@ func defaultConfig() Config {
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
 		Durability:        string(layer.Strict),
-		Verity:            string(snapshotter.VerityAuto),
+		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		LogLevel:          "info",
@@ -135,8 +135,8 @@ func (c Config) validate() error {
 	if d := layer.Durability(c.Durability); d != layer.Strict && d != layer.Deferred {
 		return fmt.Errorf("durability = %q: want \"strict\" or \"deferred\"", c.Durability)
 	}
-	switch snapshotter.Verity(c.Verity) {
-	case snapshotter.VerityAuto, snapshotter.VerityOn, snapshotter.VerityOff:
+	switch lower.Verity(c.Verity) {
+	case lower.VerityAuto, lower.VerityOn, lower.VerityOff:
 	default:
 		return fmt.Errorf("verity = %q: want \"auto\", \"on\" or \"off\"", c.Verity)
 	}

@@ -130,9 +130,9 @@ func (c collector) work(e emitter) {
 		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store had them, and why.",
 			float64(n), "door", a.Door, "result", result, "reason", a.Reason)
 	}
-	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.ChainBuilds))
-	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.ChainBuildTime.Seconds())
-	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.ChainsRebuilt))
+	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.Builds))
+	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.BuildTime.Seconds())
+	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
 		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))
 		for kind, n := range did.Findings {

@@ -186,6 +186,8 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		Entries:  int64(len(entries)),
 		Bytes:    sizes(entries),
 	}
+	below := tree.BelowOf(entries)
+	facts.Below = &below
 	in := Ingested{Outcome: Same}
 	if t != nil {
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
