@@ -77,9 +77,6 @@ func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain)
 			if !e.Object.IsZero() {
 				objects[e.Object] = e.Size
 			}
-			if !e.PycCanonical.IsZero() {
-				objects[e.PycCanonical] = e.Size
-			}
 		}
 	}
 	var shards [256]int

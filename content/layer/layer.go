@@ -64,6 +64,8 @@ type Options struct {
 	Reserve Reserve
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
+	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
+	User func(id string) bool
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
 }
@@ -138,6 +140,7 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
 	flights  flights
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
@@ -163,6 +166,8 @@ type Store struct {
 	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	// former is what running containers need from before an upgrade.
+	former keptFormer
 }
 
 type (

@@ -26,6 +26,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -377,4 +378,18 @@ func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 		return nil, fmt.Errorf("read object %s: %w", id, err)
 	}
 	return b, nil
+}
+
+// Head returns the first n bytes of an object that is longer. They are not compared with its name.
+func (s *Store) Head(id content.ObjectID, n int) ([]byte, error) {
+	f, err := os.Open(filepath.Join(s.dir, id.Path()))
+	if err != nil {
+		return nil, fmt.Errorf("read object %s: %w", id, err)
+	}
+	defer f.Close()
+	head := make([]byte, n)
+	if _, err := io.ReadFull(f, head); err != nil {
+		return nil, fmt.Errorf("read object %s: %w: %w", id, ErrDamaged, err)
+	}
+	return head, nil
 }

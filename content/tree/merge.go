@@ -18,11 +18,11 @@ var emptyRoot = content.Entry{Kind: content.Dir, Mode: 0o755, Flags: content.Imp
 func Merge(layers ...[]*content.Entry) (*Node, error) {
 	m := merger{root: &Node{Entry: &emptyRoot}}
 	for i, entries := range layers {
-		if err := m.apply(i, entries); err != nil {
+		if err := m.apply(entries); err != nil {
 			return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
 		}
 	}
-	m.resolvePython()
+	m.show(m.root, map[*content.Entry]*content.Entry{})
 	return m.root, nil
 }
 
@@ -30,8 +30,20 @@ type merger struct {
 	root *Node
 	// shared holds the inodes with more than one name, over all layers.
 	shared map[*content.Entry]bool
-	// pinned holds the Python sources that have to show their image mtime.
-	pinned map[*content.Entry]bool
+}
+
+// show replaces entries by what containers see of them. What that is follows from the entry alone: a layer changes nothing of what it
+// does not name.
+func (m *merger) show(n *Node, shown map[*content.Entry]*content.Entry) {
+	if e := n.Entry; e.Flags&content.PySource != 0 {
+		if shown[e] == nil {
+			shown[e] = e.Shown()
+		}
+		n.Entry = shown[e]
+	}
+	for _, c := range n.Children {
+		m.show(c, shown)
+	}
 }
 
 // level is one directory on the path to the entry at hand.
@@ -40,7 +52,7 @@ type level struct {
 	node *Node
 }
 
-func (m *merger) apply(layer int, entries []*content.Entry) error {
+func (m *merger) apply(entries []*content.Entry) error {
 	links, err := m.linkTargets(entries)
 	if err != nil {
 		return err
@@ -61,7 +73,7 @@ func (m *merger) apply(layer int, entries []*content.Entry) error {
 		if parent.path != dir {
 			return fmt.Errorf("entry %q has no parent directory", e.Path)
 		}
-		n, err := m.put(parent.node, name, e, layer, links)
+		n, err := m.put(parent.node, name, e, links)
 		if err != nil {
 			return err
 		}
@@ -138,6 +150,9 @@ func (m *merger) lowerInode(e *content.Entry) (*content.Entry, error) {
 		return nil, fmt.Errorf("hard link %q names %q, which is a directory", e.Path, e.Target)
 	}
 	inode := *old
+	if e.Mtime != old.Mtime { // else a source shows what it did
+		inode.Flags &^= content.PySource
+	}
 	inode.UID, inode.GID, inode.Mtime = e.UID, e.GID, e.Mtime
 	if old.Kind != content.Symlink {
 		inode.Mode = e.Mode
@@ -169,7 +184,7 @@ func unionXattrs(old, new []content.Xattr) []content.Xattr {
 }
 
 // put places one entry below parent and returns its node, nil for a whiteout.
-func (m *merger) put(parent *Node, name string, e *content.Entry, layer int, links map[string]*content.Entry) (*Node, error) {
+func (m *merger) put(parent *Node, name string, e *content.Entry, links map[string]*content.Entry) (*Node, error) {
 	i, found := parent.search(name)
 	inode := e
 	switch e.Kind {
@@ -191,7 +206,7 @@ func (m *merger) put(parent *Node, name string, e *content.Entry, layer int, lin
 				n.Children = nil
 			}
 			if e.Flags&content.Implied == 0 {
-				n.Entry, n.layer = e, layer
+				n.Entry = e
 			}
 			return n, nil
 		}
@@ -199,7 +214,7 @@ func (m *merger) put(parent *Node, name string, e *content.Entry, layer int, lin
 			inode = m.impliedOver(e)
 		}
 	}
-	n := &Node{Name: name, Entry: inode, layer: layer}
+	n := &Node{Name: name, Entry: inode}
 	if found {
 		parent.Children[i] = n
 	} else {

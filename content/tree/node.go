@@ -13,7 +13,4 @@ type Node struct {
 	Entry *content.Entry
 	// Children, of a Dir only, are sorted bytewise by Name.
 	Children []*Node
-
-	// layer is the place in the chain of the layer that Entry came from.
-	layer int
 }
