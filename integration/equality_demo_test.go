@@ -102,7 +102,9 @@ func (p pythonCheck) undo() {
 		if !ok || w.Type != "file" || p.got[path].Type != "file" {
 			continue
 		}
-		if link := p.want[source]; link.Type == "symlink" && !strings.Contains(link.Target, "/") {
+		if link := p.want[source]; link.Type == "symlink" && filepath.IsAbs(link.Target) {
+			source = strings.TrimPrefix(filepath.Clean(link.Target), "/")
+		} else if link.Type == "symlink" {
 			source = filepath.Join(filepath.Dir(source), link.Target)
 		}
 		a, b := p.read(p.wantRoot, path), p.read(p.gotRoot, path)
