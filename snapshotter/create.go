@@ -43,10 +43,6 @@ func fsync(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-func createFormat(path string) error {
-	return create(path, func(path string) error { return os.WriteFile(path, []byte(layoutVersion), 0o600) })
-}
-
 // createMetadata makes an empty metadata.db with all that storage and the sum of seals need in it: one without is none of ours.
 func createMetadata(path string) error {
 	return create(path, func(path string) error {

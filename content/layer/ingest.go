@@ -171,7 +171,7 @@ func sizes(entries []*content.Entry) (sum int64) {
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
 func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (Ingested, error) {
-	canonical, err := settlePython(ss.want.fidelity, entries, ss.pyc, ss.restore)
+	canonical, err := settlePython(ss.want.fidelity, entries, ss.bytecode.found, ss.restamp)
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}

@@ -48,7 +48,7 @@ func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) b
 	}
 	return func(id content.ObjectID) bool {
 		_, ok := needed[id]
-		return ok
+		return ok || s.isFormer(id)
 	}, nil
 }
 

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -47,6 +46,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openFormer(); err != nil {
+		return nil, fmt.Errorf("look for what an upgrade has kept: %w", err)
+	}
 	if err := s.sweep(ctx); err != nil {
 		return nil, err
 	}
@@ -78,6 +80,7 @@ func newStore(opts Options) (*Store, error) {
 		opts:     opts,
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
+		waiting:  semaphore.NewWeighted(waitingMax),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
@@ -136,24 +139,33 @@ func (s *Store) markRunning() (suspect time.Time, err error) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	clean := err == nil
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		boot = []byte("unknown") // as after a reboot
-	}
+	boot := bootID()
 	if !clean {
 		last, err := os.ReadFile(s.path(fileRunning))
 		fi, serr := os.Stat(s.path(fileRunning))
-		if err == nil && serr == nil && (string(last) != string(boot) || strings.HasPrefix(string(boot), "unknown")) {
+		if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
 			suspect = fi.ModTime().Add(-suspectMargin)
 		}
 	}
-	if err := os.WriteFile(s.path(fileRunning), boot, 0o600); err != nil {
+	if err := os.WriteFile(s.path(fileRunning), []byte(boot), 0o600); err != nil {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	return suspect, unix.Fsync(s.rootFd)
+}
+
+// unknownBoot is taken for another boot than any.
+const unknownBoot = "unknown"
+
+// bootID is another one after each start of the machine.
+func bootID() string {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return unknownBoot
+	}
+	return string(boot)
 }
 
 // load reads the headers of all trees. suspects

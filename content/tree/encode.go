@@ -18,7 +18,7 @@ import (
 //
 // It is hashed into layer ids and payload digests: changing anything here is a
 // format break and needs a new formatVersion.
-const formatVersion = 2
+const formatVersion = 3
 
 // Field numbers of message Tree.
 const (
@@ -46,7 +46,7 @@ const (
 	entryData
 	entryObject
 	entryPycTime
-	entryPycCanonical
+	_ // until format 2: the payload of a .pyc whose source is in another layer, with the timestamp that all pairs had
 )
 
 // Encoded is a layer's canonical encoding in its two parts, whose concatenation
@@ -94,9 +94,6 @@ func objectsOf(entries []*content.Entry) []content.ObjectID {
 	for _, e := range entries {
 		if !e.Object.IsZero() {
 			ids = append(ids, e.Object)
-		}
-		if !e.PycCanonical.IsZero() {
-			ids = append(ids, e.PycCanonical)
 		}
 	}
 	slices.SortFunc(ids, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
@@ -146,11 +143,7 @@ func appendEntry(b []byte, e *content.Entry, index map[content.ObjectID]uint64) 
 	if !e.Object.IsZero() {
 		b = appendUint(b, entryObject, index[e.Object])
 	}
-	b = appendUint(b, entryPycTime, uint64(e.PycTime))
-	if !e.PycCanonical.IsZero() {
-		b = appendUint(b, entryPycCanonical, index[e.PycCanonical])
-	}
-	return b
+	return appendUint(b, entryPycTime, uint64(e.PycTime))
 }
 
 // ErrDamaged is wrapped where a tree file is not what its name says, or nothing that can be read.
@@ -164,6 +157,15 @@ const decodeBlock = 64
 
 // decodeTree parses a canonical encoding. The entries share nothing with raw.
 func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
+	fidelity, version, entries, err := decodeVersion(raw)
+	if err == nil && version != formatVersion {
+		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
+	}
+	return fidelity, entries, err
+}
+
+// decodeVersion is decodeTree for trees of any version: what their fields mean is the caller's to know.
+func decodeVersion(raw []byte) (content.Fidelity, uint64, []*content.Entry, error) {
 	var (
 		objects  []byte
 		fidelity content.Fidelity
@@ -193,10 +195,7 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 		}
 		return nil
 	})
-	if err == nil && version != formatVersion {
-		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
-	}
-	return fidelity, entries, err
+	return fidelity, version, entries, err
 }
 
 // eachField walks the fields of one message: v holds varints, b the rest.
@@ -274,8 +273,6 @@ func decodeEntry(e *content.Entry, raw, objects []byte, keep *arena) error {
 			return objectAt(&e.Object, objects, v)
 		case entryPycTime:
 			e.PycTime = uint32(v)
-		case entryPycCanonical:
-			return objectAt(&e.PycCanonical, objects, v)
 		}
 		return nil
 	})
@@ -309,8 +306,8 @@ func objectAt(id *content.ObjectID, objects []byte, i uint64) error {
 
 // PayloadDigest returns the normalised identity of a layer: the digest of
 // its canonical encoding with mtime, uid and gid of every entry and the recorded
-// timestamps of valid CPython pairs left out. canonical names the payload with the
-// canonical timestamp of those paired .pyc entries that hold exact bytes.
+// timestamps of valid CPython pairs left out. canonical has the payload with the
+// source's SourceTime of those paired .pyc entries that hold exact bytes.
 func PayloadDigest(entries []*content.Entry, canonical map[*content.Entry]content.Entry) content.PayloadDigest {
 	bare := make([]content.Entry, len(entries))
 	ptrs := make([]*content.Entry, len(entries))
@@ -320,8 +317,8 @@ func PayloadDigest(entries []*content.Entry, canonical map[*content.Entry]conten
 			b.Object, b.Data = c.Object, c.Data
 		}
 		b.UID, b.GID, b.Mtime = 0, 0, content.Time{}
-		b.Flags &^= content.PycPaired | content.PycLone
-		b.PycTime, b.PycCanonical = 0, content.ObjectID{}
+		b.Flags &^= content.PycPaired | content.PySource
+		b.PycTime = 0
 		bare[i], ptrs[i] = b, &bare[i]
 	}
 	return content.PayloadDigest(Encode("payload", ptrs).ID)
