@@ -42,7 +42,7 @@ func (t DraftTree) Entries() ([]*content.Entry, error) {
 // DraftBlob drafts the layer of a blob, which is read to its end. Its digest is noted in the trees; it
 // is not verified.
 func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, error) {
-	plain, err := archive.Decompress(r)
+	plain, err := archive.Decompress(r, nil)
 	if err != nil {
 		return Draft{}, fmt.Errorf("read blob %s: %w", blob, err)
 	}
@@ -50,7 +50,7 @@ func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, err
 	st, d := newStream(plain), newDrafter(nil)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ctx, st, d)
+		entries, err = archive.ReadTar(ctx, st, d, nil)
 		return err
 	})
 	if err := st.finish(err); err != nil {
@@ -67,7 +67,7 @@ func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, err
 // that is not known. read is told how many bytes of payloads were read; it may be nil.
 func DraftDir(ctx context.Context, upper string, diffID content.DiffID, read func(bytes int64)) (Draft, error) {
 	d := newDrafter(read)
-	entries, err := archive.ReadDir(ctx, upper, "", d)
+	entries, err := archive.ReadDir(ctx, upper, "", d, nil)
 	if err != nil {
 		return Draft{}, err
 	}

@@ -90,7 +90,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 		return Ingested{}, err
 	}
 	defer src.Close()
-	plain, err := archive.Decompress(src)
+	plain, err := archive.Decompress(src, nil)
 	if err != nil {
 		return Ingested{}, err
 	}
@@ -107,7 +107,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	st := newStream(plain)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ss.ctx, st, ss)
+		entries, err = archive.ReadTar(ss.ctx, st, ss, nil)
 		return err
 	})
 	err = st.finish(err)
@@ -144,7 +144,7 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	if err != nil {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
 	}
-	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
+	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss, nil)
 	if werr := ss.wait(); werr != nil {
 		err = werr
 	}
