@@ -304,11 +304,19 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 
 // writeStaged writes a file into ingest/ and returns its path.
 func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, error) {
+	return s.stageFile(prefix, sync, func(f *os.File) error {
+		_, err := f.Write(data)
+		return err
+	})
+}
+
+// stageFile has write make a file in ingest/ and returns its path.
+func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) (string, error) {
 	f, err := os.CreateTemp(s.path(dirIngest), prefix)
 	if err != nil {
 		return "", fmt.Errorf("stage file: %w", err)
 	}
-	_, err = f.Write(data)
+	err = write(f)
 	if err == nil && sync {
 		err = f.Sync()
 	}
@@ -323,18 +331,15 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 
 // publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
-	used = ss.added
-	file, err := enc.Marshal(facts)
-	if err != nil {
-		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
-	}
-	used.Bytes += content.Blocks(int64(len(file)))
-	used.Inodes++
-	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
-	if file, err = tree.WithFacts(file, facts); err != nil {
-		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
-	}
-	tmp, err := s.writeStaged("tree-", file, false)
+	var size int64
+	tmp, err := s.stageFile("tree-", false, func(f *os.File) (err error) {
+		size, err = enc.Write(f, func(length int64) tree.Facts {
+			used = Usage{Bytes: ss.added.Bytes + content.Blocks(length), Inodes: ss.added.Inodes + 1}
+			facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
+			return facts
+		})
+		return err
+	})
 	if err != nil {
 		return Usage{}, false, err
 	}
@@ -348,7 +353,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	s.step("ingest.synced")
 	clock.mark(stageSync)
 	s.objects.MeasureDirectories()
-	if counted, err = s.commit(enc.ID, tmp, facts, int64(len(file)), ss.ahead); err != nil {
+	if counted, err = s.commit(enc.ID, tmp, facts, size, ss.ahead); err != nil {
 		return Usage{}, false, err
 	}
 	s.step("ingest.committed")

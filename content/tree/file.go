@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -76,20 +77,71 @@ const (
 
 // Marshal returns the bytes of a tree file.
 func (enc Encoded) Marshal(f Facts) ([]byte, error) {
-	f.Layer = enc.ID
-	w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return nil, fmt.Errorf("zstd encoder: %w", err)
+	var b inMemory
+	if _, err := enc.Write(&b, func(int64) Facts { return f }); err != nil {
+		return nil, err
 	}
-	defer w.Close()
-	var objects []byte
-	if len(enc.objects) > 0 {
-		objects = w.EncodeAll(enc.objects, nil)
-	}
-	out := header(f, len(objects))
-	out = append(out, objects...)
-	return w.EncodeAll(enc.entries, out), nil
+	return b, nil
 }
+
+// inMemory is a file in memory that is only ever written at its end, or over again.
+type inMemory []byte
+
+func (b *inMemory) WriteAt(p []byte, off int64) (int, error) {
+	if more := int(off) + len(p) - len(*b); more > 0 {
+		*b = append(*b, make([]byte, more)...)
+	}
+	return copy((*b)[off:], p), nil
+}
+
+// Write writes a tree file, from its beginning, and returns its length. facts may depend on that, which is 0 when it is first
+// asked; what it returns may differ only in Layer and UsedBytes.
+func (enc Encoded) Write(w io.WriterAt, facts func(length int64) Facts) (int64, error) {
+	objects := enc.encoding.objects()
+	if n := int64(len(objects)) + enc.length; n > maxDecoded {
+		return 0, fmt.Errorf("a tree of %d bytes, and at most %d can be read again", n, int64(maxDecoded))
+	}
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		zstd.WithWindowSize(treeWindow), zstd.WithLowerEncoderMem(true))
+	if err != nil {
+		return 0, fmt.Errorf("zstd encoder: %w", err)
+	}
+	defer z.Close()
+	if len(objects) > 0 {
+		objects = z.EncodeAll(objects, nil)
+	}
+	head := func(length int64) []byte {
+		f := facts(length)
+		f.Layer = enc.ID
+		return header(f, len(objects))
+	}
+	start := len(head(0))
+	out := io.NewOffsetWriter(w, int64(start))
+	if _, err := out.Write(objects); err != nil {
+		return 0, err
+	}
+	z.ResetContentSize(out, enc.length)
+	if _, err := enc.encoding.writeEntries(z); err != nil {
+		return 0, err
+	}
+	if err := z.Close(); err != nil {
+		return 0, err
+	}
+	written, err := out.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, err
+	}
+	length := int64(start) + written
+	h := head(length)
+	if len(h) != start {
+		return 0, fmt.Errorf("header of layer %s: %d bytes, not %d", enc.ID, len(h), start)
+	}
+	_, err = w.WriteAt(h, 0)
+	return length, err
+}
+
+// treeWindow is what a zstd decoder and encoder keep of a tree.
+const treeWindow = 1 << 20
 
 func header(f Facts, objectFrame int) []byte {
 	body := binary.LittleEndian.AppendUint32(nil, uint32(objectFrame))
@@ -231,8 +283,7 @@ func readFacts(path string) (Facts, []content.ObjectID, error) {
 
 // Objects returns the ids that a Tree names, sorted, each once.
 func (enc Encoded) Objects() []content.ObjectID {
-	ids, _ := decodeObjects(enc.objects)
-	return ids
+	return slices.Clone(enc.encoding.ids)
 }
 
 func decodeObjects(raw []byte) ([]content.ObjectID, error) {
@@ -275,13 +326,23 @@ func appendFacts(b []byte, f Facts) []byte {
 	}
 	b = appendUint(b, factsEntries, uint64(f.Entries))
 	b = appendUint(b, factsBytes, uint64(f.Bytes))
-	b = appendUint(b, factsUsedBytes, uint64(f.UsedBytes))
+	b = appendFixed(b, factsUsedBytes, uint64(f.UsedBytes))
 	b = appendUint(b, factsUsedInodes, uint64(f.UsedInodes))
 	b = appendString(b, factsFidelity, string(f.Fidelity))
 	if f.Layer.IsZero() {
 		return b
 	}
 	return appendString(b, factsLayer, string(f.Layer.Sum[:]))
+}
+
+// appendFixed writes a varint that takes as many bytes whatever it is, so that it can be written over. Decoders know no difference.
+func appendFixed(b []byte, n protowire.Number, v uint64) []byte {
+	b = protowire.AppendTag(b, n, protowire.VarintType)
+	for range 9 {
+		b = append(b, byte(v)|0x80)
+		v >>= 7
+	}
+	return append(b, byte(v))
 }
 
 func decodeFacts(raw []byte) (f Facts, err error) {
