@@ -57,6 +57,8 @@ func (c *chains) name(chain []content.LayerID) (n chainName) {
 type chains struct {
 	images, staging, mnt string
 	merge                func(context.Context, []content.LayerID) (*tree.Node, error)
+	// reserve waits for the memory that a build takes.
+	reserve func(context.Context, []content.LayerID) (release func(), err error)
 	// digests gives fs-verity's digests of objects; nil when it is off.
 	digests  func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
 	counters *counters
@@ -200,6 +202,11 @@ func (c *chains) buildLocked(ctx context.Context, n chainName, chain []content.L
 	if c.hasImage(n) && c.isHashed(n) {
 		return nil
 	}
+	release, err := c.reserve(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	defer release()
 	start := time.Now()
 	root, err := c.merge(ctx, chain)
 	if err != nil {

@@ -36,7 +36,9 @@ type Options struct {
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
 	Reserve    layer.Reserve
-	Step       func(name string)
+	// MaxMemory is that of layer.Options.
+	MaxMemory int64
+	Step      func(name string)
 	// Verity says whether objects get fs-verity, which overlayfs compares with the chain images; "" is VerityOff.
 	Verity Verity
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
@@ -320,7 +322,8 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
-		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
+		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
+		Pressure: s.pressure, Step: s.opts.Step,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
@@ -329,7 +332,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	if err != nil {
 		return err
 	}
-	s.chains.step = s.step
+	s.chains.step, s.chains.reserve = s.step, s.layers.ReserveChain
 	if s.layers.Verity() {
 		s.chains.digests = s.layers.Digests
 	}

@@ -157,7 +157,7 @@ func (l *layerReader) whiteout(dir *node, name string) error {
 	}
 	if c := dir.child(hidden); !c.hidden {
 		c.hidden = true
-		l.tree.kept += EntryCost + int64(len(dir.entry.Path)+len(hidden))
+		l.tree.entry(len(dir.entry.Path)+len(hidden)+1, &content.Entry{})
 	}
 	return nil
 }

@@ -90,7 +90,15 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 		return Ingested{}, err
 	}
 	defer src.Close()
-	plain, err := archive.Decompress(src, nil)
+	mem, err := s.budget.share(ctx, b.Arriving)
+	if b.Arriving && err != nil {
+		err = fmt.Errorf("%w: %w", ErrUnverified, err)
+	}
+	if err != nil {
+		return Ingested{}, err
+	}
+	defer mem.end()
+	plain, err := archive.Decompress(src, mem.keep)
 	if err != nil {
 		return Ingested{}, err
 	}
@@ -100,14 +108,14 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	if err != nil {
 		return Ingested{}, err
 	}
-	ss.ahead = b.Ahead
+	ss.ahead, mem.ctx = b.Ahead, ss.ctx
 	if b.Arriving {
 		ss.bufferMax = bufferMaxArriving
 	}
 	st := newStream(plain)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ss.ctx, st, ss, nil)
+		entries, err = archive.ReadTar(ss.ctx, st, ss, mem.keep)
 		return err
 	})
 	err = st.finish(err)
@@ -140,11 +148,16 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	clock := stages{last: time.Now()}
+	mem, err := s.budget.share(ctx, false)
+	if err != nil {
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, err))
+	}
+	defer mem.end()
 	ss, err := s.newSession(ctx, goal{fidelity: s.fidelity})
 	if err != nil {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
 	}
-	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss, nil)
+	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss, mem.keep)
 	if werr := ss.wait(); werr != nil {
 		err = werr
 	}

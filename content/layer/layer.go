@@ -62,6 +62,8 @@ type Options struct {
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
+	// MaxMemory bounds what ingests and chain builds keep in memory, in bytes; 0 is DefaultMaxMemory.
+	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
@@ -138,6 +140,7 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	budget   *budget
 	flights  flights
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests

@@ -76,6 +76,7 @@ func newStore(opts Options) (*Store, error) {
 		opts:     opts,
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
+		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
@@ -227,6 +228,7 @@ func (s *Store) Close() (err error) {
 		s.flights.wait()
 		s.gc.Wait()
 		s.written.stop()
+		s.budget.close()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {

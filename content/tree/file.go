@@ -240,32 +240,12 @@ func readFacts(path string) (Facts, []content.ObjectID, error) {
 		return Facts{}, nil, err
 	}
 	defer file.Close()
-	head := make([]byte, 4096)
-	n, err := file.ReadAt(head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return Facts{}, nil, err
-	}
-	head = head[:n]
-	if n >= frameHeader {
-		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
-			head = make([]byte, want)
-			if _, err := file.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
-				return Facts{}, nil, fmt.Errorf("read header of %s: %w", path, err)
-			}
-		}
-	}
-	f, objectFrame, rest, err := splitHeader(head)
-	if err != nil {
-		return Facts{}, nil, fmt.Errorf("%s: %w", path, err)
-	}
-	if objectFrame == 0 {
-		return f, nil, nil
-	}
-	if fi, err := file.Stat(); err == nil && int64(objectFrame) > fi.Size() {
-		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	f, objectFrame, at, err := readHeader(file)
+	if err != nil || objectFrame == 0 {
+		return f, nil, err
 	}
 	frame := make([]byte, objectFrame)
-	if _, err := file.ReadAt(frame, int64(len(head)-len(rest))); errors.Is(err, io.EOF) {
+	if _, err := file.ReadAt(frame, at); errors.Is(err, io.EOF) {
 		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
 	} else if err != nil {
 		return Facts{}, nil, fmt.Errorf("read objects of %s: %w", path, err)
@@ -279,6 +259,60 @@ func readFacts(path string) (Facts, []content.ObjectID, error) {
 		return Facts{}, nil, fmt.Errorf("objects of %s: %w", path, err)
 	}
 	return f, ids, nil
+}
+
+// readHeader reads the facts, and how long the object frame is and where it begins.
+func readHeader(file *os.File) (f Facts, objectFrame int, at int64, err error) {
+	path := file.Name()
+	head := make([]byte, 4096)
+	n, err := file.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return Facts{}, 0, 0, err
+	}
+	head = head[:n]
+	if n >= frameHeader {
+		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
+			head = make([]byte, want)
+			if _, err := file.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+				return Facts{}, 0, 0, fmt.Errorf("read header of %s: %w", path, err)
+			}
+		}
+	}
+	f, objectFrame, rest, err := splitHeader(head)
+	if err != nil {
+		return Facts{}, 0, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	if fi, err := file.Stat(); err == nil && int64(objectFrame) > fi.Size() {
+		return Facts{}, 0, 0, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	}
+	return f, objectFrame, int64(len(head) - len(rest)), nil
+}
+
+// Length returns how long a tree's encoding is, but for its objects, as its file declares it: who reads it finds out whether that is
+// so.
+func Length(path string, id content.LayerID) (int64, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	_, objectFrame, at, err := readHeader(file)
+	if err != nil {
+		return 0, err
+	}
+	head := make([]byte, zstd.HeaderMaxSize)
+	n, err := file.ReadAt(head, at+int64(objectFrame))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("read tree of layer %s: %w", id, err)
+	}
+	var h zstd.Header
+	if err := h.Decode(head[:n]); err != nil || h.FrameContentSize > maxDecoded {
+		return 0, fmt.Errorf("tree of layer %s: %w: no length", id, ErrDamaged)
+	}
+	if !h.HasFCS {
+		return 255, nil // the encoder leaves lengths below 256 out
+	}
+	return int64(h.FrameContentSize), nil
 }
 
 // Objects returns the ids that a Tree names, sorted, each once.
