@@ -38,8 +38,10 @@ type Options struct {
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
 	Reserve    layer.Reserve
-	Step       func(name string)
-	// Verity says whether objects get fs-verity, which overlayfs compares with the chain images; "" is lower.VerityOff.
+	// MaxMemory is that of layer.Options.
+	MaxMemory int64
+	Step      func(name string)
+	// Verity says whether packs get fs-verity, whose digests chain images hold; "" is lower.VerityOff.
 	Verity lower.Verity
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
@@ -304,15 +306,15 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
-		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
-		User: stored.uses, Mounted: s.mountedLayers,
+		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
+		Pressure: s.pressure, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
 	o := lower.Options{
 		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
-		Merge: s.layers.Merge, Step: s.step, Loop: s.kernel.Loop,
+		Merge: s.layers.Merge, Reserve: s.layers.ReserveChain, Step: s.step, Loop: s.kernel.Loop,
 	}
 	if s.layers.Verity() {
 		o.Digests = s.layers.Digests

@@ -42,7 +42,7 @@ func (t DraftTree) Entries() ([]*content.Entry, error) {
 // DraftBlob drafts the layer of a blob, which is read to its end. Its digest is noted in the trees; it
 // is not verified.
 func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, error) {
-	plain, err := archive.Decompress(r)
+	plain, err := archive.Decompress(r, nil)
 	if err != nil {
 		return Draft{}, fmt.Errorf("read blob %s: %w", blob, err)
 	}
@@ -51,7 +51,7 @@ func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, err
 	defer d.close()
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ctx, st, d)
+		entries, err = archive.ReadTar(ctx, st, d, nil)
 		return err
 	})
 	if err := st.finish(err); err != nil {
@@ -69,7 +69,7 @@ func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, err
 func DraftDir(ctx context.Context, upper string, diffID content.DiffID, read func(bytes int64)) (Draft, error) {
 	d := newDrafter(read)
 	defer d.close()
-	entries, err := archive.ReadDir(ctx, upper, "", d)
+	entries, err := archive.ReadDir(ctx, upper, "", d, nil)
 	if err != nil {
 		return Draft{}, err
 	}

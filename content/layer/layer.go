@@ -64,6 +64,8 @@ type Options struct {
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
+	// MaxMemory bounds what ingests and chain builds keep in memory, in bytes; 0 is DefaultMaxMemory.
+	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
 	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
@@ -148,6 +150,7 @@ type Store struct {
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
 	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
+	budget   *budget
 	flights  flights
 	keeper   keeper
 	gc       sync.WaitGroup

@@ -81,6 +81,7 @@ func newStore(opts Options) (*Store, error) {
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
 		waiting:  semaphore.NewWeighted(waitingMax),
+		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
@@ -240,6 +241,7 @@ func (s *Store) Close() (err error) {
 		s.keeper.stop()
 		s.gc.Wait()
 		s.written.stop()
+		s.budget.close()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {
