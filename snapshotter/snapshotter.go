@@ -70,6 +70,7 @@ type Snapshotter struct {
 
 	repairing sync.Mutex // held by who repairs layers
 	lost      lost
+	going     sync.Map // names below snapshots/ that are being removed
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
@@ -125,6 +126,9 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	}()
 	if err := os.MkdirAll(opts.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("create root: %w", err)
+	}
+	if err := secureRoot(opts.Root); err != nil {
+		return nil, err
 	}
 	if err := s.takeLock(); err != nil {
 		return nil, err
@@ -529,7 +533,9 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 		return fmt.Errorf("remove snapshot directory: %w", err)
 	}
 	s.step("discard.renamed")
+	s.going.Store(filepath.Base(gone), true)
 	s.background(func(context.Context) {
+		defer s.going.Delete(filepath.Base(gone))
 		defer s.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
 			s.countRemoveError()
