@@ -15,7 +15,7 @@ import (
 )
 
 // layoutVersion is the version of the layout on disk, in the file "format". Any other one that is not in layouts is refused.
-const layoutVersion = "4"
+const layoutVersion = "5"
 
 // layouts are the versions that are taken over, oldest first, each with what makes it the next. A step may be killed at any point: it is
 // then done again from its beginning, so what it finds done it leaves alone. The version is noted after each.
@@ -24,7 +24,8 @@ var layouts = []struct {
 	next    func(*Snapshotter, context.Context) error
 }{
 	{"2", (*Snapshotter).sealMetadata},
-	{"3", (*Snapshotter).renewTrees},
+	{"3", (*Snapshotter).refuseFormer},
+	{"4", (*Snapshotter).renewTrees},
 }
 
 // checkFormat returns the version of the layout; a new store gets today's.
@@ -80,7 +81,10 @@ func (s *Snapshotter) sealMetadata(ctx context.Context) error {
 	return sealAll(ctx, s.path("metadata.db"))
 }
 
-// renewTrees has the timestamps of Python's files follow from their sources (layer.Upgrade), and gives snapshots the new ids of their
+// refuseFormer does nothing but move the version on: from here on payloads move into packs, and a build of before would miss them.
+func (s *Snapshotter) refuseFormer(context.Context) error { return nil }
+
+// renewTrees moves payloads into packs, has the timestamps of Python's files follow from their sources (layer.Upgrade), and gives snapshots the new ids of their
 // layers. Chain images have other names then: the old ones are nobody's.
 func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 	if err := s.openMetadata(ctx); err != nil {
@@ -94,22 +98,15 @@ func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	former := layer.FormerStore{Users: map[string][]content.LayerID{}}
-	names, byName := map[content.LayerID][]string{}, map[string]storedSnapshot{}
+	former := layer.FormerStore{}
+	names := map[content.LayerID][]string{}
 	for _, sn := range stored.whole {
-		byName[sn.Name] = sn
 		if id, ok := layerOf(sn.Info); ok {
 			names[id] = append(names[id], sn.Name)
 			former.Live = append(former.Live, id)
 		}
 	}
-	for _, sn := range stored.whole {
-		for p := sn.Parent; p != "" && sn.Kind != snapshots.KindCommitted; p = byName[p].Parent {
-			if id, ok := layerOf(byName[p].Info); ok {
-				former.Users[sn.id] = append(former.Users[sn.id], id)
-			}
-		}
-	}
+	former.Users = stored.mounted()
 	former.Renamed = func(ctx context.Context, from, to content.LayerID) error {
 		return s.db.update(ctx, func(ctx context.Context) error {
 			for _, name := range names[from] {
@@ -125,8 +122,37 @@ func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 		})
 	}
 	return layer.Upgrade(ctx, layer.Options{
-		Root: s.opts.Root, Fidelity: s.opts.Fidelity, KeepUnnamed: !stored.complete(), Verity: s.kernel.noVerity == nil, Step: s.opts.Step,
+		Root: s.opts.Root, Fidelity: s.opts.Fidelity, KeepUnnamed: !stored.complete(), Verity: s.kernel.NoVerity == nil, Step: s.opts.Step,
 	}, former)
+}
+
+// mounted returns the layers below each snapshot that clients may have mounted, by its id.
+func (r records) mounted() map[string][]content.LayerID {
+	byName := map[string]storedSnapshot{}
+	for _, sn := range r.whole {
+		byName[sn.Name] = sn
+	}
+	below := map[string][]content.LayerID{}
+	for _, sn := range r.whole {
+		for p := sn.Parent; p != "" && sn.Kind != snapshots.KindCommitted; p = byName[p].Parent {
+			if id, ok := layerOf(byName[p].Info); ok {
+				below[sn.id] = append(below[sn.id], id)
+			}
+		}
+	}
+	return below
+}
+
+// mountedLayers returns the layers below snapshots that clients may have mounted; ok is false where not all snapshots are known.
+func (s *Snapshotter) mountedLayers(ctx context.Context) (layers []content.LayerID, ok bool, err error) {
+	stored, err := s.db.records(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	for _, chain := range stored.mounted() {
+		layers = append(layers, chain...)
+	}
+	return layers, stored.complete(), nil
 }
 
 // uses tells whether there is a snapshot of this id that containers may have mounted.
