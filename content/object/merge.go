@@ -271,7 +271,7 @@ func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
 	}
 	held, drops := s.emptied(from)
 	s.mu.Unlock()
-	s.tellMoved(held)
+	s.tellMoved(held, false)
 	var errs []error
 	for _, d := range drops {
 		errs = append(errs, s.remove(d))

@@ -49,8 +49,9 @@ type Options struct {
 	Verity bool
 	// Sync puts on the disk what has been written by now. Compact calls it before it gives up the old copies.
 	Sync func() error
-	// Moved is told which packs lost payloads to a newer one while chain images name them; may be nil. It is called without locks.
-	Moved func([]content.PackID)
+	// Moved is told which packs lost payloads to a newer one while chain images name them, and whether because these were damaged; may
+	// be nil. It is called without locks.
+	Moved func(packs []content.PackID, damaged bool)
 	// Step is called by name where a crash would leave something else behind; may be nil.
 	Step func(name string)
 }
