@@ -52,6 +52,20 @@ func (s *Store) Sync() error {
 	return errors.Join(syncfs(fd, s.root), unix.Close(fd))
 }
 
+// syncAndMark is Sync that moves the mark.
+func (s *Store) syncAndMark() error {
+	now := time.Now()
+	if err := s.Sync(); err != nil {
+		return err
+	}
+	s.written.mu.Lock()
+	defer s.written.mu.Unlock()
+	if !s.written.failed {
+		s.touch(now)
+	}
+	return nil
+}
+
 func syncfs(fd int, root string) error {
 	if err := unix.Syncfs(fd); err != nil {
 		return fmt.Errorf("sync %s: %w", root, err)

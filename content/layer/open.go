@@ -39,6 +39,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openPacks(suspect); err != nil {
+		return nil, err
+	}
 	holds := map[content.LayerID]int{}
 	for _, id := range live {
 		holds[id]++
@@ -110,8 +113,13 @@ func (s *Store) openDirs() error {
 		return fmt.Errorf("open store %s: %w", s.root, err)
 	}
 	s.rootFd = fd
+	return nil
+}
+
+// openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
+func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Sync: s.Sync, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Verity: s.opts.Verity, Sync: s.syncAndMark, Since: since, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
 }

@@ -37,6 +37,8 @@ type session struct {
 	stop context.CancelCauseFunc
 	jobs chan job
 	wg   sync.WaitGroup
+	// waiting are the jobs that no worker is done with.
+	waiting sync.WaitGroup
 	// bufferMax is the largest payload that waits in memory.
 	bufferMax int64
 	// ahead is Blob.Ahead.
@@ -91,6 +93,7 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 				}
 				putBuffer(j.buf)
 				s.memory.Release(int64(len(j.buf)))
+				ss.waiting.Done()
 			}
 		})
 	}
@@ -137,10 +140,12 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 		ss.s.memory.Release(e.Size)
 		return err
 	}
+	ss.waiting.Add(1)
 	select {
 	case ss.jobs <- job{e, buf, strings.HasSuffix(e.Path, ".pyc")}:
 		return nil
 	case <-ss.ctx.Done():
+		ss.waiting.Done()
 		putBuffer(buf)
 		ss.s.memory.Release(e.Size)
 		return context.Cause(ss.ctx)
@@ -212,8 +217,10 @@ func (ss *session) took(added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage stores a large payload, hashing it beside.
+// stage stores a large payload, hashing it beside. It comes last in the pack by then, so that one that turns out to be known leaves
+// no hole.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
+	ss.waiting.Wait()
 	h := newAsyncHash()
 	var sum *content.ObjectID
 	total := func() content.ObjectID {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -34,22 +35,21 @@ const (
 // packState is what the policy looks at.
 type packState struct {
 	id         content.PackID
-	live, dead int64 // blocks
+	live, dead int64 // blocks; live are those that a merge can copy
 	// rewrite: it is damaged, or lacks fs-verity.
 	rewrite bool
 }
 
-// plan says which packs to merge into one, nil when all is well. What lives in them is at most mergeMax, unless one
-// pack alone is larger. It is a pure function.
-func plan(packs []packState) []content.PackID {
-	packs = slices.Clone(packs)
+// plan says which packs to merge into one, nil when all is well. What lives in them is at most room blocks, and at most mergeMax unless
+// one pack alone is larger. It is a pure function.
+func plan(packs []packState, room int64) []content.PackID {
+	packs = slices.DeleteFunc(slices.Clone(packs), func(p packState) bool {
+		return p.live == 0 || p.live > room // the last holder lets it go; more room has to come
+	})
 	slices.SortFunc(packs, func(a, b packState) int { return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.id, b.id)) })
 	var sparse []packState
 	tiers := map[int][]packState{}
 	for _, p := range packs {
-		if p.live == 0 && !p.rewrite {
-			continue // it goes with its last holder
-		}
 		if p.rewrite || p.dead > deadMin && p.dead > (p.live+p.dead)/deadPart {
 			sparse = append(sparse, p)
 		}
@@ -58,11 +58,13 @@ func plan(packs []packState) []content.PackID {
 		}
 	}
 	if len(sparse) > 0 {
-		return bounded(sparse)
+		return bounded(sparse, room)
 	}
 	for t := 0; len(tiers) > 0; t++ {
 		if len(tiers[t]) > tierWidth {
-			return bounded(tiers[t])
+			if ids := bounded(tiers[t], room); len(ids) > 1 {
+				return ids
+			}
 		}
 		delete(tiers, t)
 	}
@@ -81,10 +83,11 @@ func tier(live int64) int {
 	return t
 }
 
-func bounded(packs []packState) (ids []content.PackID) {
+// bounded takes the first packs, at least one, that are not too much.
+func bounded(packs []packState, room int64) (ids []content.PackID) {
 	var sum int64
 	for _, p := range packs {
-		if sum += p.live; len(ids) > 0 && sum > mergeMax {
+		if sum += p.live; len(ids) > 0 && sum > min(mergeMax, room) {
 			break
 		}
 		ids = append(ids, p.id)
@@ -96,17 +99,28 @@ func bounded(packs []packState) (ids []content.PackID) {
 func (s *Store) NeedsCompact() bool { return len(s.nextMerge()) > 0 }
 
 func (s *Store) nextMerge() []content.PackID {
+	room := int64(math.MaxInt64)
+	if s.opts.Room != nil {
+		room = s.opts.Room()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.keepDead {
 		return nil
 	}
 	states := make([]packState, 0, len(s.packs))
-	for _, p := range s.packs {
-		st := packState{id: p.id, live: p.live, dead: p.dead(), rewrite: p.objects > 0 && (p.damaged != nil || p.plain && s.opts.Verity)}
-		states = append(states, st)
+	bad := map[*pack]int64{} // objects that a merge leaves where they are
+	for id := range s.bad {
+		if r := s.refs[id]; r.pack != nil {
+			bad[r.pack] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
+		}
 	}
-	return plan(states)
+	for _, p := range s.packs {
+		states = append(states, packState{
+			id: p.id, live: p.live - bad[p], dead: p.dead(), rewrite: p.damaged != nil || p.plain && s.opts.Verity,
+		})
+	}
+	return plan(states, room/content.BlockSize)
 }
 
 // Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to be bad stays

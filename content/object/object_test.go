@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -428,25 +429,35 @@ func TestPlan(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		packs []packState
+		room  int64
 		want  int // how many are merged
 	}{
-		"nothing":                  {nil, 0},
-		"a few small ones":         {many(tierWidth, 10, 0), 0},
-		"one too many":             {many(tierWidth+1, 10, 0), tierWidth + 1},
-		"large ones stay":          {many(100, tierTop, 0), 0},
-		"mostly dead":              {many(1, 10_000, 6_000), 1},
-		"a little dead":            {many(1, 10_000, 3_000), 0},
-		"all dead, but held":       {many(20, 0, 100), 0},
-		"small and dead":           {many(1, 10, 100), 0},
-		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, 1},
-		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), 3},
-		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), 1},
+		"nothing":                  {nil, plenty, 0},
+		"a few small ones":         {many(tierWidth, 10, 0), plenty, 0},
+		"one too many":             {many(tierWidth+1, 10, 0), plenty, tierWidth + 1},
+		"large ones stay":          {many(100, tierTop, 0), plenty, 0},
+		"mostly dead":              {many(1, 10_000, 6_000), plenty, 1},
+		"a little dead":            {many(1, 10_000, 3_000), plenty, 0},
+		"all dead, but held":       {many(20, 0, 100), plenty, 0},
+		"small and dead":           {many(1, 10, 100), plenty, 0},
+		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, plenty, 1},
+		"damaged, nothing to copy": {append(many(tierWidth+1, 10, 0), packState{id: 99, dead: 9, rewrite: true}), plenty, tierWidth + 1},
+		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), plenty, 3},
+		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), plenty, 1},
+		"no room for one":          {many(1, 10_000, 6_000), 9_999, 0},
+		"no room for the first":    {append(many(1, 10_000, 6_000), packState{id: 2, live: 500, dead: 500}), 9_999, 1},
+		"room for two":             {many(10, 10_000, 10_000), 25_000, 2},
+		"no room for two":          {many(tierWidth+1, 10, 0), 19, 0},
+		"no room at all":           {many(tierWidth+1, 10, 0), 0, 0},
 	} {
-		if got := plan(c.packs); len(got) != c.want {
+		if got := plan(c.packs, c.room); len(got) != c.want {
 			t.Errorf("%s: %d are merged, want %d", name, len(got), c.want)
 		}
 	}
 }
+
+// plenty of room for merging.
+const plenty = math.MaxInt64
 
 // However layers come in, the number of packs stays near tierWidth for each size, and what is copied near the number of sizes.
 func TestPlanBounds(t *testing.T) {
@@ -460,7 +471,7 @@ func TestPlanBounds(t *testing.T) {
 		live := int64(1) << r.IntN(14)
 		came += live
 		packs = append(packs, packState{id: content.PackID(i + 1), live: live})
-		for ids := plan(packs); len(ids) > 0; ids = plan(packs) {
+		for ids := plan(packs, plenty); len(ids) > 0; ids = plan(packs, plenty) {
 			merged := packState{id: content.PackID(1_000_000 + i)}
 			packs = slices.DeleteFunc(packs, func(p packState) bool {
 				if slices.Contains(ids, p.id) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,6 +27,8 @@ type Writer struct {
 	pack *erofs.PackWriter // nil until something is new
 	file *os.File
 	size int64 // bytes on the disk, once sealed
+	// wrote are the objects that have been written, sealed ones too.
+	wrote []content.ObjectID
 }
 
 type ownSlot struct{ n, count uint32 }
@@ -92,6 +95,7 @@ func (w *Writer) keep(id content.ObjectID, n uint32, size int64) (added int64) {
 	own, ok := w.own[id]
 	if !ok {
 		own.n = n
+		w.wrote = append(w.wrote, id)
 	}
 	own.count++
 	w.own[id] = own
@@ -145,13 +149,10 @@ func (w *Writer) Read(id content.ObjectID) ([]byte, error) {
 }
 
 // Wrote returns the objects that the writer has written.
-func (w *Writer) Wrote() (ids []content.ObjectID) {
+func (w *Writer) Wrote() []content.ObjectID {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for id := range w.own {
-		ids = append(ids, id)
-	}
-	return ids
+	return slices.Clone(w.wrote)
 }
 
 // Heals reports whether something was written that the store has, but bad.
@@ -198,9 +199,12 @@ func (w *Writer) Seal() (used Counts, err error) {
 	w.s.mu.Unlock()
 	w.s.tellMoved(moved)
 	for _, d := range drops {
+		if d == p {
+			w.size = 0
+		}
 		err = errors.Join(err, w.s.remove(d))
 	}
-	return Counts{Bytes: w.size, Files: 1}, err
+	return Counts{Bytes: w.size, Files: min(w.size, 1)}, err
 }
 
 // emptied looks at packs that have lost objects: those that chain images still name, and those that go. Under mu.
@@ -239,12 +243,23 @@ func (s *Store) tellMoved(packs []content.PackID) {
 	}
 }
 
-// seal ends a pack's file and puts it among the others. The file is closed, or, without an error, becomes the pack's.
+// seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or, without an
+// error, becomes the pack's.
 func (s *Store) seal(w *erofs.PackWriter, f *os.File) (_ *pack, err error) {
 	sealed, err := w.Seal()
 	if err != nil {
 		return nil, err
 	}
+	s.mu.Lock()
+	s.sealing[sealed.ID] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		if err != nil {
+			s.mu.Lock()
+			delete(s.sealing, sealed.ID)
+			s.mu.Unlock()
+		}
+	}()
 	s.step("pack.sealed")
 	staged := f.Name()
 	if s.opts.Verity { // it is for files that nobody writes to
