@@ -56,6 +56,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err := s.assess(ctx, suspects); err != nil {
 		return nil, err
 	}
+	if err := s.noteVerified(ctx, suspect); err != nil {
+		return nil, err
+	}
 	s.startKeeper()
 	return s, nil
 }
@@ -119,7 +122,7 @@ func (s *Store) openDirs() error {
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
 func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Sync: s.syncAndMark, Since: since, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Verity: s.opts.Verity, Sync: s.watch, Since: since, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
 }
@@ -137,7 +140,8 @@ func (s *Store) closeFiles() {
 const suspectMargin = 2 * time.Second
 
 // markRunning takes the mark of a clean stop away. After a stop that was not
-// clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero.
+// clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero. It stays so until
+// noteVerified.
 func (s *Store) markRunning() (suspect time.Time, err error) {
 	_, err = os.Stat(s.path(fileClean))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -155,13 +159,51 @@ func (s *Store) markRunning() (suspect time.Time, err error) {
 			suspect = fi.ModTime().Add(-suspectMargin)
 		}
 	}
-	if err := os.WriteFile(s.path(fileRunning), boot, 0o600); err != nil {
-		return suspect, fmt.Errorf("mark store as running: %w", err)
+	if s.written.doubt.Store(!suspect.IsZero()); suspect.IsZero() {
+		if err := s.writeRunning(boot); err != nil {
+			return suspect, err
+		}
 	}
 	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	return suspect, unix.Fsync(s.rootFd)
+}
+
+// writeRunning names the boot in which the daemon runs.
+func (s *Store) writeRunning(boot []byte) error {
+	tmp, err := s.writeStaged("running-", boot, true)
+	if err == nil {
+		err = os.Rename(tmp, s.path(fileRunning))
+	}
+	if err != nil {
+		return fmt.Errorf("mark store as running: %w", err)
+	}
+	return nil
+}
+
+// noteVerified ends the doubt that markRunning has found, unless there still are packs that came to the disk in parts.
+func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
+	if suspect.IsZero() {
+		return nil
+	}
+	mended, err := s.objects.MendTorn(ctx)
+	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
+		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until they can be rewritten: starts take longer")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		boot = []byte("unknown")
+	}
+	if err := s.writeRunning(boot); err != nil {
+		return err
+	}
+	s.written.doubt.Store(false)
+	return unix.Fsync(s.rootFd)
 }
 
 // load reads the headers of all trees. suspects

@@ -10,7 +10,6 @@ import (
 	"math"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
@@ -117,7 +116,7 @@ func (s *Store) nextMerge() []content.PackID {
 	}
 	for _, p := range s.packs {
 		states = append(states, packState{
-			id: p.id, live: p.live - bad[p], dead: p.dead(), rewrite: p.damaged != nil || p.plain && s.opts.Verity,
+			id: p.id, live: p.live - bad[p], dead: p.dead(), rewrite: p.damaged != nil || p.torn || p.plain && s.opts.Verity,
 		})
 	}
 	return plan(states, room/content.BlockSize)
@@ -141,6 +140,34 @@ func (s *Store) Compact(ctx context.Context) error {
 	}
 }
 
+// MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none is left: the next
+// Open would take what they hold for whole.
+func (s *Store) MendTorn(ctx context.Context) (mended bool, err error) {
+	s.merging.Lock()
+	defer s.merging.Unlock()
+	var torn []*pack
+	s.mu.Lock()
+	for _, p := range s.packs {
+		if p.torn {
+			torn = append(torn, p)
+		}
+	}
+	keep := s.keepDead
+	s.mu.Unlock()
+	if keep {
+		return len(torn) == 0, nil
+	}
+	for _, p := range torn {
+		if s.opts.Room != nil && s.opts.Room() < p.live*content.BlockSize {
+			return false, nil
+		}
+		if err := s.merge(ctx, []content.PackID{p.id}); err != nil {
+			return false, fmt.Errorf("mend pack %s: %w", s.Path(p.id), err)
+		}
+	}
+	return true, nil
+}
+
 // copied is an object on its way to another pack.
 type copied struct {
 	id   content.ObjectID
@@ -151,31 +178,30 @@ type copied struct {
 
 // merge copies what lives in some packs into a new one.
 func (s *Store) merge(ctx context.Context, ids []content.PackID) (err error) {
-	s.mu.Lock()
-	id := s.newID(time.Now().UnixMicro())
-	s.mu.Unlock()
-	f, err := s.stage(id)
-	if err != nil {
-		return err
-	}
-	w := &Writer{s: s, pack: erofs.NewPackWriter(f, id), file: f, own: map[content.ObjectID]ownSlot{}}
-	defer func() { err = errors.Join(err, w.discard()) }()
-	moves, bytes, err := s.copyLive(ctx, w.pack, ids)
-	if err != nil || len(moves) == 0 {
-		return err
-	}
-	s.step("merge.copied")
-	p, err := s.seal(w.pack, w.file)
-	if err != nil {
-		return err
-	}
-	w.pack, w.file = nil, nil
-	// The new copies are on the disk before the old ones go.
+	sync := func() error { return nil }
 	if s.opts.Sync != nil {
-		if err := s.opts.Sync(); err != nil {
-			_ = s.remove(p)
+		var stop func()
+		if sync, stop, err = s.opts.Sync(); err != nil {
 			return err
 		}
+		defer stop()
+	}
+	f, err := s.begin()
+	if err != nil {
+		return err
+	}
+	moves, bytes, err := s.copyLive(ctx, f.PackWriter, ids)
+	if err != nil || len(moves) == 0 {
+		return errors.Join(err, f.discard())
+	}
+	s.step("merge.copied")
+	p, err := s.seal(f)
+	if err != nil {
+		return errors.Join(err, f.discard())
+	}
+	// The new copies are on the disk before the old ones go.
+	if err := sync(); err != nil {
+		return errors.Join(err, s.remove(p))
 	}
 	s.step("merge.synced")
 	dropCache(p.file)

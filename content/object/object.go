@@ -48,8 +48,9 @@ var ErrDamaged = errors.New("damaged")
 type Options struct {
 	// Verity gives packs fs-verity. The file system must have it (verity.Probe).
 	Verity bool
-	// Sync puts on the disk what has been written by now. Compact calls it before it gives up the old copies.
-	Sync func() error
+	// Sync is called before a merge writes anything. The first function that it returns puts on the disk what has been written by then,
+	// and tells of writes that failed since the call; stop ends that. Old copies go after it. May be nil.
+	Sync func() (sync func() error, stop func(), err error)
 	// Moved is told which packs lost payloads to a newer one while chain images name them; may be nil. It is called without locks.
 	Moved func([]content.PackID)
 	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not. Payloads in younger packs
@@ -84,6 +85,7 @@ type Store struct {
 	freed    Counts
 	merged   int64
 	dirBytes int64
+	packMax  int64 // but for tests the constant
 }
 
 // ref is an object: how often it is named, and its place.

@@ -36,6 +36,8 @@ type pack struct {
 	holders int
 	// damaged: not all that its trailer vouches for is what it was. Its payloads may be whole.
 	damaged error
+	// torn: it came to the disk in parts. Slots that hold something else do not count, but would at the next Open.
+	torn bool
 }
 
 type extent struct {
@@ -74,7 +76,7 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 	s := &Store{
 		dir: dir, staging: staging, opts: opts,
 		refs: map[content.ObjectID]ref{}, bad: map[content.ObjectID]struct{}{},
-		packs: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{},
+		packs: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{}, packMax: packMax,
 	}
 	names, err := os.ReadDir(dir)
 	if err != nil {
@@ -127,9 +129,9 @@ func (s *Store) wholeSlots(p *pack, read *erofs.Pack) (func(n int) bool, error) 
 		if err != nil && !errors.Is(err, ErrDamaged) {
 			return nil, err
 		}
-		torn[n] = err != nil
 		if err != nil {
 			log.L.WithError(err).Warnf("pack %s came to the disk in parts", s.Path(p.id))
+			p.torn, torn[n] = true, true
 		}
 	}
 	return func(n int) bool { return !torn[n] }, nil
