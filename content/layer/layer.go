@@ -64,11 +64,15 @@ type Options struct {
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
+	// MaxMemory bounds what ingests and chain builds keep in memory, in bytes; 0 is DefaultMaxMemory.
+	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
 	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
 	// while payloads of the layout before packs are left.
 	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
+	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
+	User func(id string) bool
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
 
@@ -145,6 +149,8 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
+	budget   *budget
 	flights  flights
 	keeper   keeper
 	gc       sync.WaitGroup
@@ -172,6 +178,8 @@ type Store struct {
 	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	// former is what running containers need from before an upgrade.
+	former keptFormer
 }
 
 type (

@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,23 +47,23 @@ func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) b
 	}
 	return func(id content.ObjectID) bool {
 		_, ok := needed[id]
-		return ok
+		return ok || s.isFormer(id)
 	}, nil
 }
 
 // oldMounted reports whether an overlay over objects/ may be mounted.
 func (s *Store) oldMounted() (bool, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
+	boot := bootID()
+	if boot == unknownBoot {
 		return true, nil
 	}
 	mark := s.path(dirObjects, fileBoot)
 	began, err := os.ReadFile(mark)
 	switch {
-	case err == nil && len(began) == len(boot) && !bytes.Equal(began, boot):
+	case err == nil && len(began) == len(boot) && string(began) != boot:
 		return false, nil // no mount outlives the machine
-	case err != nil || !bytes.Equal(began, boot):
-		if err := os.WriteFile(mark, boot, 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
+	case err != nil || string(began) != boot:
+		if err := os.WriteFile(mark, []byte(boot), 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
 			return true, fmt.Errorf("note when the upgrade began: %w", err)
 		}
 	}

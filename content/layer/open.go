@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -50,6 +49,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openFormer(); err != nil {
+		return nil, fmt.Errorf("look for what an upgrade has kept: %w", err)
+	}
 	if err := s.sweep(ctx); err != nil {
 		return nil, err
 	}
@@ -84,6 +86,8 @@ func newStore(opts Options) (*Store, error) {
 		opts:     opts,
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
+		waiting:  semaphore.NewWeighted(waitingMax),
+		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
@@ -148,14 +152,11 @@ func (s *Store) markRunning() (suspect time.Time, err error) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	clean := err == nil
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		boot = []byte("unknown") // as after a reboot
-	}
+	boot := bootID()
 	if !clean {
 		last, err := os.ReadFile(s.path(fileRunning))
 		fi, serr := os.Stat(s.path(fileRunning))
-		if err == nil && serr == nil && (string(last) != string(boot) || strings.HasPrefix(string(boot), "unknown")) {
+		if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
 			suspect = fi.ModTime().Add(-suspectMargin)
 		}
 	}
@@ -171,8 +172,8 @@ func (s *Store) markRunning() (suspect time.Time, err error) {
 }
 
 // writeRunning names the boot in which the daemon runs.
-func (s *Store) writeRunning(boot []byte) error {
-	tmp, err := s.writeStaged("running-", boot, true)
+func (s *Store) writeRunning(boot string) error {
+	tmp, err := s.writeStaged("running-", []byte(boot), true)
 	if err == nil {
 		err = os.Rename(tmp, s.path(fileRunning))
 	}
@@ -195,15 +196,23 @@ func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
 	if err != nil {
 		return err
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		boot = []byte("unknown")
-	}
-	if err := s.writeRunning(boot); err != nil {
+	if err := s.writeRunning(bootID()); err != nil {
 		return err
 	}
 	s.written.doubt.Store(false)
 	return unix.Fsync(s.rootFd)
+}
+
+// unknownBoot is taken for another boot than any.
+const unknownBoot = "unknown"
+
+// bootID is another one after each start of the machine.
+func bootID() string {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return unknownBoot
+	}
+	return string(boot)
 }
 
 // load reads the headers of all trees. suspects
@@ -278,12 +287,13 @@ func (s *Store) Close() (err error) {
 		s.keeper.stop()
 		s.gc.Wait()
 		s.written.stop()
+		s.budget.close()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {
 			err = s.Sync()
 		}
-		if err == nil && !s.leaked.Load() {
+		if err == nil && !s.leaked.Load() && !s.written.doubt.Load() {
 			err = os.WriteFile(s.path(fileClean), nil, 0o600)
 		}
 		s.closeFiles()

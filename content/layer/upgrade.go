@@ -249,7 +249,6 @@ func (m *mover) order(ctx context.Context) (gone, stay []content.ObjectID, err e
 		}
 		err := tree.Files(m.s.treePath(l.ID), l.ID, func(f *tree.File) error {
 			add(f.Object)
-			add(f.PycCanonical)
 			return nil
 		})
 		if err != nil && !isDamage(err) {

@@ -79,6 +79,8 @@ type Options struct {
 	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
 	// Digests gives fs-verity's digests of objects; nil when it is off.
 	Digests func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
+	// Reserve waits for the memory that a build takes; nil for as much as it likes.
+	Reserve func(context.Context, []content.LayerID) (release func(), err error)
 	// Loop: mount from loop devices only.
 	Loop bool
 	// Step names points at which a test may end the process; nil for none.
@@ -100,6 +102,9 @@ func Open(o Options) (*Chains, error) {
 	}
 	if o.Step == nil {
 		o.Step = func(string) {}
+	}
+	if o.Reserve == nil {
+		o.Reserve = func(context.Context, []content.LayerID) (func(), error) { return func() {}, nil }
 	}
 	c := &Chains{
 		opts:  o,
@@ -223,6 +228,11 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	if c.HasImage(n) && c.isHashed(n) {
 		return nil
 	}
+	release, err := c.opts.Reserve(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	defer release()
 	start := time.Now()
 	root, err := c.opts.Merge(ctx, chain)
 	if err != nil {
