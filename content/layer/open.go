@@ -126,7 +126,7 @@ func (s *Store) openDirs() error {
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
 func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Sync: s.watch, Since: since, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Verity: s.opts.Verity, Sync: s.watch, Since: since, Held: s.opts.HeldPacks, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
 }

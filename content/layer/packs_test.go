@@ -2,8 +2,12 @@ package layer
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -104,5 +108,92 @@ func TestPowerCutDuringMerge(t *testing.T) {
 	expectService(t, s, layers, nil, tars)
 	if found := checkStore(t, s); len(found) > 0 {
 		t.Errorf("%+v", found)
+	}
+}
+
+// A process that is killed at any step of storing, removing and merging leaves a store that opens with all that was acknowledged, and nothing
+// else.
+func TestPacksKilledAtEveryStep(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 1))
+	root, copies := filepath.Join(t.TempDir(), "root"), t.TempDir()
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	type killed struct {
+		at   string
+		live map[content.LayerID][]byte
+	}
+	var kills []killed
+	live := map[content.LayerID][]byte{} // acknowledged
+	seen := map[string]int{}
+	armed := true
+	step := func(name string) {
+		if !armed || name == "ingest.object" { // that comes from several goroutines, and all that is written by then is staged
+			return
+		}
+		if seen[name]++; !slices.Contains([]int{1, 4, 11}, seen[name]) {
+			return
+		}
+		k := killed{filepath.Join(copies, fmt.Sprintf("%s-%d", name, seen[name])), maps.Clone(live)}
+		if out, err := exec.Command("cp", "-a", root, k.at).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		kills = append(kills, k)
+	}
+	s, err := Open(t.Context(), Options{Root: root, Step: step}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.keeper.stop() // merges are made here, one thing at a time
+	large := strings.Repeat("large", bufferMax/4)
+	for i := range 60 {
+		members := []member{{name: "own", data: big(fmt.Sprint("own", i))}}
+		for range r.IntN(4) {
+			n := r.IntN(20)
+			members = append(members, member{name: fmt.Sprint("shared-", n), data: big(fmt.Sprint(n))})
+		}
+		if i == 10 || i == 20 {
+			members = append(members, member{name: "x-large", data: large})
+		}
+		tar := makeTar(t, members...)
+		in := ingest(t, s, tar)
+		live[in.Layer] = tar
+		if i%3 == 2 {
+			for id := range live {
+				delete(live, id)
+				s.Release(id)
+				s.Wait()
+				break
+			}
+		}
+		if i%15 == 14 {
+			if err := s.Compact(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	armed = false
+	closeStore(t, s)
+	for _, name := range []string{"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
+		"ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done", "remove.tree", "remove.object", "remove.done"} {
+		if seen[name] == 0 {
+			t.Errorf("the work does not come by %s", name)
+		}
+	}
+	for _, k := range kills {
+		t.Run(filepath.Base(k.at), func(t *testing.T) {
+			var ids []content.LayerID
+			var tars [][]byte
+			for id, tar := range k.live {
+				ids, tars = append(ids, id), append(tars, tar)
+			}
+			s := openStore(t, k.at, content.Python, ids...)
+			expectService(t, s, ids, nil, tars)
+			if found := checkStore(t, s); len(found) > 0 {
+				t.Errorf("%+v", found)
+			}
+		})
 	}
 }

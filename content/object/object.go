@@ -56,6 +56,9 @@ type Options struct {
 	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not. Payloads in younger packs
 	// are read at Open, and count only if they are whole: a pack may have come to the disk in parts, its table among them.
 	Since time.Time
+	// Held are packs that chain images name. Each is held once from Open on, as HoldPacks does, if it is there: Settle comes before others
+	// can do so.
+	Held []content.PackID
 	// Room is how many bytes merging may take now; nil for any.
 	Room func() int64
 	// Step is called by name where a crash would leave something else behind; may be nil.

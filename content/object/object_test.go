@@ -535,6 +535,39 @@ func TestHolders(t *testing.T) {
 	}
 }
 
+// A pack that only chain images name outlasts a restart, until they let it go.
+func TestHoldersOutlastRestart(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	ids := put(t, s, "a")
+	place, _ := s.Place(ids[0])
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.refs, s.packs = nil, nil
+	held := []content.PackID{place.Pack, place.Pack + 1}
+	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Held: held})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := again.Settle(false); err != nil || n > 0 {
+		t.Errorf("removed %d, %v", n, err)
+	}
+	if err := errors.Join(again.HoldPacks(held[:1]), again.ReleasePacks(held)); err != nil {
+		t.Fatal(err)
+	}
+	if st := again.Stats(); st.Packs != 1 {
+		t.Errorf("%+v", st)
+	}
+	if err := again.ReleasePacks(held[:1]); err != nil {
+		t.Fatal(err)
+	}
+	if st := again.Stats(); st.Packs != 0 {
+		t.Errorf("%+v", st)
+	}
+	d.check(t, again)
+}
+
 func TestCompact(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)

@@ -107,6 +107,11 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 			}
 		}
 	}
+	for _, id := range opts.Held {
+		if p := s.packs[id]; p != nil {
+			p.holders++
+		}
+	}
 	s.MeasureDirectories()
 	return s, nil
 }
