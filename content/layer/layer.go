@@ -60,8 +60,8 @@ type Options struct {
 	Verity bool
 	// PacksMoved is told which packs lost payloads to newer ones while chain images name them; may be nil.
 	PacksMoved func([]content.PackID)
-	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them back with Packs().ReleasePacks
-	// when it has held what it needs.
+	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them
+	// back with Packs().ReleasePacks when it has held what it needs.
 	HeldPacks []content.PackID
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool

@@ -126,7 +126,8 @@ func (s *Store) openDirs() error {
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
 func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Sync: s.watch, Since: since, Held: s.opts.HeldPacks, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks,
+		Sync: s.watch, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
 }
@@ -143,9 +144,8 @@ func (s *Store) closeFiles() {
 // suspectMargin is how much older than the mark a layer may be that a power cut could still have caught.
 const suspectMargin = 2 * time.Second
 
-// markRunning takes the mark of a clean stop away. After a stop that was not
-// clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero. It stays so until
-// noteVerified.
+// markRunning takes the mark of a clean stop away. After a stop that was not clean, and a reboot since, suspect is
+// the time from which on layers may not be whole; otherwise it is zero. It stays so until noteVerified.
 func (s *Store) markRunning() (suspect time.Time, err error) {
 	_, err = os.Stat(s.path(fileClean))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -183,14 +183,16 @@ func (s *Store) writeRunning(boot string) error {
 	return nil
 }
 
-// noteVerified ends the doubt that markRunning has found, unless there still are packs that came to the disk in parts.
+// noteVerified ends the doubt that markRunning has found, unless there still are packs that came to the disk in
+// parts.
 func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
 	if suspect.IsZero() {
 		return nil
 	}
 	mended, err := s.objects.MendTorn(ctx)
 	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
-		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until they can be rewritten: starts take longer")
+		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until there is room to rewrite them: " +
+			"starts take longer")
 		return nil
 	}
 	if err != nil {

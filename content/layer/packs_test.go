@@ -33,7 +33,8 @@ func TestKnownLargePayloadLeavesNoHole(t *testing.T) {
 	}
 }
 
-// A tree that was damaged at the start is put back from a backup: nothing has to be pulled, and nothing was removed meanwhile.
+// A tree that was damaged at the start is put back from a backup: nothing has to be pulled, and nothing was removed
+// meanwhile.
 func TestTreePutBack(t *testing.T) {
 	root := t.TempDir()
 	s := openStore(t, root, content.Python)
@@ -111,8 +112,8 @@ func TestPowerCutDuringMerge(t *testing.T) {
 	}
 }
 
-// A process that is killed at any step of storing, removing and merging leaves a store that opens with all that was acknowledged, and nothing
-// else.
+// A process that is killed at any step of storing, removing and merging leaves a store that opens with all that was
+// acknowledged, and nothing else.
 func TestPacksKilledAtEveryStep(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -130,7 +131,7 @@ func TestPacksKilledAtEveryStep(t *testing.T) {
 	seen := map[string]int{}
 	armed := true
 	step := func(name string) {
-		if !armed || name == "ingest.object" { // that comes from several goroutines, and all that is written by then is staged
+		if !armed || name == "ingest.object" { // it comes from several goroutines, and all is staged by then
 			return
 		}
 		if seen[name]++; !slices.Contains([]int{1, 4, 11}, seen[name]) {
@@ -176,8 +177,11 @@ func TestPacksKilledAtEveryStep(t *testing.T) {
 	}
 	armed = false
 	closeStore(t, s)
-	for _, name := range []string{"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
-		"ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done", "remove.tree", "remove.object", "remove.done"} {
+	for _, name := range []string{
+		"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
+		"ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
+		"remove.tree", "remove.object", "remove.done",
+	} {
 		if seen[name] == 0 {
 			t.Errorf("the work does not come by %s", name)
 		}

@@ -238,8 +238,8 @@ func (ss *session) took(added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage stores a large payload, hashing it beside. It comes last in the pack by then, so that one that turns out to be known leaves
-// no hole.
+// stage stores a large payload, hashing it beside. It comes last in the pack by then, so that one that turns out to
+// be known leaves no hole.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
 	ss.queued.Wait()
 	h := newAsyncHash()

@@ -39,8 +39,8 @@ type packState struct {
 	rewrite bool
 }
 
-// plan says which packs to merge into one, nil when all is well. What lives in them is at most room blocks, and at most mergeMax unless
-// one pack alone is larger. It is a pure function.
+// plan says which packs to merge into one, nil when all is well. What lives in them is at most room blocks, and at
+// most mergeMax unless one pack alone is larger. It is a pure function.
 func plan(packs []packState, room int64) []content.PackID {
 	packs = slices.DeleteFunc(slices.Clone(packs), func(p packState) bool {
 		return p.live == 0 || p.live > room // the last holder lets it go; more room has to come
@@ -116,7 +116,8 @@ func (s *Store) nextMerge() []content.PackID {
 	}
 	for _, p := range s.packs {
 		states = append(states, packState{
-			id: p.id, live: p.live - bad[p], dead: p.dead(), rewrite: p.damaged != nil || p.torn || p.plain && s.opts.Verity,
+			id: p.id, live: p.live - bad[p], dead: p.dead(),
+			rewrite: p.damaged != nil || p.torn || p.plain && s.opts.Verity,
 		})
 	}
 	return plan(states, room/content.BlockSize)
@@ -140,8 +141,8 @@ func (s *Store) Compact(ctx context.Context) error {
 	}
 }
 
-// MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none is left: the next
-// Open would take what they hold for whole.
+// MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none
+// is left: the next Open would take what they hold for whole.
 func (s *Store) MendTorn(ctx context.Context) (mended bool, err error) {
 	s.merging.Lock()
 	defer s.merging.Unlock()

@@ -48,16 +48,19 @@ var ErrDamaged = errors.New("damaged")
 type Options struct {
 	// Verity gives packs fs-verity. The file system must have it (verity.Probe).
 	Verity bool
-	// Sync is called before a merge writes anything. The first function that it returns puts on the disk what has been written by then,
-	// and tells of writes that failed since the call; stop ends that. Old copies go after it. May be nil.
+	// Sync is called before a merge writes anything. The first function that it returns puts on the disk what has
+	// been written by then, and tells of writes that failed since the call; stop ends that. Old copies go after it.
+	// May be nil.
 	Sync func() (sync func() error, stop func(), err error)
-	// Moved is told which packs lost payloads to a newer one while chain images name them; may be nil. It is called without locks.
+	// Moved is told which packs lost payloads to a newer one while chain images name them; may be nil. It is called
+	// without locks.
 	Moved func([]content.PackID)
-	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not. Payloads in younger packs
-	// are read at Open, and count only if they are whole: a pack may have come to the disk in parts, its table among them.
+	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not.
+	// Payloads in younger packs are read at Open, and count only if they are whole: a pack may have come to the disk
+	// in parts, its table among them.
 	Since time.Time
-	// Held are packs that chain images name. Each is held once from Open on, as HoldPacks does, if it is there: Settle comes before others
-	// can do so.
+	// Held are packs that chain images name. Each is held once from Open on, as HoldPacks does, if it is there:
+	// Settle comes before others can do so.
 	Held []content.PackID
 	// Room is how many bytes merging may take now; nil for any.
 	Room func() int64
@@ -163,8 +166,8 @@ func (s *Store) Len() int {
 	return len(s.refs)
 }
 
-// Load adds references to objects of a durable layer, between Open and Settle. Later it is for a layer whose tree could not be read
-// then; it reads the packs' tables again, since what nothing named was forgotten.
+// Load adds references to objects of a durable layer, between Open and Settle. Later it is for a layer whose tree
+// could not be read then; it reads the packs' tables again, since what nothing named was forgotten.
 func (s *Store) Load(ids []content.ObjectID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

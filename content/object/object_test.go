@@ -280,7 +280,8 @@ func TestMergeThatDoesNotSync(t *testing.T) {
 	}
 }
 
-// A copy of a payload that came to the disk in parts, in a pack that is not known to be whole, does not hide an older one.
+// A copy of a payload that came to the disk in parts, in a pack that is not known to be whole, does not hide an older
+// one.
 func TestTornPackAfterPowerCut(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -329,7 +330,8 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Since: time.Now().Add(row.since)})
+			opts := Options{Since: time.Now().Add(row.since)}
+			again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), opts)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -704,7 +706,7 @@ func TestPlan(t *testing.T) {
 		"all dead, but held":       {many(20, 0, 100), plenty, 0},
 		"small and dead":           {many(1, 10, 100), plenty, 0},
 		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, plenty, 1},
-		"damaged, nothing to copy": {append(many(tierWidth+1, 10, 0), packState{id: 99, dead: 9, rewrite: true}), plenty, tierWidth + 1},
+		"damaged, nothing to copy": {append(many(7, 10, 0), packState{id: 99, dead: 9, rewrite: true}), plenty, 7},
 		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), plenty, 3},
 		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), plenty, 1},
 		"no room for one":          {many(1, 10_000, 6_000), 9_999, 0},

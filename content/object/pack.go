@@ -116,7 +116,8 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 	return s, nil
 }
 
-// wholeSlots tells which slots of a pack hold what the table says. It reads those of packs that may not be on the disk as a whole.
+// wholeSlots tells which slots of a pack hold what the table says. It reads those of packs that may not be on the
+// disk as a whole.
 func (s *Store) wholeSlots(p *pack, read *erofs.Pack) (func(n int) bool, error) {
 	fi, err := p.file.Stat()
 	if err != nil {

@@ -200,8 +200,9 @@ func (w *Writer) Heals() bool {
 	return false
 }
 
-// Seal makes the packs, if there are any, the store's, so that others find what is in them, and returns what they take of the disk. It
-// does not sync. Of a payload that was sealed elsewhere meanwhile, that place counts. After an error they are gone.
+// Seal makes the packs, if there are any, the store's, so that others find what is in them, and returns what they
+// take of the disk. It does not sync. Of a payload that was sealed elsewhere meanwhile, that place counts. After an
+// error they are gone.
 func (w *Writer) Seal() (used Counts, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -285,8 +286,8 @@ func (s *Store) tellMoved(packs []content.PackID) {
 	}
 }
 
-// seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or, without an
-// error, becomes the pack's.
+// seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or,
+// without an error, becomes the pack's.
 func (s *Store) seal(f *filling) (_ *pack, err error) {
 	sealed, err := f.PackWriter.Seal()
 	if err != nil {
