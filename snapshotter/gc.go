@@ -7,7 +7,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
@@ -84,7 +86,7 @@ func (s *Snapshotter) pressure(ctx context.Context) {
 
 // checkStrays looks for what no snapshot uses.
 func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stray, err := s.strays(ctx)
+	stray, err := looksAgain(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -110,6 +112,14 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found[i].Hint = "remove it with `dedupctl gc`"
 	}
 	loops, err := s.strayLoops()
+	if err == nil && len(loops) > 0 { // one may be about to be mounted
+		time.Sleep(lookPause)
+		var still []Finding
+		still, err = s.strayLoops()
+		loops = slices.DeleteFunc(loops, func(f Finding) bool {
+			return !slices.ContainsFunc(still, func(g Finding) bool { return g.Path == f.Path })
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -185,6 +195,42 @@ type strays struct {
 	chains []lower.Name // images or mount points of chains that no snapshot has
 	mounts []lower.Name // mounts of chains that snapshots have, and none needs mounted
 }
+
+// Containers that start and end between the reading of the disk and of metadata.db leave what looks unused. So it has to
+// look so several times.
+const (
+	looks     = 3
+	lookPause = 30 * time.Millisecond
+)
+
+// looksAgain is strays without what is only about to be used, or to go.
+func looksAgain(ctx context.Context, s *Snapshotter) (stray strays, err error) {
+	stray, err = s.strays(ctx)
+	for look := 1; look < looks && err == nil && !stray.none(); look++ {
+		time.Sleep(lookPause)
+		var again strays
+		again, err = s.strays(ctx)
+		stray = stray.both(again)
+	}
+	stray.dirs = slices.DeleteFunc(stray.dirs, func(name string) bool {
+		_, going := s.going.Load(name)
+		return going
+	})
+	return stray, err
+}
+
+// both returns what is stray in both of two looks.
+func (s strays) both(t strays) strays {
+	chain := func(other []lower.Name) func(lower.Name) bool {
+		return func(n lower.Name) bool { return !slices.Contains(other, n) }
+	}
+	return strays{
+		dirs:   slices.DeleteFunc(s.dirs, func(name string) bool { return !slices.Contains(t.dirs, name) }),
+		chains: slices.DeleteFunc(s.chains, chain(t.chains)), mounts: slices.DeleteFunc(s.mounts, chain(t.mounts)),
+	}
+}
+
+func (s strays) none() bool { return len(s.dirs)+len(s.chains)+len(s.mounts) == 0 }
 
 // strays looks for what no snapshot uses.
 func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {

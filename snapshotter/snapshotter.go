@@ -38,7 +38,9 @@ type Options struct {
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
 	Reserve    layer.Reserve
-	Step       func(name string)
+	// MaxMemory is that of layer.Options.
+	MaxMemory int64
+	Step      func(name string)
 	// Verity says whether packs and chain images get fs-verity, and chain images are mounted over no other packs than those whose
 	// digests they hold; "" is lower.VerityOff.
 	Verity lower.Verity
@@ -72,6 +74,7 @@ type Snapshotter struct {
 
 	repairing sync.Mutex // held by who repairs layers
 	lost      lost
+	going     sync.Map // names below snapshots/ that are being removed
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
@@ -88,11 +91,6 @@ type Snapshotter struct {
 }
 
 const (
-	// layoutVersion is the version of the layout on disk. An unknown one is refused, layoutUnsealed, whose metadata.db has no
-	// seals, is made the newer one.
-	layoutVersion  = "3\n"
-	layoutUnsealed = "2\n"
-
 	dirSnapshots = "snapshots"
 	dirChains    = "chains"
 	dirEmpty     = "empty"
@@ -135,11 +133,13 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := os.MkdirAll(opts.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("create root: %w", err)
 	}
+	if err := secureRoot(opts.Root); err != nil {
+		return nil, err
+	}
 	if err := s.takeLock(); err != nil {
 		return nil, err
 	}
-	format := filepath.Join(opts.Root, "format")
-	version, err := checkFormat(format)
+	version, err := s.checkFormat()
 	if err != nil {
 		return nil, err
 	}
@@ -161,10 +161,8 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.checkMetadata(ctx); err != nil {
 		return nil, err
 	}
-	if version == layoutUnsealed {
-		if err := errors.Join(sealAll(ctx, s.path("metadata.db")), createFormat(format)); err != nil {
-			return nil, fmt.Errorf("upgrade from layout %s: %w", strings.TrimSpace(version), err)
-		}
+	if err := s.upgrade(ctx, version); err != nil {
+		return nil, err
 	}
 	if err := s.openMetadata(ctx); err != nil {
 		return nil, err
@@ -226,20 +224,6 @@ func (s *Snapshotter) takeLock() (err error) {
 		return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", s.opts.Root, err)
 	}
 	return nil
-}
-
-func checkFormat(path string) (version string, err error) {
-	b, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return layoutVersion, createFormat(path)
-	case err != nil:
-		return "", fmt.Errorf("read format: %w", err)
-	case string(b) != layoutVersion && string(b) != layoutUnsealed:
-		return "", fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
-			path, strings.TrimSpace(string(b)), strings.TrimSpace(layoutVersion))
-	}
-	return string(b), nil
 }
 
 // refused is what to do when metadata.db cannot be used.
@@ -332,7 +316,8 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
-		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, PacksMoved: s.packsMoved, Step: s.opts.Step,
+		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
+		Pressure: s.pressure, PacksMoved: s.packsMoved, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
@@ -533,6 +518,9 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	s.release(info.Labels)
 	if info.Kind != snapshots.KindCommitted {
 		s.unuse(ctx, id)
+		if err := s.layers.Unused(id); err != nil {
+			log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
+		}
 	}
 	return s.discard(ctx, id)
 }
@@ -566,7 +554,9 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 		return fmt.Errorf("remove snapshot directory: %w", err)
 	}
 	s.step("discard.renamed")
+	s.going.Store(filepath.Base(gone), true)
 	s.background(func(context.Context) {
+		defer s.going.Delete(filepath.Base(gone))
 		defer s.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
 			s.countRemoveError()

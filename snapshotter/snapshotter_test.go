@@ -325,7 +325,7 @@ func TestRestartAndReboot(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if len(mountsBelow(t, root)) != 1 {
+	if len(mountsBelow(t, root)) != 2 { // the chain image, and its pack
 		t.Errorf("a stop of the daemon unmounts what a container may need: %v", mountsBelow(t, root))
 	}
 	for _, loss := range []string{"nothing", "mounts", "chain images too"} {
@@ -464,7 +464,7 @@ func TestMissingMetadataIsRefused(t *testing.T) {
 	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact}); err == nil || !strings.Contains(err.Error(), "metadata.db is missing") {
 		t.Fatalf("opened: %v", err)
 	}
-	for _, pattern := range []string{"objects/*/*", "layers/*"} {
+	for _, pattern := range []string{"packs/*", "layers/*"} {
 		if found, err := filepath.Glob(filepath.Join(root, pattern)); err != nil || len(found) != 1 {
 			t.Errorf("%s: %v, %v", pattern, found, err)
 		}

@@ -112,10 +112,16 @@ func explainTOML(err error) error {
 	return err
 }
 
+// maxSocketPath is sockaddr_un's, without the byte that ends it.
+const maxSocketPath = 107
+
 func (c Config) validate() error {
 	for key, path := range map[string]string{"root": c.Root, "address": c.Address, "run_dir": c.RunDir, "containerd_address": c.ContainerdAddress} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s = %q: want an absolute path", key, path)
+		}
+		if strings.HasSuffix(key, "address") && len(path) > maxSocketPath {
+			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one", key, path, len(path), maxSocketPath)
 		}
 		// Mount options separate paths with these.
 		if key == "root" || key == "run_dir" {

@@ -16,6 +16,7 @@ const (
 	accessACLXattr  = "system.posix_acl_access"
 	defaultACLXattr = "system.posix_acl_default"
 	overlayPrefix   = "trusted.overlay."
+	opaqueXattr     = overlayPrefix + "opaque"
 
 	paxXattrPrefix = "SCHILY.xattr."
 )
@@ -61,6 +62,12 @@ func checkXattrs(e *content.Entry) error {
 }
 
 func applyXattr(ctx context.Context, e *content.Entry, name, value string) error {
+	if name == opaqueXattr && value == "y" && e.Kind == content.Dir {
+		// umoci and fuse-overlayfs have left it beside the marker. containerd's applier drops it (setxattr in
+		// pkg/archive/tar_unix.go), so alone it hides nothing in any of its snapshotters.
+		log.G(ctx).WithField("path", e.Path).Infof("extended attribute %s ignored, as containerd does", name)
+		return nil
+	}
 	if strings.HasPrefix(name, overlayPrefix) {
 		// It would let an image point at any object of the store.
 		return invalid("extended attribute %s is overlayfs's own", quote(name))

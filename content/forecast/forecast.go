@@ -72,14 +72,12 @@ func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err e
 	var sizes []int64
 	next := uint32(1)
 	for _, e := range entries {
-		for _, o := range []content.ObjectID{e.Object, e.PycCanonical} {
-			if _, known := p.places[o]; o.IsZero() || known {
-				continue
-			}
-			p.places[o] = content.Place{Pack: id, N: uint32(len(sizes)), Block: next, Size: e.Size}
-			next += uint32(content.Blocks(e.Size) / content.BlockSize)
-			sizes = append(sizes, e.Size)
+		if _, known := p.places[e.Object]; e.Object.IsZero() || known {
+			continue
 		}
+		p.places[e.Object] = content.Place{Pack: id, N: uint32(len(sizes)), Block: next, Size: e.Size}
+		next += uint32(content.Blocks(e.Size) / content.BlockSize)
+		sizes = append(sizes, e.Size)
 	}
 	if len(sizes) == 0 {
 		return u, nil
@@ -182,10 +180,8 @@ func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain
 	used := map[content.PackID]bool{}
 	for _, entries := range layers {
 		for _, e := range entries {
-			for _, o := range []content.ObjectID{e.Object, e.PycCanonical} {
-				if !o.IsZero() {
-					used[stored.places[o].Pack] = true
-				}
+			if !e.Object.IsZero() {
+				used[stored.places[e.Object].Pack] = true
 			}
 		}
 	}

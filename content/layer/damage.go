@@ -120,6 +120,9 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 		return err
 	}
 	s.objects.SetBad(before.objects...)
+	if err := s.moveOld(ctx); err != nil { // which may have some of them
+		return fmt.Errorf("upgrade: %w", err)
+	}
 	var objects []content.ObjectID
 	for _, id := range append(before.trees, suspects...) {
 		st := s.layers[id]

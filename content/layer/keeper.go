@@ -11,11 +11,15 @@ import (
 const (
 	// quiet is how long nothing comes in or goes before packs are merged: it is not to get in the way of a pull.
 	quiet = 2 * time.Second
+	// latest is when they are merged though something does.
+	latest = time.Minute
 	// dropAfter is how long after that the kernel forgets the pages of the packs' own files. Before it they help the first container of
 	// a new image; then they are held a second time by the file systems in the packs.
 	dropAfter = 10 * time.Second
 	// dropEvery is how often it forgets those that reads have brought in since.
 	dropEvery = 5 * time.Minute
+	// moveEvery is how often it looks whether overlays from before the upgrade have gone.
+	moveEvery = 5 * time.Minute
 )
 
 // keeper merges packs and drops their pages in the background.
@@ -48,24 +52,46 @@ func (k *keeper) stop() {
 }
 
 func (s *Store) keep(ctx context.Context) {
-	merge, drop := time.NewTimer(quiet), time.NewTimer(dropAfter)
+	var woken time.Time // the first time since the last merge
+	merge, drop, move := time.NewTimer(quiet), time.NewTimer(dropAfter), time.NewTimer(moveEvery)
 	defer merge.Stop()
 	defer drop.Stop()
+	defer move.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-s.keeper.wake:
-			merge.Reset(quiet)
+			if woken.IsZero() {
+				woken = time.Now()
+			}
+			merge.Reset(max(0, min(quiet, time.Until(woken.Add(latest)))))
 			drop.Reset(quiet + dropAfter)
 		case <-merge.C:
+			woken = time.Time{}
 			if err := s.Compact(ctx); err != nil && ctx.Err() == nil {
 				log.G(ctx).WithError(err).Warn("merge packs: they stay as they are until the next layer comes or goes")
 			}
 		case <-drop.C:
 			s.objects.DropCache()
 			drop.Reset(dropEvery)
+		case <-move.C:
+			if s.oldLeft() {
+				s.moveRest(ctx)
+				move.Reset(moveEvery)
+			}
 		}
+	}
+}
+
+// moveRest goes on with the upgrade: room may have come, and old overlays gone.
+func (s *Store) moveRest(ctx context.Context) {
+	err := s.moveOld(ctx)
+	if err == nil {
+		err = s.heal(ctx, s.Sync)
+	}
+	if err != nil && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Warn("upgrade: what is left in objects/ is tried again later")
 	}
 }
 

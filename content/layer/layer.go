@@ -61,14 +61,26 @@ type Options struct {
 	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because these were damaged;
 	// may be nil.
 	PacksMoved func(packs []content.PackID, damaged bool)
+	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them
+	// back with Packs().ReleasePacks when it has held what it needs.
+	HeldPacks []content.PackID
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
+	// MaxMemory bounds what ingests and chain builds keep in memory, in bytes; 0 is DefaultMaxMemory.
+	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
+	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
+	// while payloads of the layout before packs are left.
+	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
+	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
+	User func(id string) bool
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
+
+	moveBatch int64 // another one than the constant, for tests
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.
@@ -141,10 +153,13 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
+	budget   *budget
 	flights  flights
 	keeper   keeper
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
+	old      oldObjects
 	counters counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
@@ -167,6 +182,8 @@ type Store struct {
 	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	// former is what running containers need from before an upgrade.
+	former keptFormer
 }
 
 type (

@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/bits"
 	"runtime"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +36,8 @@ type session struct {
 	stop context.CancelCauseFunc
 	jobs chan job
 	wg   sync.WaitGroup
+	// queued are the jobs that no worker is done with.
+	queued sync.WaitGroup
 	// bufferMax is the largest payload that waits in memory.
 	bufferMax int64
 	// ahead is Blob.Ahead.
@@ -44,29 +45,28 @@ type session struct {
 	// root is open on the store's directory from before the first write, see sync; unsynced is what that said.
 	root     int
 	unsynced error
+	bytecode *bytecode
 
 	// objects takes the payloads.
 	objects *object.Writer
 
 	mu    sync.Mutex // guards what follows
 	added Usage      // objects that were new, as if each was a file
-	pyc   map[*content.Entry]pyc
 }
 
 // job is one payload in memory.
 type job struct {
 	e   *content.Entry
 	buf []byte
-	// maybePyc is decided by the member's own name: a later hard link may still change e's other fields.
-	maybePyc bool
-}
-
-// pyc is what is known of an entry that looks like a timestamp .pyc.
-type pyc struct {
+	// path is that of a Python source, or of the one that a compiled file belongs to.
+	path   string
+	source *source
+	// isPyc: it is a timestamp .pyc with this header, to be stored with this timestamp.
+	isPyc  bool
 	header content.PycHeader
-	// canonical is the id of the payload with the canonical timestamp; zero for
-	// one with inline Data.
-	canonical content.ObjectID
+	stamp  uint32
+	// waited: its memory counts among what waits for sources.
+	waited bool
 }
 
 func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
@@ -77,24 +77,39 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
 		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax, root: root,
-		jobs:    make(chan job, 256),
-		objects: s.objects.Begin(),
-		pyc:     map[*content.Entry]pyc{},
+		jobs:     make(chan job, 256),
+		objects:  s.objects.Begin(),
+		bytecode: newBytecode(),
 	}
 	for range ingestWorkers() {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
-				if ss.ctx.Err() == nil {
-					if err := safely(func() error { return ss.store(j) }); err != nil {
-						ss.stop(err)
-					}
-				}
-				putBuffer(j.buf)
-				s.memory.Release(int64(len(j.buf)))
+				ss.work(j)
+				ss.queued.Done()
 			}
 		})
 	}
 	return ss, nil
+}
+
+// work stores one payload, and gives its memory back.
+func (ss *session) work(j job) {
+	if ss.ctx.Err() == nil {
+		if err := safely(func() error { return ss.store(j) }); err != nil {
+			ss.stop(err)
+		}
+	}
+	ss.free(j)
+}
+
+// free gives a payload's memory back.
+func (ss *session) free(j job) {
+	putBuffer(j.buf)
+	if j.waited {
+		ss.s.waiting.Release(int64(len(j.buf)))
+	} else {
+		ss.s.memory.Release(int64(len(j.buf)))
+	}
 }
 
 // ingestWorkers is how many write payloads at a time.
@@ -102,8 +117,12 @@ func ingestWorkers() int { return max(2, runtime.GOMAXPROCS(0)) }
 
 // wait ends the workers; no Put may follow. It returns the first error.
 func (ss *session) wait() error {
+	if err := ss.lonely(); err != nil {
+		ss.stop(err)
+	}
 	close(ss.jobs)
 	ss.wg.Wait()
+	ss.abandon()
 	return context.Cause(ss.ctx)
 }
 
@@ -137,12 +156,23 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 		ss.s.memory.Release(e.Size)
 		return err
 	}
+	j := job{e: e, buf: buf}
+	ss.python(&j)
+	if parked, err := ss.park(&j); parked || err != nil {
+		return err
+	}
+	return ss.submit(j)
+}
+
+// submit hands a payload to a worker.
+func (ss *session) submit(j job) error {
+	ss.queued.Add(1)
 	select {
-	case ss.jobs <- job{e, buf, strings.HasSuffix(e.Path, ".pyc")}:
+	case ss.jobs <- j:
 		return nil
 	case <-ss.ctx.Done():
-		putBuffer(buf)
-		ss.s.memory.Release(e.Size)
+		ss.queued.Done()
+		ss.free(j)
 		return context.Cause(ss.ctx)
 	}
 }
@@ -150,14 +180,9 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 // store names and stores one payload.
 func (ss *session) store(j job) error {
 	e, buf := j.e, j.buf
-	header, isPyc := content.PycHeader{}, false
-	if j.maybePyc {
-		header, isPyc = content.ParsePyc(buf)
-	}
-	p := pyc{header: header}
-	if isPyc && ss.want.fidelity != content.Exact {
-		// Most of them turn out to be half of a valid pair. finish undoes it for the others.
-		content.SetPycTime(buf, content.PycTime)
+	p := pyc{header: j.header, stamp: j.stamp}
+	if j.isPyc && ss.want.fidelity != content.Exact {
+		content.SetPycTime(buf, j.stamp)
 	}
 	if e.Size <= content.InlineMax {
 		e.Data = append([]byte(nil), buf...)
@@ -171,22 +196,23 @@ func (ss *session) store(j job) error {
 		if err := ss.took(added); err != nil {
 			return err
 		}
-		if p.canonical = id; isPyc && ss.want.fidelity == content.Exact {
-			p.canonical = canonicalID(buf)
+		if p.canonical = id; j.isPyc && ss.want.fidelity == content.Exact && j.stamp != j.header.Mtime {
+			p.canonical = canonicalID(buf, j.stamp)
 		}
 	}
-	if isPyc {
-		ss.mu.Lock()
-		ss.pyc[e] = p
-		ss.mu.Unlock()
+	if j.isPyc {
+		ss.bytecode.note(e, p)
+	}
+	if j.source != nil {
+		ss.hashed(j)
 	}
 	return nil
 }
 
-func canonicalID(buf []byte) (id content.ObjectID) {
+func canonicalID(buf []byte, stamp uint32) (id content.ObjectID) {
 	var head [content.PycHeaderLen]byte
 	copy(head[:], buf)
-	content.SetPycTime(head[:], content.PycTime)
+	content.SetPycTime(head[:], stamp)
 	h := sha256.New()
 	h.Write(head[:])
 	h.Write(buf[len(head):])
@@ -212,8 +238,10 @@ func (ss *session) took(added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage stores a large payload, hashing it beside.
+// stage stores a large payload, hashing it beside. It comes last in the pack by then, so that one that turns out to
+// be known leaves no hole.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
+	ss.queued.Wait()
 	h := newAsyncHash()
 	var sum *content.ObjectID
 	total := func() content.ObjectID {
@@ -223,12 +251,29 @@ func (ss *session) stage(e *content.Entry, r io.Reader) error {
 		return *sum
 	}
 	defer total() // it has a goroutine
-	id, added, err := ss.objects.PutStream(io.TeeReader(ctxReader{ss.ctx, r}, h), e.Size, total)
+	head := &headReader{r: ctxReader{ss.ctx, r}}
+	id, added, err := ss.objects.PutStream(io.TeeReader(head, h), e.Size, total)
 	if err != nil {
 		return fmt.Errorf("store payload: %w", err)
 	}
 	e.Object = id
-	return ss.took(added)
+	if err := ss.took(added); err != nil {
+		return err
+	}
+	ss.pythonStaged(e, head.head)
+	return nil
+}
+
+// headReader keeps as much as a header of bytecode has of what is read.
+type headReader struct {
+	r    io.Reader
+	head []byte
+}
+
+func (h *headReader) Read(p []byte) (int, error) {
+	n, err := h.r.Read(p)
+	h.head = append(h.head, p[:min(n, content.PycHeaderLen-len(h.head))]...)
+	return n, err
 }
 
 type ctxReader struct {

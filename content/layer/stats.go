@@ -63,7 +63,7 @@ const (
 	FailedInvalid  Failure = "invalid"  // the archive is damaged or hostile
 	FailedSpace    Failure = "space"    // no space, inodes or quota left
 	FailedIO       Failure = "io"       // the disk does not work, or is read-only
-	FailedResource Failure = "resource" // no memory or file descriptors left
+	FailedResource Failure = "resource" // no memory (max_memory too) or file descriptors left
 	FailedCanceled Failure = "canceled" // nobody waits for it any more
 	FailedOther    Failure = "other"
 )
@@ -76,7 +76,7 @@ func kindOf(err error) Failure {
 	}{
 		{FailedSpace, []error{unix.ENOSPC, unix.EDQUOT}},
 		{FailedIO, []error{unix.EIO, unix.EROFS}},
-		{FailedResource, []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE}},
+		{FailedResource, []error{archive.ErrMemory, unix.ENOMEM, unix.EMFILE, unix.ENFILE}},
 		{FailedInvalid, []error{archive.ErrInvalid}},
 		{FailedCanceled, []error{context.Canceled, context.DeadlineExceeded}},
 	} {

@@ -40,6 +40,22 @@ func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 	return b, nil
 }
 
+// Head returns the first n bytes of an object that is longer. They are not compared with its name.
+func (s *Store) Head(id content.ObjectID, n int) (head []byte, err error) {
+	err = s.at(id, func(p *pack, x extent) error {
+		head = make([]byte, min(int64(n), x.size))
+		_, err := p.file.ReadAt(head, int64(x.block)*content.BlockSize)
+		return err
+	})
+	if isDamage(err) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read object %s: %w", id, err)
+	}
+	return head, nil
+}
+
 func isDamage(err error) bool {
 	return errors.Is(err, ErrDamaged) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.EIO) || errors.Is(err, fs.ErrNotExist)
 }
@@ -294,6 +310,9 @@ func (s *Store) CheckPacks(ctx context.Context) (found []DamagedPack, err error)
 			return found, context.Cause(ctx)
 		}
 		damage := s.checkPack(p)
+		if damage != nil && !isDamage(damage) && !errors.Is(damage, erofs.ErrDamaged) {
+			return found, fmt.Errorf("pack %s: %w", s.Path(p.id), damage)
+		}
 		s.mu.Lock()
 		if s.packs[p.id] != p {
 			damage = nil // removed meanwhile

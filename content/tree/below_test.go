@@ -49,6 +49,10 @@ func (dir treeFiles) check(t *testing.T, layers [][]*content.Entry) error {
 	return CheckLinks(t.Context(), links, ids[1:], dir.path)
 }
 
+func link(path, target string) *content.Entry {
+	return &content.Entry{Path: path, Kind: content.Symlink, Target: target, Mtime: content.Time{Sec: 7}}
+}
+
 func TestCheckLinks(t *testing.T) {
 	root := dir("", 0, 0)
 	low := func(target string) []*content.Entry {

@@ -53,6 +53,11 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	if c.isCurrent(n) {
 		return nil
 	}
+	release, err := c.opts.Layers.ReserveChain(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	defer release()
 	start := time.Now()
 	root, err := c.opts.Layers.Merge(ctx, chain)
 	if err != nil {

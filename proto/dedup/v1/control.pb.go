@@ -94,8 +94,8 @@ type StatusResponse struct {
 	// wrote is not in it. Only when asked to measure.
 	StoredBytes  int64 `protobuf:"varint,11,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
 	StoredInodes int64 `protobuf:"varint,12,opt,name=stored_inodes,json=storedInodes,proto3" json:"stored_inodes,omitempty"`
-	// The root's file system. free_bytes leaves out what is reserved for root, like df; inodes are 0 where
-	// the file system has no fixed number of them.
+	// The root's file system. free_bytes and total_bytes leave out what is reserved for root, so that the rest is used;
+	// inodes are 0 where the file system has no fixed number of them.
 	FreeBytes   int64 `protobuf:"varint,13,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
 	TotalBytes  int64 `protobuf:"varint,14,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
 	FreeInodes  int64 `protobuf:"varint,15,opt,name=free_inodes,json=freeInodes,proto3" json:"free_inodes,omitempty"`
