@@ -42,6 +42,9 @@ type Config struct {
 	// Verity is "auto" (objects and chain images get fs-verity where the file system and the kernel have it), "on" (or the
 	// daemon does not start) or "off".
 	Verity string `toml:"verity"`
+	// PageCache is "shared" (equal files of all images are in memory once, for which the kernel needs data-only lower layers), "private"
+	// (the containers of one image share its files) or "": shared where the kernel can.
+	PageCache string `toml:"page_cache"`
 	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
 	// "2GB" or "100000".
 	ReserveSpace  string `toml:"reserve_space"`
@@ -101,7 +104,7 @@ func explainTOML(err error) error {
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
-		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, verity, reserve_space, reserve_inodes, log_level, metrics_address)",
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, verity, page_cache, reserve_space, reserve_inodes, log_level, metrics_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -145,6 +148,11 @@ func (c Config) validate() error {
 	case lower.VerityAuto, lower.VerityOn, lower.VerityOff:
 	default:
 		return fmt.Errorf("verity = %q: want \"auto\", \"on\" or \"off\"", c.Verity)
+	}
+	switch lower.PageCache(c.PageCache) {
+	case lower.PageCacheAuto, lower.PageCacheShared, lower.PageCachePrivate:
+	default:
+		return fmt.Errorf("page_cache = %q: want \"shared\" or \"private\", or leave it out", c.PageCache)
 	}
 	if _, err := c.reserve(); err != nil {
 		return err

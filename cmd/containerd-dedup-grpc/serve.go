@@ -67,7 +67,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), Reserve: reserve,
+		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind,
 	})
@@ -75,7 +75,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
-	log.G(ctx).Info("fs-verity: " + sn.VerityState())
+	log.G(ctx).Infof("fs-verity: %s; page cache: %s", sn.VerityState(), sn.PageCache())
 
 	calls := newCallErrors()
 	if c.MetricsAddress != "" {
