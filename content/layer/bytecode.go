@@ -9,10 +9,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Compiled files mostly come before their sources (__pycache__ sorts before lower case), and carry a timestamp that follows from these.
-// So their payloads wait in memory until the source has been hashed. There is room for few of them: the longest wait ends when it is
-// used up, and at the end of the layer; such a payload is stored as it is, and settlePython has it stored once more if it turns out to be
-// half of a pair.
+// Compiled files mostly come before their sources (__pycache__ sorts before lower case), and carry a timestamp that
+// follows from these. So their payloads wait in memory until the source has been hashed. There is room for few of
+// them: the longest wait ends when it is used up, and at the end of the layer; such a payload is stored as it is, and
+// settlePython has it stored once more if it turns out to be half of a pair.
 const (
 	// waitingMax is how many bytes of them wait in all ingests.
 	waitingMax = 32 << 20
@@ -47,7 +47,8 @@ func newBytecode() *bytecode {
 	return &bytecode{found: map[*content.Entry]pyc{}, sources: map[string]*source{}, waiting: map[string][]*waiter{}}
 }
 
-// python notes what Put can tell of a payload: only its caller may look at e, whose fields a later hard link may change.
+// python notes what Put can tell of a payload: only its caller may look at e, whose fields a later hard link may
+// change.
 func (ss *session) python(j *job) {
 	b := ss.bytecode
 	switch {
@@ -76,7 +77,8 @@ func (ss *session) pythonStaged(e *content.Entry, head []byte) {
 	}
 }
 
-// park lets a compiled file wait for its source, and reports whether it does. What has waited for longest may have to go on for it.
+// park lets a compiled file wait for its source, and reports whether it does. What has waited for longest may have to
+// go on for it.
 func (ss *session) park(j *job) (parked bool, err error) {
 	n := int64(len(j.buf))
 	if !j.isPyc || j.path == "" || ss.stamped(j) || n > waitingEach {

@@ -10,8 +10,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Format 2 had one timestamp for all pairs, formerPycTime, and a second payload, with that timestamp, for each .pyc whose source
-// was in another layer. Apart from that its trees are read as those of today.
+// Format 2 had one timestamp for all pairs, formerPycTime, and a second payload, with that timestamp, for each .pyc
+// whose source was in another layer. Apart from that its trees are read as those of today.
 const formerVersion = 2
 
 // FormerPycTime is the timestamp that the payload of every paired .pyc carries in a tree of format 2.
