@@ -121,7 +121,8 @@ func (c Config) validate() error {
 			return fmt.Errorf("%s = %q: want an absolute path", key, path)
 		}
 		if strings.HasSuffix(key, "address") && len(path) > maxSocketPath {
-			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one", key, path, len(path), maxSocketPath)
+			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one",
+				key, path, len(path), maxSocketPath)
 		}
 		// Mount options separate paths with these.
 		if key == "root" || key == "run_dir" {
