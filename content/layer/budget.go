@@ -28,7 +28,7 @@ const (
 )
 
 // budget bounds what all ingests and chain builds keep until they are done: entries, inline data and zstd windows. Payloads on their
-// way to the disk are not part of it; they have a bound of their own (memoryLimit).
+// way to the disk are not part of it; they have a bound of their own (buffersSize).
 type budget struct {
 	max          int64
 	small, large chan struct{} // each holds one token for each who runs
@@ -40,11 +40,11 @@ type budget struct {
 	closed bool
 }
 
-func newBudget(most int64) *budget {
+func newBudget(most int64, idle func()) *budget {
 	if most == 0 {
 		most = DefaultMaxMemory
 	}
-	return &budget{max: most, small: make(chan struct{}, smallShares), large: make(chan struct{}, 1), idle: freeHeap}
+	return &budget{max: most, small: make(chan struct{}, smallShares), large: make(chan struct{}, 1), idle: idle}
 }
 
 func (b *budget) smallShare() int64 { return b.max / 4 / smallShares }
@@ -145,7 +145,7 @@ func (b *budget) close() {
 	}
 }
 
-// freeHeap gives the heap back to the kernel, with the pools' buffers, which last for one collection.
+// freeHeap gives the heap back to the kernel, with what pools hold, which lasts for one collection.
 func freeHeap() {
 	runtime.GC()
 	debug.FreeOSMemory()

@@ -41,7 +41,6 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
@@ -139,7 +138,7 @@ type Store struct {
 	objects  *object.Store
 	room     room
 	written  written
-	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	buffers  buffers
 	budget   *budget
 	flights  flights
 	gc       sync.WaitGroup
@@ -205,8 +204,6 @@ const (
 	// objects occupy, which nobody else knows without looking at each.
 	fileClean   = "clean"
 	cleanFormat = "objects: %d bytes, %d inodes\n"
-	// memoryLimit bounds the payload bytes that wait for hashing and writing.
-	memoryLimit = 64 << 20
 )
 
 func (s *Store) path(elem ...string) string {

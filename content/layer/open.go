@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -75,14 +74,16 @@ func newStore(opts Options) (*Store, error) {
 		rootFd:   -1,
 		opts:     opts,
 		fidelity: opts.Fidelity,
-		memory:   semaphore.NewWeighted(memoryLimit),
-		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
 		blobs:    map[blobKey]tree.Tar{},
 		payloads: map[content.PayloadDigest][]content.LayerID{},
 	}
+	s.budget = newBudget(opts.MaxMemory, func() {
+		s.buffers.trim()
+		freeHeap()
+	})
 	s.flights.init()
 	s.counters.init()
 	return s, nil
@@ -229,6 +230,7 @@ func (s *Store) Close() (err error) {
 		s.gc.Wait()
 		s.written.stop()
 		s.budget.close()
+		s.buffers.trim()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {
