@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"strconv"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -79,4 +80,28 @@ func (c ChainID) Leads(to ChainID) func(d DiffID) bool {
 		hex.Encode(last, d.Sum[:])
 		return sha256.Sum256(text) == to.Sum
 	}
+}
+
+// PackID names a pack: the microseconds since 1970 at which it was begun, raised where needed so that ids grow. An id is
+// never used again.
+type PackID uint64
+
+// packIDLen is the length of a PackID as text: enough until the year 4253.
+const packIDLen = 13
+
+// String returns the id as 13 lower-case hex digits.
+func (p PackID) String() string { return fmt.Sprintf("%0*x", packIDLen, uint64(p)) }
+
+// ParsePackID is the reverse of String; it accepts no other spelling.
+func ParsePackID(text string) (PackID, bool) {
+	n, err := strconv.ParseUint(text, 16, 64)
+	return PackID(n), err == nil && len(text) == packIDLen && PackID(n).String() == text
+}
+
+// Place is where a payload lies: in a pack, as its N-th, from Block on.
+type Place struct {
+	Pack  PackID
+	N     uint32
+	Block uint32 // of BlockSize bytes, counted from the beginning of the pack's file
+	Size  int64  // bytes
 }

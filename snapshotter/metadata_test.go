@@ -576,7 +576,7 @@ func TestUpgrade(t *testing.T) {
 	db, format := filepath.Join(root, "metadata.db"), filepath.Join(root, "format")
 	before := stored(t, root)
 	for _, interrupted := range []bool{false, true} {
-		if err := os.WriteFile(format, []byte(layoutUnsealed), 0o600); err != nil {
+		if err := os.WriteFile(format, []byte("2\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if !interrupted {
@@ -599,7 +599,7 @@ func TestUpgrade(t *testing.T) {
 		if diff := cmp.Diff(before, stored(t, root)); diff != "" {
 			t.Errorf("the store has changed (-before +after):\n%s", diff)
 		}
-		if b, err := os.ReadFile(format); err != nil || string(b) != layoutVersion {
+		if b, err := os.ReadFile(format); err != nil || string(b) != layoutVersion+"\n" {
 			t.Errorf("format: %q, %v", b, err)
 		}
 	}

@@ -29,7 +29,7 @@ func TestMetacopyOutlivesItsKernel(t *testing.T) {
 	if _, err := s.Prepare(t.Context(), "container", name); err != nil {
 		t.Fatal(err)
 	}
-	needed := s.kernel.metacopy
+	needed := s.kernel.Metacopy
 	// What the older kernel leaves.
 	if err := os.WriteFile(filepath.Join(root, fileMetacopy), nil, 0o600); err != nil {
 		t.Fatal(err)

@@ -21,6 +21,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // open starts a snapshotter on root and checks at the end that it leaves nothing mounted.
@@ -368,7 +369,7 @@ func TestDamagedChainImageIsBuiltAgain(t *testing.T) {
 	if got := read(t, s, name, "a"); got != "text" {
 		t.Fatalf("%q", got)
 	}
-	images, err := filepath.Glob(filepath.Join(root, dirChains, "*"+imageSuffix))
+	images, err := filepath.Glob(filepath.Join(root, dirChains, "*"+lower.ImageSuffix))
 	if err != nil || len(images) != 1 {
 		t.Fatal(images, err)
 	}

@@ -17,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 func needRoot(t testing.TB) {
@@ -27,7 +29,7 @@ func needRoot(t testing.TB) {
 }
 
 // testVerity is the setting that tests open their stores with: DEDUP_TEST_VERITY=on has all of them use fs-verity.
-func testVerity() Verity { return Verity(os.Getenv("DEDUP_TEST_VERITY")) }
+func testVerity() lower.Verity { return lower.Verity(os.Getenv("DEDUP_TEST_VERITY")) }
 
 // mountsBelow lists what is mounted below dir.
 func mountsBelow(t testing.TB, dir string) (points []string) {
@@ -47,9 +49,9 @@ func mountsBelow(t testing.TB, dir string) (points []string) {
 // stop closes a snapshotter and unmounts what it leaves mounted for containers.
 func stop(s *Snapshotter) error {
 	err := s.Close()
-	names, lerr := s.chains.list()
+	names, lerr := s.chains.List()
 	for _, n := range names {
-		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.mountPoint(n), 0))
+		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.MountPoint(n), 0))
 	}
 	return errors.Join(err, lerr)
 }

@@ -18,14 +18,15 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
-// verityRoot returns a root whose file system and kernel have what VerityOn needs.
+// verityRoot returns a root whose file system and kernel have what lower.VerityOn needs.
 func verityRoot(t *testing.T) string {
 	t.Helper()
 	needRoot(t)
 	root := t.TempDir()
-	f, err := Examine(root)
+	f, err := lower.Examine(root)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +42,7 @@ func verityRoot(t *testing.T) string {
 }
 
 // openVerity opens a store until the test ends or stops it.
-func openVerity(t *testing.T, root string, v Verity) *Snapshotter {
+func openVerity(t *testing.T, root string, v lower.Verity) *Snapshotter {
 	t.Helper()
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v})
 	if err != nil {
@@ -126,7 +127,7 @@ func swap(t *testing.T, path, text string, hash bool) {
 
 // The kernel refuses an object that is not the one that the image was built for, and what is damaged heals.
 func TestVerityRefusesOtherBytes(t *testing.T) {
-	s := openVerity(t, verityRoot(t), VerityOn)
+	s := openVerity(t, verityRoot(t), lower.VerityOn)
 	right, wrong := strings.Repeat("right", 5000), strings.Repeat("wrong", 5000)
 	blob := layerTar(t, map[string]string{"file": right, "other": strings.Repeat("other", 1000), "tiny": "tiny"})
 	name, _ := unpack(t, s, "one", "", blob, nil)
@@ -138,7 +139,7 @@ func TestVerityRefusesOtherBytes(t *testing.T) {
 	if with, without := hashed(t, s); with != 2 || without != 0 {
 		t.Errorf("%d objects with fs-verity, %d without", with, without)
 	}
-	t.Logf("overlay with %s", verityOption(s.kernel.metacopy))
+	t.Logf("overlay with %s", s.OverlayOptions())
 	if err := os.WriteFile(objectOf(s, right), []byte(wrong), 0); !errors.Is(err, unix.EPERM) {
 		t.Errorf("written in place: %v", err)
 	}
@@ -174,14 +175,14 @@ func TestVerityRefusesFlippedBits(t *testing.T) {
 	if disk == "" {
 		t.Skip("writes to the disk below the file system: runs in integration/vm alone")
 	}
-	s := openVerity(t, verityRoot(t), VerityOn)
+	s := openVerity(t, verityRoot(t), lower.VerityOn)
 	text := strings.Repeat("text", 5000)
 	blob := layerTar(t, map[string]string{"file": text})
 	name, _ := unpack(t, s, "one", "", blob, nil)
 	if got := read(t, s, name, "file"); got != text {
 		t.Fatalf("%d bytes", len(got))
 	}
-	object, image := objectOf(s, text), s.chains.image(onlyChain(t, s))
+	object, image := objectOf(s, text), s.chains.Image(onlyChain(t, s))
 	flip(t, disk, object)
 	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || strings.Contains(got, "tezt") {
 		t.Errorf("object: %d bytes, %v", len(got), err)
@@ -204,9 +205,9 @@ func TestVerityRefusesFlippedBits(t *testing.T) {
 	}
 }
 
-func onlyChain(t *testing.T, s *Snapshotter) chainName {
+func onlyChain(t *testing.T, s *Snapshotter) lower.Name {
 	t.Helper()
-	names, err := s.chains.list()
+	names, err := s.chains.List()
 	if err != nil || len(names) != 1 {
 		t.Fatal(names, err)
 	}
@@ -253,9 +254,9 @@ func TestVerityOnAndOff(t *testing.T) {
 	root := verityRoot(t)
 	texts := []string{strings.Repeat("first", 1000), strings.Repeat("second", 1000), strings.Repeat("third", 1000)}
 	var names []string
-	for i, v := range []Verity{VerityOff, VerityOn, VerityOff, VerityAuto} {
+	for i, v := range []lower.Verity{lower.VerityOff, lower.VerityOn, lower.VerityOff, lower.VerityAuto} {
 		s := openVerity(t, root, v)
-		on := v != VerityOff
+		on := v != lower.VerityOff
 		if on != (s.VerityState() == "on") || on != slices.ContainsFunc(s.OverlayOptions(), func(o string) bool { return strings.HasPrefix(o, "verity=") }) {
 			t.Errorf("%s: %v, options %v", v, s.VerityState(), s.OverlayOptions())
 		}
@@ -282,7 +283,7 @@ func TestVerityOnAndOff(t *testing.T) {
 
 // writeInContainer changes the metadata of a file of the image in a container that lives on through all settings. Where metacopy
 // is on, its upper directory then holds a file without bytes.
-func writeInContainer(t *testing.T, s *Snapshotter, v Verity, fresh bool, parent, file string) {
+func writeInContainer(t *testing.T, s *Snapshotter, v lower.Verity, fresh bool, parent, file string) {
 	t.Helper()
 	var mounts []mount.Mount
 	var err error
@@ -309,14 +310,14 @@ func writeInContainer(t *testing.T, s *Snapshotter, v Verity, fresh bool, parent
 // Damage from a time without fs-verity is not sealed: an object is compared with its name before it gets it.
 func TestVerityDoesNotSealDamage(t *testing.T) {
 	root := verityRoot(t)
-	s := openVerity(t, root, VerityOff)
+	s := openVerity(t, root, lower.VerityOff)
 	right := strings.Repeat("right", 5000)
 	blob := layerTar(t, map[string]string{"file": right})
 	name, _ := unpack(t, s, "one", "", blob, nil)
 	swap(t, objectOf(s, right), strings.Repeat("wrong", 5000), false)
 	closeStore(t, s)
 
-	s = openVerity(t, root, VerityOn)
+	s = openVerity(t, root, lower.VerityOn)
 	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, layer.ErrDamaged) || got != "" {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
@@ -330,7 +331,7 @@ func TestVerityDoesNotSealDamage(t *testing.T) {
 // A backup brings the bytes back, and no fs-verity.
 func TestVerityAfterRestore(t *testing.T) {
 	root := verityRoot(t)
-	s := openVerity(t, root, VerityOn)
+	s := openVerity(t, root, lower.VerityOn)
 	text := strings.Repeat("text", 5000)
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": text}), nil)
 	if got := read(t, s, name, "file"); got != text {
@@ -351,7 +352,7 @@ func TestVerityAfterRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s = openVerity(t, root, VerityOn)
+	s = openVerity(t, root, lower.VerityOn)
 	if with, without := hashed(t, s); with != 0 || without != 1 {
 		t.Errorf("copied: %d objects with fs-verity, %d without", with, without)
 	}
@@ -366,7 +367,7 @@ func TestVerityAfterRestore(t *testing.T) {
 
 // A container's files are committed as they are, also where its upper directory holds files without bytes, and large ones.
 func TestVerityCommit(t *testing.T) {
-	s := openVerity(t, verityRoot(t), VerityOn)
+	s := openVerity(t, verityRoot(t), lower.VerityOn)
 	text, large := strings.Repeat("text", 5000), strings.Repeat("large", 4<<20)
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"file": text}), nil)
 	mounts, err := s.Prepare(t.Context(), "container", name)
@@ -388,29 +389,14 @@ func TestVerityCommit(t *testing.T) {
 	checkClean(t, s)
 }
 
-// What does not work is said, and VerityOn does not open without it.
+// What does not work is said, and lower.VerityOn does not open without it.
 func TestVerityMissing(t *testing.T) {
 	needRoot(t)
-	missing := errors.New("not here")
-	for _, row := range []struct {
-		v       Verity
-		missing error
-		on      bool
-		opens   bool
-	}{
-		{"", nil, false, true}, {VerityOff, nil, false, true}, {VerityAuto, nil, true, true}, {VerityOn, nil, true, true},
-		{VerityAuto, missing, false, true}, {VerityOn, missing, false, false}, {"maybe", nil, false, false},
-	} {
-		no, err := row.v.decide(row.missing)
-		if (err == nil) != row.opens || err == nil && (no == nil) != row.on {
-			t.Errorf("%q, %v: %v, %v", row.v, row.missing, no, err)
-		}
-	}
 	root := t.TempDir()
-	if f, err := Examine(root); err != nil || f.Verity == nil {
+	if f, err := lower.Examine(root); err != nil || f.Verity == nil {
 		t.Skipf("this machine has fs-verity: %v", err)
 	}
-	if s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: VerityOn}); err == nil {
+	if s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: lower.VerityOn}); err == nil {
 		t.Error(stop(s), "opened")
 	} else if !strings.Contains(err.Error(), "verity") {
 		t.Error(err)

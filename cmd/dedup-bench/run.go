@@ -26,9 +26,10 @@ func runCommand() *cli.Command {
 		Description: "Every trial has a fresh containerd on a fresh disk. Inputs are real Debian and Python\n" +
 			"packages, or the images that --image names, copied to a registry on loopback first.\n" +
 			"Results go to the directory --out: results.json, results.md and SVG plots; what it already\n" +
-			"holds for other scenarios and subjects stays. Needs root.\n\nScenarios: " + strings.Join(bench.Scenarios(), ", "),
+			"holds for other scenarios and subjects stays. Needs root.\n\nScenarios: " + strings.Join(bench.Scenarios(), ", ") +
+			"; and corpora (" + strings.Join(bench.CorporaScenarios(), ", ") + "), which download some gigabytes once.",
 		Flags: append([]cli.Flag{
-			&cli.StringSliceFlag{Name: "scenario", Value: cli.NewStringSlice("all"), Usage: "what to measure, `NAME[,NAME]` or all"},
+			&cli.StringSliceFlag{Name: "scenario", Value: cli.NewStringSlice("all"), Usage: "what to measure, `NAME[,NAME]`, all, or corpora"},
 			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "erofs", "dedup", bench.Limit), Usage: "snapshotters: `NAME` is overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, all (of these), limit (only decompresses and hashes), or NAME=unix:///path/of/socket[?root=DIR] for any other that runs already"},
 			&cli.Float64Flag{Name: "scale", Value: 1, Usage: "size of layers100, memory, restart and scale; 50 is that of published figures"},
 			&cli.StringSliceFlag{Name: "image", Usage: "measure this image, `REF` in any registry, instead of built ones; the first is pulled cold, further ones on top (scenario rebuild)"},
@@ -158,16 +159,21 @@ func show(c *cli.Context, r report.Report) error {
 }
 
 func chosen(names []string) ([]string, error) {
-	all := bench.Scenarios()
-	if slices.Contains(names, "all") {
-		return all, nil
-	}
+	all, corpora := bench.Scenarios(), bench.CorporaScenarios()
+	var out []string
 	for _, name := range names {
-		if !slices.Contains(all, name) {
-			return nil, fmt.Errorf("scenario %q: want one of %s, or all", name, strings.Join(all, ", "))
+		switch {
+		case name == "all":
+			out = append(out, all...)
+		case name == "corpora":
+			out = append(out, corpora...)
+		case slices.Contains(all, name), slices.Contains(corpora, name):
+			out = append(out, name)
+		default:
+			return nil, fmt.Errorf("scenario %q: want one of %s, or all, or corpora", name, strings.Join(append(all, corpora...), ", "))
 		}
 	}
-	return names, nil
+	return out, nil
 }
 
 func aboutRun(ctx context.Context, opts bench.Options) report.About {

@@ -45,7 +45,7 @@ func BenchmarkWrite(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		var err error
-		if length, err = Write(io.Discard, root); err != nil {
+		if length, err = Write(b.Context(), io.Discard, root); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -38,6 +38,7 @@
 package erofs
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
@@ -70,6 +71,7 @@ var le = binary.LittleEndian
 // image is one image being written: scan fills inodes and refs, place gives each
 // inode its offset, encode makes the bytes.
 type image struct {
+	ctx    context.Context
 	inodes []inode // the root is first
 	// refs holds the inodes of all directory children, directory by directory.
 	refs   []int32
@@ -77,6 +79,7 @@ type image struct {
 	shared sharedXattrs
 	ents   []dirent                             // scratch of dirents
 	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
+	packs  *packs                               // nil: files without data are holes
 	length int64                                // of the image in bytes; a multiple of blockSize
 }
 
@@ -90,19 +93,32 @@ type image struct {
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
 // number, link target or size that EROFS or Linux cannot hold; an entry
 // that would steer overlayfs (see Invariants).
-func Write(w io.Writer, root *tree.Node) (int64, error) { return WriteVerity(w, root, nil) }
+func Write(ctx context.Context, w io.Writer, root *tree.Node) (int64, error) {
+	return WriteVerity(ctx, w, root, nil)
+}
 
 // WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is mounted with verity=on it
 // opens no object that has another. digest is asked once for each inode without data.
-func WriteVerity(w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
-	im := image{digest: digest, shared: sharedXattrs{digests: digest != nil}}
+func WriteVerity(ctx context.Context, w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
+	im := image{ctx: ctx, digest: digest, shared: sharedXattrs{digests: digest != nil, redirectLen: redirectLen}}
+	return im.write(w, root)
+}
+
+func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	if err := im.scan(root); err != nil {
+		return 0, fmt.Errorf("build chain image: %w", err)
+	}
+	if err := im.checkPlaces(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	if err := im.place(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	n, err := w.Write(im.encode())
+	b, err := im.encode()
+	if err != nil {
+		return 0, fmt.Errorf("build chain image: %w", err)
+	}
+	n, err := w.Write(b)
 	if err != nil {
 		return int64(n), fmt.Errorf("write chain image: %w", err)
 	}
@@ -110,16 +126,28 @@ func WriteVerity(w io.Writer, root *tree.Node, digest func(content.ObjectID) ver
 }
 
 // encode returns the bytes of a placed image.
-func (im *image) encode() []byte {
+func (im *image) encode() ([]byte, error) {
 	b := make([]byte, im.length)
 	im.shared.encode(b)
+	im.packs.encode(b)
 	chunked := false
 	for i := range im.inodes {
+		if err := im.stopped(i); err != nil {
+			return nil, err
+		}
 		im.encodeInode(b, int32(i))
 		chunked = chunked || im.inodes[i].layout == layoutChunk
 	}
 	im.encodeSuper(b, chunked)
-	return b
+	return b, nil
+}
+
+// stopped returns why to stop before inode i. It looks at every few thousandth.
+func (im *image) stopped(i int) error {
+	if i%(1<<12) != 0 || im.ctx.Err() == nil {
+		return nil
+	}
+	return context.Cause(im.ctx)
 }
 
 // encodeSuper comes last: the uuid is made from all other bytes, and the checksum
@@ -135,14 +163,26 @@ func (im *image) encodeSuper(b []byte, chunked bool) {
 	le.PutUint32(sb[32:], im.epoch.Nsec)
 	le.PutUint32(sb[36:], uint32(im.length/blockSize))
 	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
+	incompat := uint32(0)
 	if chunked {
-		le.PutUint32(sb[80:], incompatChunked)
+		incompat |= incompatChunked
 	}
+	if im.packs.count() > 0 {
+		incompat |= incompatDevices
+		le.PutUint16(sb[86:], uint16(im.packs.count()))
+		le.PutUint16(sb[88:], deviceTable/deviceSlot)
+	}
+	le.PutUint32(sb[80:], incompat)
 	sum := sha256.Sum256(b)
-	uuid := sb[superUUIDOff : superUUIDOff+16]
-	copy(uuid, sum[:])
-	uuid[6] = uuid[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of our own
-	uuid[8] = uuid[8]&0x3f | 0x80
+	putUUID(sb, sum[:])
 	// The kernel's crc32c leaves out the last inversion.
 	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+}
+
+// putUUID writes a uuid made from a sum into a superblock.
+func putUUID(sb, sum []byte) {
+	uuid := sb[superUUIDOff : superUUIDOff+16]
+	copy(uuid, sum)
+	uuid[6] = uuid[6]&0x0f | 0x80 // RFC 9562: version 8, made by a rule of our own
+	uuid[8] = uuid[8]&0x3f | 0x80
 }

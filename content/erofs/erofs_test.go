@@ -2,6 +2,7 @@ package erofs
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -299,7 +300,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			var w bytes.Buffer
-			_, err := Write(&w, dir("", dir("some", leaf("where", row.entry))))
+			_, err := Write(t.Context(), &w, dir("", dir("some", leaf("where", row.entry))))
 			if err == nil || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(), `"/some/where"`) {
 				t.Errorf("got %v, want an error about %q at /some/where", err, row.want)
 			}
@@ -336,7 +337,7 @@ func TestRefusedTrees(t *testing.T) {
 		{"children of a fifo", dir("", deepFifo), "not a directory"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			if _, err := Write(&bytes.Buffer{}, row.root); err == nil || !strings.Contains(err.Error(), row.want) {
+			if _, err := Write(t.Context(), &bytes.Buffer{}, row.root); err == nil || !strings.Contains(err.Error(), row.want) {
 				t.Errorf("got %v, want an error about %q", err, row.want)
 			}
 		})
@@ -348,7 +349,7 @@ type fullDisk struct{}
 func (fullDisk) Write([]byte) (int, error) { return 0, unix.ENOSPC }
 
 func TestWriteError(t *testing.T) {
-	if _, err := Write(fullDisk{}, dir("")); !errors.Is(err, unix.ENOSPC) {
+	if _, err := Write(t.Context(), fullDisk{}, dir("")); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("got %v, want ENOSPC", err)
 	}
 }
@@ -356,5 +357,16 @@ func TestWriteError(t *testing.T) {
 func needRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts")
+	}
+}
+
+// A write that nobody waits for any more ends, and writes nothing.
+func TestWriteStops(t *testing.T) {
+	gone := errors.New("the client has gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(gone)
+	var b bytes.Buffer
+	if _, err := Write(ctx, &b, sitePackages(10_000)); !errors.Is(err, gone) || b.Len() > 0 {
+		t.Error(b.Len(), err)
 	}
 }

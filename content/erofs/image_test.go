@@ -293,7 +293,7 @@ func compare(t *testing.T, want, got []seen) {
 func build(t testing.TB, root *tree.Node) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	n, err := Write(&b, root)
+	n, err := Write(t.Context(), &b, root)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -115,14 +115,11 @@ func (im *image) encodeInode(b []byte, id int32) {
 		if im.digest != nil && dataless(e) {
 			metacopy = metacopyOf(im.digest(e.Object))
 		}
-		im.shared.encodeArea(b[xattrs:], e, metacopy)
+		im.shared.encodeArea(b[xattrs:], e, metacopy, im.redirect(e))
 	}
 	payload := xattrs + int64(in.xattrs)
 	if in.layout == layoutChunk {
-		index := b[alignUp(payload, chunkSize):]
-		for i := range in.chunks() {
-			le.PutUint32(index[i*chunkSize+4:], chunkNull)
-		}
+		im.encodeChunks(b[alignUp(payload, chunkSize):], in)
 		return
 	}
 	if in.layout == layoutPlain {

@@ -11,8 +11,11 @@ import (
 func (im *image) place() error {
 	im.epoch = im.commonMtime()
 	im.shared.choose()
-	meta := arena{end: superOffset + superSize}
+	meta := arena{end: im.packs.end()}
 	for i := range im.inodes {
+		if err := im.stopped(i); err != nil {
+			return err
+		}
 		in := &im.inodes[i]
 		in.extended = !in.fitsCompact() || in.node.Entry.Mtime != im.epoch
 		var err error

@@ -69,6 +69,9 @@ func (im *image) scanDir(dir int32, links map[*content.Entry]int32) error {
 			return fmt.Errorf("%q: %w", im.path(dir, child.Name), err)
 		}
 		id := im.add(child, dir)
+		if err := im.stopped(int(id)); err != nil {
+			return err
+		}
 		if child.Entry.Kind == content.Dir {
 			im.inodes[dir].nlink++
 		} else {

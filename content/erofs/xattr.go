@@ -95,8 +95,10 @@ type sharedXattrs struct {
 	list  []*sharedXattr // in the order in which they were met
 	// digests: every metacopy has a value.
 	digests bool
-	key     []byte // scratch
-	end     int64  // of the area in the image; 0 if there is none
+	// redirectLen is the length of every redirect; 0: overlayfs is not to find payloads elsewhere.
+	redirectLen int
+	key         []byte // scratch
+	end         int64  // of the area in the image; 0 if there is none
 }
 
 type sharedXattr struct {
@@ -181,12 +183,12 @@ func (s *sharedXattrs) split(e *content.Entry, shared func(*sharedXattr), own fu
 // areaSize is the length of an inode's xattr area, 0 without xattrs.
 func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 	n := int64(xattrHeaderSize)
-	if dataless(e) {
+	if dataless(e) && s.redirectLen > 0 {
 		value := 0
 		if s.digests {
 			value = metacopyLen
 		}
-		n += storedSize(len(metacopyName), value) + storedSize(len(redirectName), redirectLen)
+		n += storedSize(len(metacopyName), value) + storedSize(len(redirectName), s.redirectLen)
 	}
 	s.split(e,
 		func(*sharedXattr) { n += xattrIDSize },
@@ -205,7 +207,7 @@ func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 
 // encodeArea writes an inode's xattr area at b[0]: the header with the count of
 // shared ids in its fifth byte, the ids, the inode's own xattrs.
-func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy []byte) {
+func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy []byte, redirect string) {
 	at := int64(xattrHeaderSize)
 	s.split(e,
 		func(x *sharedXattr) {
@@ -214,10 +216,10 @@ func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy []byte) {
 			at += xattrIDSize
 		},
 		func(*content.Xattr) {})
-	if dataless(e) {
+	if dataless(e) && s.redirectLen > 0 {
 		// Metacopy first: overlayfs asks for it before anything else.
 		at += put(b[at:], trustedIndex, metacopyName, metacopy)
-		at += put(b[at:], trustedIndex, redirectName, "/"+e.Object.Path())
+		at += put(b[at:], trustedIndex, redirectName, redirect)
 	}
 	s.split(e,
 		func(*sharedXattr) {},

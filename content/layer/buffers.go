@@ -25,7 +25,9 @@ type buffers struct {
 	slab    []byte
 	free    [buddyLevels][]int // offsets of free blocks of bufferMin<<level, sorted
 	used    int                // blocks that are handed out
+	handed  int                // bytes of these
 	waiting []*bufferWait      // first come, first served
+	most    int                // bytes that try hands out; 0 for all, other values are for tests
 }
 
 // buddyLevels are the sizes of blocks, from bufferMin to buffersSize.
@@ -39,6 +41,7 @@ type bufferWait struct {
 // buffer is a payload's memory.
 type buffer struct {
 	data  []byte
+	from  *buffers // nil: of Go's heap
 	off   int
 	level int
 }
@@ -65,14 +68,14 @@ func (b *buffers) get(ctx context.Context, n int) (buffer, error) {
 	b.mu.Unlock()
 	select {
 	case off := <-w.given:
-		return buffer{b.slab[off : off+n], off, level}, nil
+		return buffer{b.slab[off : off+n], b, off, level}, nil
 	case <-ctx.Done():
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	select {
 	case off := <-w.given:
-		b.used--
+		b.used, b.handed = b.used-1, b.handed-bufferMin<<level
 		b.put(off, level)
 	default:
 		b.waiting = slices.DeleteFunc(b.waiting, func(o *bufferWait) bool { return o == w })
@@ -81,11 +84,32 @@ func (b *buffers) get(ctx context.Context, n int) (buffer, error) {
 	return buffer{}, context.Cause(ctx)
 }
 
-// release gives a buffer back. Nobody may look at its data any more.
-func (b *buffers) release(f buffer) {
+// try returns a buffer if there is room for it and nobody waits.
+func (b *buffers) try(n int) (f buffer, ok bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.used--
+	if err := b.open(); err != nil {
+		return buffer{}, false, err
+	}
+	if b.most != 0 && b.handed+bufferMin<<levelOf(n) > b.most || len(b.waiting) > 0 {
+		return buffer{}, false, nil
+	}
+	off := b.take(levelOf(n))
+	if off < 0 {
+		return buffer{}, false, nil
+	}
+	return b.hand(off, levelOf(n), n), true, nil
+}
+
+// release gives a buffer back. Nobody may look at its data any more.
+func (f buffer) release() {
+	b := f.from
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.used, b.handed = b.used-1, b.handed-bufferMin<<f.level
 	b.put(f.off, f.level)
 	b.serve()
 }
@@ -120,8 +144,8 @@ func (b *buffers) open() error {
 }
 
 func (b *buffers) hand(off, level, n int) buffer {
-	b.used++
-	return buffer{b.slab[off : off+n], off, level}
+	b.used, b.handed = b.used+1, b.handed+bufferMin<<level
+	return buffer{b.slab[off : off+n], b, off, level}
 }
 
 // take returns the lowest block of a level, made from a larger one if there is none, or -1.
@@ -167,7 +191,7 @@ func (b *buffers) serve() {
 		if off < 0 {
 			return
 		}
-		b.used++
+		b.used, b.handed = b.used+1, b.handed+bufferMin<<w.level
 		w.given <- off
 		b.waiting = b.waiting[1:]
 	}

@@ -20,7 +20,7 @@ func (b *buffers) whole(t *testing.T) {
 			t.Errorf("%d free blocks of level %d, want %d", len(free), level, want)
 		}
 	}
-	if b.used != 0 || len(b.waiting) != 0 {
+	if b.used != 0 || b.handed != 0 || len(b.waiting) != 0 {
 		t.Errorf("%d blocks in use, %d wait", b.used, len(b.waiting))
 	}
 }
@@ -51,7 +51,7 @@ func TestBuffersAreApart(t *testing.T) {
 				if !bytes.Equal(f.data[:len(mark)], mark) || !bytes.Equal(end, mark) {
 					t.Error("somebody else wrote to it")
 				}
-				b.release(f)
+				f.release()
 			}
 		})
 	}
@@ -67,7 +67,7 @@ func TestBuffersAreApart(t *testing.T) {
 	}
 	b.trim()
 	f.data[bufferMin] = 1 // it is in use, so it stays
-	b.release(f)
+	f.release()
 	b.whole(t)
 	b.trim()
 }
@@ -82,7 +82,7 @@ func TestBuffersWait(t *testing.T) {
 			go func() {
 				f, err := b.get(ctx, n)
 				if err == nil {
-					b.release(f)
+					f.release()
 				}
 				done <- err
 			}()
@@ -107,11 +107,11 @@ func TestBuffersWait(t *testing.T) {
 		if err := <-first; !errors.Is(err, gone) {
 			t.Errorf("got %v", err)
 		}
-		b.release(held[0])
+		held[0].release()
 		if err := errors.Join(<-second, <-third); err != nil {
 			t.Error(err)
 		}
-		b.release(held[1])
+		held[1].release()
 		b.whole(t)
 	})
 }

@@ -184,7 +184,7 @@ func sizes(entries []*content.Entry) (sum int64) {
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
 func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (Ingested, error) {
-	canonical, err := settlePython(ss.want.fidelity, entries, ss.pyc, ss.restore)
+	canonical, err := settlePython(ss.want.fidelity, entries, ss.bytecode.found, ss.restamp)
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
@@ -199,14 +199,20 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		Entries:  int64(len(entries)),
 		Bytes:    sizes(entries),
 	}
+	below := tree.BelowOf(entries)
+	facts.Below = &below
 	in := Ingested{Outcome: Same}
 	if t != nil {
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
 	clock.mark(stageEncode)
-	// The session may have put what was bad.
-	if err := s.heal(ss.ctx, ss.sync); err != nil {
-		return Ingested{}, errors.Join(err, ss.end(nil))
+	if ss.objects.Heals() {
+		if _, err := ss.objects.Seal(); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
+		if err := s.heal(ss.ctx, ss.sync); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
 	}
 	var ok bool
 	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
@@ -344,10 +350,14 @@ func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) 
 
 // publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
+	sealed, err := ss.objects.Seal()
+	if err != nil {
+		return Usage{}, false, err
+	}
 	var size int64
 	tmp, err := s.stageFile("tree-", false, func(f *os.File) (err error) {
 		size, err = enc.Write(f, func(length int64) tree.Facts {
-			used = Usage{Bytes: ss.added.Bytes + content.Blocks(length), Inodes: ss.added.Inodes + 1}
+			used = Usage{Bytes: sealed.Bytes + content.Blocks(length), Inodes: sealed.Files + 1}
 			facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
 			return facts
 		})
@@ -370,6 +380,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 		return Usage{}, false, err
 	}
 	s.step("ingest.committed")
+	s.wakeKeeper()
 	s.noteWritten()
 	return used, counted, nil
 }

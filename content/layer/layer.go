@@ -3,7 +3,7 @@
 //
 // # How a layer comes to be
 //
-// An ingest puts payloads into the object store while the tar streams by, then
+// An ingest puts payloads into a pack while the tar streams by, seals it, then
 // encodes the tree into ingest/, syncs the file system once, and renames the
 // tree into layers/. The rename is the commit: before it a crash leaves objects that no
 // tree names, which the next Open sweeps; after it the layer is whole.
@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,7 +41,6 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
@@ -55,8 +55,10 @@ type Options struct {
 	Fidelity content.Fidelity
 	// Durability of new layers; "" is Strict.
 	Durability Durability
-	// Verity gives objects fs-verity; the file system must have it (verity.Probe).
+	// Verity gives packs fs-verity; the file system must have it (verity.Probe).
 	Verity bool
+	// PacksMoved is told which packs lost payloads to newer ones while chain images name them; may be nil.
+	PacksMoved func([]content.PackID)
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
@@ -65,8 +67,15 @@ type Options struct {
 	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
+	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
+	// while payloads of the layout before packs are left.
+	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
+	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
+	User func(id string) bool
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
+
+	moveBatch int64 // another one than the constant, for tests
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.
@@ -138,12 +147,15 @@ type Store struct {
 	objects  *object.Store
 	room     room
 	written  written
-	buffers  buffers
-	budget   *budget
-	flights  flights
-	gc       sync.WaitGroup
-	distinct int // distinctMax, but for tests
-	counters counters
+	// buffers hold payloads on their way to the disk, parked those that wait for something else of their layer.
+	buffers, parked buffers
+	budget          *budget
+	flights         flights
+	keeper          keeper
+	gc              sync.WaitGroup
+	distinct        int // distinctMax, but for tests
+	old             oldObjects
+	counters        counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
 	closed sync.Once
@@ -165,6 +177,8 @@ type Store struct {
 	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	// former is what running containers need from before an upgrade.
+	former keptFormer
 }
 
 type (
@@ -193,17 +207,15 @@ type (
 )
 
 const (
-	dirObjects = "objects"
-	dirLayers  = "layers"
-	dirIngest  = "ingest"
+	dirPacks  = "packs"
+	dirLayers = "layers"
+	dirIngest = "ingest"
 	// fileDamaged lists what is known to be damaged, for the next start.
 	fileDamaged = "damaged"
 	// fileRunning was written by the daemon that runs or was killed. What came in up to its mtime is on the disk.
 	fileRunning = "running"
-	// fileClean exists while no daemon is running and the last one stopped cleanly. It says what the
-	// objects occupy, which nobody else knows without looking at each.
-	fileClean   = "clean"
-	cleanFormat = "objects: %d bytes, %d inodes\n"
+	// fileClean exists while no daemon is running and the last one stopped cleanly.
+	fileClean = "clean"
 )
 
 func (s *Store) path(elem ...string) string {
@@ -272,8 +284,20 @@ func (s *Store) insertTar(id content.LayerID, t tree.Tar) {
 // Wait waits until what has been released by now is removed.
 func (s *Store) Wait() { s.gc.Wait() }
 
-// ObjectsDir is the data-only lower layer of every mount.
-func (s *Store) ObjectsDir() string { return s.objects.Dir() }
+// Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller holds the layers. An object
+// that no pack has takes its layers out of service, and the error wraps ErrDamaged.
+func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
+	placed, err := s.objects.Places(ids)
+	if errors.Is(err, object.ErrDamaged) {
+		s.blame(ctx)
+		s.saveDamaged(ctx)
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return placed, err
+}
+
+// Packs are the files that hold payloads. Chain images hold those that they name.
+func (s *Store) Packs() *object.Store { return s.objects }
 
 // Lookup finds the layer of a diffID under the store's fidelity and holds it.
 func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) {
@@ -348,6 +372,7 @@ func (s *Store) remove(id content.LayerID) error {
 		s.step("remove.object")
 	}
 	s.objects.MeasureDirectories()
+	s.wakeKeeper()
 	s.step("remove.done")
 	return s.noteLeak(errors.Join(errs...))
 }
@@ -421,26 +446,52 @@ func (s *Store) Facts(id content.LayerID) (Facts, error) {
 // Merge reads the trees of a chain, base first, and merges them. The empty
 // chain is an empty root directory.
 func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	trees := make([][]*content.Entry, len(chain))
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(2)
-	for i, id := range chain {
-		g.Go(func() (err error) {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, trees[i], err = tree.Read(s.treePath(id), id); isDamage(err) {
-				s.harm(ctx, id, Damage{Tree: err})
-			}
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		return nil, fmt.Errorf("read chain: %w", err)
-	}
-	n, err := tree.Merge(trees...)
+	n, err := tree.MergeEach(ctx, s.readAhead(ctx, chain))
 	if err != nil {
 		return nil, fmt.Errorf("merge chain: %w", err)
 	}
 	return n, nil
+}
+
+// readAhead reads the trees of a chain, each while the one below it is being used.
+func (s *Store) readAhead(ctx context.Context, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
+	type read struct {
+		entries []*content.Entry
+		err     error
+	}
+	start := func(id content.LayerID) <-chan read {
+		done := make(chan read, 1)
+		go func() {
+			_, entries, err := tree.Read(s.treePath(id), id)
+			if isDamage(err) {
+				s.harm(ctx, id, Damage{Tree: err})
+			}
+			if err != nil {
+				err = fmt.Errorf("read layer %s: %w", id, err)
+			}
+			done <- read{entries, err}
+		}()
+		return done
+	}
+	return func(yield func([]*content.Entry, error) bool) {
+		var next <-chan read
+		defer func() {
+			if next != nil {
+				<-next // it may have to say that the tree is damaged
+			}
+		}()
+		for i, id := range chain {
+			if next == nil {
+				next = start(id)
+			}
+			this := <-next
+			next = nil
+			if i+1 < len(chain) {
+				next = start(chain[i+1])
+			}
+			if !yield(this.entries, this.err) {
+				return
+			}
+		}
+	}
 }

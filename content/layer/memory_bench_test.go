@@ -111,7 +111,7 @@ func BenchmarkMemory(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					if _, err := erofs.Write(io.Discard, root); err != nil {
+					if _, err := erofs.Write(b.Context(), io.Discard, root); err != nil {
 						b.Fatal(err)
 					}
 				})

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
 // Outcome is how an ingest came to its layer.
@@ -30,14 +31,16 @@ type Stats struct {
 	Blobs, Dirs Ingests
 	// Failed ingests by the kind of what went wrong; every kind is there.
 	Failed map[Failure]int64
-	// Removed is what went because nothing named it any more: layers, and payloads, those of ingests that came
-	// to nothing too. Swept are files that an unclean stop had left, and Open removed.
-	Removed       Usage // of payloads
+	// Removed is what went because nothing named it any more: layers, and packs. Swept are files that an unclean stop had left, and
+	// Open removed.
+	Removed       Usage // of packs
 	RemovedLayers int64
 	RemoveErrors  int64
 	Swept         int64
 	// Damaged are layers that are out of service now.
 	Damaged int64
+	// Packs are the files that hold payloads.
+	Packs object.Stats
 }
 
 // Ingests are those of one kind of source that came to an end.
@@ -142,6 +145,7 @@ func (s *Store) Stats() (out Stats) {
 		out.Blobs.Stages, out.Dirs.Stages = maps.Clone(have.Blobs.Stages), maps.Clone(have.Dirs.Stages)
 	})
 	out.Removed.Bytes, out.Removed.Inodes = s.objects.Freed()
+	out.Packs = s.objects.Stats()
 	s.mu.RLock()
 	out.Damaged = int64(s.damaged)
 	s.mu.RUnlock()

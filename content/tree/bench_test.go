@@ -40,7 +40,7 @@ func BenchmarkMerge(b *testing.B) {
 	layers := [][]*content.Entry{sitePackages(200), sitePackages(150), sitePackages(200)}
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := Merge(layers...); err != nil {
+		if _, err := Merge(b.Context(), layers...); err != nil {
 			b.Fatal(err)
 		}
 	}

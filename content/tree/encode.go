@@ -19,7 +19,7 @@ import (
 //
 // It is hashed into layer ids and payload digests: changing anything here is a
 // format break and needs a new formatVersion.
-const formatVersion = 2
+const formatVersion = 3
 
 // Field numbers of message Tree.
 const (
@@ -47,7 +47,7 @@ const (
 	entryData
 	entryObject
 	entryPycTime
-	entryPycCanonical
+	_ // until format 2: the payload of a .pyc whose source is in another layer, with the timestamp that all pairs had
 )
 
 // Encoded is a layer's canonical encoding in its two parts, whose concatenation
@@ -138,9 +138,6 @@ func objectsOf(entries []*content.Entry, as func(*content.Entry) *content.Entry)
 		if !e.Object.IsZero() {
 			ids = append(ids, e.Object)
 		}
-		if !e.PycCanonical.IsZero() {
-			ids = append(ids, e.PycCanonical)
-		}
 	}
 	slices.SortFunc(ids, compareIDs)
 	return slices.Clip(slices.Compact(ids))
@@ -189,11 +186,7 @@ func (c *encoding) appendEntry(b []byte, e *content.Entry) []byte {
 	if !e.Object.IsZero() {
 		b = appendUint(b, entryObject, c.place(e.Object))
 	}
-	b = appendUint(b, entryPycTime, uint64(e.PycTime))
-	if !e.PycCanonical.IsZero() {
-		b = appendUint(b, entryPycCanonical, c.place(e.PycCanonical))
-	}
-	return b
+	return appendUint(b, entryPycTime, uint64(e.PycTime))
 }
 
 // ErrDamaged is wrapped where a tree file is not what its name says, or nothing that can be read.
@@ -201,14 +194,28 @@ var ErrDamaged = errors.New("damaged tree")
 
 var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 
-// decodeTree parses a canonical encoding. raw is kept: the entries' Data point into it.
+// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when a chain is
+// merged, keeps the block alive.
+const decodeBlock = 64
+
+// decodeTree parses a canonical encoding. The entries share nothing with raw.
 func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
+	fidelity, version, entries, err := decodeVersion(raw)
+	if err == nil && version != formatVersion {
+		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
+	}
+	return fidelity, entries, err
+}
+
+// decodeVersion is decodeTree for trees of any version: what their fields mean is the caller's to know.
+func decodeVersion(raw []byte) (content.Fidelity, uint64, []*content.Entry, error) {
 	var (
 		objects  []byte
 		fidelity content.Fidelity
 		version  uint64
 		entries  []*content.Entry
 		block    []content.Entry
+		keep     arena
 	)
 	err := eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
 		switch n {
@@ -220,21 +227,18 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 			fidelity = content.Fidelity(b)
 		case treeEntry:
 			if len(block) == 0 {
-				block = make([]content.Entry, 512)
+				block = make([]content.Entry, decodeBlock)
 			}
 			e := &block[0]
 			block = block[1:]
-			if err := decodeEntry(e, b, objects); err != nil {
+			if err := decodeEntry(e, b, objects, &keep); err != nil {
 				return fmt.Errorf("entry %d: %w", len(entries), err)
 			}
 			entries = append(entries, e)
 		}
 		return nil
 	})
-	if err == nil && version != formatVersion {
-		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
-	}
-	return fidelity, entries, err
+	return fidelity, version, entries, err
 }
 
 // eachField walks the fields of one message: v holds varints, b the rest.
@@ -266,7 +270,7 @@ func eachField(raw []byte, field func(n protowire.Number, v uint64, b []byte) er
 	return nil
 }
 
-func decodeEntry(e *content.Entry, raw, objects []byte) error {
+func decodeEntry(e *content.Entry, raw, objects []byte, keep *arena) error {
 	return eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
 		switch n {
 		case entryPath:
@@ -292,7 +296,7 @@ func decodeEntry(e *content.Entry, raw, objects []byte) error {
 				case 1:
 					x.Name = string(b)
 				case 2:
-					x.Value = b
+					x.Value = keep.clone(b)
 				}
 				return nil
 			})
@@ -307,16 +311,31 @@ func decodeEntry(e *content.Entry, raw, objects []byte) error {
 		case entrySize:
 			e.Size = int64(v)
 		case entryData:
-			e.Data = b
+			e.Data = keep.clone(b)
 		case entryObject:
 			return objectAt(&e.Object, objects, v)
 		case entryPycTime:
 			e.PycTime = uint32(v)
-		case entryPycCanonical:
-			return objectAt(&e.PycCanonical, objects, v)
 		}
 		return nil
 	})
+}
+
+// arena holds many short byte strings in a few allocations, none so large that one string that lasts keeps much alive.
+type arena struct{ room []byte }
+
+const arenaSize = 16 << 10
+
+func (a *arena) clone(b []byte) []byte {
+	if len(b) > arenaSize/4 {
+		return bytes.Clone(b)
+	}
+	if len(b) > cap(a.room)-len(a.room) {
+		a.room = make([]byte, 0, arenaSize)
+	}
+	start := len(a.room)
+	a.room = append(a.room, b...)
+	return a.room[start:len(a.room):len(a.room)]
 }
 
 func objectAt(id *content.ObjectID, objects []byte, i uint64) error {
@@ -330,8 +349,8 @@ func objectAt(id *content.ObjectID, objects []byte, i uint64) error {
 
 // PayloadDigest returns the normalised identity of a layer: the digest of
 // its canonical encoding with mtime, uid and gid of every entry and the recorded
-// timestamps of valid CPython pairs left out. canonical names the payload with the
-// canonical timestamp of those paired .pyc entries that hold exact bytes.
+// timestamps of valid CPython pairs left out. canonical has the payload with the
+// source's SourceTime of those paired .pyc entries that hold exact bytes.
 func PayloadDigest(entries []*content.Entry, canonical map[*content.Entry]content.Entry) content.PayloadDigest {
 	var b content.Entry
 	enc := encode("payload", entries, func(e *content.Entry) *content.Entry {
@@ -340,8 +359,8 @@ func PayloadDigest(entries []*content.Entry, canonical map[*content.Entry]conten
 			b.Object, b.Data = c.Object, c.Data
 		}
 		b.UID, b.GID, b.Mtime = 0, 0, content.Time{}
-		b.Flags &^= content.PycPaired | content.PycLone
-		b.PycTime, b.PycCanonical = 0, content.ObjectID{}
+		b.Flags &^= content.PycPaired | content.PySource
+		b.PycTime = 0
 		return &b
 	})
 	return content.PayloadDigest(enc.ID)

@@ -47,6 +47,8 @@ type Facts struct {
 	Bytes    int64 // sum of the regular files' sizes
 	// Usage is what the layer's ingest added to the disk.
 	UsedBytes, UsedInodes int64
+	// Below is nil in files of older builds.
+	Below *Below
 }
 
 // Tar is one uncompressed tar that has the layer's tree.
@@ -68,11 +70,15 @@ const (
 	factsUsedInodes protowire.Number = 6
 	factsFidelity   protowire.Number = 7
 	factsLayer      protowire.Number = 8
+	factsBelow      protowire.Number = 9
 
 	tarDiffID   protowire.Number = 1
 	tarSize     protowire.Number = 2
 	tarBlob     protowire.Number = 3
 	tarFidelity protowire.Number = 4
+
+	belowLinks  protowire.Number = 1
+	belowXattrs protowire.Number = 2
 )
 
 // Marshal returns the bytes of a tree file.
@@ -363,10 +369,16 @@ func appendFacts(b []byte, f Facts) []byte {
 	b = appendFixed(b, factsUsedBytes, uint64(f.UsedBytes))
 	b = appendUint(b, factsUsedInodes, uint64(f.UsedInodes))
 	b = appendString(b, factsFidelity, string(f.Fidelity))
-	if f.Layer.IsZero() {
-		return b
+	if !f.Layer.IsZero() {
+		b = appendString(b, factsLayer, string(f.Layer.Sum[:]))
 	}
-	return appendString(b, factsLayer, string(f.Layer.Sum[:]))
+	if f.Below != nil {
+		m := appendUint(nil, belowLinks, uint64(f.Below.Links))
+		m = appendUint(m, belowXattrs, uint64(f.Below.Xattrs))
+		b = protowire.AppendTag(b, factsBelow, protowire.BytesType)
+		b = protowire.AppendBytes(b, m)
+	}
+	return b
 }
 
 // appendFixed writes a varint that takes as many bytes whatever it is, so that it can be written over. Decoders know no difference.
@@ -400,6 +412,17 @@ func decodeFacts(raw []byte) (f Facts, err error) {
 			f.Fidelity = content.Fidelity(b)
 		case factsLayer:
 			copy(f.Layer.Sum[:], b)
+		case factsBelow:
+			f.Below = &Below{}
+			return eachField(b, func(n protowire.Number, v uint64, _ []byte) error {
+				switch n {
+				case belowLinks:
+					f.Below.Links = int64(v)
+				case belowXattrs:
+					f.Below.Xattrs = int64(v)
+				}
+				return nil
+			})
 		}
 		return nil
 	})

@@ -1,7 +1,10 @@
 package tree
 
 import (
+	"context"
 	"fmt"
+	"iter"
+	"math/bits"
 	"slices"
 	"strings"
 
@@ -14,39 +17,111 @@ var emptyRoot = content.Entry{Kind: content.Dir, Mode: 0o755, Flags: content.Imp
 
 // Merge overlays the entries of a chain's layers, base first, as the kernel would
 // overlay their directories, and returns what a container sees. Entries are
-// sorted by content.ComparePaths and are not changed; the result points to them.
-func Merge(layers ...[]*content.Entry) (*Node, error) {
-	m := merger{root: &Node{Entry: &emptyRoot}}
-	for i, entries := range layers {
-		if err := m.apply(i, entries); err != nil {
-			return nil, fmt.Errorf("layer %d of %d: %w", i+1, len(layers), err)
+// sorted by content.ComparePaths and are not changed; the result points to them. It ends early with ctx.
+//
+// It costs n log n in the entries of all layers, and one pass over the children of each directory in which a layer adds or
+// removes names.
+func Merge(ctx context.Context, layers ...[]*content.Entry) (*Node, error) {
+	return MergeEach(ctx, func(yield func([]*content.Entry, error) bool) {
+		for _, entries := range layers {
+			if !yield(entries, nil) {
+				return
+			}
 		}
+	})
+}
+
+// MergeEach is Merge for layers that are read one at a time, so that what upper layers replace does not stay in memory. An
+// error of layers ends it and is returned as it is.
+func MergeEach(ctx context.Context, layers iter.Seq2[[]*content.Entry, error]) (*Node, error) {
+	m := newMerger(ctx)
+	i := 0
+	for entries, err := range layers {
+		if err != nil {
+			return nil, err
+		}
+		if err := m.apply(entries); err != nil {
+			return nil, fmt.Errorf("layer %d of the chain: %w", i+1, err)
+		}
+		i++
 	}
-	m.resolvePython()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	m.show(m.root, map[*content.Entry]*content.Entry{})
 	return m.root, nil
 }
 
+// merger holds the tree that the layers so far have made.
 type merger struct {
+	ctx  context.Context
 	root *Node
-	// shared holds the inodes with more than one name, over all layers.
+	// shared holds the inodes with more than one name, over all layers, and names their nodes (some may hang in
+	// the tree no more). own are those of them that Merge has made: it may change them in place.
 	shared map[*content.Entry]bool
-	// pinned holds the Python sources that have to show their image mtime.
-	pinned map[*content.Entry]bool
+	names  map[*content.Entry][]*Node
+	own    map[*content.Entry]bool
+	// followed holds where symlinks lead; good until the tree changes.
+	followed map[*Node]followed
+	// steps counts work: names that were looked at, moved or followed.
+	steps int
 }
 
-// level is one directory on the path to the entry at hand.
-type level struct {
-	path string
-	node *Node
+func newMerger(ctx context.Context) *merger {
+	return &merger{
+		ctx: ctx, root: &Node{Entry: &emptyRoot},
+		shared: map[*content.Entry]bool{}, names: map[*content.Entry][]*Node{}, own: map[*content.Entry]bool{},
+		followed: map[*Node]followed{},
+	}
 }
 
-func (m *merger) apply(layer int, entries []*content.Entry) error {
-	links, err := m.linkTargets(entries)
+// show replaces entries by what containers see of them. What that is follows from the entry alone: a layer changes nothing of what it
+// does not name.
+func (m *merger) show(n *Node, shown map[*content.Entry]*content.Entry) {
+	if e := n.Entry; e.Flags&content.PySource != 0 {
+		if shown[e] == nil {
+			shown[e] = e.Shown()
+		}
+		n.Entry = shown[e]
+	}
+	for _, c := range n.Children {
+		m.show(c, shown)
+	}
+}
+
+// checkEvery is how many entries pass between two looks at ctx.
+const checkEvery = 1 << 10
+
+// stopped returns why to stop before entry i.
+func (m *merger) stopped(i int) error {
+	m.steps++
+	if i%checkEvery != 0 || m.ctx.Err() == nil {
+		return nil
+	}
+	return context.Cause(m.ctx)
+}
+
+// inodes are those that a layer takes from elsewhere than the entry at hand.
+type inodes struct {
+	links   map[string]*content.Entry         // of the paths that Hardlinks name
+	lower   map[*content.Entry]*content.Entry // of LowerLinks
+	implied map[*content.Entry]*content.Entry // of implied directories over symlinks
+}
+
+func (m *merger) apply(entries []*content.Entry) error {
+	from, err := m.collect(entries)
 	if err != nil {
 		return err
 	}
-	stack := []level{{"", m.root}}
-	for _, e := range entries {
+	stack := []*level{{node: m.root}}
+	pop := func() {
+		m.steps += stack[len(stack)-1].close()
+		stack = stack[:len(stack)-1]
+	}
+	for i, e := range entries {
+		if err := m.stopped(i); err != nil {
+			return err
+		}
 		if e.Path == "" {
 			if err := setRoot(m.root, e); err != nil {
 				return err
@@ -55,19 +130,22 @@ func (m *merger) apply(layer int, entries []*content.Entry) error {
 		}
 		dir, name := content.SplitPath(e.Path)
 		for len(stack) > 1 && stack[len(stack)-1].path != dir {
-			stack = stack[:len(stack)-1]
+			pop()
 		}
 		parent := stack[len(stack)-1]
 		if parent.path != dir {
 			return fmt.Errorf("entry %q has no parent directory", e.Path)
 		}
-		n, err := m.put(parent.node, name, e, layer, links)
+		n, err := m.put(parent, name, e, from)
 		if err != nil {
 			return err
 		}
 		if n != nil && e.Kind == content.Dir {
-			stack = append(stack, level{e.Path, n})
+			stack = append(stack, &level{path: e.Path, node: n})
 		}
+	}
+	for len(stack) > 0 {
+		pop()
 	}
 	return nil
 }
@@ -85,209 +163,244 @@ func setRoot(root *Node, e *content.Entry) error {
 	return nil
 }
 
-// linkTargets finds the inodes that this layer's links name: its own first, then
+// collect finds the inodes that this layer takes from elsewhere: its own first, then
 // those of the layers below, before this layer hides any of them.
-func (m *merger) linkTargets(entries []*content.Entry) (map[string]*content.Entry, error) {
-	links := map[string]*content.Entry{}
-	for _, e := range entries {
-		if e.Kind == content.Hardlink {
-			links[e.Target] = nil
+func (m *merger) collect(entries []*content.Entry) (inodes, error) {
+	in := inodes{links: map[string]*content.Entry{}, lower: map[*content.Entry]*content.Entry{}, implied: map[*content.Entry]*content.Entry{}}
+	m.followed = map[*Node]followed{}
+	for i, e := range entries {
+		if err := m.stopped(i); err != nil {
+			return in, err
 		}
-	}
-	if len(links) > 0 {
-		for _, e := range entries {
-			if _, ok := links[e.Path]; ok && e.Kind != content.Hardlink {
-				links[e.Path] = e
-				m.share(e)
+		switch {
+		case e.Kind == content.Hardlink:
+			in.links[e.Target] = nil
+		case e.Kind == content.Dir && e.Flags&content.Implied != 0 && e.Path != "":
+			if inode := m.impliedOver(e); inode != nil {
+				in.implied[e] = inode
 			}
 		}
 	}
-	for _, e := range entries {
-		if e.Kind != content.LowerLink {
+	for i, e := range entries {
+		if err := m.stopped(i); err != nil {
+			return in, err
+		}
+		inode := e
+		if e.Kind == content.LowerLink {
+			var err error
+			if inode, err = m.lowerInode(e); err != nil {
+				return in, err
+			}
+			in.lower[e] = inode
+		}
+		if len(in.links) == 0 || e.Kind == content.Hardlink {
 			continue
 		}
-		inode, err := m.lowerInode(e)
-		if err != nil {
-			return nil, err
+		if _, ok := in.links[e.Path]; ok {
+			in.links[e.Path] = inode
+			m.shared[inode] = true
 		}
-		if own, ok := links[e.Path]; ok && own == e {
-			// Further names in this layer link to this lower link.
-			links[e.Path] = inode
-		}
-		links["\x00"+e.Path] = inode
 	}
-	return links, nil
+	return in, nil
 }
 
-func (m *merger) share(e *content.Entry) {
-	if m.shared == nil {
-		m.shared = map[*content.Entry]bool{}
-	}
-	m.shared[e] = true
-}
-
-// lowerInode gives the inode that a LowerLink names the metadata of the link, under
-// all its names.
-func (m *merger) lowerInode(e *content.Entry) (*content.Entry, error) {
-	n := m.find(e.Target)
-	if n == nil {
-		return nil, fmt.Errorf("hard link %q names %q, which no layer below has", e.Path, e.Target)
-	}
-	old := n.Entry
-	if old.Kind == content.Dir {
-		return nil, fmt.Errorf("hard link %q names %q, which is a directory", e.Path, e.Target)
-	}
-	inode := *old
-	inode.UID, inode.GID, inode.Mtime = e.UID, e.GID, e.Mtime
-	if old.Kind != content.Symlink {
-		inode.Mode = e.Mode
-	}
-	if len(e.Xattrs) > 0 {
-		inode.Xattrs = unionXattrs(old.Xattrs, e.Xattrs)
-	}
-	if m.shared[old] {
-		walk(m.root, func(n *Node) {
-			if n.Entry == old {
-				n.Entry = &inode
-			}
-		})
-	}
-	n.Entry = &inode
-	m.share(&inode)
-	return &inode, nil
-}
-
-func unionXattrs(old, new []content.Xattr) []content.Xattr {
-	out := slices.Clone(new)
-	for _, x := range old {
-		if !slices.ContainsFunc(new, func(y content.Xattr) bool { return x.Name == y.Name }) {
-			out = append(out, x)
-		}
-	}
-	slices.SortFunc(out, func(a, b content.Xattr) int { return strings.Compare(a.Name, b.Name) })
-	return out
-}
-
-// put places one entry below parent and returns its node, nil for a whiteout.
-func (m *merger) put(parent *Node, name string, e *content.Entry, layer int, links map[string]*content.Entry) (*Node, error) {
-	i, found := parent.search(name)
-	inode := e
-	switch e.Kind {
-	case content.Whiteout:
-		if found {
-			parent.Children = slices.Delete(parent.Children, i, i+1)
-		}
-		return nil, nil
-	case content.Hardlink:
-		if inode = links[e.Target]; inode == nil {
-			return nil, fmt.Errorf("hard link %q names %q, which the layer does not have", e.Path, e.Target)
-		}
-	case content.LowerLink:
-		inode = links["\x00"+e.Path]
-	case content.Dir:
-		if found && parent.Children[i].Entry.Kind == content.Dir {
-			n := parent.Children[i]
-			if e.Flags&content.Opaque != 0 {
-				n.Children = nil
-			}
-			if e.Flags&content.Implied == 0 {
-				n.Entry, n.layer = e, layer
-			}
-			return n, nil
-		}
-		if found && e.Flags&content.Implied != 0 {
-			inode = m.impliedOver(e)
-		}
-	}
-	n := &Node{Name: name, Entry: inode, layer: layer}
-	if found {
-		parent.Children[i] = n
-	} else {
-		parent.Children = slices.Insert(parent.Children, i, n)
-	}
-	return n, nil
-}
-
-// impliedOver is the inode of an implied directory over something that is no
-// directory: over a symlink to a directory, containerd's applier copies that
-// directory's metadata.
+// impliedOver is the inode of an implied directory over a symlink to a directory: containerd's applier copies
+// that directory's metadata. It is nil over anything else.
 func (m *merger) impliedOver(e *content.Entry) *content.Entry {
+	below := m.find(e.Path)
+	if below == nil || below.Entry.Kind != content.Symlink {
+		return nil
+	}
 	target := m.resolve(e.Path)
 	if target == nil || target.Entry.Kind != content.Dir {
-		return e
+		return nil
 	}
 	inode := *target.Entry
 	inode.Path = e.Path
 	return &inode
 }
 
-func (n *Node) search(name string) (int, bool) {
-	// Entries come sorted, so most often the place is at the end.
-	if l := len(n.Children); l == 0 || n.Children[l-1].Name < name {
-		return l, false
+// lowerInode gives the inode that a LowerLink names the metadata of the link, under
+// all its names.
+func (m *merger) lowerInode(e *content.Entry) (*content.Entry, error) {
+	n := m.find(e.Target)
+	switch {
+	case n == nil:
+		return nil, noTarget(e.Path, e.Target)
+	case n.Entry.Kind == content.Dir:
+		return nil, targetIsDir(e.Path, e.Target)
 	}
-	return slices.BinarySearchFunc(n.Children, name, func(c *Node, name string) int {
-		return strings.Compare(c.Name, name)
-	})
+	inode := m.owned(n)
+	if e.Mtime != inode.Mtime { // else a source shows what it did
+		inode.Flags &^= content.PySource
+	}
+	inode.UID, inode.GID, inode.Mtime = e.UID, e.GID, e.Mtime
+	if inode.Kind != content.Symlink {
+		inode.Mode = e.Mode
+	}
+	if len(e.Xattrs) > 0 {
+		inode.Xattrs = unionXattrs(inode.Xattrs, e.Xattrs)
+	}
+	return inode, nil
 }
 
-func (n *Node) child(name string) *Node {
-	if i, ok := n.search(name); ok {
-		return n.Children[i]
+// owned makes a node's inode one that may be changed in place, and that counts as shared.
+func (m *merger) owned(n *Node) *content.Entry {
+	if m.own[n.Entry] {
+		return n.Entry
 	}
-	return nil
+	old, inode := n.Entry, *n.Entry
+	names := m.names[old]
+	if !m.shared[old] {
+		names = []*Node{n}
+	}
+	for _, n := range names {
+		n.Entry = &inode
+	}
+	m.steps += len(names)
+	delete(m.names, old)
+	m.names[&inode] = names
+	m.shared[&inode], m.own[&inode] = true, true
+	return &inode
 }
 
-func (m *merger) find(path string) *Node {
-	n := m.root
-	for name := range strings.SplitSeq(path, "/") {
-		if n = n.child(name); n == nil {
-			return nil
+// unionXattrs returns both lists, which are sorted, as one; where both have a name the new value counts.
+func unionXattrs(old, new []content.Xattr) []content.Xattr {
+	out := make([]content.Xattr, 0, len(old)+len(new))
+	for len(old) > 0 && len(new) > 0 {
+		switch c := strings.Compare(old[0].Name, new[0].Name); {
+		case c < 0:
+			out, old = append(out, old[0]), old[1:]
+		case c == 0:
+			old = old[1:]
+		default:
+			out, new = append(out, new[0]), new[1:]
 		}
 	}
-	return n
+	return append(append(out, old...), new...)
 }
 
-// maxSymlinks is the kernel's limit for one path walk.
-const maxSymlinks = 40
-
-// resolve walks a path inside the merged tree and follows symlinks, the last
-// component included, never leaving the root.
-func (m *merger) resolve(path string) *Node {
-	todo := strings.Split(path, "/")
-	at := []*Node{m.root}
-	for links := 0; len(todo) > 0; {
-		name := todo[0]
-		todo = todo[1:]
-		switch name {
-		case "", ".":
-			continue
-		case "..":
-			at = at[:max(1, len(at)-1)]
-			continue
-		}
-		n := at[len(at)-1].child(name)
-		if n == nil {
-			return nil
-		}
-		if n.Entry.Kind != content.Symlink {
-			at = append(at, n)
-			continue
-		}
-		if links++; links > maxSymlinks {
-			return nil
-		}
-		if strings.HasPrefix(n.Entry.Target, "/") {
-			at = at[:1]
-		}
-		todo = append(strings.Split(n.Entry.Target, "/"), todo...)
+// put places one entry in the directory of a level and returns its node, nil for a whiteout.
+func (m *merger) put(l *level, name string, e *content.Entry, from inodes) (*Node, error) {
+	old, looked, err := l.seek(name)
+	if err != nil {
+		return nil, err
 	}
-	return at[len(at)-1]
+	m.steps += looked
+	inode := e
+	switch e.Kind {
+	case content.Whiteout:
+		if old != nil {
+			l.remove()
+		}
+		return nil, nil
+	case content.Hardlink:
+		if inode = from.links[e.Target]; inode == nil {
+			return nil, fmt.Errorf("hard link %q names %q, which the layer does not have", e.Path, e.Target)
+		}
+	case content.LowerLink:
+		inode = from.lower[e]
+	case content.Dir:
+		if old != nil && old.Entry.Kind == content.Dir {
+			if e.Flags&content.Opaque != 0 {
+				old.Children = nil
+			}
+			if e.Flags&content.Implied == 0 {
+				old.Entry = e
+			}
+			return old, nil
+		}
+		if dir := from.implied[e]; old != nil && dir != nil {
+			inode = dir
+		}
+	}
+	n := &Node{Name: name, Entry: inode, parent: l.node}
+	if m.shared[inode] {
+		m.names[inode] = append(m.names[inode], n)
+	}
+	l.place(n, old != nil)
+	return n, nil
 }
 
-func walk(n *Node, visit func(*Node)) {
-	visit(n)
-	for _, c := range n.Children {
-		walk(c, visit)
+// level is one directory on the path to the entry at hand. A layer's names come sorted, so the changes of one layer to a
+// directory are made in one pass over its children.
+type level struct {
+	path string
+	node *Node
+	last string // the name at hand
+	// at is the place of the first child that does not come before it.
+	at int
+	// added are new children, to be put between the others; removed of those are nil.
+	added   []*Node
+	removed bool
+}
+
+// seek goes on to a name and returns the child that has it, or nil, and how many it looked at.
+func (l *level) seek(name string) (child *Node, looked int, err error) {
+	if l.last != "" && name <= l.last {
+		return nil, 0, fmt.Errorf("%q comes after %q in directory %q: the layer is not sorted", name, l.last, l.path)
 	}
+	l.last = name
+	// The place is near: steps that double find a stretch to search.
+	old := l.node.Children
+	end := l.at
+	for step := 1; end < len(old) && old[end].Name < name; step *= 2 {
+		l.at, end = end+1, end+step
+		looked++
+	}
+	end = min(end, len(old))
+	looked += bits.Len(uint(end - l.at))
+	i, _ := slices.BinarySearchFunc(old[l.at:end], name, func(c *Node, name string) int { return strings.Compare(c.Name, name) })
+	l.at += i
+	if l.at == len(old) || old[l.at].Name != name {
+		return nil, looked, nil
+	}
+	l.at++ // nobody asks for it again
+	return old[l.at-1], looked, nil
+}
+
+// remove takes away the child that seek found.
+func (l *level) remove() { l.node.Children[l.at-1], l.removed = nil, true }
+
+// place puts a node where seek found a child, or none.
+func (l *level) place(n *Node, over bool) {
+	if over {
+		l.node.Children[l.at-1] = n
+		return
+	}
+	l.added = append(l.added, n)
+}
+
+// close makes the directory's children one sorted list again, and returns how many it moved.
+func (l *level) close() (moved int) {
+	old := l.node.Children
+	if l.removed {
+		moved = len(old)
+		old = slices.DeleteFunc(old, func(c *Node) bool { return c == nil })
+	}
+	switch {
+	case len(l.added) == 0:
+	case len(old) == 0:
+		old = l.added
+	case old[len(old)-1].Name < l.added[0].Name:
+		old = append(old, l.added...)
+	default:
+		old = weave(old, l.added)
+		moved += len(old)
+	}
+	l.node.Children = old
+	return moved
+}
+
+// weave makes one sorted list of two that share no name.
+func weave(a, b []*Node) []*Node {
+	out := make([]*Node, 0, len(a)+len(b))
+	for len(a) > 0 && len(b) > 0 {
+		if a[0].Name < b[0].Name {
+			out, a = append(out, a[0]), a[1:]
+		} else {
+			out, b = append(out, b[0]), b[1:]
+		}
+	}
+	return append(append(out, a...), b...)
 }

@@ -1,6 +1,11 @@
 package tree
 
-import "github.com/dedup-snapshotter/dedup-snapshotter/content"
+import (
+	"slices"
+	"strings"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
 
 // Node is one name in the merged file system of a chain. Nodes that share the
 // Entry pointer are hard links of one inode.
@@ -14,6 +19,21 @@ type Node struct {
 	// Children, of a Dir only, are sorted bytewise by Name.
 	Children []*Node
 
-	// layer is the place in the chain of the layer that Entry came from.
-	layer int
+	// parent is the directory that holds the node; nil for the root.
+	parent *Node
+}
+
+// search returns the place of the first child that does not come before name, and whether it has that name.
+func (n *Node) search(name string) (int, bool) {
+	return slices.BinarySearchFunc(n.Children, name, func(c *Node, name string) int {
+		return strings.Compare(c.Name, name)
+	})
+}
+
+// child returns the child of that name, or nil. It costs a binary search.
+func (n *Node) child(name string) *Node {
+	if i, ok := n.search(name); ok {
+		return n.Children[i]
+	}
+	return nil
 }

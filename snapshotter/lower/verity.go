@@ -1,4 +1,4 @@
-package snapshotter
+package lower
 
 import (
 	"bufio"
@@ -78,33 +78,25 @@ func tryVerity(dir string, f Features, object *content.Entry, payload []byte) (e
 	if err != nil {
 		return err
 	}
-	if _, err := mountErofs(image, target); err != nil {
+	if _, err := mountErofs(image, target, false); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(target, unix.MNT_DETACH)) }()
 	return tryOverlay(dir, target, append(append([]string(nil), f.Options...), verityOption(f.Metacopy)), payload)
 }
 
-// VerityState is "on", or "off: " and why.
-func (s *Snapshotter) VerityState() string {
-	if s.kernel.noVerity != nil {
-		return "off: " + s.kernel.noVerity.Error()
-	}
-	return "on"
-}
-
 // write writes a chain's image.
-func (c *chains) write(ctx context.Context, to io.Writer, root *tree.Node) error {
+func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node) error {
 	var digest func(content.ObjectID) verity.Digest
-	if c.digests != nil {
-		digests, err := c.digests(ctx, objectsOf(root))
+	if c.opts.Digests != nil {
+		digests, err := c.opts.Digests(ctx, objectsOf(root))
 		if err != nil {
 			return err
 		}
 		digest = func(id content.ObjectID) verity.Digest { return digests[id] }
 	}
 	w := bufio.NewWriterSize(to, 1<<20)
-	if _, err := erofs.WriteVerity(w, root, digest); err != nil {
+	if _, err := erofs.WriteVerity(ctx, w, root, digest); err != nil {
 		return err
 	}
 	return w.Flush()
@@ -112,11 +104,11 @@ func (c *chains) write(ctx context.Context, to io.Writer, root *tree.Node) error
 
 // isHashed reports whether an image has fs-verity, where it should. One that has not was copied here with the whole store, as
 // backups are: its objects have none either, and the kernel would refuse all of them. Built again, it gives it to them.
-func (c *chains) isHashed(n chainName) bool {
-	if c.digests == nil {
+func (c *Chains) isHashed(n Name) bool {
+	if c.opts.Digests == nil {
 		return true
 	}
-	f, err := os.Open(c.image(n))
+	f, err := os.Open(c.Image(n))
 	if err != nil {
 		return false
 	}

@@ -1,7 +1,8 @@
-package snapshotter
+package lower
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -19,19 +20,21 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// kernel is what the probe found out about overlayfs here.
-type kernel struct {
-	// options every overlay mount gets.
-	options []string
-	// metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
+// Kernel is what the probe found out about overlayfs here.
+type Kernel struct {
+	// Options every overlay mount gets.
+	Options []string
+	// Metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
-	metacopy bool
-	// noVerity tells why objects have no fs-verity; nil when they have, and options ask overlayfs to compare it.
-	noVerity error
+	Metacopy bool
+	// Loop: EROFS has to be mounted from loop devices.
+	Loop bool
+	// NoVerity tells why objects have no fs-verity; nil when they have, and Options ask overlayfs to compare it.
+	NoVerity error
 }
 
-// probePrefix names the probe's directory below the root.
-const probePrefix = "probe-"
+// ProbePrefix names the probe's directory below the root.
+const ProbePrefix = "probe-"
 
 // Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
 // distributions backport.
@@ -42,6 +45,11 @@ type Features struct {
 	Erofs, Upper, DataOnly error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
 	Loop bool
+	// Counted tells what fails inside a container where the kernel counts an EROFS mounted from its file as a level of
+	// stacked file systems (some of 6.12 to 6.18), of which there may be two: Loop is set then. nil elsewhere.
+	Counted error
+	// Nested tells why no overlay can be mounted over a container's files, as some programs in containers do.
+	Nested error
 	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
 	Options  []string
 	Metacopy bool
@@ -62,34 +70,9 @@ type examination struct {
 	metacopy bool
 }
 
-// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may hold files without
-// bytes, and overlayfs refuses these, and the directories that they are in, without it: also a newer kernel has to go on with it.
-const fileMetacopy = "metacopy"
-
-// probeKernel finds out how to mount overlays here.
-func (s *Snapshotter) probeKernel() error {
-	uppers, err := os.ReadDir(s.path(dirSnapshots))
-	if err != nil {
-		return err
-	}
-	if len(uppers) == 0 {
-		if err := os.Remove(s.path(fileMetacopy)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	_, err = os.Stat(s.path(fileMetacopy))
-	marked := err == nil
-	if s.kernel, err = probe(s.opts.Root, s.opts.Verity, marked); err != nil {
-		return err
-	}
-	if !s.kernel.metacopy || marked {
-		return nil
-	}
-	return create(s.path(fileMetacopy), func(path string) error { return os.WriteFile(path, nil, 0o600) })
-}
-
-// probe examines the root and says what the daemon cannot do without.
-func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
+// Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the kernel does
+// without.
+func Probe(root string, want Verity, metacopy bool) (k Kernel, err error) {
 	f, err := examine(root, examination{verity: want == VerityAuto || want == VerityOn, metacopy: metacopy})
 	switch {
 	case err != nil:
@@ -104,16 +87,16 @@ func probe(root string, want Verity, metacopy bool) (k kernel, err error) {
 	case f.DataOnly != nil:
 		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	k = kernel{options: f.Options, metacopy: f.Metacopy}
-	if k.noVerity, err = want.decide(f.Verity); err == nil && k.noVerity == nil {
-		k.options = append(k.options, verityOption(k.metacopy))
+	k = Kernel{Options: f.Options, Metacopy: f.Metacopy, Loop: f.Counted != nil}
+	if k.NoVerity, err = want.decide(f.Verity); err == nil && k.NoVerity == nil {
+		k.Options = append(k.Options, verityOption(k.Metacopy))
 	}
 	return k, err
 }
 
 // examine mounts a small chain image over one object, writable, and reads it back.
 func examine(parent string, look examination) (f Features, err error) {
-	dir, err := os.MkdirTemp(parent, probePrefix)
+	dir, err := os.MkdirTemp(parent, ProbePrefix)
 	if err != nil {
 		return f, err
 	}
@@ -131,16 +114,19 @@ func examine(parent string, look examination) (f Features, err error) {
 		return f, err
 	}
 	f.Upper = tryOverlay(dir, empty, nil, nil)
-	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image); f.Erofs != nil {
+	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image, false); f.Erofs != nil {
 		return f, nil
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
 	if f.Upper == nil {
 		for _, k := range kernelChoices(look.metacopy) {
-			if f.DataOnly = tryOverlay(dir, image, k.options, payload); f.DataOnly == nil {
-				f.Options, f.Metacopy = k.options, k.metacopy
+			if f.DataOnly = tryOverlay(dir, image, k.Options, payload); f.DataOnly == nil {
+				f.Options, f.Metacopy = k.Options, k.Metacopy
 				break
 			}
+		}
+		if err := f.examineStacking(dir, image); err != nil {
+			return f, err
 		}
 	}
 	if look.idmap {
@@ -153,6 +139,44 @@ func examine(parent string, look examination) (f Features, err error) {
 		}
 	}
 	return f, nil
+}
+
+// examineStacking finds out whether overlays work inside containers, and whether they do so only with loop devices.
+func (f *Features) examineStacking(dir, image string) (err error) {
+	if f.Nested = tryNested(dir, image); f.Nested == nil || f.Loop {
+		return nil
+	}
+	looped, err := os.MkdirTemp(dir, "looped")
+	if err != nil {
+		return err
+	}
+	if _, err := mountErofs(filepath.Join(dir, "chain.erofs"), looped, true); err != nil {
+		return nil // there are no loop devices to do better with
+	}
+	if tryNested(dir, looped) == nil {
+		f.Loop, f.Counted, f.Nested = true, f.Nested, nil
+	}
+	return unix.Unmount(looped, unix.MNT_DETACH)
+}
+
+// tryNested mounts an overlay over an overlay, as programs in a container do, and writes to it.
+func tryNested(dir, image string) (err error) {
+	lower := image
+	for range 2 {
+		paths := map[string]string{}
+		for _, d := range []string{"upper", "work", "merged"} {
+			if paths[d], err = os.MkdirTemp(dir, d); err != nil {
+				return err
+			}
+		}
+		options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, paths["upper"], paths["work"])
+		if err := unix.Mount("overlay", paths["merged"], "overlay", 0, options); err != nil {
+			return fmt.Errorf("mount an overlay over the files of a container: %w", err)
+		}
+		lower = paths["merged"]
+		defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
+	}
+	return os.WriteFile(filepath.Join(lower, "new"), nil, 0o600)
 }
 
 func tryIDMap(dir, image string) (err error) {
@@ -172,30 +196,30 @@ func tryIDMap(dir, image string) (err error) {
 }
 
 // kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
-func kernelChoices(keep bool) []kernel {
-	plain := []string{"index=off"}
-	on := func(parameter string) bool {
-		b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
-		return err == nil && strings.TrimSpace(string(b)) == "Y"
+func kernelChoices(keep bool) []Kernel {
+	// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot
+	// tell apart. BuildKit reads few options, so it is refused only where the kernel's default is to have it.
+	both := []string{"index=off"}
+	if overlayDefault("xino_auto") {
+		both = append(both, "xino=off")
 	}
-	if on("metacopy") {
+	plain := slices.Clone(both)
+	if overlayDefault("metacopy") {
 		plain = append(plain, "metacopy=off")
 	}
-	if on("redirect_dir") || on("metacopy") {
+	if overlayDefault("redirect_dir") || overlayDefault("metacopy") {
 		// A renamed directory would be a redirect that no image can express.
 		plain = append(plain, "redirect_dir=off")
 	}
 	// metacopy=on asks for redirects, so there it stays as it is.
-	metacopy := []string{"index=off", "metacopy=on"}
-	with := func(o []string, more ...string) []string { return append(append([]string(nil), o...), more...) }
-	// Without xino files and directories show different devices, which `find -xdev` and `du -x` trip over.
-	all := []kernel{
-		{options: with(plain, "xino=on")},
-		{options: with(metacopy, "xino=on"), metacopy: true},
-		{options: plain},
-		{options: metacopy, metacopy: true},
-	}
-	return slices.DeleteFunc(all, func(k kernel) bool { return keep && !k.metacopy })
+	all := []Kernel{{Options: plain}, {Options: append(both, "metacopy=on"), Metacopy: true}}
+	return slices.DeleteFunc(all, func(k Kernel) bool { return keep && !k.Metacopy })
+}
+
+// overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.
+func overlayDefault(parameter string) bool {
+	b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
+	return err == nil && strings.TrimSpace(string(b)) == "Y"
 }
 
 // writeProbe writes the object, and returns an entry that names it.
@@ -213,7 +237,7 @@ func writeProbe(dir string, payload []byte) (*content.Entry, error) {
 
 func writeProbeImage(path string, e *content.Entry, digest func(content.ObjectID) verity.Digest) error {
 	var b bytes.Buffer
-	_, err := erofs.WriteVerity(&b, &tree.Node{
+	_, err := erofs.WriteVerity(context.Background(), &b, &tree.Node{
 		Entry:    &content.Entry{Kind: content.Dir, Mode: 0o755},
 		Children: []*tree.Node{{Name: "file", Entry: e}},
 	}, digest)
@@ -232,13 +256,13 @@ func tryOverlay(dir, lower string, options []string, want []byte) (err error) {
 			return err
 		}
 	}
-	below := lower
+	stack := Stack{Lower: []string{lower}, Upper: paths["upper"], Work: paths["work"]}
 	if want != nil {
-		below += "::" + filepath.Join(dir, "objects")
+		stack.Objects = filepath.Join(dir, "objects")
 	}
-	options = append([]string{"lowerdir=" + below, "upperdir=" + paths["upper"], "workdir=" + paths["work"]}, options...)
-	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, strings.Join(options, ",")); err != nil {
-		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options[3:], ","), err)
+	all := strings.Join(Kernel{Options: options}.Overlay(stack), ",")
+	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, all); err != nil {
+		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options, ","), err)
 	}
 	defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
 	if err := os.WriteFile(filepath.Join(paths["merged"], "new"), nil, 0o600); err != nil {

@@ -1,0 +1,316 @@
+package erofs
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// A pack holds the payloads of one ingest. It is an EROFS image of its own, so that overlayfs can take files from it, and it
+// describes itself, so that nothing else is needed to find a payload again:
+//
+//	block 0      superblock at 1024; written last
+//	block 1      payloads in order of arrival, each from the beginning of a block on, padded with zeros
+//	block meta   inodes at multiples of 32 bytes (nid 1: the root, 4: its one directory, from 5: a file for each
+//	             slot that is in use), then the blocks of that directory, then
+//	             the table: 44 bytes a slot: sha256, first block (4), size (8); all zero for a slot that is not in use
+//	             zeros, and at the very end of the file
+//	             the trailer: magic (8), version (4), slots (4), pack id (8), meta (4), blocks (4), offset of the table
+//	             from meta (8), 8 zeros, sha256 (32)
+//
+// The root's one directory has the pack's id as its name, and files in it the numbers of their slots. So a lookup of
+// "/<pack>/<number>" in another pack fails at the first component. The trailer's sha256 is over block 0 and everything
+// from meta on, but itself: it vouches for all but the payloads, which their own sums vouch for.
+const (
+	packMagic    = "dedupPK\n"
+	packVersion  = 1
+	slotLen      = sha256.Size + 4 + 8
+	trailerLen   = 8 + 4 + 4 + 8 + 4 + 4 + 8 + 8 + sha256.Size
+	sumOffset    = trailerLen - sha256.Size
+	packRootNid  = 1
+	packDirNid   = 4
+	packFilesNid = 5
+	// nameLen is the length of a file's name in a pack, hex digits.
+	nameLen  = 6
+	maxSlots = 1<<(4*nameLen) - 1
+	// maxMeta keeps what OpenPack reads into memory within what maxSlots can need.
+	maxMeta = (maxSlots + 1) * (extendedSize + direntSize + nameLen + slotLen + 16)
+)
+
+// ErrDamaged is wrapped where a file is not what its writer wrote.
+var ErrDamaged = errors.New("damaged")
+
+// Slot is one payload in a pack; the zero Slot holds none.
+type Slot struct {
+	ID    content.ObjectID
+	Block uint32 // the first one, counted from the beginning of the file
+	Size  int64  // bytes
+}
+
+// Pack is what a sealed pack says of itself.
+type Pack struct {
+	ID content.PackID
+	// Slots are numbered from 0.
+	Slots []Slot
+	// Meta is the first block after the payloads, Blocks the length of the file.
+	Meta, Blocks uint32
+	// Sum vouches for everything but the payloads.
+	Sum content.Sum
+}
+
+// Place is where a slot's payload lies.
+func (p *Pack) Place(n uint32) content.Place {
+	s := p.Slots[n]
+	return content.Place{Pack: p.ID, N: n, Block: s.Block, Size: s.Size}
+}
+
+// Device is what a chain image needs to know of the pack. The tag may be replaced by one that says more.
+func (p *Pack) Device() Device { return Device{Pack: p.ID, Tag: p.Sum.Hex(), Blocks: p.Blocks} }
+
+// PackPath returns where a pack's file system has the payload of a slot; overlayfs follows it from trusted.overlay.redirect.
+func PackPath(id content.PackID, n uint32) string { return "/" + id.String() + "/" + slotName(n) }
+
+func slotName(n uint32) string { return fmt.Sprintf("%0*x", nameLen, n) }
+
+// blocksOf returns how many blocks a payload takes.
+func blocksOf(size int64) int64 { return alignUp(size, blockSize) / blockSize }
+
+// encodeTail returns block 0 and everything from p.Meta on of a pack whose ID, Slots and Meta are set, and sets the rest.
+func (p *Pack) encodeTail() (super, tail []byte, err error) {
+	b := p.encodeInodes()
+	table := int64(len(b))
+	for _, s := range p.Slots {
+		b = append(b, s.ID.Sum[:]...)
+		b = le.AppendUint32(b, s.Block)
+		b = le.AppendUint64(b, uint64(s.Size))
+	}
+	blocks := int64(p.Meta) + blocksOf(int64(len(b))+trailerLen)
+	if blocks > math.MaxUint32 {
+		return nil, nil, fmt.Errorf("pack %s: %d blocks are more than EROFS can count", p.ID, blocks)
+	}
+	p.Blocks = uint32(blocks)
+	b = append(b, make([]byte, (blocks-int64(p.Meta))*blockSize-int64(len(b)))...)
+	super = p.encodeSuper(b[:table])
+
+	t := b[len(b)-trailerLen:]
+	copy(t, packMagic)
+	le.PutUint32(t[8:], packVersion)
+	le.PutUint32(t[12:], uint32(len(p.Slots)))
+	le.PutUint64(t[16:], uint64(p.ID))
+	le.PutUint32(t[24:], p.Meta)
+	le.PutUint32(t[28:], p.Blocks)
+	le.PutUint64(t[32:], uint64(table))
+	p.Sum = tailSum(super, b)
+	copy(t[sumOffset:], p.Sum[:])
+	return super, b, nil
+}
+
+// tailSum is the trailer's sum.
+func tailSum(super, tail []byte) (sum content.Sum) {
+	h := sha256.New()
+	h.Write(super)
+	h.Write(tail[:len(tail)-sha256.Size])
+	h.Sum(sum[:0])
+	return sum
+}
+
+// encodeInodes returns the metadata area of the pack's file system, in whole blocks.
+func (p *Pack) encodeInodes() []byte {
+	nids := make([]uint32, len(p.Slots))
+	next, used := uint32(packFilesNid), 0
+	for i, s := range p.Slots {
+		if s.Size == 0 {
+			continue
+		}
+		used++
+		if nids[i] = next; s.Size > math.MaxUint32 {
+			next++
+		}
+		next++
+	}
+	length := alignUp(int64(next)*slotSize, blockSize)
+	dir := packDirectory{first: p.Meta + uint32(length/blockSize)}
+	dir.add(".", packDirNid, 2)
+	dir.add("..", packRootNid, 2)
+	for i, nid := range nids {
+		if nid != 0 {
+			dir.add(slotName(uint32(i)), nid, 1)
+		}
+	}
+	blocks, size := dir.finish()
+	b := make([]byte, length, length+int64(len(blocks))+int64(len(p.Slots)*slotLen)+2*blockSize)
+
+	root := packDirectory{}
+	root.add(".", packRootNid, 2)
+	root.add("..", packRootNid, 2)
+	root.add(p.ID.String(), packDirNid, 2)
+	_, rootSize := root.finish()
+	// Behind the root's inode there is room for its three names.
+	putPackInode(b[packRootNid*slotSize:], layoutInline, 0o040555, 3, rootSize, 0, packRootNid)
+	root.encode(b[packRootNid*slotSize+compactSize:])
+	putPackInode(b[packDirNid*slotSize:], layoutPlain, 0o040555, 2, size, dir.first, packDirNid)
+	for i, nid := range nids {
+		if nid != 0 {
+			putPackInode(b[int64(nid)*slotSize:], layoutPlain, 0o100444, 1, p.Slots[i].Size, p.Slots[i].Block, nid)
+		}
+	}
+	return append(b, blocks...)
+}
+
+// putPackInode writes an inode without xattrs, of root's and of the year 1970.
+func putPackInode(b []byte, layout uint8, mode uint16, nlink uint32, size int64, block, ino uint32) {
+	format := uint16(layout) << 1
+	if size > math.MaxUint32 {
+		format |= 1
+		le.PutUint64(b[8:], uint64(size))
+		le.PutUint32(b[44:], nlink)
+	} else {
+		le.PutUint16(b[6:], uint16(nlink))
+		le.PutUint32(b[8:], uint32(size))
+	}
+	le.PutUint16(b[0:], format)
+	le.PutUint16(b[4:], mode)
+	le.PutUint32(b[16:], block)
+	le.PutUint32(b[20:], ino)
+}
+
+// packDirectory collects the names of one directory, which come sorted.
+type packDirectory struct {
+	first uint32 // its first block
+	names []string
+	nids  []uint32
+	types []uint8
+}
+
+func (d *packDirectory) add(name string, nid uint32, kind uint8) {
+	d.names, d.nids, d.types = append(d.names, name), append(d.nids, nid), append(d.types, kind)
+}
+
+// finish returns the directory's blocks, and its length without what pads the last one.
+func (d *packDirectory) finish() (blocks []byte, size int64) {
+	for len(d.names) > 0 {
+		n, length := 0, int64(0)
+		for ; n < len(d.names) && length+direntSize+int64(len(d.names[n])) <= blockSize; n++ {
+			length += direntSize + int64(len(d.names[n]))
+		}
+		block := make([]byte, blockSize)
+		rest := packDirectory{names: d.names[n:], nids: d.nids[n:], types: d.types[n:]}
+		part := packDirectory{names: d.names[:n], nids: d.nids[:n], types: d.types[:n]}
+		part.encode(block)
+		blocks = append(blocks, block...)
+		if size += length; len(rest.names) > 0 {
+			size += blockSize - length
+		}
+		if len(rest.names) == 0 {
+			break
+		}
+		*d = packDirectory{d.first, rest.names, rest.nids, rest.types}
+	}
+	return blocks, size
+}
+
+// encode writes all names, which fit, at b[0].
+func (d *packDirectory) encode(b []byte) {
+	name := direntSize * len(d.names)
+	for i := range d.names {
+		le.PutUint64(b[i*direntSize:], uint64(d.nids[i]))
+		le.PutUint16(b[i*direntSize+8:], uint16(name))
+		b[i*direntSize+10] = d.types[i]
+		name += copy(b[name:], d.names[i])
+	}
+}
+
+// encodeSuper returns block 0. The uuid is made from the id and the inodes.
+func (p *Pack) encodeSuper(inodes []byte) []byte {
+	b := make([]byte, blockSize)
+	sb := b[superOffset:]
+	le.PutUint32(sb[0:], superMagic)
+	le.PutUint32(sb[8:], compatChecksum|compatMtime)
+	sb[12] = blockBits
+	le.PutUint16(sb[14:], packRootNid)
+	le.PutUint64(sb[16:], uint64(len(p.Slots))+2)
+	le.PutUint32(sb[36:], p.Blocks)
+	le.PutUint32(sb[40:], p.Meta)
+	h := sha256.New()
+	h.Write([]byte(p.ID.String()))
+	h.Write(inodes)
+	putUUID(sb, h.Sum(nil))
+	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+	return b
+}
+
+// OpenPack reads what a sealed pack says of itself, from a file of this many bytes. What the file is not, or no longer, is an error
+// that wraps ErrDamaged. It does not look at payloads.
+func OpenPack(r io.ReaderAt, size int64) (*Pack, error) {
+	damaged := func(format string, args ...any) error {
+		return fmt.Errorf("pack is %w: %s", ErrDamaged, fmt.Sprintf(format, args...))
+	}
+	if size < 2*blockSize || size%blockSize != 0 || size/blockSize > math.MaxUint32 {
+		return nil, damaged("a file of %d bytes is none", size)
+	}
+	var t [trailerLen]byte
+	if _, err := r.ReadAt(t[:], size-trailerLen); err != nil {
+		return nil, fmt.Errorf("read the trailer of a pack: %w", err)
+	}
+	p := &Pack{ID: content.PackID(le.Uint64(t[16:])), Meta: le.Uint32(t[24:]), Blocks: le.Uint32(t[28:])}
+	slots, table := int64(le.Uint32(t[12:])), int64(le.Uint64(t[32:]))
+	copy(p.Sum[:], t[sumOffset:])
+	length := size - int64(p.Meta)*blockSize
+	switch {
+	case string(t[:8]) != packMagic:
+		return nil, damaged("it has no trailer")
+	case le.Uint32(t[8:]) != packVersion:
+		return nil, fmt.Errorf("pack has version %d, this build reads %d", le.Uint32(t[8:]), packVersion)
+	case int64(p.Blocks)*blockSize != size:
+		return nil, damaged("it has %d bytes, its trailer says %d", size, int64(p.Blocks)*blockSize)
+	case p.Meta < 1 || length <= 0 || length > maxMeta || slots > maxSlots:
+		return nil, damaged("its trailer says what cannot be")
+	case table < packFilesNid*slotSize || table > length-trailerLen || slots*slotLen > length-trailerLen-table:
+		return nil, damaged("its table does not fit")
+	}
+	super, tail := make([]byte, blockSize), make([]byte, length)
+	if _, err := r.ReadAt(super, 0); err != nil {
+		return nil, fmt.Errorf("read the superblock of a pack: %w", err)
+	}
+	if _, err := r.ReadAt(tail, size-length); err != nil {
+		return nil, fmt.Errorf("read the table of a pack: %w", err)
+	}
+	if sum := tailSum(super, tail); sum != p.Sum {
+		return nil, damaged("superblock, inodes or table have the sum %s, the trailer says %s", sum, p.Sum)
+	}
+	return p, p.decodeTable(tail[table:table+slots*slotLen], damaged)
+}
+
+func (p *Pack) decodeTable(b []byte, damaged func(string, ...any) error) error {
+	p.Slots = make([]Slot, len(b)/slotLen)
+	for i := range p.Slots {
+		rec := b[i*slotLen:]
+		s := Slot{Block: le.Uint32(rec[sha256.Size:]), Size: int64(le.Uint64(rec[sha256.Size+4:]))}
+		copy(s.ID.Sum[:], rec)
+		switch {
+		case s == Slot{}:
+		case s.Size <= 0 || s.Block < 1 || s.Size > int64(p.Meta)*blockSize || int64(s.Block)+blocksOf(s.Size) > int64(p.Meta):
+			return damaged("slot %d of its table is outside of it", i)
+		}
+		p.Slots[i] = s
+	}
+	return nil
+}
+
+// PackSize returns the length of a pack's file, in bytes, that holds payloads of these sizes.
+func PackSize(sizes []int64) (int64, error) {
+	p := &Pack{Meta: 1, Slots: make([]Slot, len(sizes))}
+	for i, size := range sizes {
+		p.Slots[i] = Slot{Block: p.Meta, Size: size}
+		p.Meta += uint32(blocksOf(size))
+	}
+	if _, _, err := p.encodeTail(); err != nil {
+		return 0, err
+	}
+	return int64(p.Blocks) * blockSize, nil
+}

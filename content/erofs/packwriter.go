@@ -1,0 +1,214 @@
+package erofs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+)
+
+// writeOut is how much a PackWriter collects before it has the kernel begin to write it to the disk, so that the sync at the end
+// finds little left.
+const writeOut = 8 << 20
+
+// PackWriter writes one pack. All methods but Seal may be called concurrently; Seal comes last, when all others have
+// returned. A pack is not durable before its file system has been synced.
+type PackWriter struct {
+	f  *os.File
+	id content.PackID
+
+	mu    sync.Mutex // guards what follows
+	slots []Slot
+	next  uint32 // the first free block
+	begun uint32 // up to where the kernel has been asked to write
+	err   error  // the first that a write gave; the pack is lost then
+}
+
+// NewPackWriter begins a pack in an empty file, which stays the caller's.
+func NewPackWriter(f *os.File, id content.PackID) *PackWriter {
+	return &PackWriter{f: f, id: id, next: 1, begun: 1}
+}
+
+// ID returns the pack's id.
+func (w *PackWriter) ID() content.PackID { return w.id }
+
+// Blocks returns how many blocks the payloads take by now, block 0 included.
+func (w *PackWriter) Blocks() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return int64(w.next)
+}
+
+// Append adds a payload, which is not empty, and returns the number of its slot.
+func (w *PackWriter) Append(id content.ObjectID, data []byte) (n uint32, err error) {
+	n, block, err := w.take(Slot{ID: id, Size: int64(len(data))})
+	if err != nil {
+		return 0, err
+	}
+	if _, err := w.f.WriteAt(data, int64(block)*blockSize); err != nil {
+		return 0, w.fail(err)
+	}
+	w.push()
+	return n, nil
+}
+
+// take gives a payload its slot and its blocks.
+func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	end := int64(w.next) + blocksOf(s.Size)
+	switch {
+	case w.err != nil:
+		return 0, 0, w.err
+	case s.Size <= 0:
+		return 0, 0, fmt.Errorf("payload of %d bytes in a pack", s.Size)
+	case len(w.slots) >= maxSlots || end > math.MaxUint32-maxMeta/blockSize:
+		return 0, 0, fmt.Errorf("pack %s is full: %d payloads, %d blocks", w.id, len(w.slots), w.next)
+	}
+	n, block = uint32(len(w.slots)), w.next
+	s.Block = block
+	w.slots = append(w.slots, s)
+	w.next = uint32(end)
+	return n, block, nil
+}
+
+func (w *PackWriter) fail(err error) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = fmt.Errorf("write pack %s: %w", w.id, err)
+	}
+	return w.err
+}
+
+// push has the kernel begin with what has been collected. Payloads that are still being written go with the next round, or the sync.
+func (w *PackWriter) push() {
+	w.mu.Lock()
+	from, length := int64(w.begun)*blockSize, int64(w.next-w.begun)*blockSize
+	if length < 2*writeOut {
+		w.mu.Unlock()
+		return
+	}
+	// What was taken last is probably not there yet.
+	length = alignUp(length-writeOut, blockSize)
+	w.begun += uint32(length / blockSize)
+	w.mu.Unlock()
+	// A hint: where it does not work, the sync has more to do.
+	_ = unix.SyncFileRange(int(w.f.Fd()), from, length, unix.SYNC_FILE_RANGE_WRITE)
+}
+
+// Read returns the payload of a slot that Append or Commit returned, as it was written.
+func (w *PackWriter) Read(n uint32) ([]byte, error) {
+	w.mu.Lock()
+	if int(n) >= len(w.slots) {
+		w.mu.Unlock()
+		return nil, fmt.Errorf("pack %s has no slot %d", w.id, n)
+	}
+	s := w.slots[n]
+	w.mu.Unlock()
+	b := make([]byte, s.Size)
+	if _, err := w.f.ReadAt(b, int64(s.Block)*blockSize); err != nil {
+		return nil, fmt.Errorf("read from pack %s: %w", w.id, err)
+	}
+	return b, nil
+}
+
+// Extent is room for a payload whose id is known only at its end. One goroutine uses it.
+type Extent struct {
+	w       *PackWriter
+	n       uint32
+	slot    Slot
+	written int64
+}
+
+// Stream takes room for a payload of this many bytes.
+func (w *PackWriter) Stream(size int64) (*Extent, error) {
+	n, block, err := w.take(Slot{Size: size})
+	if err != nil {
+		return nil, err
+	}
+	return &Extent{w: w, n: n, slot: Slot{Block: block, Size: size}}, nil
+}
+
+// Write adds bytes to the payload.
+func (e *Extent) Write(p []byte) (int, error) {
+	if int64(len(p)) > e.slot.Size-e.written {
+		return 0, fmt.Errorf("payload of %d bytes has more than these: %w", e.slot.Size, io.ErrShortWrite)
+	}
+	n, err := e.w.f.WriteAt(p, int64(e.slot.Block)*blockSize+e.written)
+	e.written += int64(n)
+	if err != nil {
+		return n, e.w.fail(err)
+	}
+	e.w.push()
+	return n, nil
+}
+
+// Commit names a payload that is complete, and returns the number of its slot.
+func (e *Extent) Commit(id content.ObjectID) (n uint32, err error) {
+	if e.written != e.slot.Size {
+		return 0, fmt.Errorf("payload of %d bytes ends after %d: %w", e.slot.Size, e.written, io.ErrUnexpectedEOF)
+	}
+	e.w.mu.Lock()
+	defer e.w.mu.Unlock()
+	e.w.slots[e.n].ID = id
+	return e.n, nil
+}
+
+// Abort gives the room back. The last payload's blocks are used again, others become a hole.
+func (e *Extent) Abort() error {
+	w := e.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	end := e.slot.Block + uint32(blocksOf(e.slot.Size))
+	w.slots[e.n] = Slot{}
+	if int(e.n) == len(w.slots)-1 && w.next == end {
+		w.slots, w.next = w.slots[:e.n], e.slot.Block
+		w.begun = min(w.begun, w.next)
+		if err := w.f.Truncate(int64(w.next) * blockSize); err != nil {
+			return fmt.Errorf("shorten pack %s: %w", w.id, err)
+		}
+		return nil
+	}
+	err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE,
+		int64(e.slot.Block)*blockSize, int64(end-e.slot.Block)*blockSize)
+	if errors.Is(err, unix.ENOTSUP) {
+		return nil // the blocks stay until the pack is merged
+	}
+	if err != nil {
+		return fmt.Errorf("give room in pack %s back: %w", w.id, err)
+	}
+	return nil
+}
+
+// Seal writes what makes the payloads a pack, the superblock last. It does not sync.
+func (w *PackWriter) Seal() (*Pack, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return nil, w.err
+	}
+	p := &Pack{ID: w.id, Slots: w.slots, Meta: w.next}
+	for n, s := range p.Slots {
+		if s.ID.IsZero() && s.Size > 0 {
+			return nil, fmt.Errorf("seal pack %s: the payload of slot %d was never committed", w.id, n)
+		}
+	}
+	super, tail, err := p.encodeTail()
+	if err != nil {
+		return nil, err
+	}
+	if _, err = w.f.WriteAt(tail, int64(p.Meta)*blockSize); err == nil {
+		_, err = w.f.WriteAt(super, 0)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("seal pack %s: %w", w.id, err)
+	}
+	return p, nil
+}
