@@ -8,8 +8,9 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxZstdWindow bounds what one zstd frame makes the decoder allocate: containerd's bound, which is its library's.
-const maxZstdWindow = zstd.MaxWindowSize
+// maxZstdWindow bounds what one zstd frame makes the decoder allocate: containerd's bound, which is the default of its
+// library (zstd.MaxWindowSize).
+const maxZstdWindow = 512 << 20
 
 // freeZstdWindow is a window that memory is not asked for: what `zstd -19` and most builders write.
 const freeZstdWindow = 8 << 20
