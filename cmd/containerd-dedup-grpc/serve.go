@@ -68,9 +68,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
-	if err := limitHeap(memory); err != nil {
-		log.G(ctx).Info(err)
-	}
+	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
 		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
 	}
