@@ -90,14 +90,15 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "objects"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if off := float64(sum.Size)/float64(disk.Bytes) - 1; off < -0.01 || off > 0.01 {
 		t.Errorf("snapshots use %d bytes, the disk holds %d: %.1f %% off", sum.Size, disk.Bytes, 100*off)
 	}
-	if off := float64(sum.Inodes)/float64(disk.Inodes) - 1; off < -0.02 || off > 0.02 {
+	// Some directories are not counted, and rounding is: there are few inodes.
+	if off := sum.Inodes - disk.Inodes; off < -4 || off > 4 {
 		t.Errorf("snapshots use %d inodes, the disk holds %d", sum.Inodes, disk.Inodes)
 	}
 }
@@ -127,7 +128,7 @@ func TestUsageIsAskedOnce(t *testing.T) {
 		for _, n := range told {
 			sum += n
 		}
-		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "objects"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
 		if err != nil {
 			t.Fatal(err)
 		}

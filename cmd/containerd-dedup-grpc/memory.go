@@ -16,7 +16,8 @@ import (
 const (
 	// leastMemory is the smallest max_memory.
 	leastMemory = 64 << 20
-	// fixedMemory is about what the daemon takes beside max_memory: payloads on their way to the disk, chunks of tars, metadata.db.
+	// fixedMemory is about what the daemon takes beside max_memory: payloads on their way to the disk, chunks of
+	// tars, metadata.db.
 	fixedMemory = 128 << 20
 )
 
@@ -27,7 +28,8 @@ func (c Config) memory() (int64, error) {
 	}
 	n, err := units.RAMInBytes(c.MaxMemory)
 	if err != nil || n < leastMemory {
-		return 0, fmt.Errorf("max_memory = %q: want \"auto\", or an amount of at least %s such as \"2GiB\"", c.MaxMemory, units.BytesSize(leastMemory))
+		return 0, fmt.Errorf("max_memory = %q: want \"auto\", or an amount of at least %s such as \"2GiB\"",
+			c.MaxMemory, units.BytesSize(leastMemory))
 	}
 	return n, nil
 }
@@ -46,8 +48,8 @@ func machineMemory() int64 {
 	return int64(info.Totalram) * int64(info.Unit)
 }
 
-// cgroupMemory is the smallest of memory.high and memory.max on the way up from the process's cgroup (v2), or a number that
-// is larger than any.
+// cgroupMemory is the smallest of memory.high and memory.max on the way up from the process's cgroup (v2), or a
+// number that is larger than any.
 func cgroupMemory(self, root string) int64 {
 	least := int64(math.MaxInt64)
 	text, err := os.ReadFile(self)
@@ -74,12 +76,12 @@ func cgroupMemory(self, root string) int64 {
 	return least
 }
 
-// heapGrowth is by how many percent the heap may grow between two collections. Half of Go's own takes 15 MB from the peak of a pull,
-// and no CPU time that could be measured: what large payloads take is not in the heap.
+// heapGrowth is by how many percent the heap may grow between two collections. Half of Go's own takes 15 MB from the
+// peak of a pull, and no CPU time that could be measured: what large payloads take is not in the heap.
 const heapGrowth = 50
 
-// limitHeap has the garbage collector work harder before the heap becomes larger than what may be in use, and a quarter more. What the
-// environment says of the collector stays.
+// limitHeap has the garbage collector work harder before the heap becomes larger than what may be in use, and a
+// quarter more. What the environment says of the collector stays.
 func limitHeap(most int64) {
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(most + most/4 + fixedMemory)

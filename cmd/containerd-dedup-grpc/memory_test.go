@@ -73,8 +73,8 @@ func TestCgroupMemory(t *testing.T) {
 	}
 }
 
-// The unit bounds its memory, so that an out-of-memory of its own ends the daemon alone, which is started again. systemd must not stop
-// it for a helper process (igzip) that was killed.
+// The unit bounds its memory, so that an out-of-memory of its own ends the daemon alone, which is started again.
+// systemd must not stop it for a helper process (igzip) that was killed.
 func TestUnitBoundsMemory(t *testing.T) {
 	text := readFile(t, unitFile)
 	for _, want := range []string{`MemoryHigh=\d+%`, `MemoryMax=\d+%`, "OOMPolicy=continue", "OOMScoreAdjust=-999", "Restart=always"} {

@@ -153,7 +153,8 @@ func TestLargeOnesTakeTurns(t *testing.T) {
 	idle(t, s)
 }
 
-// TestArrivingWaitsForNothing: a download that needs a large share, or finds half of the small ones taken, is read when it is whole.
+// TestArrivingWaitsForNothing: a download that needs a large share, or finds half of the small ones taken, is read
+// when it is whole.
 func TestArrivingWaitsForNothing(t *testing.T) {
 	s := openSmall(t)
 	arriving := smallBlob(5000, 1)

@@ -17,9 +17,9 @@ const (
 	bufferMin = 4 << 10
 )
 
-// buffers hands out memory for payloads on their way to the disk: a buddy allocator over one mapping, which is outside of Go's heap,
-// where the collector would let it grow to twice what is in use. Who finds it full waits its turn. The mapping is there while
-// anything is in use, and until trim.
+// buffers hands out memory for payloads on their way to the disk: a buddy allocator over one mapping, which is
+// outside of Go's heap, where the collector would let it grow to twice what is in use. Who finds it full waits its
+// turn. The mapping is there while anything is in use, and until trim.
 type buffers struct {
 	mu      sync.Mutex // guards what follows
 	slab    []byte

@@ -72,7 +72,8 @@ func TestBuffersAreApart(t *testing.T) {
 	b.trim()
 }
 
-// TestBuffersWait: who finds no room waits its turn, also when somebody who asks for less comes later, and ends with its context.
+// TestBuffersWait: who finds no room waits its turn, also when somebody who asks for less comes later, and ends with
+// its context.
 func TestBuffersWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var b buffers

@@ -77,8 +77,8 @@ func peakOf(tb testing.TB, fn func()) (most, stays int64) {
 	return status(tb, "VmHWM") - before, status(tb, "VmRSS") - before
 }
 
-// BenchmarkMemory reports the peak of resident memory for each entry, of which inline data is part, of an ingest, of encoding, and
-// of a chain build. DEDUP_LONG adds a layer of 600,000 files.
+// BenchmarkMemory reports the peak of resident memory for each entry, of which inline data is part, of an ingest, of
+// encoding, and of a chain build. DEDUP_LONG adds a layer of 600,000 files.
 func BenchmarkMemory(b *testing.B) {
 	counts := []int{100_000}
 	if os.Getenv("DEDUP_LONG") != "" {
@@ -145,8 +145,8 @@ func perEntry(b *testing.B, n int, fn func()) {
 	b.ReportMetric(float64(stays)/float64(n), "stays-B/entry")
 }
 
-// BenchmarkPeak reports the peak of resident memory while the layers that DEDUP_BENCH_LAYERS names (files, separated by colons) are
-// ingested side by side into an empty store, as in a pull, and the CPU time that it takes.
+// BenchmarkPeak reports the peak of resident memory while the layers that DEDUP_BENCH_LAYERS names (files, separated
+// by colons) are ingested side by side into an empty store, as in a pull, and the CPU time that it takes.
 func BenchmarkPeak(b *testing.B) {
 	paths := filepath.SplitList(os.Getenv("DEDUP_BENCH_LAYERS"))
 	if len(paths) == 0 {
@@ -164,7 +164,8 @@ func BenchmarkPeak(b *testing.B) {
 			var wg sync.WaitGroup
 			for _, path := range paths {
 				wg.Go(func() {
-					in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(path), Open: func(context.Context) (io.ReadCloser, error) { return os.Open(path) }})
+					open := func(context.Context) (io.ReadCloser, error) { return os.Open(path) }
+					in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(path), Open: open})
 					if err != nil {
 						b.Error(err)
 						return
