@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/opencontainers/go-digest"
 
@@ -432,7 +431,7 @@ func TestBytecodeInAnyOrder(t *testing.T) {
 	for i := range 8 {
 		blob := w.tar(t, r, nil)
 		for f, s := range stores {
-			s.waiting = semaphore.NewWeighted([]int64{0, 5000, 40000, waitingMax}[i%4])
+			s.parked.most = []int{1, 5000, 40000, 0}[i%4]
 			in := ingest(t, s, blob)
 			d, err := DraftBlob(t.Context(), digest.FromBytes(blob), bytes.NewReader(blob))
 			if err != nil {
