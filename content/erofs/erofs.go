@@ -64,6 +64,10 @@ const (
 	incompatChunked  = 1 << 2
 	superChecksumOff = 4
 	superUUIDOff     = 48
+	superBlocksOff   = 36
+	superIncompatOff = 80
+	superDevicesOff  = 86
+	superTableOff    = 88
 )
 
 var le = binary.LittleEndian
@@ -78,17 +82,20 @@ type image struct {
 	epoch  content.Time // the mtime of all compact inodes
 	shared sharedXattrs
 	ents   []dirent                             // scratch of dirents
+	text   []byte                               // scratch of redirect
 	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
 	packs  *packs                               // nil: files without data are holes
 	length int64                                // of the image in bytes; a multiple of blockSize
+	// chunked: there are files with payloads.
+	chunked bool
 }
 
 // Write writes the image of root to w and returns its length in bytes.
 //
 // Nodes that share an Entry are one inode, except directories: each of those has
-// its own. Write holds the image in memory (some 270 bytes an entry, and as much
-// again while it works) and hands it to w in one piece. An error about an entry
-// names its path; nothing was written then.
+// its own. Write keeps some 100 bytes an entry in memory, and hands the image to w in
+// pieces of 256 KiB and more. An error about an entry names its path; nothing was
+// written then.
 //
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
 // number, link target or size that EROFS or Linux cannot hold; an entry
@@ -108,38 +115,75 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	if err := im.scan(root); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	if err := im.checkPlaces(); err != nil {
+	if err := im.findPayloads(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	if err := im.place(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	b, err := im.encode()
-	if err != nil {
+	sum := sha256.New()
+	first := out{w: sum}
+	if err := im.encode(&first); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	n, err := w.Write(b)
-	if err != nil {
-		return int64(n), fmt.Errorf("write chain image: %w", err)
+	seal(first.head, sum.Sum(nil))
+	second := out{w: w, head: first.head, buf: first.buf[:0]}
+	if err := im.encode(&second); err != nil {
+		return second.base, err
 	}
-	return int64(n), nil
+	return im.length, nil
 }
 
-// encode returns the bytes of a placed image.
-func (im *image) encode() ([]byte, error) {
-	b := make([]byte, im.length)
-	im.shared.encode(b)
-	im.packs.encode(b)
-	chunked := false
-	for i := range im.inodes {
-		if err := im.stopped(i); err != nil {
-			return nil, err
+// encode makes the bytes of a placed image.
+func (im *image) encode(o *out) error {
+	im.encodeSuper(o.at(superOffset, superSize))
+	im.packs.encode(o)
+	shared := im.shared.begin()
+	err := im.inOrder(func(id int32) error {
+		if shared > 0 && im.inodes[id].offset > shared {
+			im.shared.encode(o)
+			shared = 0
 		}
-		im.encodeInode(b, int32(i))
-		chunked = chunked || im.inodes[i].layout == layoutChunk
+		im.encodeInode(o, id)
+		return o.err
+	})
+	if err != nil {
+		return err
 	}
-	im.encodeSuper(b, chunked)
-	return b, nil
+	if shared > 0 {
+		im.shared.encode(o)
+	}
+	for i := range im.inodes {
+		if im.inodes[i].dataBlocks() > 0 {
+			im.encodeBlocks(o, int32(i))
+		}
+	}
+	return o.finish(im.length)
+}
+
+// inOrder calls f for all inodes by offset. They form two rows that are in order already: those that follow one another, and those in gaps.
+func (im *image) inOrder(f func(id int32) error) error {
+	next := func(i int, inGap bool) int {
+		for i++; i < len(im.inodes) && im.inodes[i].inGap != inGap; i++ {
+		}
+		return i
+	}
+	row, gap := next(-1, false), next(-1, true)
+	for n := range im.inodes {
+		if err := im.stopped(n); err != nil {
+			return err
+		}
+		id := row
+		if row == len(im.inodes) || gap < len(im.inodes) && im.inodes[gap].offset < im.inodes[row].offset {
+			id, gap = gap, next(gap, true)
+		} else {
+			row = next(row, false)
+		}
+		if err := f(int32(id)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stopped returns why to stop before inode i. It looks at every few thousandth.
@@ -150,10 +194,8 @@ func (im *image) stopped(i int) error {
 	return context.Cause(im.ctx)
 }
 
-// encodeSuper comes last: the uuid is made from all other bytes, and the checksum
-// covers the inodes that share block 0.
-func (im *image) encodeSuper(b []byte, chunked bool) {
-	sb := b[superOffset:blockSize]
+// encodeSuper writes the superblock without what seal adds.
+func (im *image) encodeSuper(sb []byte) {
 	le.PutUint32(sb[0:], superMagic)
 	le.PutUint32(sb[8:], compatChecksum|compatMtime)
 	sb[12] = blockBits
@@ -161,22 +203,30 @@ func (im *image) encodeSuper(b []byte, chunked bool) {
 	le.PutUint64(sb[16:], uint64(len(im.inodes)))
 	le.PutUint64(sb[24:], uint64(im.epoch.Sec))
 	le.PutUint32(sb[32:], im.epoch.Nsec)
-	le.PutUint32(sb[36:], uint32(im.length/blockSize))
+	le.PutUint32(sb[superBlocksOff:], uint32(im.length/blockSize))
 	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
 	incompat := uint32(0)
-	if chunked {
+	if im.chunked {
 		incompat |= incompatChunked
 	}
 	if im.packs.count() > 0 {
 		incompat |= incompatDevices
-		le.PutUint16(sb[86:], uint16(im.packs.count()))
-		le.PutUint16(sb[88:], deviceTable/deviceSlot)
+		le.PutUint16(sb[superDevicesOff:], uint16(im.packs.count()))
+		le.PutUint16(sb[superTableOff:], deviceTable/deviceSlot)
 	}
-	le.PutUint32(sb[80:], incompat)
-	sum := sha256.Sum256(b)
-	putUUID(sb, sum[:])
-	// The kernel's crc32c leaves out the last inversion.
-	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+	le.PutUint32(sb[superIncompatOff:], incompat)
+}
+
+// seal completes block 0: the uuid is made from the sum of the whole image without it, and the checksum is over what follows it in
+// the block, inodes included.
+func seal(block, sum []byte) {
+	putUUID(block[superOffset:], sum)
+	le.PutUint32(block[superOffset+superChecksumOff:], superChecksum(block))
+}
+
+// superChecksum is the kernel's over block 0, taken while the field itself is zero. It leaves out crc32c's last inversion.
+func superChecksum(block []byte) uint32 {
+	return ^crc32.Checksum(block[superOffset:], crc32.MakeTable(crc32.Castagnoli))
 }
 
 // putUUID writes a uuid made from a sum into a superblock.

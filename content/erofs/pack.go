@@ -75,7 +75,14 @@ func (p *Pack) Device() Device { return Device{Pack: p.ID, Tag: p.Sum.Hex(), Blo
 // PackPath returns where a pack's file system has the payload of a slot; overlayfs follows it from trusted.overlay.redirect.
 func PackPath(id content.PackID, n uint32) string { return "/" + id.String() + "/" + slotName(n) }
 
-func slotName(n uint32) string { return fmt.Sprintf("%0*x", nameLen, n) }
+func slotName(n uint32) string { return string(appendSlotName(nil, n)) }
+
+func appendSlotName(b []byte, n uint32) []byte {
+	for shift := 4 * (nameLen - 1); shift >= 0; shift -= 4 {
+		b = append(b, "0123456789abcdef"[n>>shift&15])
+	}
+	return b
+}
 
 // blocksOf returns how many blocks a payload takes.
 func blocksOf(size int64) int64 { return alignUp(size, blockSize) / blockSize }
