@@ -82,8 +82,8 @@ func (c ChainID) Leads(to ChainID) func(d DiffID) bool {
 	}
 }
 
-// PackID names a pack: the microseconds since 1970 at which it was begun, raised where needed so that ids grow. An id is
-// never used again.
+// PackID names a pack: the microseconds since 1970 at which it was begun, raised where needed so that ids grow. An id
+// is never used again.
 type PackID uint64
 
 // packIDLen is the length of a PackID as text.

@@ -7,18 +7,18 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// A chain image over packs is an image as above with a device for each pack that it needs, between the superblock and the root inode:
+// Between the superblock and the root inode of a chain image over packs lie
 //
-//	1152   the device table: 128 bytes a pack: tag (64), blocks of the pack (4), zeros
-//	then   the pack list: magic (8), flavour (4), packs (4), crc32c of table and list (4), zeros, and 8 bytes a pack: its id
-//
-// The chunk index of a file with a payload names the device (counted from 1) and the payload's first block there, so the image
-// shows every byte by itself when it is mounted with its packs as device= in the order of the table.
+//	1152   the device table: for each pack tag (64), blocks of the pack (4), where the pack begins when image and
+//	       packs are one behind the other (4, in blocks; 0 if that is too far), zeros up to 128
+//	then   the pack list: magic (8), flavour (4), packs (4), crc32c of table and list (4), 4 zeros, and for each
+//	       pack its id (8)
 const (
 	deviceTable     = superOffset + superSize
 	deviceSlot      = 128
@@ -27,8 +27,8 @@ const (
 	packListMagic   = "packlist"
 	packListSum     = 16 // where its checksum is
 	packListLen     = 24
-	// MaxPacks is how many packs an image can name: behind them the root inode's number still fits the superblock's 16 bits. What is
-	// sensible is far less.
+	// MaxPacks is how many packs an image can name: behind them the root inode's number still fits the superblock's
+	// 16 bits. What is sensible is far less.
 	MaxPacks = 1 << 12
 
 	flavourPrivate = 0
@@ -50,13 +50,14 @@ type Options struct {
 	Place func(content.ObjectID) (content.Place, bool)
 	// Packs are the image's devices, in the order in which it is to be mounted with them.
 	Packs []Device
-	// Redirect also gives files with payloads the xattrs by which overlayfs finds them in packs that are mounted as data-only
-	// lower layers, where images share them in memory. Without data-only lower layers it must not be set: overlayfs would
-	// look for payloads that it cannot find.
+	// Redirect also gives files with payloads the xattrs by which overlayfs finds them in packs that are mounted as
+	// data-only lower layers, where images share them in memory. Without data-only lower layers it must not be set:
+	// overlayfs would look for payloads that it cannot find.
 	Redirect bool
 }
 
-// WriteChain is Write for an image over packs: files with payloads show them, wherever the image is mounted with its packs.
+// WriteChain is Write for an image over packs: files with payloads show them, wherever the image is mounted with its
+// packs.
 func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (int64, error) {
 	p, err := newPacks(o)
 	if err != nil {
@@ -112,15 +113,21 @@ func (p *packs) end() int64 {
 	return deviceTable + int64(len(p.Packs))*deviceSlot + packListLen + 8*int64(len(p.Packs))
 }
 
-func (p *packs) encode(o *out) {
+// encode writes the device table and the list of packs of an image of this length.
+func (p *packs) encode(o *out, length int64) {
 	if p == nil {
 		return
 	}
 	b := o.at(deviceTable, p.end()-deviceTable)
+	flat := length / blockSize
 	for i, d := range p.Packs {
 		slot := b[i*deviceSlot:]
 		copy(slot, d.Tag)
 		le.PutUint32(slot[tagLen:], d.Blocks)
+		if flat <= math.MaxUint32 {
+			le.PutUint32(slot[tagLen+4:], uint32(flat))
+		}
+		flat += int64(d.Blocks)
 	}
 	list := b[len(p.Packs)*deviceSlot:]
 	copy(list, packListMagic)
@@ -157,7 +164,8 @@ func (p *packs) find(e *content.Entry) (place content.Place, device uint16, err 
 	return place, device, nil
 }
 
-// findPayloads asks once for the place of each payload, and refuses those that are not where the image could show them.
+// findPayloads asks once for the place of each payload, and refuses those that are not where the image could show
+// them.
 func (im *image) findPayloads() error {
 	for i := range im.inodes {
 		in := &im.inodes[i]
@@ -205,8 +213,8 @@ func (in *inode) encodeChunks(b []byte) {
 	}
 }
 
-// ReadChain reads from a chain image over packs which packs it names, and whether overlayfs finds payloads through it. It reads
-// block 0 and the list of packs only. A file that is no such image is an error that wraps ErrDamaged.
+// ReadChain reads from a chain image over packs which packs it names, and whether overlayfs finds payloads through
+// it. It reads block 0 and the list of packs only. A file that is no such image is an error that wraps ErrDamaged.
 func ReadChain(r io.ReaderAt, size int64) (devices []Device, redirect bool, err error) {
 	if size < blockSize || size%blockSize != 0 {
 		return nil, false, damagedChain("a file of %d bytes is none", size)
@@ -233,10 +241,9 @@ func ReadChain(r io.ReaderAt, size int64) (devices []Device, redirect bool, err 
 		return nil, false, damagedChain("its list of packs is not what was written")
 	}
 	for i := range n {
-		slot := b[i*deviceSlot:]
-		devices = append(devices, Device{
-			Pack: content.PackID(le.Uint64(list[packListLen+8*i:])), Tag: string(slot[:tagLen]), Blocks: le.Uint32(slot[tagLen:]),
-		})
+		slot, id := b[i*deviceSlot:], le.Uint64(list[packListLen+8*i:])
+		d := Device{Pack: content.PackID(id), Tag: string(slot[:tagLen]), Blocks: le.Uint32(slot[tagLen:])}
+		devices = append(devices, d)
 	}
 	return devices, flavour == flavourShared, nil
 }

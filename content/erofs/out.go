@@ -9,8 +9,8 @@ import (
 // outChunk is about how much of an image is held at a time while it is written.
 const outChunk = 256 << 10
 
-// out takes the bytes of an image from front to back and hands them on in large pieces. Block 0 has checksums over all that follows it, so
-// an image is made twice: the first time to learn head, the second time with it.
+// out takes the bytes of an image from front to back and hands them on in large pieces. Block 0 has checksums over
+// all that follows it, so an image is made twice: the first time to learn head, the second time with it.
 type out struct {
 	w    io.Writer
 	head []byte // block 0 as it is to be written; nil: as it comes, and kept here
@@ -19,8 +19,8 @@ type out struct {
 	err  error  // the first of w's
 }
 
-// at returns the n bytes of the image at an offset, zero if nobody has written there. They are good until the next call, whose offset
-// must not be smaller.
+// at returns the n bytes of the image at an offset, zero if nobody has written there. They are good until the next
+// call, whose offset must not be smaller.
 func (o *out) at(offset, n int64) []byte {
 	if offset-o.base >= outChunk {
 		o.flush(offset)

@@ -114,6 +114,42 @@ func TestUnitTests(t *testing.T) {
 	}
 }
 
+// Packs and chain images over them are read right by older kernels: Linux 6.1 mounts both from loop devices, and images over packs by themselves;
+// 6.12 mounts them from files, and as data-only lower layers with metacopy=on.
+func TestImages(t *testing.T) {
+	for _, row := range []struct {
+		suite string
+		ran   []string
+	}{
+		{Bookworm, []string{"TestKernelReadsPack/loop", "TestKernelReadsChainOverPacks/private_loop",
+			"TestKernelReadsLargePayloads/loop/pack", "TestKernelReadsLargePayloads/loop/chain"}},
+		{Trixie, []string{"TestKernelReadsPack/file", "TestKernelReadsChainOverPacks/private_file", "TestKernelReadsChainOverPacks/private_loop",
+			"TestKernelReadsChainOverPacks/shared_file", "TestKernelReadsChainOverPacks/shared_loop", "TestKernelReadsChainOverManyPacks",
+			"TestKernelReadsLargePayloads/file/overlay"}},
+	} {
+		t.Run(row.suite, func(t *testing.T) {
+			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: Ext4, Files: map[string]string{}}
+			if testing.Verbose() {
+				opts.Output = os.Stderr
+			}
+			name, path := testBinary(t, t.TempDir(), "content/erofs")
+			opts.Files[name] = path
+			opts.Script = fmt.Sprintf("uname -r\n./%s -test.v -test.run 'Mount|Kernel'\n", name)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute) // a machine that hangs
+			defer cancel()
+			out, err := Run(ctx, opts)
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			for _, name := range row.ran {
+				if !strings.Contains(out, "--- PASS: "+name+" ") {
+					t.Errorf("%s did not run there", name)
+				}
+			}
+		})
+	}
+}
+
 // With a real containerd in front, an image is served with fs-verity, a payload that was exchanged is an error for whoever reads it, and
 // fsck heals it from containerd's content store.
 func TestContainerd(t *testing.T) {
