@@ -19,7 +19,7 @@ var layers = [][]string{
 	{"/content/erofs", "/content/object"},
 	{"/content/layer"},
 	{"/content/forecast"},
-	{"/snapshotter/blobs"},
+	{"/snapshotter/blobs", "/snapshotter/lower"},
 	{"/snapshotter"},
 	{"/snapshotter/apply", "/snapshotter/control"},
 	{"/cmd/containerd-dedup-grpc", "/cmd/dedupctl"},

@@ -39,13 +39,13 @@ const (
 	// Implied, on a Dir: no archive member named it, only something below it. A
 	// directory of the layers below keeps its metadata.
 	Implied
-	// PycPaired, on a Regular: the .pyc of a CPython pair that is valid in this layer.
-	// Its payload carries the canonical timestamp in its header; PycTime is
-	// the one that the image recorded there.
+	// PycPaired, on a Regular: the .pyc of a CPython pair that is valid in this layer. Its payload carries the
+	// SourceTime of its source; PycTime is what the image recorded there.
 	PycPaired
-	// PycLone, on a Regular: a timestamp .pyc whose source is not in this layer. Its
-	// payload is exact; PycCanonical names the same bytes with the canonical timestamp.
-	PycLone
+	_ // until format 2: a .pyc whose source is in another layer
+	// PySource, on a Regular: the source of a PycPaired of this layer. Containers see its SourceTime as its mtime (Shown);
+	// Mtime is the image's.
+	PySource
 )
 
 // Time is a point in time as inodes keep it.
@@ -59,6 +59,10 @@ type Xattr struct {
 	Name  string
 	Value []byte
 }
+
+// MaxBelowXattrs bounds what all LowerLinks of a chain may add to the xattrs of one inode, in bytes. Whoever makes entries
+// leaves so much room in each, so that no inode of a chain image becomes too large for its format.
+const MaxBelowXattrs = 64 << 10
 
 // XattrSize is what an attribute takes of an inode's room in a chain image, its header and its padding included; at most.
 func XattrSize(x Xattr) int64 { return int64(len(x.Name) + len(x.Value) + 8) }
@@ -83,11 +87,18 @@ type Entry struct {
 	Size   int64
 	Data   []byte
 	Object ObjectID
-	// PycTime is the source mtime that a .pyc recorded (PycPaired, PycLone).
+	// PycTime is the source mtime that a PycPaired recorded in the image.
 	PycTime uint32
-	// PycCanonical is set for a PycLone whose payload is an object; that of
-	// one with inline Data is derived from Data.
-	PycCanonical ObjectID
+}
+
+// Shown returns the entry as containers see it.
+func (e *Entry) Shown() *Entry {
+	if e.Flags&PySource == 0 {
+		return e
+	}
+	shown := *e
+	shown.Mtime = Time{Sec: int64(e.SourceTime())}
+	return &shown
 }
 
 // InlineMax is the largest payload, in bytes, that lives in the tree and in the
@@ -127,7 +138,7 @@ type Fidelity string
 const (
 	// Exact keeps every byte and every metadata field as in the image.
 	Exact Fidelity = "exact"
-	// Python keeps all but the timestamps of valid CPython source and bytecode pairs.
+	// Python keeps all but the timestamps of valid CPython source and bytecode pairs, which follow from the sources' bytes.
 	Python Fidelity = "python"
 	// Normalized is Python, and a layer whose payload digest is known reuses
 	// the known layer, with its mtimes, uids and gids.

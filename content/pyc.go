@@ -1,15 +1,33 @@
 package content
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"strings"
 )
 
-// PycTime is the canonical timestamp of CPython pairs, in seconds since 1970:
-// 2001-03-07T06:57:41Z, a moment that no known tool stamps files with (unlike the
-// zip epoch or 0), so that no source can match it by accident. Changing it
-// changes object and layer ids, and so is a format break.
-const PycTime = 983948261
+// A source that has valid bytecode shows a timestamp that follows from its bytes, and its bytecode records that one. So builds share
+// both, and Python tells two sources apart wherever their files are copied, moved or linked to.
+//
+// The range is 1980-01-03 to 2014-01-11: zip, tar and 32-bit times hold it in every time zone, and no clock is behind it, so that
+// make and tar see no file from the future. Changing anything here changes object and layer ids, and so is a format break.
+const (
+	sourceTimeFirst = 315_705_600
+	sourceTimeBits  = 30
+)
+
+// SourceTime returns the timestamp, in seconds since 1970, of a source whose bytes have this sha256.
+func SourceTime(source Sum) uint32 {
+	return sourceTimeFirst + binary.BigEndian.Uint32(source[:])>>(32-sourceTimeBits)
+}
+
+// SourceTime returns the timestamp that follows from the bytes of a Regular.
+func (e *Entry) SourceTime() uint32 {
+	if e.Object.IsZero() {
+		return SourceTime(sha256.Sum256(e.Data))
+	}
+	return SourceTime(e.Object.Sum)
+}
 
 // PycHeaderLen is the length of a CPython bytecode header in bytes (PEP 552).
 const PycHeaderLen = 16

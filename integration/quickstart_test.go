@@ -26,7 +26,7 @@ import (
 // cache with DEDUP_LONG=1.
 func TestQuickstart(t *testing.T) {
 	t.Parallel()
-	steps := commands(t, "docs/quickstart.md")
+	steps := commands(t, "docs/quickstart.md", "# Quick start")
 	if d := cmp.Diff(steps, commands(t, "README.md", "## Use it")); d != "" {
 		t.Errorf("commands in docs/quickstart.md and README.md: %s", d)
 	}
@@ -43,6 +43,41 @@ func TestQuickstart(t *testing.T) {
 	t.Logf("all of it took %s", time.Since(start).Round(time.Second))
 	checkHardened(t, m)
 	goBack(t, m)
+}
+
+// The same where no unit starts the daemon or containerd.
+func TestQuickstartWithoutSystemd(t *testing.T) {
+	t.Parallel()
+	m := bootContainerd(t, addSource)
+	byHand := func() (pid string) {
+		return strings.TrimSpace(follow(t, m, "setsid containerd </dev/null >>/var/log/containerd.log 2>&1 & echo $!"))
+	}
+	answers := "timeout 60 sh -c 'until ctr version >/dev/null 2>&1; do sleep 0.1; done'"
+	follow(t, m, "systemctl disable --now --quiet containerd")
+	pid := byHand()
+	follow(t, m, answers)
+	for _, step := range commands(t, "docs/quickstart.md", "## Without systemd") {
+		if step == "make build" { // TestQuickstart does
+			bin := filepath.Join(m.Path("/root/dedup-snapshotter"), "bin")
+			must(t, os.Mkdir(bin, 0o755))
+			for _, name := range []string{"containerd-dedup-grpc", "dedupctl"} {
+				installBinary(t, filepath.Join(bin, name))
+			}
+			continue
+		}
+		follow(t, m, step)
+	}
+	follow(t, m, "kill "+pid+"; timeout 60 sh -c 'while kill -0 "+pid+" 2>/dev/null; do sleep 0.1; done'")
+	byHand()
+	follow(t, m, answers)
+	for _, step := range commands(t, "docs/quickstart.md", "# Quick start") {
+		if !strings.Contains(step, "ctr ") && !strings.Contains(step, "dedupctl status") {
+			continue
+		}
+		if out := follow(t, m, step); strings.Contains(step, "ctr run") && !strings.HasSuffix(out, "hello\n") {
+			t.Errorf("the container says %q", out)
+		}
+	}
 }
 
 // follow does what a page says, in the repository's directory.
@@ -219,7 +254,7 @@ func commands(t *testing.T, file string, section ...string) (lines []string) {
 	must(t, err)
 	text := string(data)
 	for _, s := range section {
-		_, after, ok := strings.Cut(text, "\n"+s+"\n")
+		_, after, ok := strings.Cut("\n"+text, "\n"+s+"\n")
 		if !ok {
 			t.Fatalf("%s has no section %q", file, s)
 		}

@@ -63,14 +63,14 @@ func pidOf(t *testing.T, n *node.Node, id string) uint32 {
 	return task.Pid()
 }
 
-// installBinary puts a daemon at path, as a package manager does: under a new inode.
+// installBinary puts one of our programs at path, as a package manager does: under a new inode.
 func installBinary(t *testing.T, path string) {
 	t.Helper()
 	module, err := node.ModuleRoot()
 	must(t, err)
-	data, err := os.ReadFile(filepath.Join(module, "bin/containerd-dedup-grpc"))
+	data, err := os.ReadFile(filepath.Join(module, "bin", filepath.Base(path)))
 	if errors.Is(err, os.ErrNotExist) {
-		t.Skip("no daemon in bin/: run `make build`")
+		t.Skipf("no %s in bin/: run `make build`", filepath.Base(path))
 	}
 	must(t, err)
 	must(t, os.WriteFile(path+".new", data, 0o755))

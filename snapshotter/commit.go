@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,10 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // buildDelay is how long a committed layer waits for another one on top of it before its
@@ -84,6 +88,17 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	defer s.explain(&err)
 	id := idOfUpper(upper)
 	var old snapshots.Info
+	err = s.db.view(ctx, func(ctx context.Context) (err error) {
+		_, old, err = s.activeByID(ctx, id)
+		return err
+	})
+	if err == nil && !parentLater(old) {
+		err = s.fits(ctx, in.Layer, old.Parent)
+	}
+	if err != nil {
+		s.layers.Release(in.Layer)
+		return fmt.Errorf("layer %s: %w", in.DiffID.Digest(), err)
+	}
 	private := s.claim(in.Layer)
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		var key string
@@ -103,6 +118,20 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	s.applied = true
 	s.mu.Unlock()
 	return nil
+}
+
+// parentLater reports whether containerd unpacks layers side by side, and names the parent of this one at Commit.
+func parentLater(active snapshots.Info) bool {
+	return active.Parent == "" && active.Labels[labelParentChain] != ""
+}
+
+// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is known at once.
+func (s *Snapshotter) fits(ctx context.Context, id content.LayerID, parent string) error {
+	err := s.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return s.resolve(ctx, parent) })
+	if errors.Is(err, tree.ErrUnfit) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return err
 }
 
 func (s *Snapshotter) usesApply() bool {
@@ -128,7 +157,12 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("commit snapshot %q: %w", key, err)
 	}
-	_, applied := layerOf(active)
+	lid, applied := layerOf(active)
+	if applied && (base.Parent != "" || parentLater(active)) {
+		if err := s.fits(ctx, lid, cmp.Or(base.Parent, active.Parent)); err != nil {
+			return fmt.Errorf("commit snapshot %q: %w", key, err)
+		}
+	}
 	var usage snapshots.Usage
 	labels := maps.Clone(base.Labels)
 	if applied {
@@ -218,7 +252,7 @@ func (s *Snapshotter) scheduleBuild(ctx context.Context, name string) {
 		s.background(func(ctx context.Context) {
 			chain, err := s.resolve(ctx, name)
 			if err == nil {
-				err = s.chains.build(ctx, chain)
+				err = s.chains.Build(ctx, chain)
 			}
 			gone := errdefs.IsNotFound(err) || errors.Is(err, fs.ErrNotExist) // removed meanwhile
 			if err != nil && !gone && ctx.Err() == nil {
@@ -336,22 +370,26 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 
 func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer.Ingested, err error) {
 	dir := layer.Dir{Upper: s.upper(id)}
-	if s.kernel.metacopy && parent != "" {
+	if s.kernel.Metacopy && parent != "" {
 		// Files whose metadata alone was changed have no bytes in the upper directory.
 		chain, err := s.resolve(ctx, parent)
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		s.chains.use(s.chains.name(chain), id)
+		s.chains.Use(s.chains.Name(chain), id)
 		defer s.unuse(ctx, id)
-		if err := s.chains.ensure(ctx, chain); err != nil {
+		have, err := s.chains.Ensure(ctx, chain)
+		if err != nil {
 			return layer.Ingested{}, err
 		}
 		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
-		lowers := s.upper(id) + ":" + s.chains.mountPoint(s.chains.name(chain)) + "::" + s.layers.ObjectsDir()
-		m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro", "lowerdir=" + lowers}, s.kernel.options...)}
+		options, err := s.kernel.Overlay(lower.Stack{Lower: []string{s.upper(id), have.Chain}, Packs: have.Packs})
+		if err != nil {
+			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
+		}
+		m := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
 		if err := m.Mount(dir.View); err != nil {
 			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
@@ -43,8 +44,35 @@ func fsync(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-func createFormat(path string) error {
-	return create(path, func(path string) error { return os.WriteFile(path, []byte(layoutVersion), 0o600) })
+// secureRoot has root be its owner's alone: who can write to it can change what containers run, who can read it sees all
+// their files. A directory that holds other things is not changed, but refused where others can write to it.
+func secureRoot(root string) error {
+	fi, err := os.Stat(root)
+	if err != nil {
+		return fmt.Errorf("look at root: %w", err)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if uid := os.Geteuid(); ok && int(st.Uid) != uid {
+		return fmt.Errorf("%s belongs to uid %d, who could change what containers run: chown %d %s, or set another root", root, st.Uid, uid, root)
+	}
+	if fi.Mode().Perm()&0o077 == 0 {
+		return nil
+	}
+	files, err := os.ReadDir(root)
+	if err != nil {
+		return fmt.Errorf("look at root: %w", err)
+	}
+	_, err = os.Stat(filepath.Join(root, "format"))
+	ours := err == nil
+	for _, f := range files {
+		if !ours && f.Name() != "lost+found" { // which every ext4 has
+			if fi.Mode().Perm()&0o022 == 0 {
+				return nil
+			}
+			return fmt.Errorf("%s has mode %#o and holds other files: set root to a directory of its own, such as %s/dedup", root, fi.Mode().Perm(), root)
+		}
+	}
+	return os.Chmod(root, 0o700)
 }
 
 // createMetadata makes an empty metadata.db with all that storage and the sum of seals need in it: one without is none of ours.

@@ -2,11 +2,8 @@ package snapshotter
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -15,6 +12,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Kinds of findings beside those of content/layer.
@@ -159,21 +157,21 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 	if err != nil {
 		return nil, err
 	}
-	chains := map[chainName][]content.LayerID{}
-	for _, n := range stored.graph(s.chains.name).nodes {
+	chains := map[lower.Name][]content.LayerID{}
+	for _, n := range stored.graph(s.chains.Name).nodes {
 		if n.whole {
 			chains[n.chain], _ = n.layers()
 		}
 	}
-	var names []chainName
+	var names []lower.Name
 	for n := range chains {
-		if s.chains.hasImage(n) && s.layers.InService(chains[n]...) == nil {
+		if s.chains.HasImage(n) && s.layers.InService(chains[n]...) == nil {
 			names = append(names, n)
 		}
 	}
-	slices.SortFunc(names, func(a, b chainName) int { return slices.Compare(a.Sum[:], b.Sum[:]) })
+	slices.SortFunc(names, func(a, b lower.Name) int { return slices.Compare(a.Sum[:], b.Sum[:]) })
 	for i, n := range names {
-		problem, err := s.chains.compare(ctx, n, chains[n])
+		problem, err := s.chains.Compare(ctx, n, chains[n])
 		if err != nil {
 			return found, err
 		}
@@ -181,12 +179,12 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 		if problem == "" {
 			continue
 		}
-		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.image(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
+		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Image(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
 		if f.Snapshots, err = s.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
 			return found, err
 		}
 		if opts.Repair {
-			if err := s.chains.rebuild(ctx, chains[n]); err != nil {
+			if err := s.chains.Rebuild(ctx, chains[n]); err != nil {
 				return found, fmt.Errorf("repair chain image %s: %w", n, err)
 			}
 			f.Fixed, f.Hint = true, "containers that run keep the old one until they are started again"
@@ -194,77 +192,6 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 		found = append(found, f)
 	}
 	return found, nil
-}
-
-// compare tells what is wrong with a chain image; "" when nothing is, or it is gone.
-func (c *chains) compare(ctx context.Context, n chainName, chain []content.LayerID) (problem string, err error) {
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return "", err
-	}
-	defer done()
-	have, err := hashUncached(c.image(n))
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return "", nil
-	case err != nil:
-		return "it cannot be read: " + err.Error(), nil
-	}
-	root, err := c.merge(ctx, chain)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil // its snapshots were removed meanwhile
-	}
-	if err != nil {
-		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
-	}
-	h := sha256.New()
-	err = c.write(ctx, h, root)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, layer.ErrDamaged) {
-		return "", nil // removed meanwhile, or it is its layers that are damaged
-	}
-	if err != nil {
-		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
-	}
-	if want := content.Sum(h.Sum(nil)); want != have {
-		return "its bytes are not what its layers give", nil
-	}
-	return "", nil
-}
-
-// hashUncached reads a file from the disk, as far as the kernel lets its cached pages go.
-func hashUncached(path string) (sum content.Sum, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return sum, err
-	}
-	defer f.Close()
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return sum, err
-	}
-	h.Sum(sum[:0])
-	return sum, nil
-}
-
-// rebuild builds a chain image anew and mounts that where the old one is mounted.
-func (c *chains) rebuild(ctx context.Context, chain []content.LayerID) error {
-	n := c.name(chain)
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	if err := os.RemoveAll(c.image(n)); err != nil {
-		return err
-	}
-	if err := c.buildLocked(ctx, n, chain); err != nil {
-		return err
-	}
-	if !c.isMounted(n) {
-		return nil
-	}
-	return errors.Join(c.unmount(n), c.mountImage(n))
 }
 
 // checkMetadataFile verifies that the disk has the metadata.db that the daemon works with, and its structure.

@@ -7,13 +7,16 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // GCOptions say what GC removes.
@@ -50,22 +53,22 @@ func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, 
 
 // dropUnused removes the chain images that no container uses now.
 func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
-	names, err := s.chains.list()
+	names, err := s.chains.List()
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range names {
-		fi, err := os.Stat(s.chains.image(n))
-		if err != nil || s.chains.isUsed(n) {
+		fi, err := os.Stat(s.chains.Image(n))
+		if err != nil || s.chains.IsUsed(n) {
 			continue
 		}
 		if !dryRun {
-			if err := s.chains.drop(ctx, n); err != nil {
+			if err := s.chains.Drop(ctx, n); err != nil {
 				return found, err
 			}
 		}
 		found = append(found, Finding{
-			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no container uses it now", Bytes: fi.Size()},
+			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no container uses it now", Bytes: fi.Size()},
 			Fixed:   !dryRun,
 		})
 	}
@@ -83,7 +86,7 @@ func (s *Snapshotter) pressure(ctx context.Context) {
 
 // checkStrays looks for what no snapshot uses.
 func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stray, err := s.strays(ctx)
+	stray, err := looksAgain(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -91,14 +94,14 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
 	}
 	for _, n := range stray.chains {
-		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.image(n), Problem: "no snapshot has this chain"}}
-		if !s.chains.hasImage(n) {
-			f.Kind, f.Path = StrayMount, s.chains.mountPoint(n)
+		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no snapshot has this chain"}}
+		if !s.chains.HasImage(n) {
+			f.Kind, f.Path = StrayMount, s.chains.MountPoint(n)
 		}
 		found = append(found, f)
 	}
 	for _, n := range stray.mounts {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.mountPoint(n), Problem: "no container or view uses it"}})
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.MountPoint(n), Problem: "no container or view uses it"}})
 	}
 	for i := range found {
 		if fi, err := os.Lstat(found[i].Path); err == nil && fi.Mode().IsRegular() {
@@ -109,6 +112,14 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found[i].Hint = "remove it with `dedupctl gc`"
 	}
 	loops, err := s.strayLoops()
+	if err == nil && len(loops) > 0 { // one may be about to be mounted
+		time.Sleep(lookPause)
+		var still []Finding
+		still, err = s.strayLoops()
+		loops = slices.DeleteFunc(loops, func(f Finding) bool {
+			return !slices.ContainsFunc(still, func(g Finding) bool { return g.Path == f.Path })
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -180,10 +191,46 @@ func (s *Snapshotter) strayLoops() (found []Finding, err error) {
 
 // strays is what no snapshot uses.
 type strays struct {
-	dirs   []string    // names below snapshots/
-	chains []chainName // images or mount points of chains that no snapshot has
-	mounts []chainName // mounts of chains that snapshots have, and none needs mounted
+	dirs   []string     // names below snapshots/
+	chains []lower.Name // images or mount points of chains that no snapshot has
+	mounts []lower.Name // mounts of chains that snapshots have, and none needs mounted
 }
+
+// Containers that start and end between the reading of the disk and of metadata.db leave what looks unused. So it has to
+// look so several times.
+const (
+	looks     = 3
+	lookPause = 30 * time.Millisecond
+)
+
+// looksAgain is strays without what is only about to be used, or to go.
+func looksAgain(ctx context.Context, s *Snapshotter) (stray strays, err error) {
+	stray, err = s.strays(ctx)
+	for look := 1; look < looks && err == nil && !stray.none(); look++ {
+		time.Sleep(lookPause)
+		var again strays
+		again, err = s.strays(ctx)
+		stray = stray.both(again)
+	}
+	stray.dirs = slices.DeleteFunc(stray.dirs, func(name string) bool {
+		_, going := s.going.Load(name)
+		return going
+	})
+	return stray, err
+}
+
+// both returns what is stray in both of two looks.
+func (s strays) both(t strays) strays {
+	chain := func(other []lower.Name) func(lower.Name) bool {
+		return func(n lower.Name) bool { return !slices.Contains(other, n) }
+	}
+	return strays{
+		dirs:   slices.DeleteFunc(s.dirs, func(name string) bool { return !slices.Contains(t.dirs, name) }),
+		chains: slices.DeleteFunc(s.chains, chain(t.chains)), mounts: slices.DeleteFunc(s.mounts, chain(t.mounts)),
+	}
+}
+
+func (s strays) none() bool { return len(s.dirs)+len(s.chains)+len(s.mounts) == 0 }
 
 // strays looks for what no snapshot uses.
 func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
@@ -191,7 +238,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	if err != nil {
 		return stray, fmt.Errorf("list snapshot directories: %w", err)
 	}
-	images, err := s.chains.list()
+	images, err := s.chains.List()
 	if err != nil {
 		return stray, err
 	}
@@ -204,8 +251,8 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		return stray, nil
 	}
 	used := map[string]bool{}
-	chainsUsed := map[chainName]bool{}
-	for _, n := range stored.graph(s.chains.name).nodes {
+	chainsUsed := map[lower.Name]bool{}
+	for _, n := range stored.graph(s.chains.Name).nodes {
 		committed := n.kind == snapshots.KindCommitted
 		// A layer needs no directory once it is stored; a crash right after may have left it.
 		used[n.id] = !committed || n.layer.IsZero()
@@ -225,7 +272,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case s.chains.isMounted(name) && !s.chains.isUsed(name):
+		case s.chains.IsMounted(name) && !s.chains.IsUsed(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}
@@ -239,10 +286,10 @@ func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
 		errs = append(errs, os.RemoveAll(s.path(dirSnapshots, dir)))
 	}
 	for _, n := range stray.chains {
-		errs = append(errs, s.chains.drop(ctx, n))
+		errs = append(errs, s.chains.Drop(ctx, n))
 	}
 	for _, n := range stray.mounts {
-		errs = append(errs, s.chains.release(ctx, n))
+		errs = append(errs, s.chains.Release(ctx, n))
 	}
 	return errors.Join(errs...)
 }

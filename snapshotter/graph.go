@@ -6,6 +6,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // snapshotNode is a stored snapshot.
@@ -17,9 +18,9 @@ type snapshotNode struct {
 	place  chainPlace
 	// layer is zero when the directory is not yet ingested: the snapshot is pending.
 	layer  content.LayerID
-	chain  chainName // of a committed one's layers
-	whole  bool      // it has a chain: none of its layers is pending
-	images int       // how many images lead to it
+	chain  lower.Name // of a committed one's layers
+	whole  bool       // it has a chain: none of its layers is pending
+	images int        // how many images lead to it
 	// foreign: something that is no image needs it. used: a container, a view or a lease keeps it.
 	foreign, used bool
 	// users are the containers and views directly on it.
@@ -38,7 +39,7 @@ type snapshotGraph struct {
 }
 
 // graph links the snapshots with each other, and with their chain images.
-func (r records) graph(name func([]content.LayerID) chainName) *snapshotGraph {
+func (r records) graph(name func([]content.LayerID) lower.Name) *snapshotGraph {
 	g := &snapshotGraph{byPlace: map[chainPlace][]*snapshotNode{}}
 	byName := map[string]*snapshotNode{}
 	parents := map[*snapshotNode]string{}
@@ -62,7 +63,7 @@ func (r records) graph(name func([]content.LayerID) chainName) *snapshotGraph {
 	return g
 }
 
-func (n *snapshotNode) setChain(name func([]content.LayerID) chainName) {
+func (n *snapshotNode) setChain(name func([]content.LayerID) lower.Name) {
 	if chain, ok := n.layers(); ok {
 		n.chain, n.whole = name(chain), true
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // ImageRef is an image as containerd knows it: the committed snapshots that it keeps.
@@ -45,7 +46,7 @@ func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]Im
 	if err != nil {
 		return nil, err
 	}
-	stored := all.graph(s.chains.name)
+	stored := all.graph(s.chains.Name)
 	sharing, err := s.layers.Sharing(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read layers: %w", err)
@@ -66,7 +67,7 @@ func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]Im
 	r.layersOf()
 	r.addObjects()
 	r.addTrees()
-	r.addChains(s.chains.sizesOf)
+	r.addChains(s.chains.Size)
 	out := make([]ImageUsage, len(refs))
 	for i := range r.images {
 		out[i] = r.images[i].usage
@@ -200,11 +201,11 @@ func (r *imagesReport) addTrees() {
 }
 
 // addChains counts chain images: one goes with the last snapshot that has its layers.
-func (r *imagesReport) addChains(size func(chainName) (int64, bool)) {
+func (r *imagesReport) addChains(size func(lower.Name) (int64, bool)) {
 	type owner struct{ exclusive, freed int }
-	owners := map[chainName]owner{}
+	owners := map[lower.Name]owner{}
 	for i := range r.images {
-		own := map[chainName]bool{}
+		own := map[lower.Name]bool{}
 		for _, n := range r.images[i].snapshots {
 			if bytes, ok := size(n.chain); ok && n.whole && !own[n.chain] {
 				own[n.chain] = true
@@ -249,12 +250,4 @@ func (r *imagesReport) addChains(size func(chainName) (int64, bool)) {
 func add(to *layer.Usage, u layer.Usage) {
 	to.Bytes += u.Bytes
 	to.Inodes += u.Inodes
-}
-
-// sizesOf returns what a chain's image occupies; false when there is none.
-func (c *chains) sizesOf(n chainName) (bytes int64, ok bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	bytes, ok = c.sizes[n]
-	return bytes, ok
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 // wanted is the layer that an extraction is for.
@@ -87,6 +88,12 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 		return nil, nil
 	}
 	in, reason, ok := s.findLayer(ctx, w)
+	if ok && !w.staged { // the parent of a staged one is known at Commit
+		if err := s.fits(ctx, in.Layer, parent); err != nil {
+			s.layers.Release(in.Layer)
+			return nil, fmt.Errorf("layer %s: %w", in.DiffID.Digest(), err)
+		}
+	}
 	hit := ok && reason != reasonIngested
 	if ok && s.layers.TakeAhead(in.Layer) {
 		hit, reason = false, reasonAhead
@@ -128,6 +135,10 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	if !s.opts.FetchedOnly {
 		if d, reason, ok := s.diffIDOf(ctx, w); ok {
 			if id, ok := s.layers.Lookup(d); ok {
+				if s.opts.Blobs != nil && listsAnother(ctx, s.layers, s.opts.Blobs, w, d) {
+					s.layers.Release(id)
+					return layer.Ingested{}, reasonBadBlob, false
+				}
 				return layer.Ingested{Layer: id, DiffID: d}, reason, true
 			}
 		}
@@ -170,6 +181,28 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 		return in, reasonIngested, true
 	}
 	return in, reasonBlob, true
+}
+
+// listsAnother reports that an image lists, in the place of a known layer, a blob that is known to be another one's. Its
+// config and its manifest do not belong together: whoever fetches it is told so, and so is who need not fetch it. A blob
+// that nobody here has read may be the same layer, compressed by somebody else.
+func listsAnother(ctx context.Context, layers *layer.Store, found *blobs.Store, w wanted, d content.DiffID) bool {
+	listed := []digest.Digest{w.blob}
+	if part, ok, err := found.Below(ctx, w.target); err == nil && ok {
+		listed = append(listed, part.Layers[part.At].Digest)
+	}
+	for _, blob := range listed {
+		in, ok := layers.LookupBlob(blob)
+		if !ok {
+			continue
+		}
+		layers.Release(in.Layer)
+		if in.DiffID != d {
+			log.G(ctx).Warnf("an image lists blob %s for diffID %s, and its diffID is %s: it is fetched and checked", blob, d.Digest(), in.DiffID.Digest())
+			return true
+		}
+	}
+	return false
 }
 
 // diffIDOf finds the diffID of the wanted layer: from the client, from the image in the content store, or by
@@ -250,13 +283,13 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 		return nil, errors.Join(fmt.Errorf("create snapshot %q: %w", key, err), s.Remove(context.WithoutCancel(ctx), key))
 	}
 	log.G(ctx).WithField("diffID", in.DiffID.Digest()).Debugf("staged %s from known layer %s", labels[labelRef], in.Layer)
-	return s.stagedMounts(id), nil
+	return s.stagedMounts(id)
 }
 
 // stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
 // fetches the blob, still finds its way to our diff service.
-func (s *Snapshotter) stagedMounts(id string) []mount.Mount {
-	mounts := s.mounts(snapshots.KindActive, id, lower{dir: s.path(dirEmpty), extraction: true})
+func (s *Snapshotter) stagedMounts(id string) ([]mount.Mount, error) {
+	mounts, err := s.mounts(snapshots.KindActive, id, below{dir: s.path(dirEmpty)})
 	mounts[0].Options = append(mounts[0].Options, "ro")
-	return mounts
+	return mounts, err
 }

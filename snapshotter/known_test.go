@@ -108,7 +108,7 @@ func openWith(t *testing.T, store ctdcontent.Store, fetchedOnly bool) *Snapshott
 	t.Helper()
 	needRoot(t)
 	root := t.TempDir()
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly, Verity: testVerity(), Blobs: blobs.New(store, nil)})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly, Verity: testVerity(), PageCache: testPageCache(), Blobs: blobs.New(store, nil)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -551,20 +551,28 @@ func TestGivingUpAChainImage(t *testing.T) {
 	s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
 	s.cancelBuild(name)
-	chain, err := s.resolve(ctx, name)
-	if err != nil {
-		t.Fatal(err)
+	building, goOn := make(chan bool), make(chan bool)
+	s.opts.Step = func(step string) {
+		if step == "chain.staged" {
+			close(building)
+			<-goOn
+		}
 	}
-	done, err := s.chains.acquire(ctx, s.chains.name(chain))
-	if err != nil {
-		t.Fatal(err)
-	}
+	built := make(chan error)
+	go func() {
+		_, err := s.View(ctx, "one/1/first", name)
+		built <- err
+	}()
+	<-building
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
 	defer cancel()
 	if _, err := s.View(short, "one/1/view", name); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
-	done()
+	close(goOn)
+	if err := <-built; err != nil {
+		t.Fatal(err)
+	}
 	if got := files(t, s, ctx, name); got["a"] != payload("a") {
 		t.Errorf("shows %d files", len(got))
 	}

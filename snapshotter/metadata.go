@@ -101,6 +101,14 @@ func (m *metaDB) update(ctx context.Context, fn func(context.Context) error) err
 	return m.transact(ctx, true, fn)
 }
 
+// has tells whether a snapshot is stored, and whole.
+func (m *metaDB) has(ctx context.Context, name string) bool {
+	return m.view(ctx, func(ctx context.Context) error {
+		_, _, _, err := getInfo(ctx, name)
+		return err
+	}) == nil
+}
+
 func (m *metaDB) transact(ctx context.Context, writable bool, fn func(context.Context) error) error {
 	ctx, t, err := m.ms.TransactionContext(ctx, writable)
 	if err != nil {

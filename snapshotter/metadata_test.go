@@ -61,7 +61,7 @@ func bulkStore(t *testing.T) string {
 // stored lists what a store holds but for metadata.db and marks.
 func stored(t *testing.T, root string) (paths []string) {
 	t.Helper()
-	for _, dir := range []string{"objects", "layers", "snapshots"} {
+	for _, dir := range []string{"packs", "layers", "snapshots"} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
 			if strings.HasPrefix(filepath.Base(path), goingPrefix) {
 				return fs.SkipDir
@@ -576,7 +576,7 @@ func TestUpgrade(t *testing.T) {
 	db, format := filepath.Join(root, "metadata.db"), filepath.Join(root, "format")
 	before := stored(t, root)
 	for _, interrupted := range []bool{false, true} {
-		if err := os.WriteFile(format, []byte(layoutUnsealed), 0o600); err != nil {
+		if err := os.WriteFile(format, []byte("2\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if !interrupted {
@@ -599,7 +599,7 @@ func TestUpgrade(t *testing.T) {
 		if diff := cmp.Diff(before, stored(t, root)); diff != "" {
 			t.Errorf("the store has changed (-before +after):\n%s", diff)
 		}
-		if b, err := os.ReadFile(format); err != nil || string(b) != layoutVersion {
+		if b, err := os.ReadFile(format); err != nil || string(b) != layoutVersion+"\n" {
 			t.Errorf("format: %q, %v", b, err)
 		}
 	}

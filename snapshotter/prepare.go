@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Prepare creates an active snapshot. For an extraction of a layer that is known, or whose blob is at
@@ -31,12 +32,14 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 			s.counters.answer(doorPrepare, false, reasonUnnamed)
 		}
 	}
-	if named {
-		if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
-			return mounts, err
+	return s.lost.retry(ctx, parent, func() ([]mount.Mount, error) {
+		if named {
+			if mounts, err := s.serveKnown(ctx, key, parent, base.Labels); mounts != nil || err != nil {
+				return mounts, err
+			}
 		}
-	}
-	return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
+		return s.create(ctx, snapshots.KindActive, key, parent, base.Labels)
+	})
 }
 
 // View creates a read-only snapshot.
@@ -46,7 +49,9 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
+	return s.lost.retry(ctx, parent, func() ([]mount.Mount, error) {
+		return s.create(ctx, snapshots.KindView, key, parent, base.Labels)
+	})
 }
 
 // create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
@@ -81,21 +86,21 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	s.step("prepare.made")
-	lower, err := s.lower(ctx, id, parent, extraction)
+	l, err := s.below(ctx, id, parent, extraction)
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}
-	if kind == snapshots.KindActive && lower.chain && lower.mounted {
-		if err := copyRoot(lower.dir, s.upper(id)); err != nil {
+	if kind == snapshots.KindActive && l.chain && l.mounted {
+		if err := copyRoot(l.dir, s.upper(id)); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
-	return s.mounts(kind, id, lower), nil
+	return s.mounts(kind, id, l)
 }
 
 // restoreDirs creates the directories of an active snapshot again. metadata.db is durable before them, so a power
 // cut may leave it without.
-func (s *Snapshotter) restoreDirs(id string, l lower) error {
+func (s *Snapshotter) restoreDirs(id string, l below) error {
 	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -138,42 +143,43 @@ func (s *Snapshotter) makeDirs(id string) error {
 	return errors.Join(os.Chmod(s.upper(id), 0o755), os.Chmod(s.work(id), 0o711))
 }
 
-// lower is what lies below a snapshot.
-type lower struct {
+// below is what lies below a snapshot.
+type below struct {
 	dir string
-	// chain: dir is the mount point of a chain image, and objects lie below it.
+	// chain: dir is the mount point of a chain image.
 	chain bool
 	// mounted: the chain image is really there. An extraction that our diff service
 	// fills does without.
 	mounted bool
-	// extraction: only an applier looks at the mounts.
-	extraction bool
+	// packs are where the packs are mounted over which it lies.
+	packs []string
 }
 
-func (s *Snapshotter) lower(ctx context.Context, id, parent string, extraction bool) (lower, error) {
+func (s *Snapshotter) below(ctx context.Context, id, parent string, extraction bool) (below, error) {
 	if parent == "" {
-		return lower{dir: s.path(dirEmpty)}, nil
+		return below{dir: s.path(dirEmpty)}, nil
 	}
 	chain, err := s.resolve(ctx, parent)
 	if err != nil {
-		return lower{}, err
+		return below{}, err
 	}
-	name := s.chains.name(chain)
-	l := lower{dir: s.chains.mountPoint(name), chain: true, extraction: extraction}
+	name := s.chains.Name(chain)
+	l := below{dir: s.chains.MountPoint(name), chain: true}
 	if extraction && s.usesApply() {
 		return l, nil
 	}
 	if err := s.healthy(ctx, chain); err != nil {
-		return lower{}, err
+		return below{}, err
 	}
-	s.chains.use(name, id)
+	s.chains.Use(name, id)
 	l.mounted = true
-	err = s.chains.ensure(ctx, chain)
+	have, err := s.chains.Ensure(ctx, chain)
 	if errors.Is(err, layer.ErrDamaged) { // found out only now
 		if err = s.healthy(ctx, chain); err == nil {
-			err = s.chains.ensure(ctx, chain)
+			have, err = s.chains.Ensure(ctx, chain)
 		}
 	}
+	l.packs = have.Packs
 	return l, err
 }
 
@@ -194,9 +200,9 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
 	}
 	if info.Labels[labelStaged] != "" {
-		return s.stagedMounts(id), nil
+		return s.stagedMounts(id)
 	}
-	l, err := s.lower(ctx, id, info.Parent, isExtraction(key, info.Labels))
+	l, err := s.below(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}
@@ -205,40 +211,26 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 			return nil, fmt.Errorf("mounts of snapshot %q: %w", key, err)
 		}
 	}
-	return s.mounts(info.Kind, id, l), nil
+	return s.mounts(info.Kind, id, l)
 }
 
 func (s *Snapshotter) upper(id string) string { return s.path(dirSnapshots, id, "fs") }
 func (s *Snapshotter) work(id string) string  { return s.path(dirSnapshots, id, "work") }
 
-// mounts are one overlay: containerd's applier converts whiteouts only for that, and takes its fast
-// path only for exactly one. A view without parent, which has nothing to overlay, is a bind.
-func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l lower) []mount.Mount {
-	if kind == snapshots.KindView && !l.chain {
-		return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}
-	}
-	options := append([]string(nil), s.kernel.options...)
+// mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes only one read-only.
+// A view of one directory, which has nothing to overlay, is a bind.
+func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
+	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs}
 	if kind == snapshots.KindView {
-		options = append(options, "ro")
+		if len(l.packs) == 0 {
+			return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}, nil
+		}
 	} else {
-		options = append(options, "workdir="+s.work(id), "upperdir="+s.upper(id))
+		stack.Upper, stack.Work = s.upper(id), s.work(id)
 	}
-	below := "lowerdir=" + l.dir
-	// containerd's applier takes every part between colons for a parent's directory, and needs
-	// no file bytes: an extraction goes without the objects.
-	if !l.chain || l.extraction {
-		return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}}
-	}
-	below += "::" + s.layers.ObjectsDir()
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: append(options, below)}, kernelOnly}
+	options, err := s.kernel.Overlay(stack)
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
 }
-
-// kernelOnly follows an overlay that only the kernel can read. containerd 2.4 looks users up
-// without mounting: it opens an overlay's directories itself (internal/fsview), where it would trip over
-// the empty name in "::" and find no bytes in a chain image. A last mount of a type that it does not
-// know makes it mount instead. Mounting this one does nothing: containerd makes no system
-// call for a remount without data.
-var kernelOnly = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.
 func copyRoot(from, to string) error {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
@@ -22,14 +21,14 @@ func TestMetacopyOutlivesItsKernel(t *testing.T) {
 			t.Fatal(err)
 		}
 		s = open(t, root)
-		return slices.Contains(s.OverlayOptions(), "metacopy=on")
+		return strings.Contains(strings.Join(s.OverlayOptions(), ","), "metacopy=on")
 	}
 	text := strings.Repeat("text", 5000)
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"dir/file": text}), nil)
 	if _, err := s.Prepare(t.Context(), "container", name); err != nil {
 		t.Fatal(err)
 	}
-	needed := s.kernel.metacopy
+	needed := s.kernel.Metacopy
 	// What the older kernel leaves.
 	if err := os.WriteFile(filepath.Join(root, fileMetacopy), nil, 0o600); err != nil {
 		t.Fatal(err)

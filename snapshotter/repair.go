@@ -142,7 +142,7 @@ func (s *Snapshotter) LayersOf(ctx context.Context, refs []ImageRef) ([][]conten
 	if err != nil {
 		return nil, err
 	}
-	g := stored.graph(s.chains.name)
+	g := stored.graph(s.chains.Name)
 	out := make([][]content.LayerID, len(refs))
 	for i, ref := range refs {
 		for _, n := range g.of(ref) {

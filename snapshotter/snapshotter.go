@@ -14,12 +14,14 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Options configure a Snapshotter.
@@ -36,12 +38,19 @@ type Options struct {
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
 	Reserve    layer.Reserve
-	Step       func(name string)
-	// Verity says whether objects get fs-verity, which overlayfs compares with the chain images; "" is VerityOff.
-	Verity Verity
+	// MaxMemory is that of layer.Options.
+	MaxMemory int64
+	Step      func(name string)
+	// Verity says whether packs and chain images get fs-verity, and chain images are mounted over no other packs than those whose
+	// digests they hold; "" is lower.VerityOff.
+	Verity lower.Verity
+	// PageCache says what containers share in memory; "" is what the kernel can.
+	PageCache lower.PageCache
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
+	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then. May be nil.
+	Remind func(ctx context.Context, chain content.ChainID) error
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
@@ -50,12 +59,13 @@ type Snapshotter struct {
 	lock   *os.File
 	db     *metaDB
 	layers *layer.Store
-	chains *chains
-	kernel kernel
+	chains *lower.Chains
+	kernel lower.Kernel
 	refs   *index // snapshot.ref -> names of committed snapshots
 	ids    *index // id -> key of an active snapshot
 
 	counters *counters
+	opened   chan struct{} // closed once chains is there
 
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
@@ -63,6 +73,8 @@ type Snapshotter struct {
 	close  sync.Once
 
 	repairing sync.Mutex // held by who repairs layers
+	lost      lost
+	going     sync.Map // names below snapshots/ that are being removed
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
@@ -79,16 +91,13 @@ type Snapshotter struct {
 }
 
 const (
-	// layoutVersion is the version of the layout on disk. An unknown one is refused, layoutUnsealed, whose metadata.db has no
-	// seals, is made the newer one.
-	layoutVersion  = "3\n"
-	layoutUnsealed = "2\n"
-
 	dirSnapshots = "snapshots"
 	dirChains    = "chains"
 	dirEmpty     = "empty"
 	dirIngest    = "ingest"
 	dirLost      = "lost+found"
+	// dirPackMounts is below the run directory. Its name is short, since overlays' options have it twice for each pack.
+	dirPackMounts = "p"
 	// goingPrefix begins the names of snapshot directories that are being removed.
 	goingPrefix = "rm-"
 )
@@ -100,7 +109,7 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 		return s, err
 	}
 	// On a full disk nobody could remove images without a daemon: what can be built again goes first.
-	images, _ := filepath.Glob(filepath.Join(opts.Root, dirChains, "*"+imageSuffix))
+	images, _ := filepath.Glob(filepath.Join(opts.Root, dirChains, "*"+lower.ImageSuffix))
 	for _, path := range images {
 		_ = os.Remove(path)
 	}
@@ -112,7 +121,8 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 }
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s.lost.s = s
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -123,11 +133,13 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := os.MkdirAll(opts.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("create root: %w", err)
 	}
+	if err := secureRoot(opts.Root); err != nil {
+		return nil, err
+	}
 	if err := s.takeLock(); err != nil {
 		return nil, err
 	}
-	format := filepath.Join(opts.Root, "format")
-	version, err := checkFormat(format)
+	version, err := s.checkFormat()
 	if err != nil {
 		return nil, err
 	}
@@ -149,10 +161,8 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.checkMetadata(ctx); err != nil {
 		return nil, err
 	}
-	if version == layoutUnsealed {
-		if err := errors.Join(sealAll(ctx, s.path("metadata.db")), createFormat(format)); err != nil {
-			return nil, fmt.Errorf("upgrade from layout %s: %w", strings.TrimSpace(version), err)
-		}
+	if err := s.upgrade(ctx, version); err != nil {
+		return nil, err
 	}
 	if err := s.openMetadata(ctx); err != nil {
 		return nil, err
@@ -192,7 +202,7 @@ const viewPrefix = "view-"
 
 // clearLeftovers unmounts and removes what a killed process left of its temporary mounts.
 func (s *Snapshotter) clearLeftovers() error {
-	old, err := filepath.Glob(s.path(probePrefix + "*"))
+	old, err := filepath.Glob(s.path(lower.ProbePrefix + "*"))
 	views, verr := filepath.Glob(filepath.Join(s.opts.RunDir, viewPrefix+"*"))
 	errs := []error{err, verr}
 	for _, dir := range append(old, views...) {
@@ -214,20 +224,6 @@ func (s *Snapshotter) takeLock() (err error) {
 		return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", s.opts.Root, err)
 	}
 	return nil
-}
-
-func checkFormat(path string) (version string, err error) {
-	b, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return layoutVersion, createFormat(path)
-	case err != nil:
-		return "", fmt.Errorf("read format: %w", err)
-	case string(b) != layoutVersion && string(b) != layoutUnsealed:
-		return "", fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
-			path, strings.TrimSpace(string(b)), strings.TrimSpace(layoutVersion))
-	}
-	return string(b), nil
 }
 
 // refused is what to do when metadata.db cannot be used.
@@ -320,28 +316,46 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
-		Verity: s.kernel.noVerity == nil, Reserve: s.opts.Reserve, Pressure: s.pressure, Step: s.opts.Step,
+		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
+		Pressure: s.pressure, PacksMoved: s.packsMoved, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
-	s.chains, err = openChains(s.path(dirChains), s.path(dirIngest), filepath.Join(s.opts.RunDir, dirChains), s.layers.Merge, s.counters)
+	s.chains, err = lower.Open(ctx, lower.Options{
+		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
+		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers, Kernel: s.kernel, Step: s.step,
+	})
 	if err != nil {
 		return err
 	}
-	s.chains.step = s.step
-	if s.layers.Verity() {
-		s.chains.digests = s.layers.Digests
-	}
+	close(s.opened)
 	for _, sn := range stored.whole {
 		s.reclaim(sn.Info)
 	}
-	for _, n := range stored.graph(s.chains.name).nodes {
+	for _, n := range stored.graph(s.chains.Name).nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
-			s.chains.use(n.parent.chain, n.id)
+			s.chains.Use(n.parent.chain, n.id)
 		}
 	}
 	return nil
+}
+
+// packsMoved notes at once which chain images are to be built anew, and removes in the background those that nothing uses. What moves
+// before chain images are looked at is found then.
+func (s *Snapshotter) packsMoved(packs []content.PackID, damaged bool) {
+	select {
+	case <-s.opened:
+	default:
+		return
+	}
+	stale := s.chains.Moved(packs, damaged)
+	s.background(func(ctx context.Context) {
+		if err := s.chains.DropStale(ctx, stale); err != nil && ctx.Err() == nil {
+			s.countRemoveError()
+			log.G(ctx).WithError(err).Warn("chain images over old packs stay until the next cleanup")
+		}
+	})
 }
 
 // chainOf returns the layers of a committed snapshot and all below it, base first, or one
@@ -383,10 +397,13 @@ func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.Layer
 
 // Stat returns the info of a snapshot.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
-	err = s.db.view(ctx, func(ctx context.Context) error {
+	look := func(ctx context.Context) error {
 		_, info, _, err = getInfo(ctx, key)
 		return err
-	})
+	}
+	if err = s.db.view(ctx, look); errdefs.IsNotFound(err) && s.lost.restore(ctx, key) {
+		err = s.db.view(ctx, look)
+	}
 	return visible(info), err
 }
 
@@ -429,7 +446,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, err
 	}
 	if lid, ok := layerOf(info); ok {
-		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.usage())
+		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.Usage())
 		return snapshots.Usage{Size: u.Bytes, Inodes: u.Inodes}, nil
 	}
 	if info.Kind != snapshots.KindActive {
@@ -501,6 +518,9 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	s.release(info.Labels)
 	if info.Kind != snapshots.KindCommitted {
 		s.unuse(ctx, id)
+		if err := s.layers.Unused(id); err != nil {
+			log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
+		}
 	}
 	return s.discard(ctx, id)
 }
@@ -508,9 +528,9 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 // unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may be why
 // he gives it up, so it does not count.
 func (s *Snapshotter) unuse(ctx context.Context, id string) {
-	n, orphaned, busy := s.chains.unuse(id)
+	n, orphaned, busy := s.chains.Unuse(id)
 	release := func(ctx context.Context) {
-		if err := s.chains.release(ctx, n); err != nil {
+		if err := s.chains.Release(ctx, n); err != nil {
 			s.countRemoveError()
 			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
 		}
@@ -534,7 +554,9 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 		return fmt.Errorf("remove snapshot directory: %w", err)
 	}
 	s.step("discard.renamed")
+	s.going.Store(filepath.Base(gone), true)
 	s.background(func(context.Context) {
+		defer s.going.Delete(filepath.Base(gone))
 		defer s.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
 			s.countRemoveError()

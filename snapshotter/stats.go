@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Answer is how a layer that somebody wanted was come by: at which door, whether the store had it already,
@@ -59,11 +60,8 @@ func answers() []Answer {
 // Stats count what a Snapshotter has done since New.
 type Stats struct {
 	Answers map[Answer]int64
-	// ChainBuilds are chain images that were built, and how long that took, one after the other. Rebuilt are those
-	// that did not mount.
-	ChainBuilds    int64
-	ChainBuildTime time.Duration
-	ChainsRebuilt  int64
+	// Stats are those of the chain images.
+	lower.Stats
 	// RemoveErrors are directories, chain images and mounts that could not be removed.
 	RemoveErrors int64
 	// Checked is when the last Check came to its end, zero for none; Findings are what it found and did not mend, by
@@ -102,6 +100,7 @@ func (s *Snapshotter) Stats() (out Stats) {
 		out = *have
 		out.Answers, out.Findings = maps.Clone(have.Answers), maps.Clone(have.Findings)
 	})
+	out.Stats = s.chains.Stats()
 	return out
 }
 

@@ -17,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 func needRoot(t testing.TB) {
@@ -27,7 +29,10 @@ func needRoot(t testing.TB) {
 }
 
 // testVerity is the setting that tests open their stores with: DEDUP_TEST_VERITY=on has all of them use fs-verity.
-func testVerity() Verity { return Verity(os.Getenv("DEDUP_TEST_VERITY")) }
+func testVerity() lower.Verity { return lower.Verity(os.Getenv("DEDUP_TEST_VERITY")) }
+
+// testPageCache is the other: DEDUP_TEST_PAGE_CACHE=private has none of them share memory among images.
+func testPageCache() lower.PageCache { return lower.PageCache(os.Getenv("DEDUP_TEST_PAGE_CACHE")) }
 
 // mountsBelow lists what is mounted below dir.
 func mountsBelow(t testing.TB, dir string) (points []string) {
@@ -47,9 +52,13 @@ func mountsBelow(t testing.TB, dir string) (points []string) {
 // stop closes a snapshotter and unmounts what it leaves mounted for containers.
 func stop(s *Snapshotter) error {
 	err := s.Close()
-	names, lerr := s.chains.list()
+	names, lerr := s.chains.List()
 	for _, n := range names {
-		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.mountPoint(n), 0))
+		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.MountPoint(n), 0))
+	}
+	packs, gerr := filepath.Glob(filepath.Join(s.opts.RunDir, dirPackMounts, "*"))
+	for _, path := range packs {
+		lerr = errors.Join(lerr, gerr, mount.UnmountAll(path, 0))
 	}
 	return errors.Join(err, lerr)
 }
@@ -61,7 +70,7 @@ const suiteName = "overlayfs"
 func TestSuiteInProcess(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -72,7 +81,7 @@ func TestSuiteInProcess(t *testing.T) {
 func TestSuiteThroughSocket(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}

@@ -17,7 +17,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -66,7 +66,7 @@ func defaultConfig() Config {
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
 		Durability:        string(layer.Strict),
-		Verity:            string(snapshotter.VerityAuto),
+		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		LogLevel:          "info",
@@ -112,10 +112,16 @@ func explainTOML(err error) error {
 	return err
 }
 
+// maxSocketPath is sockaddr_un's, without the byte that ends it.
+const maxSocketPath = 107
+
 func (c Config) validate() error {
 	for key, path := range map[string]string{"root": c.Root, "address": c.Address, "run_dir": c.RunDir, "containerd_address": c.ContainerdAddress} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s = %q: want an absolute path", key, path)
+		}
+		if strings.HasSuffix(key, "address") && len(path) > maxSocketPath {
+			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one", key, path, len(path), maxSocketPath)
 		}
 		// Mount options separate paths with these.
 		if key == "root" || key == "run_dir" {
@@ -135,8 +141,8 @@ func (c Config) validate() error {
 	if d := layer.Durability(c.Durability); d != layer.Strict && d != layer.Deferred {
 		return fmt.Errorf("durability = %q: want \"strict\" or \"deferred\"", c.Durability)
 	}
-	switch snapshotter.Verity(c.Verity) {
-	case snapshotter.VerityAuto, snapshotter.VerityOn, snapshotter.VerityOff:
+	switch lower.Verity(c.Verity) {
+	case lower.VerityAuto, lower.VerityOn, lower.VerityOff:
 	default:
 		return fmt.Errorf("verity = %q: want \"auto\", \"on\" or \"off\"", c.Verity)
 	}

@@ -24,6 +24,7 @@ func TestConfig(t *testing.T) {
 		{"reserve of all", "reserve_space = '95%'", `reserve_space = "95%": want a part`},
 		{"reserve of nothing known", "reserve_inodes = 'many'", `reserve_inodes = "many": want a part`},
 		{"negative reserve", "reserve_space = '-1GB'", `reserve_space = "-1GB": want`},
+		{"long socket path", "address = '/run/" + strings.Repeat("x", 103) + "'", "has 108 bytes, and the path of a unix socket at most 107"},
 		{"relative root", "root = 'r'", `root = "r": want an absolute path`},
 		{"root with a colon", "root = '/a:b'", "must not hold a comma, colon"},
 		{"wrong type", "root = 3", "line 1"},

@@ -91,6 +91,11 @@ func (c collector) holdings(e emitter, chains layer.Usage) {
 	}
 	e.gauge("dedup_layers", "Layers in the store.", float64(len(list)))
 	e.gauge("dedup_objects", "Payloads in the store.", float64(c.sn.Layers().Objects()))
+	packs := c.sn.Layers().Packs().Stats()
+	e.gauge("dedup_packs", "Files that hold payloads.", float64(packs.Packs))
+	e.gauge("dedup_pack_bytes", "Bytes in packs, by whether something needs them.", float64(packs.Live), "state", "live")
+	e.gauge("dedup_pack_bytes", "Bytes in packs, by whether something needs them.", float64(packs.Dead), "state", "dead")
+	e.count("dedup_pack_merged_bytes_total", "Bytes that merging packs has copied.", float64(packs.Merged))
 	e.gauge("dedup_stored_bytes", "What layers, payloads and chain images occupy.", float64(used.Bytes))
 	e.gauge("dedup_stored_inodes", "Inodes that layers, payloads and chain images occupy.", float64(used.Inodes))
 	e.gauge("dedup_logical_bytes", "Sizes of all regular files of all uses of layers: what plain directories would hold.", float64(logical.Bytes))
@@ -125,9 +130,9 @@ func (c collector) work(e emitter) {
 		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store had them, and why.",
 			float64(n), "door", a.Door, "result", result, "reason", a.Reason)
 	}
-	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.ChainBuilds))
-	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.ChainBuildTime.Seconds())
-	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.ChainsRebuilt))
+	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.Builds))
+	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.BuildTime.Seconds())
+	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
 		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))
 		for kind, n := range did.Findings {

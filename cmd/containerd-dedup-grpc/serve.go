@@ -32,6 +32,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -54,6 +55,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return fmt.Errorf("containerd_address: %w", err)
 	}
 	defer conn.Close()
+	catalog := blobs.NewCatalog(conn, c.Address)
 	found := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 
 	reserve, err := c.reserve()
@@ -65,9 +67,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Verity: snapshotter.Verity(c.Verity), Reserve: reserve,
+		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), Reserve: reserve,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
-		Blobs: found,
+		Blobs: found, Remind: catalog.Remind,
 	})
 	if err != nil {
 		return err
@@ -93,7 +95,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
-		Catalog: blobs.NewCatalog(conn, c.Address),
+		Catalog: catalog,
 	}))
 
 	done := make(chan error, 1)

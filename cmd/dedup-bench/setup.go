@@ -7,6 +7,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
@@ -49,6 +50,8 @@ func runSetup(c *cli.Context) error {
 	note(err)
 	if c.Bool("inputs") && os.Geteuid() == 0 {
 		_, err := demoImages(c.Context, p)
+		note(err)
+		_, err = inputs.Programs(c.Context, p.say)
 		note(err)
 	}
 	if os.Geteuid() != 0 {

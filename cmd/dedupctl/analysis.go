@@ -67,7 +67,7 @@ type AnalysisUsage struct {
 // AnalysisStore is what a store would occupy.
 type AnalysisStore struct {
 	AnalysisUsage
-	Objects     AnalysisUsage `json:"objects"`
+	Packs       AnalysisUsage `json:"packs"`
 	Trees       AnalysisUsage `json:"trees"`
 	ChainImages AnalysisUsage `json:"chain_images"`
 	Directories AnalysisUsage `json:"directories"`
@@ -118,7 +118,7 @@ type analysis struct {
 func usage(u layer.Usage) AnalysisUsage { return AnalysisUsage{u.Bytes, u.Inodes} }
 
 func store(s forecast.Store) AnalysisStore {
-	return AnalysisStore{usage(s.Total()), usage(s.Objects), usage(s.Trees), usage(s.ChainImages), usage(s.Directories)}
+	return AnalysisStore{usage(s.Total()), usage(s.Packs), usage(s.Trees), usage(s.ChainImages), usage(s.Directories)}
 }
 
 // newAnalysis joins inventories.

@@ -128,13 +128,13 @@ func writeAnalysis(w io.Writer, a Analysis) {
 		row("and Python's bytecode", a.Python.AnalysisUsage)
 	})
 	fmt.Fprintf(w, "\nThe last line is what dedup stores: %s in %s, %s of trees, %s of chain images, %s of directories.\n",
-		size(a.Python.Objects.Bytes), plural(a.Python.Objects.Inodes, "object", "objects"), size(a.Python.Trees.Bytes),
+		size(a.Python.Packs.Bytes), plural(a.Python.Packs.Inodes, "pack", "packs"), size(a.Python.Trees.Bytes),
 		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
 	if a.Containers > 0 {
 		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where they are.\n",
 			plural(a.Containers, "container lies", "containers lie"), size(a.InUse.Bytes), size(a.Writable.Bytes))
 	}
-	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and the objects.", plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
+	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and its packs.", plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
 	if a.DeepImages > 0 {
 		fmt.Fprintf(w, " %s more than %d.", plural(a.DeepImages, "image has", "images have"), deepStack)
 	}

@@ -51,9 +51,9 @@ func analyzed(t *testing.T, args ...string) (a Analysis) {
 // checkTwoBuilds checks what does not depend on where the images lie.
 func checkTwoBuilds(t *testing.T, a Analysis) {
 	t.Helper()
-	// An object of 20,000 bytes for the base, one of 40,000 for all that is the same, and two of 5,000.
-	if want := (AnalysisUsage{5*4096 + 10*4096 + 2*2*4096, 4}); a.Python.Objects != want || a.File.Objects != want {
-		t.Errorf("objects %+v and %+v, want %+v", a.File.Objects, a.Python.Objects, want)
+	// 20,000 bytes for the base, 40,000 for all that is the same, and two times 5,000; a pack for each layer has four blocks more.
+	if want := (AnalysisUsage{5*4096 + 10*4096 + 2*2*4096 + 3*4*4096, 3}); a.Python.Packs != want || a.File.Packs != want {
+		t.Errorf("packs %+v and %+v, want %+v", a.File.Packs, a.Python.Packs, want)
 	}
 	if a.Layers != 3 || a.DiffIDs != 3 || a.Python.Trees.Inodes != 3 || a.Python.ChainImages.Inodes != 2 || a.DeepestLowerdirs != 2 || len(a.Images) != 2 {
 		t.Errorf("%+v", a)
@@ -147,9 +147,9 @@ func TestAnalyzeLayout(t *testing.T) {
 			t.Errorf("%s: %+v", source, a)
 		}
 	}
-	// fs-verity: a descriptor for each of four objects, and a block of hashes.
+	// fs-verity: a descriptor for each of three packs, and a block of hashes.
 	plain, verity := analyzed(t, tarred), analyzed(t, "--verity", tarred)
-	if more := verity.Python.Objects.Bytes - plain.Python.Objects.Bytes; more != 8*4096 || verity.Now != plain.Now {
+	if more := verity.Python.Packs.Bytes - plain.Python.Packs.Bytes; more != 6*4096 || verity.Now != plain.Now {
 		t.Errorf("fs-verity takes %d bytes", more)
 	}
 	// Two sources are analysed together: nothing is there twice that has the same diffID.

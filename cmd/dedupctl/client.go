@@ -16,6 +16,9 @@ import (
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 )
 
+// maxSocketPath is sockaddr_un's, without the byte that ends it.
+const maxSocketPath = 107
+
 // maxAnswer bounds one answer; 100,000 layers are about 50 MB.
 const maxAnswer = 64 << 20
 
@@ -37,6 +40,10 @@ func ask[T any](c *cli.Context, call func(context.Context, dedupv1.ControlClient
 // dial connects to a unix socket. It tries the socket first, since gRPC does not say why one
 // could not be reached.
 func dial(ctx context.Context, socket string) (*grpc.ClientConn, error) {
+	if len(socket) > maxSocketPath {
+		return nil, fmt.Errorf("its path has %d bytes, and that of a unix socket at most %d: name it by a shorter one, such as a link",
+			len(socket), maxSocketPath)
+	}
 	probe, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	if err != nil {
 		return nil, err

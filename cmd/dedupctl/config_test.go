@@ -118,7 +118,7 @@ func TestCommandLineErrors(t *testing.T) {
 		want []string
 	}{
 		{"", exitUsage, []string{"what to do is missing: status, images, layers,", "config, completion (see --help)"}},
-		{"stauts", exitUsage, []string{`unknown command "stauts": want status,`}},
+		{"stauts", exitUsage, []string{`unknown command "stauts": did you mean status?`}},
 		{"status now", exitUsage, []string{`status: unexpected argument "now"`}},
 		{"duplicates --limit 0", exitUsage, []string{"--limit 0: want 1 to 1000"}},
 		{"status --jsn", exitUsage, []string{"-jsn", "see --help"}},

@@ -91,7 +91,7 @@ func askSelf(ctx context.Context, socket string) (*doctor.Self, error) {
 	return &doctor.Self{
 		Version: r.GetVersion(), Root: r.GetRoot(), RunDir: r.GetRunDir(), ContainerdAddress: r.GetContainerdAddress(),
 		ContainerdVersion: r.GetContainerdVersion(), ContainerdError: r.GetContainerdError(), IdleMounts: r.GetIdleMounts(),
-		Refuses: r.GetRefuses(), DamagedLayers: r.GetDamagedLayers(),
+		Refuses: r.GetRefuses(), DamagedLayers: r.GetDamagedLayers(), LostImages: r.GetLostImages(),
 	}, nil
 }
 

@@ -23,7 +23,17 @@ func imagesCommand() *cli.Command {
 			"EXCLUSIVE the part that no other image needs\n" +
 			"FREES     what goes when the image is removed under all its names: EXCLUSIVE, unless a container uses it\n" +
 			"BLOBS     what goes from containerd's content store beside it",
+		ArgsUsage: "[TEXT...]",
+		Flags: []cli.Flag{
+			sortFlag(imageOrders, "frees"),
+			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "only images of containerd's `NAMESPACE`"},
+			&cli.BoolFlag{Name: "unused", Usage: "only images that no container uses"},
+		},
 		Action: func(c *cli.Context) error {
+			order, err := orderOf(c, imageOrders)
+			if err != nil {
+				return err
+			}
 			stop := showProgress(c, func() string { return "reading the trees of all layers" })
 			r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.ImagesResponse, error) {
 				return client.Images(ctx, &dedupv1.ImagesRequest{})
@@ -32,9 +42,40 @@ func imagesCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return print(c, imagesOf(r.GetImages()), writeImages)
+			all := imagesOf(r.GetImages())
+			list := slices.DeleteFunc(slices.Clone(all), func(i Image) bool { return !wantsImage(c, i) })
+			slices.SortStableFunc(list, order)
+			if len(list) == 0 && !jsonWanted(c) {
+				none(c, "image", len(all))
+				return nil
+			}
+			return print(c, list, writeImages)
 		},
 	}
+}
+
+// imageOrders are what images can be sorted by: the largest first, names in order.
+var imageOrders = map[string]func(a, b Image) int{
+	"size":      largest(func(i Image) int64 { return i.LogicalBytes }),
+	"stored":    largest(func(i Image) int64 { return i.StoredBytes }),
+	"shared":    largest(func(i Image) int64 { return i.StoredBytes - i.ExclusiveBytes }),
+	"exclusive": largest(func(i Image) int64 { return i.ExclusiveBytes }),
+	"frees":     largest(func(i Image) int64 { return i.FreedBytes }),
+	"blobs":     largest(func(i Image) int64 { return i.FreedBlobBytes }),
+	"users":     largest(func(i Image) int64 { return i.Users }),
+	"name": func(a, b Image) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(imageName(a.Names), imageName(b.Names)))
+	},
+}
+
+// wantsImage tells whether an image passes the filters of the command line: TEXTs are part of a name.
+func wantsImage(c *cli.Context, i Image) bool {
+	if ns := c.String("namespace"); ns != "" && ns != i.Namespace || c.Bool("unused") && i.Users > 0 {
+		return false
+	}
+	return c.NArg() == 0 || slices.ContainsFunc(c.Args().Slice(), func(text string) bool {
+		return slices.ContainsFunc(i.Names, func(name string) bool { return strings.Contains(name, text) })
+	})
 }
 
 // Image is one of what `images --json` prints; control.proto has what the fields mean.
@@ -74,10 +115,6 @@ func imagesOf(list []*dedupv1.Image) []Image {
 }
 
 func writeImages(w io.Writer, list []Image) {
-	if len(list) == 0 {
-		fmt.Fprintln(w, "no images: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)")
-		return
-	}
 	var logical int64
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "NAMESPACE\tIMAGE\tSIZE\tSTORED\tSHARED\tEXCLUSIVE\tFREES\tINODES\tBLOBS\tUSED BY")

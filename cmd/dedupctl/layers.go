@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -14,18 +15,57 @@ import (
 
 func layersCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "layers",
-		Usage: "every stored layer: its size, what storing it added to the disk, and how often it is used",
+		Name:        "layers",
+		Usage:       "every stored layer: its size, what storing it added to the disk, and how often it is used",
+		Description: "A TEXT is how the id, the payload or a diffID begins, with or without sha256:.",
+		ArgsUsage:   "[TEXT...]",
+		Flags: []cli.Flag{
+			sortFlag(layerOrders, "size"),
+			&cli.BoolFlag{Name: "unused", Usage: "only layers that no snapshot uses"},
+		},
 		Action: func(c *cli.Context) error {
+			order, err := orderOf(c, layerOrders)
+			if err != nil {
+				return err
+			}
 			r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.LayersResponse, error) {
 				return client.Layers(ctx, &dedupv1.LayersRequest{})
 			})
 			if err != nil {
 				return err
 			}
-			return print(c, layersOf(r.GetLayers()), writeLayers)
+			all := layersOf(r.GetLayers())
+			list := slices.DeleteFunc(slices.Clone(all), func(l Layer) bool { return !wantsLayer(c, l) })
+			slices.SortStableFunc(list, order)
+			if len(list) == 0 && !jsonWanted(c) {
+				none(c, "layer", len(all))
+				return nil
+			}
+			return print(c, list, writeLayers)
 		},
 	}
+}
+
+// layerOrders are what layers can be sorted by, the largest first.
+var layerOrders = map[string]func(a, b Layer) int{
+	"size":    largest(func(l Layer) int64 { return l.LogicalBytes }),
+	"added":   largest(func(l Layer) int64 { return l.AddedBytes }),
+	"inodes":  largest(func(l Layer) int64 { return l.AddedInodes }),
+	"entries": largest(func(l Layer) int64 { return l.Entries }),
+	"uses":    largest(func(l Layer) int64 { return l.Uses }),
+}
+
+// wantsLayer tells whether a layer passes the filters of the command line.
+func wantsLayer(c *cli.Context, l Layer) bool {
+	if c.Bool("unused") && l.Uses > 0 {
+		return false
+	}
+	names := append([]string{l.ID, l.PayloadDigest}, l.DiffIDs...)
+	return c.NArg() == 0 || slices.ContainsFunc(c.Args().Slice(), func(text string) bool {
+		return slices.ContainsFunc(names, func(name string) bool {
+			return strings.HasPrefix(strings.TrimPrefix(name, "sha256:"), strings.TrimPrefix(text, "sha256:"))
+		})
+	})
 }
 
 // Layer is one of what `layers --json` prints; control.proto has what the fields mean.
@@ -57,10 +97,6 @@ func layersOf(list []*dedupv1.Layer) []Layer {
 }
 
 func writeLayers(w io.Writer, list []Layer) {
-	if len(list) == 0 {
-		fmt.Fprintln(w, "no layers: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)")
-		return
-	}
 	var logical, added, inodes int64
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "LAYER\tPAYLOAD\tDIFFID\tFIDELITY\tENTRIES\tSIZE\tADDED\tINODES\tUSES")

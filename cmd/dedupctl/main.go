@@ -66,7 +66,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Version:         version,
 		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage; doctor: there is a problem.",
 		HideHelpCommand: true,
-		Flags:           globalFlags(),
+		Flags:           append(globalFlags(), cli.HelpFlag), // where there is a verb of that name, it is not added by itself
 		Commands: []*cli.Command{
 			statusCommand(),
 			imagesCommand(),
@@ -80,6 +80,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			doctorCommand(),
 			configCommand(),
 			completionCommand(),
+			helpCommand(),
 		},
 		EnableBashCompletion: true,
 		Action:               needVerb,
@@ -127,8 +128,21 @@ func prepare(commands []*cli.Command) {
 	}
 }
 
-func onUsageError(_ *cli.Context, err error, _ bool) error {
-	return usageError{fmt.Errorf("%w (see --help)", err)}
+// undefinedFlag is how package flag begins its error about one.
+const undefinedFlag = "flag provided but not defined: -"
+
+func onUsageError(c *cli.Context, err error, _ bool) error {
+	meant := ""
+	if name, ok := strings.CutPrefix(err.Error(), undefinedFlag); ok && c.Command != nil {
+		var names []string
+		for _, f := range append(globalFlags(), c.Command.Flags...) {
+			names = append(names, f.Names()...)
+		}
+		if name = closest(strings.TrimLeft(name, "-"), names); name != "" {
+			meant = fmt.Sprintf("; did you mean --%s?", name)
+		}
+	}
+	return usageError{fmt.Errorf("%w%s (see --help)", err, meant)}
 }
 
 // needVerb runs where a verb is missing or unknown.
@@ -143,7 +157,74 @@ func needVerb(c *cli.Context) error {
 	if c.NArg() == 0 {
 		return usageError{fmt.Errorf("what to do is missing: %s (see --help)", verbs)}
 	}
-	return usageError{fmt.Errorf("unknown command %q: want %s (see --help)", c.Args().First(), verbs)}
+	return usageError{unknown("command", c.Args().First(), names)}
+}
+
+// unknown says that a word is none of those that are known, and which of them may have been meant.
+func unknown(what, word string, known []string) error {
+	if meant := closest(word, known); meant != "" {
+		return fmt.Errorf("unknown %s %q: did you mean %s? (see --help)", what, word, meant)
+	}
+	return fmt.Errorf("unknown %s %q: want %s (see --help)", what, word, strings.Join(known, ", "))
+}
+
+// closest returns the known word that a typing error may have made of, by at most two letters that were left out, added or
+// changed, or two neighbours swapped; or that begins with it. "" when there is none.
+func closest(word string, known []string) (best string) {
+	least := min(2, len(word)/2) + 1
+	for _, k := range known {
+		if d := distance(word, k); d < least {
+			best, least = k, d
+		}
+	}
+	for _, k := range known {
+		if best == "" && len(word) > 1 && strings.HasPrefix(k, word) {
+			best = k
+		}
+	}
+	return best
+}
+
+// distance counts the edits from one word to another.
+func distance(a, b string) int {
+	rows := make([][]int, len(a)+1)
+	for i := range rows {
+		rows[i] = make([]int, len(b)+1)
+		for j := range rows[i] {
+			switch {
+			case i == 0 || j == 0:
+				rows[i][j] = i + j
+			case a[i-1] == b[j-1]:
+				rows[i][j] = rows[i-1][j-1]
+			default:
+				rows[i][j] = 1 + min(rows[i-1][j-1], rows[i-1][j], rows[i][j-1])
+				if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+					rows[i][j] = min(rows[i][j], 1+rows[i-2][j-2])
+				}
+			}
+		}
+	}
+	return rows[len(a)][len(b)]
+}
+
+func helpCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "help",
+		Usage:     "what a verb does, and its flags",
+		ArgsUsage: "[VERB]",
+		Action: func(c *cli.Context) error {
+			// The same as VERB --help, whatever that is.
+			args := append(append([]string{c.App.Name}, c.Args().Slice()...), "--help")
+			if verbs := c.App.Commands; c.NArg() > 0 && c.App.Command(c.Args().First()) == nil {
+				var names []string
+				for _, v := range verbs {
+					names = append(names, v.Name)
+				}
+				return usageError{unknown("command", c.Args().First(), names)}
+			}
+			return newApp(c.App.Writer, c.App.ErrWriter).RunContext(c.Context, args)
+		},
+	}
 }
 
 // global finds where on the command line a global flag was set, if anywhere.

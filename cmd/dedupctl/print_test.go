@@ -90,9 +90,6 @@ aaaaaaaaaaaa  eeeeeeeeeeee  aaaaaaaaaaaa  python    25,000   1.00 kB  100 B    8
 
 2 layers, 412 MB; storing them added 41.2 MB and 1,600 inodes
 `},
-		{"no layers", text(func(b *strings.Builder) { writeLayers(b, layersOf(nil)) }), `
-no layers: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)
-`},
 		{"images, what frees most first", text(func(b *strings.Builder) {
 			writeImages(b, imagesOf([]*dedupv1.Image{
 				{Namespace: "default", Names: []string{"app:1"}, LogicalBytes: 1_200_000_000, StoredBytes: 900_000_000, ExclusiveBytes: 300_000_000, Users: 2},
@@ -105,9 +102,6 @@ k8s.io     docker.io/app:1 (+2)  300 B    2.00 kB  1.50 kB  500 B      500 B  3 
 default    app:1                 1.20 GB  900 MB   600 MB   300 MB     0 B    0       0 B    2 containers
 
 2 images with 1.20 GB of files
-`},
-		{"no images", text(func(b *strings.Builder) { writeImages(b, imagesOf(nil)) }), `
-no images: nothing has been pulled with the snapshotter dedup (see dedupctl config containerd)
 `},
 		{"duplicates", text(func(b *strings.Builder) { writeDuplicates(b, duplicatesOf(testStatus(), equal, rows)) }), `
 used         9.87 GB, 611,000 entries  every layer as often as snapshots use it: 40 uses of 14 layers

@@ -13,7 +13,8 @@
 //
 // It is stricter than the reference where an image could only mean harm
 // (ErrInvalid): paths, symlinks and hardlinks that climb above the root,
-// trusted.overlay.* attributes, owners and device numbers that the kernel would
+// trusted.overlay.* attributes (but for opaque=y on a directory, which is dropped, as
+// the reference drops all of trusted.*), owners and device numbers that the kernel would
 // truncate. It follows the image spec where the applier depends on accidents:
 //
 //   - a whiteout hides lower layers only, wherever it stands in the archive;
@@ -32,8 +33,8 @@
 //
 // # What it does not do
 //
-// It does not verify digests, store payloads, limit sizes (a Payloads may), or
-// look at lower layers.
+// It does not verify digests, store payloads, limit sizes (a Payloads may) or memory (a
+// Memory may), or look at lower layers.
 package archive
 
 import (

@@ -20,7 +20,7 @@ func hexOf(s string) string { return hex.EncodeToString([]byte(s)) }
 func refuses(t *testing.T, rows map[string]refusal) {
 	for name, row := range rows {
 		t.Run(name, func(t *testing.T) {
-			got, err := ReadTar(t.Context(), bytes.NewReader(row.tar), hashing{})
+			got, err := ReadTar(t.Context(), bytes.NewReader(row.tar), hashing{}, nil)
 			if err == nil {
 				t.Fatalf("accepted: %d entries", len(got))
 			}
@@ -120,7 +120,7 @@ func TestOverlayXattr(t *testing.T) {
 	for _, name := range []string{"redirect", "metacopy", "opaque", "whiteout", "anything"} {
 		refuses(t, map[string]refusal{
 			name:           {writeTar(t, file("evil", "x", xattr("trusted.overlay."+name, "/aa/bb"))), "trusted.overlay." + name, false},
-			name + "/dir":  {writeTar(t, dir("evil", xattr("trusted.overlay."+name, "y"))), "trusted.overlay." + name, false},
+			name + "/dir":  {writeTar(t, dir("evil", xattr("trusted.overlay."+name, "x"))), "trusted.overlay." + name, false},
 			name + "/link": {writeTar(t, file("f", "x"), link("evil", "f", xattr("trusted.overlay."+name, "y"))), "trusted.overlay." + name, false},
 		})
 	}
@@ -181,7 +181,7 @@ func TestReferenceRefusesXattrs(t *testing.T) {
 			if _, err := applyReference(t, data); err == nil {
 				t.Error("the reference accepts it")
 			}
-			if _, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{}); !errors.Is(err, ErrInvalid) {
+			if _, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{}, nil); !errors.Is(err, ErrInvalid) {
 				t.Errorf("ReadTar: %v", err)
 			}
 		})
@@ -238,7 +238,7 @@ func TestHugeDeclaredSize(t *testing.T) {
 					t.Errorf("%s: size %d", name, e.Size)
 				}
 				return limit
-			}))
+			}), nil)
 			if !errors.Is(err, limit) {
 				t.Errorf("%s: %v", name, err)
 			}

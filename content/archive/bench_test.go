@@ -54,7 +54,7 @@ func BenchmarkReadTar(b *testing.B) {
 	b.SetBytes(int64(len(data)))
 	b.ReportAllocs()
 	for b.Loop() {
-		entries, err := ReadTar(b.Context(), bytes.NewReader(data), discarding{})
+		entries, err := ReadTar(b.Context(), bytes.NewReader(data), discarding{}, nil)
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -77,7 +77,7 @@ func BenchmarkDecompress(b *testing.B) {
 			b.SetBytes(int64(len(data)))
 			b.ReportAllocs()
 			for b.Loop() {
-				r, err := decompressWith(paths[name], bytes.NewReader(blob))
+				r, err := decompressWith(paths[name], bytes.NewReader(blob), nil)
 				if err != nil {
 					b.Fatal(err)
 				}

@@ -14,10 +14,6 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxZstdWindow bounds what one zstd frame makes the decoder allocate. 128 MiB is
-// what `zstd -d` accepts without being asked for more, and what --long means.
-const maxZstdWindow = 128 << 20
-
 // blobBuffer is how much of a blob is read at a time.
 const blobBuffer = 256 << 10
 
@@ -51,11 +47,13 @@ func KnownMediaType(mt string) bool {
 // or, with neither's magic in front, the tar itself. All work happens in the
 // goroutine that reads, or in an igzip process where that is installed; Close
 // frees the decoder and does not close r. A zstd frame that needs a window over
-// 128 MiB is refused.
-func Decompress(r io.Reader) (io.ReadCloser, error) { return decompressWith(findIgzip(), r) }
+// 512 MiB is refused; memory is asked for one over 8 MiB.
+func Decompress(r io.Reader, memory Memory) (io.ReadCloser, error) {
+	return decompressWith(findIgzip(), r, memory)
+}
 
 // decompressWith uses the igzip at the given path for gzip; "" is the Go library.
-func decompressWith(igzipPath string, r io.Reader) (io.ReadCloser, error) {
+func decompressWith(igzipPath string, r io.Reader, memory Memory) (io.ReadCloser, error) {
 	src := &blobReader{r: r}
 	src.file, src.start = regularFile(r)
 	buf := bufio.NewReaderSize(src, blobBuffer)
@@ -81,7 +79,7 @@ func decompressWith(igzipPath string, r io.Reader) (io.ReadCloser, error) {
 		}
 		return &decoder{src: src, format: "gzip", r: z, close: func() { z.Close() }}, nil
 	case isZstd(magic):
-		z, err := zstd.NewReader(buf,
+		z, err := zstd.NewReader(&windows{r: buf, memory: memory},
 			zstd.WithDecoderConcurrency(1),
 			zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(maxZstdWindow))
@@ -99,9 +97,10 @@ func isZstd(magic []byte) bool {
 	if len(magic) < 4 {
 		return false
 	}
-	m := binary.LittleEndian.Uint32(magic)
-	return m == 0xfd2fb528 || m&^0xf == 0x184d2a50
+	return bytes.HasPrefix(magic, zstdMagic) || binary.LittleEndian.Uint32(magic)&^0xf == 0x184d2a50
 }
+
+var zstdMagic = []byte{0x28, 0xb5, 0x2f, 0xfd}
 
 // blobReader remembers the source's own error, so that a failing disk or
 // registry is not reported as a corrupt blob.
@@ -166,7 +165,9 @@ func (b *blobReader) explain(format string, n int64, err error) error {
 		return fmt.Errorf("%s: after %d uncompressed bytes: %w", format, n, err)
 	case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
 		return fmt.Errorf("%s: blob is truncated after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, io.ErrUnexpectedEOF)
-	case errors.Is(err, zstd.ErrWindowSizeExceeded):
+	case errors.Is(err, ErrMemory):
+		return fmt.Errorf("%s: %w", format, err)
+	case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return fmt.Errorf("%s: blob needs a window over %d MiB: %w: %w", format, maxZstdWindow>>20, ErrInvalid, err)
 	}
 	return fmt.Errorf("%s: blob is corrupt after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, err)

@@ -92,7 +92,7 @@ func decompressFile(igzipPath string, blob []byte) (_ []byte, err error) {
 func isSourceError(err error) bool { return err != nil && !errors.Is(err, ErrInvalid) }
 
 func decompressBy(igzipPath string, blob io.Reader) ([]byte, error) {
-	r, err := decompressWith(igzipPath, blob)
+	r, err := decompressWith(igzipPath, blob, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -122,6 +122,8 @@ func TestDecompress(t *testing.T) {
 		"zstd frames":        append(zstded(t, data[:half]), zstded(t, data[half:])...),
 		"zstd:chunked":       append(append(skippable("first"), zstded(t, data)...), skippable("manifest")...),
 		"zstd 128 MiB":       zstded(t, data, zstd.WithWindowSize(128<<20), zstd.WithSingleSegment(false)),
+		"zstd 256 MiB":       withWindow(zstded(t, data, zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false)), 256<<20),
+		"zstd 512 MiB":       withWindow(zstded(t, data, zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false)), 512<<20),
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := decompress(iotest.HalfReader(bytes.NewReader(blob)))
@@ -145,7 +147,8 @@ func TestBadBlobs(t *testing.T) {
 		blob[at] ^= 0xff
 		return blob
 	}
-	wide := zstded(t, append(noise(1000), make([]byte, 1<<20)...), zstd.WithWindowSize(256<<20))
+	zsWindow := zstded(t, data, zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false))
+	zsSegment := zstded(t, data, zstd.WithSingleSegment(true))
 	for name, row := range map[string]struct {
 		blob []byte
 		says string
@@ -160,7 +163,9 @@ func TestBadBlobs(t *testing.T) {
 		"zstd cut in header":  {zs[:5], "zstd: blob is truncated after 0"},
 		"zstd checksum":       {flip(zs, len(zs)-1), "zstd: blob is corrupt after "},
 		"zstd then garbage":   {append(bytes.Clone(zs), "garbage"...), "zstd: blob is corrupt after 100000"},
-		"zstd window":         {wide, "window over 128 MiB"},
+		"zstd window":         {withWindow(zsWindow, 1<<30), "window over 512 MiB"},
+		"zstd window 2 GiB":   {withWindow(zsWindow, 2<<30), "window over 512 MiB"},
+		"zstd one segment":    {withContentSize(zsSegment, 1<<29+1), "window over 512 MiB"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := decompress(bytes.NewReader(row.blob))
@@ -189,7 +194,7 @@ func TestSourceErrors(t *testing.T) {
 func TestErrorsStay(t *testing.T) {
 	gz := gzipped(t, noise(300_000))
 	for name, path := range decompressors() {
-		r, err := decompressWith(path, bytes.NewReader(gz[:len(gz)/2]))
+		r, err := decompressWith(path, bytes.NewReader(gz[:len(gz)/2]), nil)
 		must(t, err)
 		for range 2 {
 			if _, err := io.Copy(io.Discard, r); !errors.Is(err, io.ErrUnexpectedEOF) {
@@ -206,7 +211,7 @@ func TestKilledIgzip(t *testing.T) {
 	if path == "" {
 		t.Skip("needs igzip (Debian package isal)")
 	}
-	r, err := decompressWith(path, bytes.NewReader(gzipped(t, noise(10_000_000))))
+	r, err := decompressWith(path, bytes.NewReader(gzipped(t, noise(10_000_000))), nil)
 	must(t, err)
 	defer r.Close()
 	_, err = io.ReadFull(r, make([]byte, 1000))
@@ -228,7 +233,7 @@ func decompressors() map[string]string {
 
 func TestReadAfterClose(t *testing.T) {
 	for name, blob := range map[string][]byte{"plain": []byte("data"), "gzip": gzipped(t, []byte("data")), "zstd": zstded(t, []byte("data"))} {
-		r, err := Decompress(bytes.NewReader(blob))
+		r, err := Decompress(bytes.NewReader(blob), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

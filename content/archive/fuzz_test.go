@@ -29,7 +29,7 @@ func FuzzReadTar(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		first, err := ReadTar(t.Context(), bytes.NewReader(data), bounded{})
+		first, err := ReadTar(t.Context(), bytes.NewReader(data), bounded{}, nil)
 		if err != nil {
 			if first != nil {
 				t.Fatal("entries beside an error")
@@ -37,7 +37,7 @@ func FuzzReadTar(f *testing.F) {
 			return
 		}
 		checkEntries(t, first)
-		second, err := ReadTar(t.Context(), bytes.NewReader(data), bounded{})
+		second, err := ReadTar(t.Context(), bytes.NewReader(data), bounded{}, nil)
 		if err != nil || len(first) != len(second) {
 			t.Fatalf("%d entries, then %d, %v", len(first), len(second), err)
 		}
@@ -56,7 +56,7 @@ func FuzzDecompress(f *testing.F) {
 	f.Add(zstded(f, data))
 	f.Add(append(skippable("x"), zstded(f, data)...))
 	f.Fuzz(func(t *testing.T, blob []byte) {
-		r, err := Decompress(bytes.NewReader(blob))
+		r, err := Decompress(bytes.NewReader(blob), nil)
 		if err == nil {
 			_, err = io.Copy(io.Discard, io.LimitReader(r, 64<<20))
 			if cerr := r.Close(); cerr != nil {

@@ -10,6 +10,7 @@ import (
 
 // layerTree is one layer as the members so far have made it.
 type layerTree struct {
+	keeper
 	root *node
 	// shared holds the inodes with more than one path, and, while entries runs,
 	// the smallest of these.
@@ -55,6 +56,7 @@ func (t *layerTree) put(dir *node, name string, e *content.Entry) {
 		t.lastDir = nil
 	}
 	n.entry, n.children = e, nil
+	t.entry(len(dir.entry.Path)+len(name)+1, e)
 }
 
 // share notes that e has more than one path from now on.
@@ -79,6 +81,7 @@ func (t *layerTree) dir(path string) (*node, error) {
 		switch {
 		case n.entry == nil:
 			n.entry = &content.Entry{Path: resolved[:end], Kind: content.Dir, Flags: content.Implied, Mode: 0o755}
+			t.entry(end, n.entry)
 		case !n.isDir():
 			return nil, invalid("%s is not a directory", quote(resolved[:end]))
 		}

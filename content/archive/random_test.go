@@ -23,7 +23,7 @@ func TestRandomEqualsContainerd(t *testing.T) {
 		g := &generator{Rand: rand.New(rand.NewPCG(seed, uint64(i))), wild: i%2 == 0}
 		data := g.tar(t)
 		want, refErr := applyReference(t, data)
-		got, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{})
+		got, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{}, nil)
 		if err != nil && (refErr == nil || !errors.Is(err, ErrInvalid)) {
 			t.Fatalf("round %d: %v; the reference says: %v\n%s", i, err, refErr, g.log.String())
 		}

@@ -18,15 +18,16 @@ import (
 // entry has upper's own metadata. view is the overlay's merged mount, through
 // which metacopy files (which have no data in upper) are read; "" is fine where
 // there are none. Symlinks are never followed: a container may be writing
-// there. What vanishes meanwhile is left out, a file that shrinks is an error.
-func ReadDir(ctx context.Context, upper, view string, p Payloads) ([]*content.Entry, error) {
+// there. What vanishes meanwhile is left out, a file that shrinks is an error. memory is
+// told of what the entries take.
+func ReadDir(ctx context.Context, upper, view string, p Payloads, memory Memory) ([]*content.Entry, error) {
 	fd, err := unix.Open(upper, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("read directory %q: %w", upper, err)
 	}
 	root := os.NewFile(uintptr(fd), upper)
 	defer root.Close()
-	w := &dirReader{ctx: ctx, view: view, payloads: p, first: map[inode]string{}}
+	w := &dirReader{keeper: keeper{memory: memory}, ctx: ctx, view: view, payloads: p, first: map[inode]string{}}
 	e := &content.Entry{Kind: content.Dir}
 	if err := w.dir(root, e); err != nil {
 		return nil, fmt.Errorf("read directory %q: %w", upper, err)
@@ -37,6 +38,7 @@ func ReadDir(ctx context.Context, upper, view string, p Payloads) ([]*content.En
 type inode struct{ dev, ino uint64 }
 
 type dirReader struct {
+	keeper
 	ctx      context.Context
 	view     string
 	payloads Payloads
@@ -64,7 +66,9 @@ func (w *dirReader) dir(f *os.File, e *content.Entry) error {
 	if marks["opaque"] == "y" { // "x" only says that there are whiteouts in xattrs
 		e.Flags |= content.Opaque
 	}
-	w.out = append(w.out, e)
+	if err := w.add(e); err != nil {
+		return err
+	}
 	names, err := f.Readdirnames(-1)
 	if err != nil {
 		return fmt.Errorf("list %q: %w", e.Path, err)
@@ -134,11 +138,10 @@ func (w *dirReader) regular(f *os.File, e *content.Entry) error {
 		return fmt.Errorf("read attributes of %q: %w", e.Path, err)
 	}
 	if _, ok := marks["whiteout"]; ok && e.Size == 0 {
-		w.out = append(w.out, &content.Entry{Path: e.Path, Kind: content.Whiteout})
-		return nil
+		return w.add(&content.Entry{Path: e.Path, Kind: content.Whiteout})
 	}
-	if w.linked(e, &st) || e.Size == 0 {
-		return nil
+	if again, err := w.linked(e, &st); again || err != nil || e.Size == 0 {
+		return err
 	}
 	data := f
 	if _, ok := marks["metacopy"]; ok {
@@ -151,17 +154,25 @@ func (w *dirReader) regular(f *os.File, e *content.Entry) error {
 }
 
 // linked appends e, or a Hardlink to the path that its inode already has.
-func (w *dirReader) linked(e *content.Entry, st *unix.Stat_t) (again bool) {
+func (w *dirReader) linked(e *content.Entry, st *unix.Stat_t) (again bool, err error) {
 	if st.Nlink > 1 {
 		id := inode{st.Dev, st.Ino}
 		if first, ok := w.first[id]; ok {
-			w.out = append(w.out, &content.Entry{Path: e.Path, Kind: content.Hardlink, Target: first})
-			return true
+			return true, w.add(&content.Entry{Path: e.Path, Kind: content.Hardlink, Target: first})
 		}
 		w.first[id] = e.Path
 	}
+	return false, w.add(e)
+}
+
+// add appends an entry. Its Size must be set.
+func (w *dirReader) add(e *content.Entry) error {
 	w.out = append(w.out, e)
-	return false
+	w.entry(len(e.Path), e)
+	if err := w.tell(); err != nil {
+		return fmt.Errorf("read %s: %w", quote(e.Path), err)
+	}
+	return nil
 }
 
 func (w *dirReader) put(e *content.Entry, f *os.File) error {
@@ -222,8 +233,7 @@ func (w *dirReader) special(parent *os.File, name string, e *content.Entry, st *
 		if st.Mode&unix.S_IFMT == unix.S_IFBLK {
 			e.Kind = content.Block
 		} else if st.Rdev == 0 {
-			w.out = append(w.out, &content.Entry{Path: e.Path, Kind: content.Whiteout})
-			return nil
+			return w.add(&content.Entry{Path: e.Path, Kind: content.Whiteout})
 		}
 		e.Major, e.Minor = unix.Major(st.Rdev), unix.Minor(st.Rdev)
 	case unix.S_IFIFO:
@@ -236,8 +246,8 @@ func (w *dirReader) special(parent *os.File, name string, e *content.Entry, st *
 	if _, err := readXattrs(e, nameXattrs(parent, name)); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("read attributes of %q: %w", e.Path, err)
 	}
-	w.linked(e, st)
-	return nil
+	_, err := w.linked(e, st)
+	return err
 }
 
 func setStat(e *content.Entry, st *unix.Stat_t) {

@@ -49,7 +49,7 @@ func stamp(t *testing.T, root string) {
 
 func readDir(t *testing.T, upper, view string) []string {
 	t.Helper()
-	entries, err := ReadDir(t.Context(), upper, view, hashing{})
+	entries, err := ReadDir(t.Context(), upper, view, hashing{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +177,7 @@ func TestReadDirOfOverlay(t *testing.T) {
 	if diff := cmp.Diff(want, readDir(t, upper, merged)); diff != "" {
 		t.Errorf("want (-), got (+):\n%s", diff)
 	}
-	_, err := ReadDir(t.Context(), upper, "", hashing{})
+	_, err := ReadDir(t.Context(), upper, "", hashing{}, nil)
 	if err == nil || !strings.Contains(err.Error(), "no view") {
 		t.Errorf("without a view: %v", err)
 	}
@@ -188,7 +188,7 @@ func TestReadDirRefusesRedirects(t *testing.T) {
 		must(t, os.Mkdir(filepath.Join(lower, "old"), 0o755))
 	})
 	must(t, os.Rename(filepath.Join(merged, "old"), filepath.Join(merged, "new")))
-	_, err := ReadDir(t.Context(), upper, merged, hashing{})
+	_, err := ReadDir(t.Context(), upper, merged, hashing{}, nil)
 	if err == nil || !strings.Contains(err.Error(), `"new"`) || !strings.Contains(err.Error(), "redirect_dir") {
 		t.Errorf("got %v", err)
 	}
@@ -227,7 +227,7 @@ func TestSymlinkSwap(t *testing.T) {
 	defer func() { close(stop); <-done }()
 	bad := content.ObjectID{Sum: sha256.Sum256([]byte(secret))}
 	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); {
-		entries, err := ReadDir(t.Context(), upper, "", hashing{})
+		entries, err := ReadDir(t.Context(), upper, "", hashing{}, nil)
 		if err != nil {
 			continue // what changed is an error or left out
 		}
@@ -247,12 +247,12 @@ func TestReadDirShrinkingFile(t *testing.T) {
 		must(t, os.Truncate(name, 3))
 		_, err := io.CopyN(io.Discard, r, e.Size)
 		return err
-	}))
+	}), nil)
 	if err == nil || !strings.Contains(err.Error(), "changed while it was read") {
 		t.Errorf("got %v", err)
 	}
 	refused := errors.New("refused")
-	_, err = ReadDir(t.Context(), upper, "", putFunc(func(*content.Entry, io.Reader) error { return refused }))
+	_, err = ReadDir(t.Context(), upper, "", putFunc(func(*content.Entry, io.Reader) error { return refused }), nil)
 	if !errors.Is(err, refused) {
 		t.Errorf("got %v", err)
 	}

@@ -17,9 +17,10 @@ import (
 // Bytes after the marker stay in r. Members that were replaced later are not in
 // the result though their payload was put. Errors name the member; those that are
 // the archive's fault wrap ErrInvalid. Memory grows with the number of entries,
-// never with a declared size.
-func ReadTar(ctx context.Context, r io.Reader, p Payloads) ([]*content.Entry, error) {
+// never with a declared size, and memory is told of it.
+func ReadTar(ctx context.Context, r io.Reader, p Payloads, memory Memory) ([]*content.Entry, error) {
 	l := &layerReader{ctx: ctx, tr: tar.NewReader(r), payloads: p, tree: newLayerTree()}
+	l.tree.memory = memory
 	last := ""
 	for {
 		if err := ctx.Err(); err != nil {
@@ -35,7 +36,11 @@ func ReadTar(ctx context.Context, r io.Reader, p Payloads) ([]*content.Entry, er
 		if err != nil {
 			return nil, nextError(last, err)
 		}
-		if err := l.member(hdr); err != nil {
+		err = l.member(hdr)
+		if err == nil {
+			err = l.tree.tell()
+		}
+		if err != nil {
 			return nil, fmt.Errorf("read tar member %s: %w", quote(hdr.Name), err)
 		}
 		last = hdr.Name
@@ -150,7 +155,10 @@ func (l *layerReader) whiteout(dir *node, name string) error {
 	if hidden == "" || hidden == "." || hidden == ".." {
 		return invalid("whiteout of %q", hidden)
 	}
-	dir.child(hidden).hidden = true
+	if c := dir.child(hidden); !c.hidden {
+		c.hidden = true
+		l.tree.entry(len(dir.entry.Path)+len(hidden)+1, &content.Entry{})
+	}
 	return nil
 }
 
@@ -165,6 +173,7 @@ func (l *layerReader) place(hdr *tar.Header, dir *node, path, name string) error
 	}
 	if n := dir.children[name]; kind == content.Dir && n != nil && n.isDir() {
 		n.entry.Flags &^= content.Implied
+		l.tree.entry(len(path), n.entry)
 		return applyMetadata(l.ctx, n.entry, hdr)
 	}
 	e := &content.Entry{Path: path, Kind: kind}

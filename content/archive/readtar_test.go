@@ -66,11 +66,13 @@ func tortures(t testing.TB) map[string][]byte {
 		"hardlink drops capability": w(file("a", "x", xattr("security.capability", netRaw)), link("b", "a"),
 			file("c", "x"), link("d", "c", xattr("security.capability", netRaw))),
 
-		"whiteouts":           w(file(".wh.a", ""), file("d/.wh.b", ""), dir(".wh.dir"), file(".wh..wh.plnk", "")),
-		"opaque":              w(dir("d"), file("d/.wh..wh..opq", ""), file("d/x", "x"), file("e/y", ""), file("e/.wh..wh..opq", "")),
-		"opaque lost":         w(dir("d"), file("d/.wh..wh..opq", ""), file("d", ""), dir("d")),
-		"opaque root":         w(file(".wh..wh..opq", ""), file("a", "")),
-		"below a marker name": w(file(".wh.d/f", "x")),
+		"whiteouts":             w(file(".wh.a", ""), file("d/.wh.b", ""), dir(".wh.dir"), file(".wh..wh.plnk", "")),
+		"opaque":                w(dir("d"), file("d/.wh..wh..opq", ""), file("d/x", "x"), file("e/y", ""), file("e/.wh..wh..opq", "")),
+		"opaque lost":           w(dir("d"), file("d/.wh..wh..opq", ""), file("d", ""), dir("d")),
+		"opaque root":           w(file(".wh..wh..opq", ""), file("a", "")),
+		"opaque xattr":          w(dir("alone", xattr(opaqueXattr, "y"), xattr("user.a", "1")), dir("both", xattr(opaqueXattr, "y")), file("both/.wh..wh..opq", "")),
+		"opaque xattr of users": w(dir("d", xattr("user.overlay.opaque", "y"), xattr("user.fuseoverlayfs.opaque", "y"))),
+		"below a marker name":   w(file(".wh.d/f", "x")),
 
 		"user xattrs":     w(file("f", "x", xattr("user.a", "v"), xattr("user.empty", ""), xattr("user.nul", "a\x00b")), dir("d", xattr("user.d", "1")), symlink("s", "f", xattr("user.s", "1")), special(tar.TypeFifo, "p", 0, 0)),
 		"dir xattr union": w(dir("d", xattr("user.a", "1"), xattr("user.b", "2")), dir("d", xattr("user.b", "3"), xattr("user.c", "4"))),
@@ -199,7 +201,7 @@ func TestRootMember(t *testing.T) {
 // TestLeavesTrailingBytes: the caller hashes what comes after the end marker.
 func TestLeavesTrailingBytes(t *testing.T) {
 	r := strings.NewReader(string(writeTar(t, file("a", "x"))) + "trailing")
-	if _, err := ReadTar(t.Context(), r, hashing{}); err != nil {
+	if _, err := ReadTar(t.Context(), r, hashing{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if rest, _ := io.ReadAll(r); string(rest) != "trailing" {
@@ -214,14 +216,14 @@ func (f putFunc) Put(e *content.Entry, r io.Reader) error { return f(e, r) }
 func TestPayloadErrors(t *testing.T) {
 	data := writeTar(t, file("full", "payload"))
 	refused := errors.New("refused")
-	_, err := ReadTar(t.Context(), bytes.NewReader(data), putFunc(func(*content.Entry, io.Reader) error { return refused }))
+	_, err := ReadTar(t.Context(), bytes.NewReader(data), putFunc(func(*content.Entry, io.Reader) error { return refused }), nil)
 	if !errors.Is(err, refused) || errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), `"full"`) {
 		t.Errorf("refusing: %v", err)
 	}
 	_, err = ReadTar(t.Context(), bytes.NewReader(data), putFunc(func(e *content.Entry, r io.Reader) error {
 		_, err := io.CopyN(io.Discard, r, 3)
 		return err
-	}))
+	}), nil)
 	if err == nil || errors.Is(err, ErrInvalid) {
 		t.Errorf("taking too little: %v", err)
 	}
@@ -233,7 +235,7 @@ func TestContextEnds(t *testing.T) {
 		cancel()
 		_, err := io.Copy(io.Discard, r)
 		return err
-	}))
+	}), nil)
 	if !errors.Is(err, context.Canceled) || errors.Is(err, ErrInvalid) {
 		t.Errorf("got %v", err)
 	}

@@ -36,7 +36,7 @@ func (hashing) Put(e *content.Entry, r io.Reader) error {
 // readTar reads a tar that must be fine.
 func readTar(t *testing.T, data []byte) []*content.Entry {
 	t.Helper()
-	got, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{})
+	got, err := ReadTar(t.Context(), bytes.NewReader(data), hashing{}, nil)
 	if err != nil {
 		t.Fatalf("ReadTar: %v", err)
 	}
@@ -96,7 +96,7 @@ func applyReference(t *testing.T, data []byte) ([]*content.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries, err := ReadDir(t.Context(), dir, "", hashing{})
+	entries, err := ReadDir(t.Context(), dir, "", hashing{}, nil)
 	if err != nil {
 		t.Fatalf("ReadDir: %v", err)
 	}

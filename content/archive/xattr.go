@@ -16,17 +16,19 @@ const (
 	accessACLXattr  = "system.posix_acl_access"
 	defaultACLXattr = "system.posix_acl_default"
 	overlayPrefix   = "trusted.overlay."
+	opaqueXattr     = overlayPrefix + "opaque"
 
 	paxXattrPrefix = "SCHILY.xattr."
 )
 
 // Limits of one attribute and of all of one inode. The kernel's are 255 and 65536
 // bytes; a chain image counts a value's length in 16 bits and the
-// attributes of an inode in 2^16 words of 4 bytes.
+// attributes of an inode in 2^16 words of 4 bytes. Hard links in layers above may add to them (content.MaxBelowXattrs), and so
+// does the chain image itself.
 const (
 	maxXattrName  = 255
 	maxXattrValue = 1<<16 - 1
-	maxXattrs     = 1<<18 - 64
+	maxXattrs     = 1<<18 - content.MaxBelowXattrs - 512
 )
 
 // applyXattrs does what setxattr would, member by member: e's attributes stay
@@ -46,20 +48,26 @@ func applyXattrs(ctx context.Context, e *content.Entry, records map[string]strin
 
 // checkXattrs refuses more than an inode of a chain image has room for.
 func checkXattrs(e *content.Entry) error {
-	total := 0
+	var total int64
 	for _, x := range e.Xattrs {
 		if len(x.Value) > maxXattrValue {
 			return invalid("extended attribute %s has %d bytes", quote(x.Name), len(x.Value))
 		}
-		total += len(x.Name) + len(x.Value) + 8 // header and padding
+		total += content.XattrSize(x)
 	}
 	if total > maxXattrs {
-		return invalid("extended attributes of %d bytes", total)
+		return invalid("extended attributes of %d bytes, at most %d fit", total, maxXattrs)
 	}
 	return nil
 }
 
 func applyXattr(ctx context.Context, e *content.Entry, name, value string) error {
+	if name == opaqueXattr && value == "y" && e.Kind == content.Dir {
+		// umoci and fuse-overlayfs have left it beside the marker. containerd's applier drops it (setxattr in
+		// pkg/archive/tar_unix.go), so alone it hides nothing in any of its snapshotters.
+		log.G(ctx).WithField("path", e.Path).Infof("extended attribute %s ignored, as containerd does", name)
+		return nil
+	}
 	if strings.HasPrefix(name, overlayPrefix) {
 		// It would let an image point at any object of the store.
 		return invalid("extended attribute %s is overlayfs's own", quote(name))

@@ -189,7 +189,7 @@ func BenchmarkCheckChain(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		r := bytes.NewReader(img.Bytes())
-		err := CheckChain(b.Context(), r, r.Size(), func(id content.PackID) *Pack { return byID[id] })
+		_, err := CheckChain(b.Context(), r, r.Size(), func(id content.PackID) *Pack { return byID[id] })
 		if err != nil {
 			b.Fatal(err)
 		}

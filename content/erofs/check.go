@@ -11,32 +11,39 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// CheckChain looks at a whole chain image over packs, of this many bytes: that its bytes are those that were written,
-// and that each file with a payload points to where a pack has one of that size, and sends overlayfs to the same. A
-// wrong place would show zeros or another payload, and no error. packs returns what a pack says of itself, nil where
-// it is not to be had.
+// CheckChain looks at a whole chain image over packs, of this many bytes: that its bytes are those that were written, and
+// that each file with a payload points to where a pack has one of that size, and sends overlayfs to the same. A wrong
+// place would show zeros or another payload, and no error. packs returns what a pack says of itself, nil where it is not
+// to be had. It does not look at payloads.
 //
-// What is wrong is an error that wraps ErrDamaged; the image is then to be built again. It does not look at payloads.
-func CheckChain(ctx context.Context, r io.ReaderAt, size int64, packs func(content.PackID) *Pack) error {
+// It returns the payloads that the image shows, and where. Whether they are the right ones is for the caller to say: who
+// builds the image once more over these places gets the same bytes. What is wrong is an error that wraps ErrDamaged; the
+// image is then to be built again.
+func CheckChain(ctx context.Context, r io.ReaderAt, size int64, packs func(content.PackID) *Pack) (
+	places map[content.ObjectID]content.Place, err error,
+) {
 	devices, redirect, err := ReadChain(r, size)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := checkSum(ctx, r, size); err != nil {
-		return err
+		return nil, err
 	}
-	c := checker{ctx: ctx, image: window{r: r, size: size}, redirect: redirect, seen: make([]uint64, size/slotSize/64)}
+	c := checker{
+		ctx: ctx, image: window{r: r, size: size}, redirect: redirect,
+		seen: make([]uint64, size/slotSize/64), places: map[content.ObjectID]content.Place{},
+	}
 	for _, d := range devices {
 		p := packs(d.Pack)
 		switch {
 		case p == nil:
-			return damagedChain("it needs pack %s, which is not there", d.Pack)
+			return nil, damagedChain("it needs pack %s, which is not there", d.Pack)
 		case p.Blocks != d.Blocks:
-			return damagedChain("it was built over a pack %s of %d blocks, which has %d", d.Pack, d.Blocks, p.Blocks)
+			return nil, damagedChain("it was built over a pack %s of %d blocks, which has %d", d.Pack, d.Blocks, p.Blocks)
 		}
 		c.packs = append(c.packs, newPayloads(p))
 	}
-	return c.walk()
+	return c.places, c.walk()
 }
 
 // checkSum compares the bytes with the sum in the uuid. Block 0 has been compared with its checksum.
@@ -104,6 +111,7 @@ type checker struct {
 	redirect bool
 	seen     []uint64 // a bit for each nid
 	dirs     []uint64 // nids of directories to look at
+	places   map[content.ObjectID]content.Place
 }
 
 func (c *checker) walk() error {
@@ -242,6 +250,11 @@ func (c *checker) file(in raw) error {
 	if size := p.Slots[n].Size; size != in.size {
 		return damagedChain("file %d has %d bytes, its payload %d of pack %s has %d", in.nid, in.size, n, p.ID, size)
 	}
+	id := p.Slots[n].ID
+	if other, ok := c.places[id]; ok && other != p.Place(n) {
+		return damagedChain("it has payload %s at two places", id)
+	}
+	c.places[id] = p.Place(n)
 	return c.steered(in, PackPath(p.ID, n))
 }
 

@@ -17,6 +17,12 @@ import (
 // checkOver is CheckChain with these packs.
 func checkOver(t testing.TB, img []byte, packs ...*Pack) error {
 	t.Helper()
+	_, err := placesOver(t, img, packs...)
+	return err
+}
+
+func placesOver(t testing.TB, img []byte, packs ...*Pack) (map[content.ObjectID]content.Place, error) {
+	t.Helper()
 	return CheckChain(t.Context(), bytes.NewReader(img), int64(len(img)), func(id content.PackID) *Pack {
 		if i := slices.IndexFunc(packs, func(p *Pack) bool { return p.ID == id }); i >= 0 {
 			return packs[i]
@@ -55,8 +61,12 @@ func TestCheckChain(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := checkOver(t, img, a.Pack, b.Pack); err != nil {
+			places, err := placesOver(t, img, a.Pack, b.Pack)
+			if err != nil {
 				t.Error(err)
+			}
+			if again := (Options{Packs: o.Packs, Redirect: redirect, Place: placeIn(places)}); !bytes.Equal(img, written(t, nested(root), again)) {
+				t.Error("an image over the places that were found is another")
 			}
 			other := func(change func(*Pack)) []*Pack { return []*Pack{a.Pack, changed(b.Pack, change)} }
 			for _, c := range []struct {

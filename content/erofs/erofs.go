@@ -38,10 +38,11 @@
 //	    nothing      empty file, device, or bytes in data blocks (layout "plain")
 //
 // A chain image is mounted with its packs, in the order of the list: device=<pack>,device=<pack>. It comes in two
-// flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also
-// have overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over
-// <chain>::<pack>::<pack> the bytes come from the mounted packs, so all images share them in memory. An overlay over
-// a shared image alone would look for payloads in vain.
+// flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also have
+// overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over
+// <chain>::<pack>::<pack> the bytes come from the mounted packs, so all images share them in memory. An overlay over a
+// shared image alone would look for payloads in vain. The root of a shared image has a whiteout named like each of its
+// packs, so that an overlay in which packs are layers like any other shows none of them.
 //
 // # What kernels want
 //
@@ -62,7 +63,8 @@
 //     refuse a tail that crosses blocks, and a symlink whose xattrs do.
 //   - Only this package writes trusted.overlay.* xattrs: whoever can choose one can
 //     make a file show any payload. An entry that has one is an error, and so is
-//     a 0/0 character device, which overlayfs takes for a whiteout.
+//     a 0/0 character device, which overlayfs takes for a whiteout: only those
+//     that hide packs are written.
 //   - A pack is written once. Nothing in it moves or is punched out after Seal.
 //
 // It does not look at payloads, does not merge trees, and syncs nothing. Until stores have moved to packs, Write and

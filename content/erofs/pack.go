@@ -257,41 +257,25 @@ func (p *Pack) encodeSuper(inodes []byte) []byte {
 // longer, is an error that wraps ErrDamaged. It does not look at payloads. It holds metadata and table in memory
 // while it works, some 94 bytes a slot.
 func OpenPack(r io.ReaderAt, size int64) (*Pack, error) {
-	if size < 2*blockSize || size%blockSize != 0 || size/blockSize > math.MaxUint32 {
-		return nil, damagedPack("a file of %d bytes is none", size)
+	t, err := readTrailer(r, size)
+	if err != nil {
+		return nil, err
 	}
-	var t [trailerLen]byte
-	if _, err := r.ReadAt(t[:], size-trailerLen); err != nil {
-		return nil, fmt.Errorf("read the trailer of a pack: %w", err)
-	}
-	p := &Pack{ID: content.PackID(le.Uint64(t[16:])), Meta: le.Uint32(t[24:]), Blocks: le.Uint32(t[28:])}
-	slots, table := int64(le.Uint32(t[12:])), int64(le.Uint64(t[32:]))
-	copy(p.Sum[:], t[sumOffset:])
-	length := size - int64(p.Meta)*blockSize
-	switch {
-	case string(t[:8]) != packMagic:
-		return nil, damagedPack("it has no trailer")
-	case int64(p.Blocks)*blockSize != size:
-		return nil, damagedPack("it has %d bytes, its trailer says %d", size, int64(p.Blocks)*blockSize)
-	case p.Meta < 1 || p.ID > content.MaxPackID || slots > maxSlots || table < packFilesNid*slotSize || table > length,
-		// All of the trailer's numbers go together, so a wrong one is found before it is asked for as memory.
-		alignUp(table+slots*slotLen+trailerLen, blockSize) != length:
-		return nil, damagedPack("its trailer says what cannot be")
-	}
-	super, tail := make([]byte, blockSize), make([]byte, length)
+	super, tail := make([]byte, blockSize), make([]byte, size-int64(t.meta)*blockSize)
 	if _, err := r.ReadAt(super, 0); err != nil {
 		return nil, fmt.Errorf("read the superblock of a pack: %w", err)
 	}
-	if _, err := r.ReadAt(tail, size-length); err != nil {
+	if _, err := r.ReadAt(tail, int64(t.meta)*blockSize); err != nil {
 		return nil, fmt.Errorf("read the table of a pack: %w", err)
 	}
-	if sum := tailSum(super, tail); sum != p.Sum {
-		return nil, damagedPack("superblock, inodes or table have the sum %s, the trailer says %s", sum, p.Sum)
+	if sum := tailSum(super, tail); sum != t.Sum {
+		return nil, damagedPack("superblock, inodes or table have the sum %s, the trailer says %s", sum, t.Sum)
 	}
-	if version := le.Uint32(t[8:]); version != packVersion {
-		return nil, fmt.Errorf("pack %s has version %d, this build reads %d", p.ID, version, packVersion)
+	if t.version != packVersion {
+		return nil, fmt.Errorf("pack %s has version %d, this build reads %d", t.Pack, t.version, packVersion)
 	}
-	if err := p.decodeTable(tail[table : table+slots*slotLen]); err != nil {
+	p := &Pack{ID: t.Pack, Meta: t.meta, Blocks: t.Blocks, Sum: t.Sum}
+	if err := p.decodeTable(tail[t.table : t.table+t.slots*slotLen]); err != nil {
 		return nil, err
 	}
 	return p, nil
@@ -316,4 +300,17 @@ func (p *Pack) decodeTable(b []byte) error {
 		p.Slots[i] = s
 	}
 	return nil
+}
+
+// PackSize returns the length of a pack's file, in bytes, that holds payloads of these sizes.
+func PackSize(sizes []int64) (int64, error) {
+	p := &Pack{Meta: 1, Slots: make([]Slot, len(sizes))}
+	for i, size := range sizes {
+		p.Slots[i] = Slot{Block: p.Meta, Size: size}
+		p.Meta += uint32(blocksOf(size))
+	}
+	if _, _, err := p.encodeTail(); err != nil {
+		return 0, err
+	}
+	return int64(p.Blocks) * blockSize, nil
 }

@@ -292,17 +292,23 @@ func chainOver(redirect bool, packs ...packed) (*tree.Node, Options, map[string]
 	return root, o, want
 }
 
-func writeChain(t *testing.T, root *tree.Node, o Options) string {
+func written(t *testing.T, root *tree.Node, o Options) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	if _, err := WriteChain(t.Context(), &b, root, o); err != nil {
 		t.Fatal(err)
 	}
+	return b.Bytes()
+}
+
+func writeChain(t *testing.T, root *tree.Node, o Options) string {
+	t.Helper()
+	b := written(t, root, o)
 	path := filepath.Join(t.TempDir(), "chain.erofs")
-	if err := os.WriteFile(path, b.Bytes(), 0o600); err != nil {
+	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	devices, redirect, err := ReadChain(bytes.NewReader(b.Bytes()), int64(b.Len()))
+	devices, redirect, err := ReadChain(bytes.NewReader(b), int64(len(b)))
 	if err != nil || redirect != o.Redirect {
 		t.Error(err)
 	}

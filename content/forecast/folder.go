@@ -11,18 +11,10 @@ import (
 
 // identity names a payload, also one that lies inline in the tree.
 func identity(e *content.Entry) (id content.ObjectID) {
-	switch {
-	case !e.PycCanonical.IsZero():
-		return e.PycCanonical
-	case !e.Object.IsZero():
+	if !e.Object.IsZero() {
 		return e.Object
 	}
-	data := e.Data
-	if e.Flags&content.PycLone != 0 {
-		data = slices.Clone(data)
-		content.SetPycTime(data, content.PycTime)
-	}
-	return content.ObjectID{Sum: sha256.Sum256(data)}
+	return content.ObjectID{Sum: sha256.Sum256(e.Data)}
 }
 
 // folder is one directory with the duplicates in all that is below it.

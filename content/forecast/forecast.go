@@ -30,7 +30,7 @@ type Chain []int
 
 // Store is what a store would occupy.
 type Store struct {
-	Objects     layer.Usage // payloads
+	Packs       layer.Usage // payloads
 	Trees       layer.Usage
 	ChainImages layer.Usage
 	Directories layer.Usage
@@ -38,7 +38,7 @@ type Store struct {
 
 // Total is the sum.
 func (s Store) Total() layer.Usage {
-	return Add(s.Objects, s.Trees, s.ChainImages, s.Directories)
+	return Add(s.Packs, s.Trees, s.ChainImages, s.Directories)
 }
 
 // Add adds up.
@@ -55,12 +55,49 @@ func file(size int64) layer.Usage { return layer.Usage{Bytes: content.Blocks(siz
 // Options are the settings of the store.
 type Options struct {
 	Fidelity content.Fidelity // content.Exact or content.Python
-	Verity   bool             // fs-verity on objects, as ext4 keeps it
+	Verity   bool             // fs-verity on packs, as ext4 keeps it
+	// Private: chain images for page_cache = "private".
+	Private bool
 }
 
-// Of returns what a store would occupy that held the drafts and the chain images of the chains.
+// packs are the packs of a store: one for each draft that brings something new.
+type packs struct {
+	devices []erofs.Device
+	places  map[content.ObjectID]content.Place
+}
+
+// add makes the pack of a tree's new payloads, and returns what it occupies.
+func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err error) {
+	id := content.PackID(len(p.devices) + 1)
+	var sizes []int64
+	next := uint32(1)
+	for _, e := range entries {
+		if _, known := p.places[e.Object]; e.Object.IsZero() || known {
+			continue
+		}
+		p.places[e.Object] = content.Place{Pack: id, N: uint32(len(sizes)), Block: next, Size: e.Size}
+		next += uint32(content.Blocks(e.Size) / content.BlockSize)
+		sizes = append(sizes, e.Size)
+	}
+	if len(sizes) == 0 {
+		return u, nil
+	}
+	size, err := erofs.PackSize(sizes)
+	if err != nil {
+		return u, err
+	}
+	p.devices = append(p.devices, erofs.Device{Pack: id, Tag: content.Sum{}.Hex(), Blocks: uint32(size / content.BlockSize)})
+	u = file(size)
+	if hashed {
+		u.Bytes += verity.Space(size)
+	}
+	return u, nil
+}
+
+// Of returns what a store would occupy that held the drafts and the chain images of the chains. Packs are counted as they come in; merging
+// small ones later gives back a few blocks each.
 func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (s Store, err error) {
-	objects := map[content.ObjectID]int64{}
+	stored := &packs{places: map[content.ObjectID]content.Place{}}
 	seen := map[content.LayerID]bool{}
 	for _, d := range drafts {
 		t := treeOf(d, opts.Fidelity)
@@ -73,29 +110,16 @@ func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain)
 		if err != nil {
 			return s, err
 		}
-		for _, e := range entries {
-			if !e.Object.IsZero() {
-				objects[e.Object] = e.Size
-			}
-			if !e.PycCanonical.IsZero() {
-				objects[e.PycCanonical] = e.Size
-			}
+		u, err := stored.add(entries, opts.Verity)
+		if err != nil {
+			return s, err
 		}
+		s.Packs = Add(s.Packs, u)
 	}
-	var shards [256]int
-	for id, size := range objects {
-		s.Objects = Add(s.Objects, file(size))
-		if opts.Verity {
-			s.Objects.Bytes += verity.Space(size)
-		}
-		shards[id.Sum[0]]++
-	}
-	const idLen = 2 * len(content.Sum{})
-	s.Directories = layer.Usage{Bytes: content.BlockSize, Inodes: 1} // objects/
-	for _, n := range shards {
-		s.Directories = Add(s.Directories, layer.Usage{Bytes: directory(n, n*dirent(idLen-2)), Inodes: 1})
-	}
-	s.ChainImages, err = chainImages(ctx, opts, drafts, chains)
+	const nameLen = 13 + len(".erofs")
+	n := len(stored.devices)
+	s.Directories = layer.Usage{Bytes: directory(n, n*dirent(nameLen)), Inodes: 1} // packs/
+	s.ChainImages, err = chainImages(ctx, opts, drafts, chains, stored)
 	return s, err
 }
 
@@ -107,7 +131,7 @@ func treeOf(d layer.Draft, f content.Fidelity) layer.DraftTree {
 }
 
 // chainImages makes every chain image, one for each processor at a time, and counts its bytes.
-func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (layer.Usage, error) {
+func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain, stored *packs) (layer.Usage, error) {
 	var distinct []Chain
 	seen := map[string]bool{}
 	for _, c := range chains {
@@ -129,7 +153,7 @@ func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			sizes[i], err = chainImage(ctx, opts, drafts, c)
+			sizes[i], err = chainImage(ctx, opts, drafts, c, stored)
 			return err
 		})
 	}
@@ -141,7 +165,7 @@ func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains
 	return sum, err
 }
 
-func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain) (int64, error) {
+func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain, stored *packs) (int64, error) {
 	layers := make([][]*content.Entry, len(c))
 	for k, i := range c {
 		var err error
@@ -153,11 +177,20 @@ func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain
 	if err != nil {
 		return 0, fmt.Errorf("merge %d layers: %w", len(c), err)
 	}
-	if !opts.Verity {
-		return erofs.Write(ctx, io.Discard, root)
+	used := map[content.PackID]bool{}
+	for _, entries := range layers {
+		for _, e := range entries {
+			if !e.Object.IsZero() {
+				used[stored.places[e.Object].Pack] = true
+			}
+		}
 	}
-	// What the digests are does not matter, but that they differ.
-	return erofs.WriteVerity(ctx, io.Discard, root, func(id content.ObjectID) verity.Digest { return verity.Digest{Sum: id.Sum} })
+	devices := slices.DeleteFunc(slices.Clone(stored.devices), func(d erofs.Device) bool { return !used[d.Pack] })
+	return erofs.WriteChain(ctx, io.Discard, root, erofs.Options{
+		Place:    func(o content.ObjectID) (content.Place, bool) { p, ok := stored.places[o]; return p, ok },
+		Packs:    devices,
+		Redirect: !opts.Private,
+	})
 }
 
 // Directories returns what the files of a layer occupy as directories of ext4 with inodes of 256 bytes.

@@ -21,6 +21,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
 // member is one tar member; a name that ends in a slash is a directory's, link makes it a symlink.
@@ -126,7 +127,7 @@ func TestOf(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		stored := Add(got.Objects, got.Trees)
+		stored := Add(got.Packs, got.Trees)
 		if want := s.Used(); stored.Inodes+got.Directories.Inodes != want.Inodes {
 			t.Errorf("%s: %+v forecast, the store has %+v", f, got, want)
 		}
@@ -139,7 +140,7 @@ func TestOf(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			n, err := erofs.Write(t.Context(), io.Discard, root)
+			n, err := erofs.WriteChain(t.Context(), io.Discard, root, options(t, s, root))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -151,7 +152,29 @@ func TestOf(t *testing.T) {
 	}
 }
 
-// fs-verity costs a block for a small object and more for a large one, and a digest for each in the chain image.
+// options are those of the image of a merged tree, as the snapshotter has them.
+func options(t *testing.T, s *layer.Store, root *tree.Node) erofs.Options {
+	t.Helper()
+	var ids []content.ObjectID
+	var walk func(n *tree.Node)
+	walk = func(n *tree.Node) {
+		if !n.Entry.Object.IsZero() {
+			ids = append(ids, n.Entry.Object)
+		}
+		for _, c := range n.Children {
+			walk(c)
+		}
+	}
+	walk(root)
+	placed, err := s.Places(t.Context(), ids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = placed.Release() })
+	return erofs.Options{Place: placed.Place, Packs: placed.Packs(), Redirect: true}
+}
+
+// fs-verity costs blocks of hashes for each pack.
 func TestOfVerity(t *testing.T) {
 	drafts := []layer.Draft{draft(t, builds(t)[1])}
 	plain, err := Of(t.Context(), Options{Fidelity: content.Python}, drafts, []Chain{{0}})
@@ -162,8 +185,8 @@ func TestOfVerity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Three objects of 300,000, 5,000 and 9,016 bytes: a descriptor each, and a block of hashes each.
-	if more := got.Objects.Bytes - plain.Objects.Bytes; more != 6*4096 || got.Objects.Inodes != plain.Objects.Inodes || got.Trees != plain.Trees || got.ChainImages.Bytes < plain.ChainImages.Bytes {
+	// One pack of 74 + 2 + 3 blocks of payloads and 4 around them: a descriptor, and a block of hashes.
+	if more := got.Packs.Bytes - plain.Packs.Bytes; more != 2*4096 || got.Packs.Inodes != 1 || got.Trees != plain.Trees || got.ChainImages != plain.ChainImages {
 		t.Errorf("%d bytes more: %+v, %+v", more, plain, got)
 	}
 }
@@ -174,16 +197,16 @@ func TestOfPython(t *testing.T) {
 	for _, b := range builds(t) {
 		drafts = append(drafts, draft(t, b))
 	}
-	objects := func(f content.Fidelity, drafts ...layer.Draft) int64 {
+	packs := func(f content.Fidelity, drafts ...layer.Draft) int64 {
 		s, err := Of(t.Context(), Options{Fidelity: f}, drafts, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return s.Objects.Inodes
+		return s.Packs.Inodes
 	}
 	for f, more := range map[content.Fidelity]int64{content.Exact: 1, content.Python: 0} {
-		if got := objects(f, drafts[1:]...) - objects(f, drafts[1]); got != more {
-			t.Errorf("%s: the second build adds %d objects, want %d", f, got, more)
+		if got := packs(f, drafts[1:]...) - packs(f, drafts[1]); got != more {
+			t.Errorf("%s: the second build adds %d packs, want %d", f, got, more)
 		}
 	}
 }

@@ -188,7 +188,7 @@ func benchRemove(b *testing.B, layers int) {
 	took := time.Since(opened)
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	// What a start takes after a crash: every object is looked at.
+	// What a start takes after a crash.
 	if err := errors.Join(s.Close(), os.Remove(filepath.Join(root, fileClean))); err != nil {
 		b.Fatal(err)
 	}

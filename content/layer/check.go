@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -42,7 +40,9 @@ type FindingKind string
 const (
 	DamagedObject FindingKind = "object"
 	DamagedTree   FindingKind = "tree"
-	Orphan        FindingKind = "orphan"
+	// DamagedPack: what the file says of itself is damaged. Payloads in it may be whole, and are copied out of it.
+	DamagedPack FindingKind = "pack"
+	Orphan      FindingKind = "orphan"
 )
 
 // Check compares every tree and every object with its name, reading them from the disk, and looks for files that
@@ -65,13 +65,15 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 	if err := s.checkTrees(ctx, read); err != nil {
 		return nil, err
 	}
-	for first := range 256 {
-		if err := s.verifyObjects(ctx, s.objects.IDs(byte(first)), read); err != nil {
-			return nil, fmt.Errorf("verify objects: %w", s.explain(err))
-		}
+	packs, err := s.objects.CheckPacks(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("verify packs: %w", s.explain(err))
 	}
-	if err := s.keepVerity(); err != nil {
-		return nil, fmt.Errorf("verify objects: %w", err)
+	if err := s.verifyObjects(ctx, s.objects.IDs(), read); err != nil {
+		return nil, fmt.Errorf("verify objects: %w", s.explain(err))
+	}
+	for _, p := range packs {
+		findings = append(findings, Finding{Kind: DamagedPack, Path: p.Path, Problem: p.Err.Error()})
 	}
 	s.blame(ctx)
 	if err := s.heal(ctx, s.Sync); err != nil {
@@ -182,13 +184,7 @@ func (s *Store) Findings() (findings []Finding) {
 		}
 	}
 	for o, layers := range byObject {
-		path := filepath.Join(s.objects.Dir(), o.Path())
-		problem := "its bytes cannot be read, or have another sha256 than its name says"
-		if fi, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
-			problem = "it is missing"
-		} else if err == nil && !fi.Mode().IsRegular() {
-			problem = "it is no regular file"
-		}
+		path, problem := s.objects.Where(o)
 		slices.SortFunc(layers, func(a, b content.LayerID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
 		findings = append(findings, Finding{Kind: DamagedObject, Path: path, Problem: problem, Layers: layers})
 	}
@@ -220,7 +216,7 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 	}
 	objects, err := s.objects.Orphans(ctx, remove)
 	for _, o := range objects {
-		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer names this object", Bytes: o.Bytes})
+		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer needs what is in this file", Bytes: o.Bytes})
 	}
 	return findings, err
 }

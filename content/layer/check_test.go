@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -72,7 +71,29 @@ func checkStore(t *testing.T, s *Store) []Finding {
 	return found
 }
 
-// Two layers share an object, and a third has nothing to do with it. Whatever happens to a file, Check finds it
+// payloadDamages are what can happen to a payload in a pack. b is the payload's bytes on the disk, up to the end of its last block.
+var payloadDamages = map[string]func(b, other []byte){
+	"flipped": func(b, _ []byte) { b[len(b)/2] ^= 0x10 },
+	"hole":    func(b, _ []byte) { clear(b) },
+	"swapped": func(b, other []byte) { copy(b, other) },
+}
+
+// harmPayload changes an object's bytes where they lie.
+func harmPayload(t *testing.T, s *Store, data, how, other string) (path string) {
+	t.Helper()
+	place, ok := s.objects.Place(content.ObjectID{Sum: sha(data)})
+	if !ok {
+		t.Fatal("no place")
+	}
+	path = s.objects.Path(place.Pack)
+	b := readFile(t, path)
+	at := int64(place.Block) * content.BlockSize
+	payloadDamages[how](b[at:at+place.Size], []byte(other))
+	writeFile(t, path, b)
+	return path
+}
+
+// Two layers share an object, and a third has nothing to do with it. Whatever happens to a payload or to a tree, Check finds it
 // and names the right layers; these are out of service, also after a restart, until a blob is ingested again.
 func TestDamage(t *testing.T) {
 	shared := member{name: "shared", data: big("shared")}
@@ -81,73 +102,141 @@ func TestDamage(t *testing.T) {
 		makeTar(t, shared, member{name: "two", data: big("two")}),
 		makeTar(t, member{name: "three", data: big("three")}),
 	}
-	object := content.ObjectID{Sum: sha(shared.data)}
-	for name, damage := range damages {
-		for _, what := range []string{"object", "tree"} {
-			for _, how := range []string{"repair", "pull", "other layer", "restart and repair"} {
-				if what == "tree" && how == "other layer" || name == "directory" && what == "object" && how != "repair" {
-					continue
-				}
-				t.Run(strings.Join([]string{what, name, how}, " "), func(t *testing.T) {
-					root := t.TempDir()
-					s := openStore(t, root, content.Python)
-					var ids []content.LayerID
-					for _, b := range tars {
-						ids = append(ids, ingest(t, s, b).Layer)
-					}
-					path, other, harmed := s.treePath(ids[0]), s.treePath(ids[1]), ids[:1]
-					if what == "object" {
-						path = filepath.Join(s.ObjectsDir(), object.Path())
-						other = filepath.Join(s.ObjectsDir(), content.ObjectID{Sum: sha(big("three"))}.Path())
-						harmed = ids[:2]
-					}
-					damage(t, path, other)
-					found := checkStore(t, s)
-					if len(found) != 1 || string(found[0].Kind) != what || found[0].Path != path {
-						t.Fatalf("found %+v", found)
-					}
-					want := slices.Clone(harmed)
-					slices.SortFunc(want, func(a, b content.LayerID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
-					if !slices.Equal(found[0].Layers, want) {
-						t.Errorf("%v are harmed, want %v", found[0].Layers, want)
-					}
-					expectService(t, s, ids, harmed, tars)
-					if how == "restart and repair" {
-						s = reopen(t, s, root, ids...)
-						expectService(t, s, ids, harmed, tars)
-					}
-					if name == "directory" && what == "object" {
-						if err := os.Remove(path); err != nil {
-							t.Fatal(err)
-						}
-					}
-					switch how {
-					case "pull":
-						s.Release(ingest(t, s, tars[0]).Layer)
-					case "other layer":
-						s.Release(ingest(t, s, makeTar(t, shared)).Layer)
-						s.Wait()
-					default:
-						if err := s.Repair(t.Context(), ids[0], blobOf(tars[2])); !errors.Is(err, errOtherLayer) {
-							t.Errorf("a blob of another layer: %v", err)
-						}
-						if err := s.Repair(t.Context(), ids[0], blobOf(compress(t, tars[0], 9))); err != nil {
-							t.Fatal(err)
-						}
-					}
-					expectService(t, s, ids, nil, tars)
-					if found := checkStore(t, s); len(found) > 0 {
-						t.Errorf("after the repair: %+v", found)
-					}
-					if _, err := os.Stat(filepath.Join(root, fileDamaged)); !errors.Is(err, fs.ErrNotExist) {
-						t.Errorf("the list of what is damaged: %v", err)
-					}
-					s = reopen(t, s, root, ids...)
-					expectService(t, s, ids, nil, tars)
-				})
+	run := func(name, how string, harmed int, kind FindingKind, harm func(t *testing.T, s *Store, ids []content.LayerID) string) {
+		t.Run(name+" "+how, func(t *testing.T) {
+			root := t.TempDir()
+			s := openStore(t, root, content.Python)
+			var ids []content.LayerID
+			for _, b := range tars {
+				ids = append(ids, ingest(t, s, b).Layer)
 			}
+			path, harmed := harm(t, s, ids), ids[:harmed]
+			found := checkStore(t, s)
+			if len(found) != 1 || found[0].Kind != kind || found[0].Path != path {
+				t.Fatalf("found %+v", found)
+			}
+			want := slices.Clone(harmed)
+			slices.SortFunc(want, func(a, b content.LayerID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
+			if !slices.Equal(found[0].Layers, want) {
+				t.Errorf("%v are harmed, want %v", found[0].Layers, want)
+			}
+			expectService(t, s, ids, harmed, tars)
+			if how == "restart and repair" {
+				s = reopen(t, s, root, ids...)
+				expectService(t, s, ids, harmed, tars)
+			}
+			switch how {
+			case "pull":
+				s.Release(ingest(t, s, tars[0]).Layer)
+			case "other layer":
+				s.Release(ingest(t, s, makeTar(t, shared)).Layer)
+				s.Wait()
+			default:
+				if err := s.Repair(t.Context(), ids[0], blobOf(tars[2])); !errors.Is(err, errOtherLayer) {
+					t.Errorf("a blob of another layer: %v", err)
+				}
+				if err := s.Repair(t.Context(), ids[0], blobOf(compress(t, tars[0], 9))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			expectHealed(t, s, root, ids, tars)
+		})
+	}
+	for _, how := range []string{"repair", "pull", "other layer", "restart and repair"} {
+		for name := range payloadDamages {
+			run("payload "+name, how, 2, DamagedObject, func(t *testing.T, s *Store, _ []content.LayerID) string {
+				return harmPayload(t, s, shared.data, name, big("three"))
+			})
+		}
+		for name, damage := range damages {
+			if how == "other layer" {
+				continue
+			}
+			run("tree "+name, how, 1, DamagedTree, func(t *testing.T, s *Store, ids []content.LayerID) string {
+				damage(t, s.treePath(ids[0]), s.treePath(ids[1]))
+				return s.treePath(ids[0])
+			})
 		}
 	}
+}
+
+// expectHealed checks that nothing is damaged any more, now and after a restart.
+func expectHealed(t *testing.T, s *Store, root string, ids []content.LayerID, tars [][]byte) {
+	t.Helper()
+	expectService(t, s, ids, nil, tars)
+	if err := s.Compact(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if found := checkStore(t, s); len(found) > 0 {
+		t.Errorf("after the repair: %+v", found)
+	}
+	if _, err := os.Stat(filepath.Join(root, fileDamaged)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the list of what is damaged: %v", err)
+	}
+	s = reopen(t, s, root, ids...)
+	expectService(t, s, ids, nil, tars)
+}
+
+// Whatever happens to the file of a pack, Check finds it, what it takes with it is out of service and comes back by
+// a pull, now or after a restart, and the payloads that are whole are still served.
+func TestDamagedPack(t *testing.T) {
+	tars := [][]byte{
+		makeTar(t, member{name: "first", data: big("first")}, member{name: "last", data: big("last")}),
+		makeTar(t, member{name: "other", data: big("other")}),
+	}
+	type damage struct {
+		harm  func(t *testing.T, path, other string)
+		harms bool // the layer, and not only what the pack says of itself
+		lost  bool // at a restart, which cannot tell what the pack holds
+	}
+	all := map[string]damage{
+		"superblock": {func(t *testing.T, path, _ string) { flip(t, path, 1024+40) }, false, true},
+		"table":      {func(t *testing.T, path, _ string) { flip(t, path, -300) }, false, true},
+		"trailer":    {func(t *testing.T, path, _ string) { flip(t, path, -20) }, false, true},
+		"grown":      {damages["grown"], false, true},
+		"cut":        {func(t *testing.T, path, _ string) { writeFile(t, path, readFile(t, path)[:2*content.BlockSize]) }, true, true},
+		"empty":      {damages["empty"], true, true},
+		"deleted":    {damages["deleted"], true, true},
+		"swapped":    {damages["swapped"], true, true},
+		"directory":  {damages["directory"], true, true},
+	}
+	for name, d := range all {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, restart %v", name, restart), func(t *testing.T) {
+				root := t.TempDir()
+				s := openStore(t, root, content.Python)
+				ids := []content.LayerID{ingest(t, s, tars[0]).Layer, ingest(t, s, tars[1]).Layer}
+				pathOf := func(data string) string {
+					place, _ := s.objects.Place(content.ObjectID{Sum: sha(data)})
+					return s.objects.Path(place.Pack)
+				}
+				d.harm(t, pathOf(big("first")), pathOf(big("other")))
+				if restart {
+					s = reopen(t, s, root, ids...)
+				} else if found := checkStore(t, s); !slices.ContainsFunc(found, func(f Finding) bool { return f.Kind == DamagedPack }) {
+					t.Errorf("found %+v", found)
+				}
+				if d.harms || restart && d.lost {
+					expectService(t, s, ids, ids[:1], tars)
+					s.Release(ingest(t, s, tars[0]).Layer)
+				}
+				if _, err := s.RemoveOrphans(t.Context()); err != nil { // what could not be read at the start
+					t.Error(err)
+				}
+				expectHealed(t, s, root, ids, tars)
+			})
+		}
+	}
+}
+
+func flip(t *testing.T, path string, at int) {
+	t.Helper()
+	b := readFile(t, path)
+	if at < 0 {
+		at += len(b)
+	}
+	b[at] ^= 1
+	writeFile(t, path, b)
 }
 
 func sha(data string) content.Sum { return content.Sum(diffIDOf([]byte(data)).Sum) }
@@ -185,8 +274,9 @@ func TestMissingObjectIsFoundAfterCrash(t *testing.T) {
 	root := t.TempDir()
 	s := openStore(t, root, content.Python)
 	a, b := ingest(t, s, makeTar(t, member{name: "a", data: big("a")})), ingest(t, s, makeTar(t, member{name: "b", data: big("b")}))
+	gone, _ := s.objects.Place(content.ObjectID{Sum: sha(big("a"))})
 	crash(t, s)
-	if err := os.Remove(filepath.Join(s.ObjectsDir(), content.ObjectID{Sum: sha(big("a"))}.Path())); err != nil {
+	if err := os.Remove(s.objects.Path(gone.Pack)); err != nil {
 		t.Fatal(err)
 	}
 	s = openStore(t, root, content.Python, a.Layer, b.Layer)
@@ -206,6 +296,7 @@ func TestMissingObjectIsFoundAfterCrash(t *testing.T) {
 func crash(t *testing.T, s *Store) {
 	t.Helper()
 	s.flights.wait()
+	s.keeper.stop()
 	s.gc.Wait()
 	s.written.stop()
 	s.closeFiles()
@@ -226,9 +317,9 @@ func TestLastLayersAreVerifiedAfterReboot(t *testing.T) {
 			if err := os.Chtimes(s.treePath(old.Layer), long, long); err != nil {
 				t.Fatal(err)
 			}
+			harmPayload(t, s, big("last"), "flipped", "")
 			crash(t, s)
 			writeFile(t, filepath.Join(root, fileRunning), []byte("another boot"))
-			damages["flipped"](t, filepath.Join(root, dirObjects, content.ObjectID{Sum: sha(big("last"))}.Path()), "")
 			s = openStore(t, root, content.Python, old.Layer, last.Layer)
 			if err := s.InService(last.Layer); !errors.Is(err, ErrDamaged) {
 				t.Error(err)
@@ -305,9 +396,8 @@ func TestOrphans(t *testing.T) {
 	ingest(t, s, makeTar(t, member{name: "a", data: big("a")}))
 	o := content.ObjectID{Sum: sha("nobody")}
 	stray := []string{
-		filepath.Join(s.ObjectsDir(), o.Path()),
-		filepath.Join(s.ObjectsDir(), filepath.Dir(o.Path()), "new-"+filepath.Base(o.Path())),
-		filepath.Join(s.ObjectsDir(), "ab", "stranger"),
+		s.objects.Path(1), // a pack that cannot be read, while nothing is missing
+		filepath.Join(s.objects.Dir(), "stranger"),
 		s.path(dirLayers, o.Hex()),
 	}
 	for _, path := range stray {

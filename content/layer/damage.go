@@ -120,6 +120,9 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 		return err
 	}
 	s.objects.SetBad(before.objects...)
+	if err := s.moveOld(ctx); err != nil { // which may have some of them
+		return fmt.Errorf("upgrade: %w", err)
+	}
 	var objects []content.ObjectID
 	for _, id := range append(before.trees, suspects...) {
 		st := s.layers[id]
@@ -137,11 +140,7 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 		log.G(ctx).WithField("layers", len(suspects)).Info("verifying what came in right before an unclean stop")
 	}
 	slices.SortFunc(objects, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
-	err = s.verifyObjects(ctx, slices.Compact(objects), func(int64) {})
-	if err == nil {
-		err = s.keepVerity()
-	}
-	if err != nil {
+	if err = s.verifyObjects(ctx, slices.Compact(objects), func(int64) {}); err != nil {
 		return fmt.Errorf("verify what came in last: %w", s.explain(err))
 	}
 	s.blame(ctx)

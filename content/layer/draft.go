@@ -4,8 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
-	"hash"
 	"io"
+	"os"
 	"slices"
 	"strings"
 
@@ -42,15 +42,16 @@ func (t DraftTree) Entries() ([]*content.Entry, error) {
 // DraftBlob drafts the layer of a blob, which is read to its end. Its digest is noted in the trees; it
 // is not verified.
 func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, error) {
-	plain, err := archive.Decompress(r)
+	plain, err := archive.Decompress(r, nil)
 	if err != nil {
 		return Draft{}, fmt.Errorf("read blob %s: %w", blob, err)
 	}
 	defer plain.Close()
 	st, d := newStream(plain), newDrafter(nil)
+	defer d.close()
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ctx, st, d)
+		entries, err = archive.ReadTar(ctx, st, d, nil)
 		return err
 	})
 	if err := st.finish(err); err != nil {
@@ -67,7 +68,8 @@ func DraftBlob(ctx context.Context, blob digest.Digest, r io.Reader) (Draft, err
 // that is not known. read is told how many bytes of payloads were read; it may be nil.
 func DraftDir(ctx context.Context, upper string, diffID content.DiffID, read func(bytes int64)) (Draft, error) {
 	d := newDrafter(read)
-	entries, err := archive.ReadDir(ctx, upper, "", d)
+	defer d.close()
+	entries, err := archive.ReadDir(ctx, upper, "", d, nil)
 	if err != nil {
 		return Draft{}, err
 	}
@@ -86,18 +88,30 @@ func DraftDir(ctx context.Context, upper string, diffID content.DiffID, read fun
 	return out, nil
 }
 
-// drafter names payloads as a session under content.Exact does, and forgets them.
+// drafter names payloads as a session under content.Exact does, and forgets them, but for compiled files of Python, which have other names
+// once their sources are known.
 type drafter struct {
 	read func(int64)
 	buf  []byte
 	pyc  map[*content.Entry]pyc
+	// kept holds the compiled files, at the offsets in at; nil when there is none. It has no name.
+	kept *os.File
+	end  int64
+	at   map[*content.Entry]int64
 }
 
 func newDrafter(read func(int64)) *drafter {
 	if read == nil {
 		read = func(int64) {}
 	}
-	return &drafter{read: read, buf: make([]byte, chunkSize), pyc: map[*content.Entry]pyc{}}
+	return &drafter{read: read, buf: make([]byte, chunkSize), pyc: map[*content.Entry]pyc{}, at: map[*content.Entry]int64{}}
+}
+
+func (d *drafter) close() error {
+	if d.kept == nil {
+		return nil
+	}
+	return d.kept.Close()
 }
 
 // Put implements archive.Payloads.
@@ -106,47 +120,69 @@ func (d *drafter) Put(e *content.Entry, r io.Reader) error {
 	if _, err := io.ReadFull(r, head); err != nil {
 		return err
 	}
+	d.read(int64(len(head)))
 	header, isPyc := content.PycHeader{}, false
-	if strings.HasSuffix(e.Path, ".pyc") {
+	if strings.HasSuffix(e.Path, ".pyc") && e.Size <= bufferMax {
 		header, isPyc = content.ParsePyc(head)
 	}
-	p := pyc{header: header}
 	if e.Size <= content.InlineMax {
 		e.Data = slices.Clone(head)
-		d.read(e.Size)
 	} else {
-		exact, canonical := sha256.New(), hash.Hash(nil)
-		exact.Write(head)
+		exact := sha256.New()
+		to := io.Writer(exact)
 		if isPyc {
-			content.SetPycTime(head, content.PycTime)
-			canonical = sha256.New()
-			canonical.Write(head)
+			if err := d.keep(e); err != nil {
+				return err
+			}
+			to = io.MultiWriter(exact, d.kept)
 		}
-		d.read(int64(len(head)))
-		if err := d.rest(e.Size-int64(len(head)), r, exact, canonical); err != nil {
+		if err := d.rest(head, e.Size-int64(len(head)), r, to); err != nil {
 			return err
 		}
 		exact.Sum(e.Object.Sum[:0])
-		if isPyc {
-			canonical.Sum(p.canonical.Sum[:0])
-		}
 	}
 	if isPyc {
-		d.pyc[e] = p
+		d.pyc[e] = pyc{header: header, stamp: header.Mtime, canonical: e.Object}
 	}
 	return nil
 }
 
-// rest hashes what follows the head of a payload.
-func (d *drafter) rest(size int64, r io.Reader, exact, canonical hash.Hash) error {
+// keep makes room for a payload.
+func (d *drafter) keep(e *content.Entry) (err error) {
+	if d.kept == nil {
+		if d.kept, err = os.CreateTemp("", "dedup-draft-"); err != nil {
+			return fmt.Errorf("keep compiled files: %w", err)
+		}
+		if err := os.Remove(d.kept.Name()); err != nil {
+			return fmt.Errorf("keep compiled files: %w", err)
+		}
+	}
+	d.at[e] = d.end
+	d.end += e.Size
+	return nil
+}
+
+// restamp names a payload that was kept, with another timestamp.
+func (d *drafter) restamp(e *content.Entry, stamp uint32) (id content.ObjectID, err error) {
+	buf := make([]byte, e.Size)
+	if _, err := d.kept.ReadAt(buf, d.at[e]); err != nil {
+		return id, fmt.Errorf("read compiled file: %w", err)
+	}
+	return canonicalID(buf, stamp), nil
+}
+
+// rest reads what follows the head of a payload, and hands all of it on.
+func (d *drafter) rest(head []byte, size int64, r io.Reader, to io.Writer) error {
+	if _, err := to.Write(head); err != nil {
+		return err
+	}
 	for size > 0 {
 		n, err := io.ReadFull(r, d.buf[:min(size, int64(len(d.buf)))])
 		if err != nil {
 			return err
 		}
-		exact.Write(d.buf[:n])
-		if canonical != nil {
-			canonical.Write(d.buf[:n])
+		if _, err := to.Write(d.buf[:n]); err != nil {
+			return err
 		}
 		d.read(int64(n))
 		size -= int64(n)
@@ -159,51 +195,47 @@ func (d *drafter) draft(entries []*content.Entry, t *tree.Tar) (out Draft, err e
 	if t != nil {
 		out.DiffID, out.TarSize = t.DiffID, t.Size
 	}
-	canonical, err := settlePython(content.Exact, entries, d.pyc, nil) // which restores nothing
+	canonical, err := settlePython(content.Exact, entries, d.pyc, func(e *content.Entry, _ pyc, stamp uint32) (content.ObjectID, error) {
+		return d.restamp(e, stamp)
+	})
 	if err != nil {
 		return out, err
 	}
 	if out.Exact, err = draftTree(content.Exact, entries, canonical, t); err != nil {
 		return out, err
 	}
-	python, found, restore := d.asPython(entries)
-	if canonical, err = settlePython(content.Python, python, found, restore); err != nil {
+	python, found := d.asPython(entries, canonical)
+	_, err = settlePython(content.Python, python, found, func(_ *content.Entry, p pyc, _ uint32) (content.ObjectID, error) {
+		return p.canonical, nil // it is a pair, and has the same source
+	})
+	if err != nil {
 		return out, err
 	}
-	out.Python, err = draftTree(content.Python, python, canonical, t)
+	out.Python, err = draftTree(content.Python, python, nil, t)
 	return out, err
 }
 
-// asPython returns copies of the entries as a session under content.Python has them when a tar was read: every
-// timestamp .pyc has the canonical timestamp, and restore takes it back.
-func (d *drafter) asPython(entries []*content.Entry) (copies []*content.Entry, found map[*content.Entry]pyc, restore func(*content.Entry, pyc) error) {
+// asPython returns copies of the entries for another fidelity, and what is known of the compiled files.
+func (d *drafter) asPython(entries []*content.Entry, canonical map[*content.Entry]content.Entry) (copies []*content.Entry, found map[*content.Entry]pyc) {
 	copies = make([]*content.Entry, len(entries))
 	found = map[*content.Entry]pyc{}
-	exact := map[*content.Entry]content.ObjectID{}
 	for i, e := range entries {
 		c := *e
 		copies[i] = &c
-		p, ok := d.pyc[e]
-		if !ok {
-			continue
-		}
-		found[&c], exact[&c] = p, e.Object
-		if c.Object = p.canonical; c.Data != nil {
-			c.Data = slices.Clone(c.Data)
-			content.SetPycTime(c.Data, content.PycTime)
+		if p, ok := d.pyc[e]; ok {
+			c.Data = slices.Clone(e.Data)
+			p.canonical = canonical[e].Object
+			found[&c] = p
 		}
 	}
-	return copies, found, func(e *content.Entry, p pyc) error {
-		if e.Object = exact[e]; e.Data != nil {
-			content.SetPycTime(e.Data, p.header.Mtime)
-		}
-		return nil
-	}
+	return copies, found
 }
 
 func draftTree(f content.Fidelity, entries []*content.Entry, canonical map[*content.Entry]content.Entry, t *tree.Tar) (DraftTree, error) {
 	enc := tree.Encode(f, entries)
 	facts := tree.Facts{Fidelity: f, Payload: tree.PayloadDigest(entries, canonical), Entries: int64(len(entries))}
+	below := tree.BelowOf(entries)
+	facts.Below = &below
 	for _, e := range entries {
 		facts.Bytes += e.Size
 	}

@@ -90,7 +90,15 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 		return Ingested{}, err
 	}
 	defer src.Close()
-	plain, err := archive.Decompress(src)
+	mem, err := s.budget.share(ctx, b.Arriving)
+	if b.Arriving && err != nil {
+		err = fmt.Errorf("%w: %w", ErrUnverified, err)
+	}
+	if err != nil {
+		return Ingested{}, err
+	}
+	defer mem.end()
+	plain, err := archive.Decompress(src, mem.keep)
 	if err != nil {
 		return Ingested{}, err
 	}
@@ -100,14 +108,14 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	if err != nil {
 		return Ingested{}, err
 	}
-	ss.ahead = b.Ahead
+	ss.ahead, mem.ctx = b.Ahead, ss.ctx
 	if b.Arriving {
 		ss.bufferMax = bufferMaxArriving
 	}
 	st := newStream(plain)
 	var entries []*content.Entry
 	err = safely(func() (err error) {
-		entries, err = archive.ReadTar(ss.ctx, st, ss)
+		entries, err = archive.ReadTar(ss.ctx, st, ss, mem.keep)
 		return err
 	})
 	err = st.finish(err)
@@ -140,11 +148,16 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 	clock := stages{last: time.Now()}
+	mem, err := s.budget.share(ctx, false)
+	if err != nil {
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, err))
+	}
+	defer mem.end()
 	ss, err := s.newSession(ctx, goal{fidelity: s.fidelity})
 	if err != nil {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
 	}
-	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss)
+	entries, err := archive.ReadDir(ss.ctx, d.Upper, d.View, ss, mem.keep)
 	if werr := ss.wait(); werr != nil {
 		err = werr
 	}
@@ -171,7 +184,7 @@ func sizes(entries []*content.Entry) (sum int64) {
 // finish turns a session's entries into a durable, visible layer with one hold. It ends
 // the session. t is nil for a directory.
 func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock *stages) (Ingested, error) {
-	canonical, err := settlePython(ss.want.fidelity, entries, ss.pyc, ss.restore)
+	canonical, err := settlePython(ss.want.fidelity, entries, ss.bytecode.found, ss.restamp)
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))
 	}
@@ -186,14 +199,20 @@ func (s *Store) finish(ss *session, entries []*content.Entry, t *tree.Tar, clock
 		Entries:  int64(len(entries)),
 		Bytes:    sizes(entries),
 	}
+	below := tree.BelowOf(entries)
+	facts.Below = &below
 	in := Ingested{Outcome: Same}
 	if t != nil {
 		facts.Tars, in.DiffID, in.TarSize = []tree.Tar{*t}, t.DiffID, t.Size
 	}
 	clock.mark(stageEncode)
-	// The session may have put what was bad.
-	if err := s.heal(ss.ctx, ss.sync); err != nil {
-		return Ingested{}, errors.Join(err, ss.end(nil))
+	if ss.objects.Heals() {
+		if _, err := ss.objects.Seal(); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
+		if err := s.heal(ss.ctx, ss.sync); err != nil {
+			return Ingested{}, errors.Join(err, ss.end(nil))
+		}
 	}
 	var ok bool
 	if in.Layer, ok, err = s.reuse(enc.ID, facts); ok || err != nil {
@@ -304,11 +323,19 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 
 // writeStaged writes a file into ingest/ and returns its path.
 func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, error) {
+	return s.stageFile(prefix, sync, func(f *os.File) error {
+		_, err := f.Write(data)
+		return err
+	})
+}
+
+// stageFile has write make a file in ingest/ and returns its path.
+func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) (string, error) {
 	f, err := os.CreateTemp(s.path(dirIngest), prefix)
 	if err != nil {
 		return "", fmt.Errorf("stage file: %w", err)
 	}
-	_, err = f.Write(data)
+	err = write(f)
 	if err == nil && sync {
 		err = f.Sync()
 	}
@@ -323,18 +350,19 @@ func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, erro
 
 // publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
-	used = ss.added
-	file, err := enc.Marshal(facts)
+	sealed, err := ss.objects.Seal()
 	if err != nil {
-		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
+		return Usage{}, false, err
 	}
-	used.Bytes += content.Blocks(int64(len(file)))
-	used.Inodes++
-	facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
-	if file, err = tree.WithFacts(file, facts); err != nil {
-		return Usage{}, false, fmt.Errorf("encode tree: %w", err)
-	}
-	tmp, err := s.writeStaged("tree-", file, false)
+	var size int64
+	tmp, err := s.stageFile("tree-", false, func(f *os.File) (err error) {
+		size, err = enc.Write(f, func(length int64) tree.Facts {
+			used = Usage{Bytes: sealed.Bytes + content.Blocks(length), Inodes: sealed.Files + 1}
+			facts.UsedBytes, facts.UsedInodes = used.Bytes, used.Inodes
+			return facts
+		})
+		return err
+	})
 	if err != nil {
 		return Usage{}, false, err
 	}
@@ -348,10 +376,11 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	s.step("ingest.synced")
 	clock.mark(stageSync)
 	s.objects.MeasureDirectories()
-	if counted, err = s.commit(enc.ID, tmp, facts, int64(len(file)), ss.ahead); err != nil {
+	if counted, err = s.commit(enc.ID, tmp, facts, size, ss.ahead); err != nil {
 		return Usage{}, false, err
 	}
 	s.step("ingest.committed")
+	s.wakeKeeper()
 	s.noteWritten()
 	return used, counted, nil
 }

@@ -3,7 +3,7 @@
 //
 // # How a layer comes to be
 //
-// An ingest puts payloads into the object store while the tar streams by, then
+// An ingest puts payloads into a pack while the tar streams by, seals it, then
 // encodes the tree into ingest/, syncs the file system once, and renames the
 // tree into layers/. The rename is the commit: before it a crash leaves objects that no
 // tree names, which the next Open sweeps; after it the layer is whole.
@@ -56,16 +56,28 @@ type Options struct {
 	Fidelity content.Fidelity
 	// Durability of new layers; "" is Strict.
 	Durability Durability
-	// Verity gives objects fs-verity; the file system must have it (verity.Probe).
+	// Verity gives packs fs-verity; the file system must have it (verity.Probe).
 	Verity bool
+	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because these were damaged;
+	// may be nil.
+	PacksMoved func(packs []content.PackID, damaged bool)
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.
 	Reserve Reserve
+	// MaxMemory bounds what ingests and chain builds keep in memory, in bytes; 0 is DefaultMaxMemory.
+	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
+	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
+	// while payloads of the layout before packs are left.
+	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
+	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
+	User func(id string) bool
 	// Step is called by name at every point where a crash would leave something else behind; nil but in tests.
 	Step func(name string)
+
+	moveBatch int64 // another one than the constant, for tests
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.
@@ -138,9 +150,13 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
+	budget   *budget
 	flights  flights
+	keeper   keeper
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
+	old      oldObjects
 	counters counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
@@ -163,6 +179,8 @@ type Store struct {
 	claimed Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	// former is what running containers need from before an upgrade.
+	former keptFormer
 }
 
 type (
@@ -191,17 +209,15 @@ type (
 )
 
 const (
-	dirObjects = "objects"
-	dirLayers  = "layers"
-	dirIngest  = "ingest"
+	dirPacks  = "packs"
+	dirLayers = "layers"
+	dirIngest = "ingest"
 	// fileDamaged lists what is known to be damaged, for the next start.
 	fileDamaged = "damaged"
 	// fileRunning was written by the daemon that runs or was killed. What came in up to its mtime is on the disk.
 	fileRunning = "running"
-	// fileClean exists while no daemon is running and the last one stopped cleanly. It says what the
-	// objects occupy, which nobody else knows without looking at each.
-	fileClean   = "clean"
-	cleanFormat = "objects: %d bytes, %d inodes\n"
+	// fileClean exists while no daemon is running and the last one stopped cleanly.
+	fileClean = "clean"
 	// memoryLimit bounds the payload bytes that wait for hashing and writing.
 	memoryLimit = 64 << 20
 )
@@ -272,8 +288,20 @@ func (s *Store) insertTar(id content.LayerID, t tree.Tar) {
 // Wait waits until what has been released by now is removed.
 func (s *Store) Wait() { s.gc.Wait() }
 
-// ObjectsDir is the data-only lower layer of every mount.
-func (s *Store) ObjectsDir() string { return s.objects.Dir() }
+// Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller holds the layers. An object
+// that no pack has takes its layers out of service, and the error wraps ErrDamaged.
+func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
+	placed, err := s.objects.Places(ids)
+	if errors.Is(err, object.ErrDamaged) {
+		s.blame(ctx)
+		s.saveDamaged(ctx)
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return placed, err
+}
+
+// Packs are the files that hold payloads. Chain images hold those that they name.
+func (s *Store) Packs() *object.Store { return s.objects }
 
 // Lookup finds the layer of a diffID under the store's fidelity and holds it.
 func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) {
@@ -348,6 +376,7 @@ func (s *Store) remove(id content.LayerID) error {
 		s.step("remove.object")
 	}
 	s.objects.MeasureDirectories()
+	s.wakeKeeper()
 	s.step("remove.done")
 	return s.noteLeak(errors.Join(errs...))
 }

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/log"
@@ -35,7 +34,7 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err := s.openDirs(); err != nil {
 		return nil, err
 	}
-	clean, suspect, err := s.markRunning()
+	suspect, err := s.markRunning()
 	if err != nil {
 		return nil, err
 	}
@@ -43,16 +42,21 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	for _, id := range live {
 		holds[id]++
 	}
-	suspects, dropped, err := s.load(ctx, holds, suspect)
+	suspects, err := s.load(ctx, holds, suspect)
 	if err != nil {
 		return nil, err
 	}
-	if !clean || dropped || s.damaged > 0 {
-		if err := s.sweep(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.openFormer(); err != nil {
+		return nil, fmt.Errorf("look for what an upgrade has kept: %w", err)
 	}
-	return s, s.assess(ctx, suspects)
+	if err := s.sweep(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.assess(ctx, suspects); err != nil {
+		return nil, err
+	}
+	s.startKeeper()
+	return s, nil
 }
 
 func newStore(opts Options) (*Store, error) {
@@ -76,6 +80,8 @@ func newStore(opts Options) (*Store, error) {
 		opts:     opts,
 		fidelity: opts.Fidelity,
 		memory:   semaphore.NewWeighted(memoryLimit),
+		waiting:  semaphore.NewWeighted(waitingMax),
+		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
@@ -98,7 +104,7 @@ func (s *Store) openDirs() error {
 	if err := os.RemoveAll(s.path(dirIngest)); err != nil {
 		return fmt.Errorf("empty staging directory: %w", err)
 	}
-	for _, d := range []string{dirIngest, dirLayers, dirObjects} {
+	for _, d := range []string{dirIngest, dirLayers} {
 		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
 			return fmt.Errorf("create store: %w", err)
 		}
@@ -108,7 +114,9 @@ func (s *Store) openDirs() error {
 		return fmt.Errorf("open store %s: %w", s.root, err)
 	}
 	s.rootFd = fd
-	s.objects, err = object.Open(s.path(dirObjects), object.Options{Verity: s.opts.Verity})
+	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
+		Verity: s.opts.Verity, Sync: s.Sync, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+	})
 	return err
 }
 
@@ -124,44 +132,49 @@ func (s *Store) closeFiles() {
 // suspectMargin is how much older than the mark a layer may be that a power cut could still have caught.
 const suspectMargin = 2 * time.Second
 
-// markRunning takes the mark of a clean stop away and reports whether it was there. After a stop that was not
+// markRunning takes the mark of a clean stop away. After a stop that was not
 // clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero.
-func (s *Store) markRunning() (clean bool, suspect time.Time, err error) {
-	mark, err := os.ReadFile(s.path(fileClean))
+func (s *Store) markRunning() (suspect time.Time, err error) {
+	_, err = os.Stat(s.path(fileClean))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
-	var bytes, inodes int64
-	if _, serr := fmt.Sscanf(string(mark), cleanFormat, &bytes, &inodes); err == nil && serr == nil {
-		clean = true
-		s.objects.SetUsed(bytes, inodes)
-	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		boot = []byte("unknown") // as after a reboot
-	}
+	clean := err == nil
+	boot := bootID()
 	if !clean {
 		last, err := os.ReadFile(s.path(fileRunning))
 		fi, serr := os.Stat(s.path(fileRunning))
-		if err == nil && serr == nil && (string(last) != string(boot) || strings.HasPrefix(string(boot), "unknown")) {
+		if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
 			suspect = fi.ModTime().Add(-suspectMargin)
 		}
 	}
-	if err := os.WriteFile(s.path(fileRunning), boot, 0o600); err != nil {
-		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+	if err := os.WriteFile(s.path(fileRunning), []byte(boot), 0o600); err != nil {
+		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return false, suspect, fmt.Errorf("mark store as running: %w", err)
+		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
-	return clean, suspect, unix.Fsync(s.rootFd)
+	return suspect, unix.Fsync(s.rootFd)
 }
 
-// load reads the headers of all trees. dropped is true when a layer that nothing refers to was removed; suspects
+// unknownBoot is taken for another boot than any.
+const unknownBoot = "unknown"
+
+// bootID is another one after each start of the machine.
+func bootID() string {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return unknownBoot
+	}
+	return string(boot)
+}
+
+// load reads the headers of all trees. suspects
 // are the layers whose trees were written since a time that is not zero.
-func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID, dropped bool, err error) {
+func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID, err error) {
 	dir, err := os.ReadDir(s.path(dirLayers))
 	if err != nil {
-		return nil, false, fmt.Errorf("list layers: %w", err)
+		return nil, fmt.Errorf("list layers: %w", err)
 	}
 	for _, d := range dir {
 		sum, err := content.ParseSum(d.Name())
@@ -171,14 +184,13 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 		}
 		if err != nil || holds[id] == 0 {
 			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
-				return nil, false, fmt.Errorf("remove unused layer: %w", err)
+				return nil, fmt.Errorf("remove unused layer: %w", err)
 			}
-			dropped = true
 			continue
 		}
 		fi, err := os.Stat(s.treePath(id))
 		if err != nil {
-			return nil, false, fmt.Errorf("read layer: %w", err)
+			return nil, fmt.Errorf("read layer: %w", err)
 		}
 		if !since.IsZero() && fi.ModTime().After(since) {
 			suspects = append(suspects, id)
@@ -187,7 +199,7 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 		var objects []content.ObjectID
 		if st.facts, objects, err = tree.ReadFacts(s.treePath(id), id); err != nil {
 			if !isDamage(err) {
-				return nil, false, fmt.Errorf("read layer: %w", s.explain(err))
+				return nil, fmt.Errorf("read layer: %w", s.explain(err))
 			}
 			st.damage, st.counted = &Damage{Tree: err}, false
 		}
@@ -200,7 +212,7 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 			s.insert(id, &state{holds: n, taken: n, damage: &Damage{Tree: err}}, 0)
 		}
 	}
-	return suspects, dropped, nil
+	return suspects, nil
 }
 
 // sweep removes what no layer names. Where it cannot be told what a damaged layer names, everything stays.
@@ -209,14 +221,15 @@ func (s *Store) sweep(ctx context.Context) error {
 		if !st.counted {
 			log.G(ctx).Warn("the trees of some layers are damaged: objects that nothing else names stay until these are repaired or removed")
 			s.leaked.Store(true)
-			return s.objects.Survey()
+			_, err := s.objects.Settle(true)
+			return err
 		}
 	}
 	s.step("open.sweep")
-	n, err := s.objects.Sweep()
+	n, err := s.objects.Settle(false)
 	s.counters.change(func(st *Stats) { st.Swept = int64(n) })
 	if err == nil && n > 0 {
-		log.G(ctx).WithField("objects", n).Info("removed what no layer names")
+		log.G(ctx).WithField("files", n).Info("removed what no layer names")
 	}
 	return err
 }
@@ -225,16 +238,17 @@ func (s *Store) sweep(ctx context.Context) error {
 func (s *Store) Close() (err error) {
 	s.closed.Do(func() {
 		s.flights.wait()
+		s.keeper.stop()
 		s.gc.Wait()
 		s.written.stop()
+		s.budget.close()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {
 			err = s.Sync()
 		}
 		if err == nil && !s.leaked.Load() {
-			bytes, inodes := s.objects.Used()
-			err = os.WriteFile(s.path(fileClean), fmt.Appendf(nil, cleanFormat, bytes, inodes), 0o600)
+			err = os.WriteFile(s.path(fileClean), nil, 0o600)
 		}
 		s.closeFiles()
 	})

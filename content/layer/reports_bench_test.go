@@ -40,10 +40,6 @@ func largeStore(b *testing.B) *Store {
 		}
 		live = append(live, enc.ID)
 	}
-	// As after a clean stop, so that nobody looks for the objects.
-	if err := os.WriteFile(filepath.Join(root, fileClean), fmt.Appendf(nil, cleanFormat, 0, 0), 0o600); err != nil {
-		b.Fatal(err)
-	}
 	s, err := Open(b.Context(), Options{Root: root, Fidelity: content.Python}, live)
 	if err != nil {
 		b.Fatal(err)

@@ -8,14 +8,13 @@ import (
 	"hash"
 	"io"
 	"math/bits"
-	"os"
 	"runtime"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
 const (
@@ -44,29 +43,28 @@ type session struct {
 	// root is open on the store's directory from before the first write, see sync; unsynced is what that said.
 	root     int
 	unsynced error
+	bytecode *bytecode
+
+	// objects takes the payloads.
+	objects *object.Writer
 
 	mu    sync.Mutex // guards what follows
-	refs  map[content.ObjectID]uint32
-	added Usage
-	pyc   map[*content.Entry]pyc
-	// wrote are the objects that this session has written.
-	wrote []content.ObjectID
+	added Usage      // objects that were new, as if each was a file
 }
 
 // job is one payload in memory.
 type job struct {
 	e   *content.Entry
 	buf []byte
-	// maybePyc is decided by the member's own name: a later hard link may still change e's other fields.
-	maybePyc bool
-}
-
-// pyc is what is known of an entry that looks like a timestamp .pyc.
-type pyc struct {
+	// path is that of a Python source, or of the one that a compiled file belongs to.
+	path   string
+	source *source
+	// isPyc: it is a timestamp .pyc with this header, to be stored with this timestamp.
+	isPyc  bool
 	header content.PycHeader
-	// canonical is the id of the payload with the canonical timestamp; zero for
-	// one with inline Data.
-	canonical content.ObjectID
+	stamp  uint32
+	// waited: its memory counts among what waits for sources.
+	waited bool
 }
 
 func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
@@ -77,58 +75,63 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	ss := &session{
 		s: s, want: want, ctx: ctx, stop: stop, bufferMax: bufferMax, root: root,
-		jobs: make(chan job, 256),
-		refs: map[content.ObjectID]uint32{},
-		pyc:  map[*content.Entry]pyc{},
+		jobs:     make(chan job, 256),
+		objects:  s.objects.Begin(),
+		bytecode: newBytecode(),
 	}
-	for range ingestWorkers(s.opts.Verity) {
+	for range ingestWorkers() {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
-				if ss.ctx.Err() == nil {
-					if err := safely(func() error { return ss.store(j) }); err != nil {
-						ss.stop(err)
-					}
-				}
-				putBuffer(j.buf)
-				s.memory.Release(int64(len(j.buf)))
+				ss.work(j)
 			}
 		})
 	}
 	return ss, nil
 }
 
-// ingestWorkers is how many write payloads at a time.
-func ingestWorkers(hashed bool) int {
-	n := max(2, runtime.GOMAXPROCS(0))
-	if hashed {
-		n *= veritySpread
+// work stores one payload, and gives its memory back.
+func (ss *session) work(j job) {
+	if ss.ctx.Err() == nil {
+		if err := safely(func() error { return ss.store(j) }); err != nil {
+			ss.stop(err)
+		}
 	}
-	return n
+	ss.free(j)
 }
+
+// free gives a payload's memory back.
+func (ss *session) free(j job) {
+	putBuffer(j.buf)
+	if j.waited {
+		ss.s.waiting.Release(int64(len(j.buf)))
+	} else {
+		ss.s.memory.Release(int64(len(j.buf)))
+	}
+}
+
+// ingestWorkers is how many write payloads at a time.
+func ingestWorkers() int { return max(2, runtime.GOMAXPROCS(0)) }
 
 // wait ends the workers; no Put may follow. It returns the first error.
 func (ss *session) wait() error {
+	if err := ss.lonely(); err != nil {
+		ss.stop(err)
+	}
 	close(ss.jobs)
 	ss.wg.Wait()
+	ss.abandon()
 	return context.Cause(ss.ctx)
 }
 
-// end gives back every reference of the session but those in keep.
+// end gives back every reference of the session but one for each of keep.
 func (ss *session) end(keep []content.ObjectID) error {
 	ss.stop(nil)
-	for _, id := range keep {
-		if ss.refs[id]--; ss.refs[id] == 0 {
-			delete(ss.refs, id)
-		}
-	}
-	var errs []error
-	for id, n := range ss.refs {
-		errs = append(errs, ss.s.objects.Unref(id, n))
-	}
+	wrote := ss.objects.Wrote()
+	err := ss.objects.End(keep)
 	if ss.unsynced != nil {
-		ss.s.distrust(context.WithoutCancel(ss.ctx), ss.wrote)
+		ss.s.distrust(context.WithoutCancel(ss.ctx), wrote)
 	}
-	return errors.Join(append(errs, unix.Close(ss.root))...)
+	return errors.Join(err, unix.Close(ss.root))
 }
 
 // Put reads one payload and hands it to a worker.
@@ -150,12 +153,21 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 		ss.s.memory.Release(e.Size)
 		return err
 	}
+	j := job{e: e, buf: buf}
+	ss.python(&j)
+	if parked, err := ss.park(&j); parked || err != nil {
+		return err
+	}
+	return ss.submit(j)
+}
+
+// submit hands a payload to a worker.
+func (ss *session) submit(j job) error {
 	select {
-	case ss.jobs <- job{e, buf, strings.HasSuffix(e.Path, ".pyc")}:
+	case ss.jobs <- j:
 		return nil
 	case <-ss.ctx.Done():
-		putBuffer(buf)
-		ss.s.memory.Release(e.Size)
+		ss.free(j)
 		return context.Cause(ss.ctx)
 	}
 }
@@ -163,43 +175,39 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 // store names and stores one payload.
 func (ss *session) store(j job) error {
 	e, buf := j.e, j.buf
-	header, isPyc := content.PycHeader{}, false
-	if j.maybePyc {
-		header, isPyc = content.ParsePyc(buf)
-	}
-	p := pyc{header: header}
-	if isPyc && ss.want.fidelity != content.Exact {
-		// Most of them turn out to be half of a valid pair. finish undoes it for the others.
-		content.SetPycTime(buf, content.PycTime)
+	p := pyc{header: j.header, stamp: j.stamp}
+	if j.isPyc && ss.want.fidelity != content.Exact {
+		content.SetPycTime(buf, j.stamp)
 	}
 	if e.Size <= content.InlineMax {
 		e.Data = append([]byte(nil), buf...)
 	} else {
 		id := content.ObjectID{Sum: sha256.Sum256(buf)}
-		added, err := ss.s.objects.Put(id, buf)
+		added, err := ss.objects.Put(id, buf)
 		if err != nil {
 			return err
 		}
 		e.Object = id
-		if err := ss.took(id, added); err != nil {
+		if err := ss.took(added); err != nil {
 			return err
 		}
-		if p.canonical = id; isPyc && ss.want.fidelity == content.Exact {
-			p.canonical = canonicalID(buf)
+		if p.canonical = id; j.isPyc && ss.want.fidelity == content.Exact && j.stamp != j.header.Mtime {
+			p.canonical = canonicalID(buf, j.stamp)
 		}
 	}
-	if isPyc {
-		ss.mu.Lock()
-		ss.pyc[e] = p
-		ss.mu.Unlock()
+	if j.isPyc {
+		ss.bytecode.note(e, p)
+	}
+	if j.source != nil {
+		ss.hashed(j)
 	}
 	return nil
 }
 
-func canonicalID(buf []byte) (id content.ObjectID) {
+func canonicalID(buf []byte, stamp uint32) (id content.ObjectID) {
 	var head [content.PycHeaderLen]byte
 	copy(head[:], buf)
-	content.SetPycTime(head[:], content.PycTime)
+	content.SetPycTime(head[:], stamp)
 	h := sha256.New()
 	h.Write(head[:])
 	h.Write(buf[len(head):])
@@ -208,17 +216,14 @@ func canonicalID(buf []byte) (id content.ObjectID) {
 }
 
 // took counts an object that was put; every so often it looks at how much room is left.
-func (ss *session) took(id content.ObjectID, added int64) error {
-	ss.mu.Lock()
-	ss.refs[id]++
+func (ss *session) took(added int64) error {
 	if added == 0 {
-		ss.mu.Unlock()
 		return nil
 	}
+	ss.mu.Lock()
 	before := ss.added
-	ss.added.Bytes += ss.s.objects.Occupies(added)
+	ss.added.Bytes += content.Blocks(added)
 	ss.added.Inodes++
-	ss.wrote = append(ss.wrote, id)
 	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
 	ss.mu.Unlock()
 	ss.s.step("ingest.object")
@@ -228,36 +233,40 @@ func (ss *session) took(id content.ObjectID, added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage writes a large payload to a file, hashing it beside.
+// stage stores a large payload, hashing it beside.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
-	f, err := os.CreateTemp(ss.s.path(dirIngest), "object-")
-	if err != nil {
-		return fmt.Errorf("stage payload: %w", err)
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
 	h := newAsyncHash()
-	_, err = io.CopyBuffer(io.MultiWriter(struct{ io.Writer }{f}, h), io.LimitReader(ctxReader{ss.ctx, r}, e.Size), make([]byte, chunkSize))
-	id := content.ObjectID{Sum: h.sum()}
-	if err == nil {
-		var fi os.FileInfo
-		if fi, err = f.Stat(); err == nil && fi.Size() != e.Size {
-			err = io.ErrUnexpectedEOF
+	var sum *content.ObjectID
+	total := func() content.ObjectID {
+		if sum == nil {
+			sum = &content.ObjectID{Sum: h.sum()}
 		}
+		return *sum
 	}
-	if err == nil {
-		err = errors.Join(f.Chmod(0o400), f.Close()) // fs-verity is for files that nobody writes to
-	}
+	defer total() // it has a goroutine
+	head := &headReader{r: ctxReader{ss.ctx, r}}
+	id, added, err := ss.objects.PutStream(io.TeeReader(head, h), e.Size, total)
 	if err != nil {
-		return fmt.Errorf("stage payload: %w", err)
-	}
-	ss.s.step("ingest.staged")
-	added, err := ss.s.objects.PutFile(id, f.Name(), e.Size)
-	if err != nil {
-		return err
+		return fmt.Errorf("store payload: %w", err)
 	}
 	e.Object = id
-	return ss.took(id, added)
+	if err := ss.took(added); err != nil {
+		return err
+	}
+	ss.pythonStaged(e, head.head)
+	return nil
+}
+
+// headReader keeps as much as a header of bytecode has of what is read.
+type headReader struct {
+	r    io.Reader
+	head []byte
+}
+
+func (h *headReader) Read(p []byte) (int, error) {
+	n, err := h.r.Read(p)
+	h.head = append(h.head, p[:min(n, content.PycHeaderLen-len(h.head))]...)
+	return n, err
 }
 
 type ctxReader struct {

@@ -32,7 +32,7 @@ type layerSet struct {
 }
 
 // Each calls fn for each set of layers that have objects to themselves: indexes into Layers, in ascending
-// order, valid during the call, and what these objects occupy, rounded up to blocks of 4 KiB.
+// order, valid during the call, and what these objects occupy, rounded up to blocks of 4 KiB: they share inodes.
 func (sh *Sharing) Each(fn func(layers []int, u Usage)) {
 	var buf []int
 	for _, s := range sh.sets {
@@ -48,7 +48,7 @@ func (sh *Sharing) Each(fn func(layers []int, u Usage)) {
 			n--
 			buf[n] = int(at.layer)
 		}
-		fn(buf, Usage{Bytes: s.bytes, Inodes: s.objects})
+		fn(buf, Usage{Bytes: s.bytes})
 	}
 }
 
@@ -70,24 +70,22 @@ func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
 	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
 		seen := map[shortID]int32{} // the set that it is in so far
 		return s.walkTrees(ctx, sh.Layers, func(i int, f *tree.File) error {
-			for _, id := range [...]content.ObjectID{f.Object, f.PycCanonical} {
-				if id.IsZero() || !mine(id) {
-					continue
-				}
-				set := seen[shorten(id)]
-				if set != 0 && sh.sets[set].layer == int32(i) {
-					continue
-				}
-				size := content.Blocks(f.Size) // PycCanonical has the same length
-				if set != 0 {
-					sh.sets[set].objects--
-					sh.sets[set].bytes -= size
-				}
-				set = sh.with(set, int32(i))
-				sh.sets[set].objects++
-				sh.sets[set].bytes += size
-				seen[shorten(id)] = set
+			if f.Object.IsZero() || !mine(f.Object) {
+				return nil
 			}
+			set := seen[shorten(f.Object)]
+			if set != 0 && sh.sets[set].layer == int32(i) {
+				return nil
+			}
+			size := content.Blocks(f.Size)
+			if set != 0 {
+				sh.sets[set].objects--
+				sh.sets[set].bytes -= size
+			}
+			set = sh.with(set, int32(i))
+			sh.sets[set].objects++
+			sh.sets[set].bytes += size
+			seen[shorten(f.Object)] = set
 			return nil
 		})
 	})

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
 // Outcome is how an ingest came to its layer.
@@ -30,14 +31,16 @@ type Stats struct {
 	Blobs, Dirs Ingests
 	// Failed ingests by the kind of what went wrong; every kind is there.
 	Failed map[Failure]int64
-	// Removed is what went because nothing named it any more: layers, and payloads, those of ingests that came
-	// to nothing too. Swept are files that an unclean stop had left, and Open removed.
-	Removed       Usage // of payloads
+	// Removed is what went because nothing named it any more: layers, and packs. Swept are files that an unclean stop had left, and
+	// Open removed.
+	Removed       Usage // of packs
 	RemovedLayers int64
 	RemoveErrors  int64
 	Swept         int64
 	// Damaged are layers that are out of service now.
 	Damaged int64
+	// Packs are the files that hold payloads.
+	Packs object.Stats
 }
 
 // Ingests are those of one kind of source that came to an end.
@@ -60,7 +63,7 @@ const (
 	FailedInvalid  Failure = "invalid"  // the archive is damaged or hostile
 	FailedSpace    Failure = "space"    // no space, inodes or quota left
 	FailedIO       Failure = "io"       // the disk does not work, or is read-only
-	FailedResource Failure = "resource" // no memory or file descriptors left
+	FailedResource Failure = "resource" // no memory (max_memory too) or file descriptors left
 	FailedCanceled Failure = "canceled" // nobody waits for it any more
 	FailedOther    Failure = "other"
 )
@@ -73,7 +76,7 @@ func kindOf(err error) Failure {
 	}{
 		{FailedSpace, []error{unix.ENOSPC, unix.EDQUOT}},
 		{FailedIO, []error{unix.EIO, unix.EROFS}},
-		{FailedResource, []error{unix.ENOMEM, unix.EMFILE, unix.ENFILE}},
+		{FailedResource, []error{archive.ErrMemory, unix.ENOMEM, unix.EMFILE, unix.ENFILE}},
 		{FailedInvalid, []error{archive.ErrInvalid}},
 		{FailedCanceled, []error{context.Canceled, context.DeadlineExceeded}},
 	} {
@@ -142,6 +145,7 @@ func (s *Store) Stats() (out Stats) {
 		out.Blobs.Stages, out.Dirs.Stages = maps.Clone(have.Blobs.Stages), maps.Clone(have.Dirs.Stages)
 	})
 	out.Removed.Bytes, out.Removed.Inodes = s.objects.Freed()
+	out.Packs = s.objects.Stats()
 	s.mu.RLock()
 	out.Damaged = int64(s.damaged)
 	s.mu.RUnlock()

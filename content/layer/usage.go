@@ -34,7 +34,8 @@ func (s *Store) Used() Usage {
 func (s *Store) used() Usage {
 	bytes, inodes := s.objects.Used()
 	dirBytes, dirs := s.objects.Directories()
-	return Usage{Bytes: bytes + dirBytes + s.trees.Bytes, Inodes: inodes + dirs + s.trees.Inodes}
+	old := s.old.usage()
+	return Usage{Bytes: bytes + dirBytes + s.trees.Bytes + old.Bytes, Inodes: inodes + dirs + s.trees.Inodes + old.Inodes}
 }
 
 // Claim makes one use of a held layer stand for all that nobody has claimed; more is as in Share. ok is false when another use of the

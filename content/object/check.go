@@ -8,69 +8,167 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
-// ErrDamaged is wrapped by what Verify returns for an object that is not what its name says.
-var ErrDamaged = errors.New("damaged")
-
-// IDs returns the objects whose ids start with this byte, in no order.
-func (s *Store) IDs(first byte) []content.ObjectID {
-	sh := &s.shards[first]
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	ids := make([]content.ObjectID, 0, len(sh.refs))
-	for id := range sh.refs {
-		ids = append(ids, id)
+// Read returns an object's bytes. The caller holds a reference to it. One that is found to be damaged is bad from then on.
+func (s *Store) Read(id content.ObjectID) ([]byte, error) {
+	var b []byte
+	err := s.at(id, func(p *pack, x extent) error {
+		b = make([]byte, x.size)
+		if _, err := p.file.ReadAt(b, int64(x.block)*content.BlockSize); err != nil {
+			return err
+		}
+		if sha256.Sum256(b) != id.Sum {
+			return ErrDamaged
+		}
+		return nil
+	})
+	if isDamage(err) {
+		s.SetBad(id)
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	return ids
+	if err != nil {
+		return nil, fmt.Errorf("read object %s: %w", id, err)
+	}
+	return b, nil
+}
+
+// Head returns the first n bytes of an object that is longer. They are not compared with its name.
+func (s *Store) Head(id content.ObjectID, n int) (head []byte, err error) {
+	err = s.at(id, func(p *pack, x extent) error {
+		head = make([]byte, min(int64(n), x.size))
+		_, err := p.file.ReadAt(head, int64(x.block)*content.BlockSize)
+		return err
+	})
+	if isDamage(err) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read object %s: %w", id, err)
+	}
+	return head, nil
+}
+
+func isDamage(err error) bool {
+	return errors.Is(err, ErrDamaged) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.EIO) || errors.Is(err, fs.ErrNotExist)
+}
+
+// at calls fn with an object's place, and again where the object has moved meanwhile.
+func (s *Store) at(id content.ObjectID, fn func(*pack, extent) error) error {
+	for {
+		s.mu.Lock()
+		r := s.refs[id]
+		s.mu.Unlock()
+		if r.pack == nil || r.count == 0 {
+			return fmt.Errorf("%w: no pack has it", ErrDamaged)
+		}
+		err := fn(r.pack, r.pack.slots[r.n])
+		if !errors.Is(err, os.ErrClosed) {
+			return err
+		}
+		s.mu.Lock()
+		same := s.refs[id].pack == r.pack
+		s.mu.Unlock()
+		if same {
+			return err // the store is closed
+		}
+	}
 }
 
 // SetBad notes that objects are bad, for as long as something names them and nobody puts the right bytes.
 func (s *Store) SetBad(ids ...content.ObjectID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, id := range ids {
-		sh := s.shard(id)
-		sh.mu.Lock()
-		if sh.refs[id] > 0 {
-			sh.bad[id] = struct{}{}
+		if s.refs[id].count > 0 {
+			s.bad[id] = struct{}{}
 		}
-		sh.mu.Unlock()
 	}
 }
 
 // IsBad reports whether an object is known to be bad.
 func (s *Store) IsBad(id content.ObjectID) bool {
-	sh := s.shard(id)
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	_, bad := sh.bad[id]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, bad := s.bad[id]
 	return bad
 }
 
 // Has reports whether anything names an object.
 func (s *Store) Has(id content.ObjectID) bool {
-	sh := s.shard(id)
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	return sh.refs[id] > 0
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.refs[id].count > 0
 }
 
 // Bad returns the objects that are known to be bad.
 func (s *Store) Bad() (ids []content.ObjectID) {
-	for i := range s.shards {
-		sh := &s.shards[i]
-		sh.mu.Lock()
-		for id := range sh.bad {
-			ids = append(ids, id)
-		}
-		sh.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range s.bad {
+		ids = append(ids, id)
 	}
 	return ids
+}
+
+// AnyBad reports whether any object is known to be bad.
+func (s *Store) AnyBad() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.bad) > 0
+}
+
+// IDs returns all objects, in the order in which they lie on the disk.
+func (s *Store) IDs() []content.ObjectID {
+	type placed struct {
+		id    content.ObjectID
+		pack  content.PackID
+		block uint32
+	}
+	s.mu.Lock()
+	all := make([]placed, 0, len(s.refs))
+	for id, r := range s.refs {
+		p := placed{id: id}
+		if r.pack != nil {
+			p.pack, p.block = r.pack.id, r.pack.slots[r.n].block
+		}
+		all = append(all, p)
+	}
+	s.mu.Unlock()
+	slices.SortFunc(all, func(a, b placed) int {
+		if a.pack != b.pack {
+			return int(int64(a.pack) - int64(b.pack))
+		}
+		return int(int64(a.block) - int64(b.block))
+	})
+	ids := make([]content.ObjectID, len(all))
+	for i, p := range all {
+		ids[i] = p.id
+	}
+	return ids
+}
+
+// Where describes an object's place for a message: the file, and what is wrong with it as far as a look at the file tells.
+func (s *Store) Where(id content.ObjectID) (path, problem string) {
+	place, ok := s.Place(id)
+	if !ok {
+		return s.dir, "object " + id.Hex() + " is missing: no pack has it"
+	}
+	path = s.Path(place.Pack)
+	if fi, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return path, "the pack is missing"
+	} else if err == nil && !fi.Mode().IsRegular() {
+		return path, "it is no regular file"
+	}
+	return path, fmt.Sprintf("object %s at byte %d cannot be read, or has another sha256 than its name says",
+		id.Hex(), int64(place.Block)*content.BlockSize)
 }
 
 // VerifyBuffer is what Verify reads into. One serves one caller at a time.
@@ -91,108 +189,84 @@ func NewVerifyBuffer() *VerifyBuffer {
 // name. What it finds damaged or cannot read is bad from then on; the error tells what is wrong. size is what was
 // read. An object that nobody names any more is fine.
 func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuffer) (size int64, err error) {
-	sh := s.shard(id)
-	size, err = s.verify(ctx, id, buf)
-	if ctx.Err() != nil {
-		return size, context.Cause(ctx)
+	for {
+		s.mu.Lock()
+		r, named := s.refs[id]
+		s.mu.Unlock()
+		if !named {
+			return 0, nil
+		}
+		if r.pack == nil {
+			s.SetBad(id)
+			return 0, fmt.Errorf("object %s is %w: no pack has it", id, ErrDamaged)
+		}
+		size, err = s.verify(ctx, id, r.pack, r.pack.slots[r.n], buf)
+		if ctx.Err() != nil {
+			return size, context.Cause(ctx)
+		}
+		if err != nil && !errors.Is(err, ErrDamaged) {
+			return size, err
+		}
+		s.mu.Lock()
+		now, named := s.refs[id]
+		if named && now.pack == r.pack && now.n == r.n {
+			if err != nil {
+				s.bad[id] = struct{}{}
+			} else {
+				delete(s.bad, id)
+			}
+			s.mu.Unlock()
+			return size, err
+		}
+		s.mu.Unlock() // it has moved, or is gone
 	}
-	if err != nil && !errors.Is(err, ErrDamaged) {
-		return size, err
-	}
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	sh.await(id)
-	if _, bad := sh.bad[id]; bad == (err != nil) {
-		return size, err
-	}
-	// It may have been removed, or written again, since it was read.
-	done := make(chan struct{})
-	sh.busy[id] = done
-	sh.mu.Unlock()
-	size, err = s.verify(ctx, id, buf)
-	sh.mu.Lock()
-	delete(sh.busy, id)
-	close(done)
-	switch {
-	case ctx.Err() != nil:
-		return size, context.Cause(ctx)
-	case sh.refs[id] == 0:
-		return size, nil
-	case err == nil:
-		delete(sh.bad, id)
-	case errors.Is(err, ErrDamaged):
-		sh.bad[id] = struct{}{}
-	}
-	return size, err
 }
 
-// verify is Verify that notes nothing. An object that is whole and should have fs-verity gets it: chain images refer to
-// its digest.
-func (s *Store) verify(ctx context.Context, id content.ObjectID, buf *VerifyBuffer) (int64, error) {
-	sh := s.shard(id)
-	fd, err := sh.open(id, unix.O_DIRECT)
-	if errors.Is(err, unix.EINVAL) {
-		fd, err = sh.open(id, 0)
+// verify is Verify of one place, that notes nothing.
+func (s *Store) verify(ctx context.Context, id content.ObjectID, p *pack, x extent, buf *VerifyBuffer) (size int64, err error) {
+	flags := unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	direct := unix.O_DIRECT
+	if !p.plain {
+		direct = 0 // what has fs-verity is never read past the page cache
 	}
-	if err != nil {
-		return 0, err
+	fd, err := unix.Open(s.Path(p.id), flags|direct, 0)
+	if errors.Is(err, unix.EINVAL) {
+		fd, err = unix.Open(s.Path(p.id), flags, 0)
+	}
+	switch {
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
+		return 0, fmt.Errorf("read object %s: %w", id, err)
+	case err != nil:
+		return 0, fmt.Errorf("object %s is %w: %w", id, ErrDamaged, err)
 	}
 	defer unix.Close(fd)
-	var st unix.Statx_t
-	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_TYPE, &st); err != nil {
-		return 0, fmt.Errorf("object %s: %w", id, err)
+	if !p.plain {
+		_ = unix.Fadvise(fd, int64(x.block)*content.BlockSize, content.Blocks(x.size), unix.FADV_DONTNEED)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
-		return 0, fmt.Errorf("object %s is %w: it is no regular file", id, ErrDamaged)
-	}
-	hashed := st.Attributes&unix.STATX_ATTR_VERITY != 0
-	if hashed {
-		// It is never read past the page cache.
-		_ = unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
-	}
-	size, err := hashFile(ctx, id, fd, buf)
-	if err == nil && s.opts.Verity && !hashed && ctx.Err() == nil {
-		// Where it cannot, on a full disk for instance, whoever needs it says so.
-		if _, perr := s.protect(id, fd); errors.Is(perr, ErrDamaged) {
-			err = perr
-		}
-	}
-	return size, err
+	return hashAt(ctx, id, fd, x, buf)
 }
 
-// open opens an object's file. One that cannot be opened is damaged, unless it is this process that lacks something.
-func (sh *shard) open(id content.ObjectID, flags int) (fd int, err error) {
-	fd, err = unix.Openat(sh.fd, name(id), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0)
-	switch {
-	case err == nil:
-		return fd, nil
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
-		return -1, fmt.Errorf("read object %s: %w", id, err)
-	}
-	return -1, fmt.Errorf("object %s is %w: %w", id, ErrDamaged, err)
-}
-
-// hashFile reads an open file to its end and compares it with an object's name.
-func hashFile(ctx context.Context, id content.ObjectID, fd int, buf *VerifyBuffer) (size int64, err error) {
+// hashAt reads one payload of an open file and compares it with an object's name.
+func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *VerifyBuffer) (size int64, err error) {
 	h := sha256.New()
-	for err == nil && ctx.Err() == nil {
-		var n int
-		n, err = unix.Read(fd, buf.b)
+	at := int64(x.block) * content.BlockSize
+	for size < x.size && ctx.Err() == nil {
+		want := min(int64(len(buf.b)), content.Blocks(x.size-size))
+		n, err := unix.Pread(fd, buf.b[:want], at+size)
 		switch {
 		case errors.Is(err, unix.EINTR):
-			err = nil
-		case err == nil && n == 0:
-			err = io.EOF
-		case n > 0:
-			h.Write(buf.b[:n])
-			size += int64(n)
+			continue
+		case err != nil:
+			return size, fmt.Errorf("object %s is %w: read: %w", id, ErrDamaged, err)
+		case n == 0:
+			return size, fmt.Errorf("object %s is %w: the file ends after %d of its %d bytes", id, ErrDamaged, size, x.size)
 		}
+		got := min(int64(n), x.size-size)
+		h.Write(buf.b[:got])
+		size += got
 	}
 	if ctx.Err() != nil {
 		return size, context.Cause(ctx)
-	}
-	if err != io.EOF {
-		return size, fmt.Errorf("object %s is %w: read: %w", id, ErrDamaged, err)
 	}
 	if sum := content.Sum(h.Sum(nil)); sum != id.Sum {
 		return size, fmt.Errorf("object %s is %w: its %d bytes have sha256 %s", id, ErrDamaged, size, sum.Hex())
@@ -200,174 +274,47 @@ func hashFile(ctx context.Context, id content.ObjectID, fd int, buf *VerifyBuffe
 	return size, nil
 }
 
-// AnyBad reports whether any object is known to be bad.
-func (s *Store) AnyBad() bool {
-	for i := range s.shards {
-		sh := &s.shards[i]
-		sh.mu.Lock()
-		n := len(sh.bad)
-		sh.mu.Unlock()
-		if n > 0 {
-			return true
-		}
-	}
-	return false
+// DamagedPack is a pack of which not all is what it was that its trailer vouches for. Compact copies what is whole in it.
+type DamagedPack struct {
+	Path string
+	Err  error
 }
 
-// Sweep removes every file that is no referenced object and returns how many it
-// removed. It finds out what the others occupy, and which objects are missing or hold nothing: those are bad
-// then. Nothing may be put while it runs.
-func (s *Store) Sweep() (removed int, err error) { return s.sweep(true) }
-
-// Survey is Sweep that removes nothing.
-func (s *Store) Survey() error {
-	_, err := s.sweep(false)
-	return err
-}
-
-func (s *Store) sweep(remove bool) (removed int, err error) {
-	s.SetUsed(0, 0)
-	for i := range s.shards {
-		n, err := s.sweepShard(i, remove)
-		removed += n
-		if err != nil {
-			return removed, err
-		}
+// CheckPacks reads again what each pack says of itself, and returns those that are damaged. Their objects may be whole.
+func (s *Store) CheckPacks(ctx context.Context) (found []DamagedPack, err error) {
+	s.mu.Lock()
+	packs := make([]*pack, 0, len(s.packs))
+	for _, p := range s.packs {
+		packs = append(packs, p)
 	}
-	return removed, nil
-}
-
-func (s *Store) sweepShard(i int, remove bool) (removed int, err error) {
-	sh := &s.shards[i]
-	names, err := s.names(i)
-	if err != nil {
-		return 0, fmt.Errorf("sweep objects: %w", err)
-	}
-	seen := 0
-	whole := make(map[content.ObjectID]bool, len(sh.refs))
-	for _, file := range names {
-		id, ok := s.parse(i, file)
-		named := ok && sh.refs[id] > 0
-		if named || !remove {
-			size, occupies, _ := s.size(sh, file)
-			s.bytes.Add(occupies)
-			s.inodes.Add(1)
-			if named && size > 0 {
-				whole[id] = true
-				seen++
-			}
-			continue
-		}
-		if err := os.RemoveAll(filepath.Join(s.sub(i), file)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return removed, fmt.Errorf("sweep objects: %w", err)
-		}
-		removed++
-	}
-	if seen < len(sh.refs) {
-		for id := range sh.refs {
-			if !whole[id] {
-				sh.bad[id] = struct{}{}
-			}
-		}
-	}
-	return removed, nil
-}
-
-// OrphanFile is a file that is no object which anything names, and what it occupies.
-type OrphanFile struct {
-	Path  string
-	Bytes int64
-}
-
-// Orphans looks for files that are no object which anything names, and removes them if asked to. Others may put and
-// take objects meanwhile.
-func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, err error) {
-	for i := range s.shards {
+	s.mu.Unlock()
+	for _, p := range packs {
 		if ctx.Err() != nil {
 			return found, context.Cause(ctx)
 		}
-		names, err := s.names(i)
-		if err != nil {
-			return found, fmt.Errorf("look for orphans: %w", err)
+		damage := s.checkPack(p)
+		s.mu.Lock()
+		if s.packs[p.id] != p {
+			damage = nil // removed meanwhile
 		}
-		for _, file := range names {
-			size, err := s.orphan(i, file, remove)
-			if err != nil {
-				return found, fmt.Errorf("remove orphan %s: %w", filepath.Join(s.sub(i), file), err)
-			}
-			if size >= 0 {
-				found = append(found, OrphanFile{filepath.Join(s.sub(i), file), content.Blocks(size)})
-			}
+		p.damaged = damage
+		s.mu.Unlock()
+		if damage != nil {
+			found = append(found, DamagedPack{s.Path(p.id), damage})
 		}
 	}
 	return found, nil
 }
 
-// orphan returns the size of a file that is none of ours, -1 for any other.
-func (s *Store) orphan(i int, file string, remove bool) (int64, error) {
-	sh := &s.shards[i]
-	id, ok := s.parse(i, file)
-	if !ok {
-		// One that is being replaced has its new file beside it.
-		if id, ok = s.parse(i, file[min(len(file), len(stagedPrefix)):]); !ok || file[:len(stagedPrefix)] != stagedPrefix {
-			return s.removeStranger(i, file, remove)
-		}
-	}
-	sh.mu.Lock()
-	_, busy := sh.busy[id]
-	if busy || (sh.refs[id] > 0 && file == name(id)) {
-		sh.mu.Unlock()
-		return -1, nil
-	}
-	done := make(chan struct{})
-	sh.busy[id] = done
-	sh.mu.Unlock()
-	defer func() {
-		sh.mu.Lock()
-		delete(sh.busy, id)
-		close(done)
-		sh.mu.Unlock()
-	}()
-	size, _, ok := s.size(sh, file)
-	if !ok {
-		return -1, nil // removed meanwhile
-	}
-	if remove {
-		return size, sh.unlink(file)
-	}
-	return size, nil
-}
-
-// removeStranger is orphan for a name that no object has.
-func (s *Store) removeStranger(i int, file string, remove bool) (int64, error) {
-	path := filepath.Join(s.sub(i), file)
-	fi, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return -1, nil
-	}
-	if err == nil && remove {
-		err = os.RemoveAll(path)
-	}
+func (s *Store) checkPack(p *pack) error {
+	dropCache(p.file)
+	again, read, err := s.openPack(p.id)
 	if err != nil {
-		return -1, err
+		return err
 	}
-	return fi.Size(), nil
-}
-
-func (s *Store) sub(i int) string { return filepath.Join(s.dir, fmt.Sprintf("%02x", i)) }
-
-// names lists a shard's directory.
-func (s *Store) names(i int) ([]string, error) {
-	d, err := os.Open(s.sub(i))
-	if err != nil {
-		return nil, err
+	defer again.file.Close()
+	if again.tag != p.tag || len(read.Slots) != len(p.slots) {
+		return fmt.Errorf("%w: it is another pack", erofs.ErrDamaged)
 	}
-	defer d.Close()
-	return d.Readdirnames(-1)
-}
-
-// parse returns the object that a file name stands for.
-func (s *Store) parse(i int, file string) (content.ObjectID, bool) {
-	sum, err := content.ParseSum(fmt.Sprintf("%02x", i) + file)
-	return content.ObjectID{Sum: sum}, err == nil
+	return nil
 }

@@ -1,6 +1,7 @@
 package object
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -8,154 +9,405 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-func open(t *testing.T) *Store {
+// disk is a directory for stores that follow one another.
+type disk struct{ root string }
+
+func newDisk(t testing.TB) disk {
 	t.Helper()
-	s, err := Open(filepath.Join(t.TempDir(), "objects"), Options{})
+	d := disk{t.TempDir()}
+	if err := os.Mkdir(filepath.Join(d.root, "staging"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// open opens the store with references to these objects.
+func (d disk) open(t testing.TB, named ...content.ObjectID) *Store {
+	t.Helper()
+	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Sync: func() error { return nil }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		check(t, s)
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	s.Load(named)
+	if _, err := s.Settle(false); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.check(t, s) })
 	return s
 }
 
-// check verifies that the directory holds exactly the referenced objects, each whole.
-func check(t *testing.T, s *Store) {
+// check verifies that the counts are those of the files, that every object is whole, and that nothing else is there.
+func (d disk) check(t testing.TB, s *Store) {
 	t.Helper()
-	n := 0
-	err := filepath.WalkDir(s.Dir(), func(p string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		b, err := os.ReadFile(p)
-		if err != nil {
-			return err
-		}
-		id := idOf(b)
-		if want := filepath.Join(s.Dir(), id.Path()); p != want {
-			t.Errorf("%s has the content of %s", p, want)
-		}
-		if s.shard(id).refs[id] == 0 {
-			t.Errorf("%s has no reference", p)
-		}
-		n++
-		return nil
-	})
-	if err != nil || n != s.Len() {
-		t.Errorf("%d files, %d objects, %v", n, s.Len(), err)
+	s.mu.Lock()
+	var ids []content.ObjectID
+	for id := range s.refs {
+		ids = append(ids, id)
 	}
+	live := map[content.PackID]int64{}
+	for _, r := range s.refs {
+		if r.pack != nil {
+			live[r.pack.id] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
+		}
+	}
+	for id, p := range s.packs {
+		if live[id] != p.live || p.dead() < 0 {
+			t.Errorf("pack %s has %d live blocks, counted %d, dead %d", id, live[id], p.live, p.dead())
+		}
+		if fi, err := os.Stat(s.Path(id)); err != nil || fi.Size() != int64(p.blocks)*content.BlockSize {
+			t.Errorf("pack %s: %v", id, err)
+		}
+	}
+	s.mu.Unlock()
+	for _, id := range ids {
+		if _, err := s.Read(id); err != nil && !s.IsBad(id) {
+			t.Error(err)
+		}
+	}
+	if found, err := s.Orphans(t.Context(), false); t.Context().Err() == nil && (err != nil || len(found) > 0) {
+		t.Errorf("orphans: %+v, %v", found, err)
+	}
+	if left, err := os.ReadDir(filepath.Join(d.root, "staging")); err != nil || len(left) > 0 {
+		t.Errorf("staging holds %v, %v", left, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	s.refs, s.packs = nil, nil // its successor is checked from now on
 }
 
 func idOf(b []byte) content.ObjectID { return content.ObjectID{Sum: sha256.Sum256(b)} }
 
-func TestPutUnref(t *testing.T) {
-	s := open(t)
-	data := []byte("payload")
+func payload(seed any) []byte { return bytes.Repeat(fmt.Appendf(nil, "payload %v\n", seed), 100) }
+
+// put stores payloads through one writer, seals it, and keeps a reference to each.
+func put(t testing.TB, s *Store, seeds ...any) (ids []content.ObjectID) {
+	t.Helper()
+	w := s.Begin()
+	for _, seed := range seeds {
+		data := payload(seed)
+		if _, err := w.Put(idOf(data), data); err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, idOf(data))
+	}
+	if _, err := w.Seal(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.End(ids); err != nil {
+		t.Fatal(err)
+	}
+	return ids
+}
+
+func unref(t testing.TB, s *Store, ids ...content.ObjectID) {
+	t.Helper()
+	for _, id := range ids {
+		if err := s.Unref(id, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestPutSealUnref(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	w := s.Begin()
+	data := payload("a")
 	id := idOf(data)
-	for i, want := range []int64{7, 0, 0} {
-		if added, err := s.Put(id, data); err != nil || added != want {
+	for i, want := range []int64{int64(len(data)), 0} {
+		if added, err := w.Put(id, data); err != nil || added != want {
 			t.Fatalf("put %d added %d, %v", i, added, err)
 		}
 	}
-	path := filepath.Join(s.Dir(), id.Path())
-	if fi, err := os.Stat(path); err != nil || fi.Mode() != 0o400 {
-		t.Fatal(fi.Mode(), err)
+	if _, ok := s.Place(id); ok {
+		t.Error("a payload is seen before its pack is sealed")
 	}
-	if err := s.Unref(id, 2); err != nil {
+	if got, err := w.Read(id); err != nil || !bytes.Equal(got, data) {
+		t.Error("a payload does not read back before its pack is sealed", err)
+	}
+	if used, err := w.Seal(); err != nil || used.Files != 1 || used.Bytes != 5*content.BlockSize {
+		t.Error(used, err)
+	}
+	if err := w.End([]content.ObjectID{id}); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := s.Read(id); err != nil || string(got) != "payload" {
-		t.Fatal(string(got), err)
+	if got, err := s.Read(id); err != nil || !bytes.Equal(got, data) {
+		t.Error(err)
 	}
-	if err := s.Unref(id, 1); err != nil {
-		t.Fatal(err)
+	other := s.Begin()
+	if added, err := other.Put(id, nil); err != nil || added != 0 {
+		t.Error(added, err)
 	}
-	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
-		t.Fatal(err)
+	if err := other.End(nil); err != nil {
+		t.Error(err)
+	}
+	unref(t, s, id)
+	if st := s.Stats(); st.Packs != 0 {
+		t.Errorf("%+v", st)
 	}
 }
 
-func TestPutFile(t *testing.T) {
-	s := open(t)
-	for i, want := range []int64{3, 0} {
-		tmp := filepath.Join(filepath.Dir(s.Dir()), fmt.Sprint(i))
-		if err := os.WriteFile(tmp, []byte("abc"), 0o400); err != nil {
+func TestWriterGivenUp(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	known := put(t, s, "known")
+	w := s.Begin()
+	for _, seed := range []string{"known", "new"} {
+		if _, err := w.Put(idOf(payload(seed)), payload(seed)); err != nil {
 			t.Fatal(err)
 		}
-		if added, err := s.PutFile(idOf([]byte("abc")), tmp, 3); err != nil || added != want {
-			t.Fatal(added, err)
+	}
+	if err := w.End(nil); err != nil {
+		t.Fatal(err)
+	}
+	if s.Len() != 1 || s.Has(idOf(payload("new"))) {
+		t.Errorf("%d objects", s.Len())
+	}
+	unref(t, s, known...)
+}
+
+func TestPutStream(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	w := s.Begin()
+	data := bytes.Repeat([]byte("large "), 1<<20)
+	sum := func() content.ObjectID { return idOf(data) }
+	for i, want := range []int64{int64(len(data)), 0} {
+		if id, added, err := w.PutStream(bytes.NewReader(data), int64(len(data)), sum); err != nil || added != want || id != idOf(data) {
+			t.Fatal(i, added, err)
 		}
 	}
+	if _, _, err := w.PutStream(bytes.NewReader(data[:100]), int64(len(data)), sum); err == nil {
+		t.Error("a payload that is cut is stored")
+	}
+	if _, err := w.Seal(); err != nil {
+		t.Fatal(err)
+	}
+	if st := s.Stats(); st.Live != content.Blocks(int64(len(data))) || st.Dead != 0 {
+		t.Errorf("%+v: room that was given back is counted", st)
+	}
+	if err := w.End([]content.ObjectID{idOf(data)}); err != nil {
+		t.Fatal(err)
+	}
 }
 
-// A file that a crash left behind is never taken for an object.
-func TestPutReplacesLeftover(t *testing.T) {
-	s := open(t)
-	id := idOf([]byte("whole"))
-	if err := os.WriteFile(filepath.Join(s.Dir(), id.Path()), []byte("who"), 0o400); err != nil {
+// Two ingests that store one payload at the same time: one copy is dead, and a restart counts one of them.
+func TestSealedTwice(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	a, b := s.Begin(), s.Begin()
+	id := idOf(payload("both"))
+	for i, w := range []*Writer{a, b} {
+		for _, seed := range []any{"both", i} {
+			if _, err := w.Put(idOf(payload(seed)), payload(seed)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if i == 1 {
+			for _, w := range []*Writer{b, a} {
+				if _, err := w.Seal(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	if err := errors.Join(a.End([]content.ObjectID{id, idOf(payload(0))}), b.End([]content.ObjectID{id, idOf(payload(1))})); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Put(id, []byte("whole")); err != nil {
-		t.Fatal(err)
+	if st := s.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+		t.Errorf("%+v", st)
+	}
+	d.check(t, s)
+	s = d.open(t, id, id, idOf(payload(0)), idOf(payload(1)))
+	if st := s.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+		t.Errorf("after a restart: %+v", st)
 	}
 }
 
-func TestSweep(t *testing.T) {
-	s := open(t)
-	if _, err := s.Put(idOf([]byte("keep")), []byte("keep")); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{idOf([]byte("drop")).Path(), "00/junk", "ff/.tmp"} {
+func TestOpenDropsWhatNothingNames(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	keep := put(t, s, "a", "b")
+	put(t, s, "c")
+	for _, name := range []string{"stranger", "00064f0a1b2c3.erofs"} {
 		if err := os.WriteFile(filepath.Join(s.Dir(), name), []byte("x"), 0o400); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if n, err := s.Sweep(); err != nil || n != 3 {
-		t.Fatal(n, err)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.refs, s.packs = nil, nil
+	s2 := d.open(t, keep[0])
+	if st := s2.Stats(); st.Packs != 1 || st.Live != content.BlockSize || st.Dead != content.BlockSize {
+		t.Errorf("%+v", st)
 	}
 }
 
-// Whatever the order of puts and unrefs of the same objects, none is lost while it has a
-// reference, and none stays without.
+func TestMissingPackMakesObjectsBad(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	ids := put(t, s, "a")
+	place, _ := s.Place(ids[0])
+	if err := os.Remove(s.Path(place.Pack)); err != nil {
+		t.Fatal(err)
+	}
+	s.refs, s.packs = nil, nil
+	d2 := d.open(t, ids...)
+	if !d2.IsBad(ids[0]) {
+		t.Error("an object without a place is not bad")
+	}
+	if _, err := d2.Places(ids); !errors.Is(err, ErrDamaged) {
+		t.Error(err)
+	}
+	healed := put(t, d2, "a")
+	if d2.IsBad(ids[0]) {
+		t.Error("a put does not heal")
+	}
+	unref(t, d2, healed...)
+}
+
+// A chain image keeps the packs that it names.
+func TestHolders(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	one, two := put(t, s, "a", "b"), put(t, s, "c")
+	placed, err := s.Places([]content.ObjectID{one[0], one[1], two[0]})
+	if err != nil || len(placed.Packs()) != 2 || placed.Packs()[0].Pack >= placed.Packs()[1].Pack {
+		t.Fatal(placed, err) // the one with most objects first
+	}
+	unref(t, s, append(one, two...)...)
+	if st := s.Stats(); st.Packs != 2 || !s.Superseded(placed.IDs()[0]) {
+		t.Errorf("%+v", st)
+	}
+	if err := s.HoldPacks(placed.IDs()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := s.ReleasePacks(placed.IDs()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st := s.Stats(); st.Packs != 0 {
+		t.Errorf("%+v", st)
+	}
+	if err := s.HoldPacks(placed.IDs()); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+}
+
+func TestCompact(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	var moved []content.PackID
+	s.opts.Moved = func(ids []content.PackID, _ bool) { moved = append(moved, ids...) }
+	var all []content.ObjectID
+	for i := range 40 {
+		all = append(all, put(t, s, i, fmt.Sprint(i, " dies"))...)
+	}
+	placed, err := s.Places(all[:1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var keep []content.ObjectID
+	for i, id := range all {
+		if i%2 == 1 {
+			unref(t, s, id)
+		} else {
+			keep = append(keep, id)
+		}
+	}
+	if err := s.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st := s.Stats(); st.Packs != 2 || st.Live != 40*content.BlockSize {
+		t.Errorf("%+v, want the merged pack and one that a chain image names", st)
+	}
+	if !slices.Equal(moved, placed.IDs()) {
+		t.Errorf("moved %v, want %v", moved, placed.IDs())
+	}
+	if err := placed.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if st := s.Stats(); st.Packs != 1 || st.Dead != 0 {
+		t.Errorf("%+v", st)
+	}
+	d.check(t, s)
+	s2 := d.open(t, keep...)
+	if st := s2.Stats(); st.Packs != 1 || len(s2.Bad()) > 0 {
+		t.Errorf("after a restart: %+v", st)
+	}
+}
+
+// Whatever the order of puts, seals, unrefs and merges, none is lost while it has a reference, and none stays without.
 func TestConcurrent(t *testing.T) {
-	s := open(t)
+	d := newDisk(t)
+	s := d.open(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	var wg sync.WaitGroup
-	for g := range 8 {
-		wg.Go(func() {
-			r := rand.New(rand.NewPCG(seed, uint64(g)))
-			held := map[string]int{}
-			for range 2000 {
-				data := fmt.Sprint("object ", r.IntN(6))
-				if held[data] > 0 && r.IntN(2) == 0 {
-					if got, err := s.Read(idOf([]byte(data))); err != nil || string(got) != data {
-						t.Errorf("held object: %q, %v", got, err)
-					}
-					if err := s.Unref(idOf([]byte(data)), 1); err != nil {
-						t.Error(err)
-					}
-					held[data]--
-					continue
-				}
-				if _, err := s.Put(idOf([]byte(data)), []byte(data)); err != nil {
+	stop := make(chan struct{})
+	var merges sync.WaitGroup
+	merges.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if err := s.Compact(t.Context()); err != nil {
 					t.Error(err)
 				}
-				held[data]++
 			}
-			for data, n := range held {
-				if n > 0 && g > 0 {
-					if err := s.Unref(idOf([]byte(data)), uint32(n)); err != nil {
+		}
+	})
+	for g := range 6 {
+		wg.Go(func() {
+			r := rand.New(rand.NewPCG(seed, uint64(g)))
+			held := map[content.ObjectID]uint32{}
+			for range 150 {
+				w := s.Begin()
+				var keep []content.ObjectID
+				for range 1 + r.IntN(8) {
+					data := payload(r.IntN(30))
+					if _, err := w.Put(idOf(data), data); err != nil {
+						t.Error(err)
+					}
+					keep = append(keep, idOf(data))
+				}
+				if r.IntN(4) == 0 {
+					keep = nil
+				} else if _, err := w.Seal(); err != nil {
+					t.Error(err)
+				}
+				if err := w.End(keep); err != nil {
+					t.Error(err)
+				}
+				for _, id := range keep {
+					held[id]++
+				}
+				for id, n := range held {
+					if _, err := s.Read(id); err != nil {
+						t.Error(err)
+					}
+					if r.IntN(2) == 0 {
+						if err := s.Unref(id, n); err != nil {
+							t.Error(err)
+						}
+						delete(held, id)
+					}
+				}
+			}
+			for id, n := range held {
+				if g > 0 {
+					if err := s.Unref(id, n); err != nil {
 						t.Error(err)
 					}
 				}
@@ -163,4 +415,67 @@ func TestConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	close(stop)
+	merges.Wait()
+}
+
+func TestPlan(t *testing.T) {
+	many := func(n int, live, dead int64) (packs []packState) {
+		for i := range n {
+			packs = append(packs, packState{id: content.PackID(i + 1), live: live, dead: dead})
+		}
+		return packs
+	}
+	for name, c := range map[string]struct {
+		packs []packState
+		want  int // how many are merged
+	}{
+		"nothing":                  {nil, 0},
+		"a few small ones":         {many(tierWidth, 10, 0), 0},
+		"one too many":             {many(tierWidth+1, 10, 0), tierWidth + 1},
+		"large ones stay":          {many(100, tierTop, 0), 0},
+		"mostly dead":              {many(1, 10_000, 6_000), 1},
+		"a little dead":            {many(1, 10_000, 3_000), 0},
+		"all dead, but held":       {many(20, 0, 100), 0},
+		"small and dead":           {many(1, 10, 100), 0},
+		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, 1},
+		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), 3},
+		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), 1},
+	} {
+		if got := plan(c.packs); len(got) != c.want {
+			t.Errorf("%s: %d are merged, want %d", name, len(got), c.want)
+		}
+	}
+}
+
+// However layers come in, the number of packs stays near tierWidth for each size, and what is copied near the number of sizes.
+func TestPlanBounds(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 1))
+	var packs []packState
+	var came, copied int64
+	most := 0
+	for i := range 5000 {
+		live := int64(1) << r.IntN(14)
+		came += live
+		packs = append(packs, packState{id: content.PackID(i + 1), live: live})
+		for ids := plan(packs); len(ids) > 0; ids = plan(packs) {
+			merged := packState{id: content.PackID(1_000_000 + i)}
+			packs = slices.DeleteFunc(packs, func(p packState) bool {
+				if slices.Contains(ids, p.id) {
+					merged.live += p.live
+					return true
+				}
+				return false
+			})
+			copied += merged.live
+			packs = append(packs, merged)
+		}
+		most = max(most, len(packs))
+	}
+	large := int(came / tierTop)
+	if bound := 6*tierWidth + large; most > bound || copied > 5*came {
+		t.Errorf("%d packs, want at most %d; %d blocks came and %d were copied", most, bound, came, copied)
+	}
 }

@@ -23,10 +23,6 @@ func targetIsDir(link, target string) error {
 	return fmt.Errorf("%w: hard link %q names %q, which is a directory", ErrUnfit, link, target)
 }
 
-// MaxBelowXattrs bounds what all LowerLinks of a chain may add to the xattrs of one inode, as Below counts it. content/archive
-// leaves so much room, so that no inode of a chain image becomes too large for its format.
-const MaxBelowXattrs = 64 << 10
-
 // Below is what of a layer depends on the layers below it.
 type Below struct {
 	Links int64 // LowerLinks

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -18,7 +19,7 @@ import (
 //
 // It is hashed into layer ids and payload digests: changing anything here is a
 // format break and needs a new formatVersion.
-const formatVersion = 2
+const formatVersion = 3
 
 // Field numbers of message Tree.
 const (
@@ -46,61 +47,100 @@ const (
 	entryData
 	entryObject
 	entryPycTime
-	entryPycCanonical
+	_ // until format 2: the payload of a .pyc whose source is in another layer, with the timestamp that all pairs had
 )
 
 // Encoded is a layer's canonical encoding in its two parts, whose concatenation
-// is one Tree message and names the layer.
+// is one Tree message and names the layer. It is made anew each time that it is
+// written: only its objects are held in memory, beside the entries, which must not change.
 type Encoded struct {
-	ID      content.LayerID
-	objects []byte // field treeObjects
-	entries []byte // all other fields
-	count   int    // objects
+	ID       content.LayerID
+	encoding encoding
+	length   int64 // of the part that is not the objects
+}
+
+// encoding is a layer on its way to its encoding.
+type encoding struct {
+	fidelity content.Fidelity
+	entries  []*content.Entry
+	as       func(*content.Entry) *content.Entry // what an entry is encoded as
+	ids      []content.ObjectID                  // sorted, each once
 }
 
 // Encode encodes a layer. entries are sorted by content.ComparePaths, paths unique.
 func Encode(f content.Fidelity, entries []*content.Entry) Encoded {
-	ids := objectsOf(entries)
-	index := make(map[content.ObjectID]uint64, len(ids))
-	raw := make([]byte, 0, len(ids)*len(content.Sum{}))
-	for i, id := range ids {
-		index[id] = uint64(i) + 1
-		raw = append(raw, id.Sum[:]...)
-	}
-	enc := Encoded{count: len(ids)}
-	if len(raw) > 0 {
-		enc.objects = protowire.AppendTag(nil, treeObjects, protowire.BytesType)
-		enc.objects = protowire.AppendBytes(enc.objects, raw)
-	}
-	b := make([]byte, 0, 128*len(entries)+64)
-	b = appendUint(b, treeVersion, formatVersion)
-	b = appendString(b, treeFidelity, string(f))
-	var scratch []byte
-	for _, e := range entries {
-		scratch = appendEntry(scratch[:0], e, index)
-		b = protowire.AppendTag(b, treeEntry, protowire.BytesType)
-		b = protowire.AppendBytes(b, scratch)
-	}
-	enc.entries = b
+	return encode(f, entries, func(e *content.Entry) *content.Entry { return e })
+}
+
+func encode(f content.Fidelity, entries []*content.Entry, as func(*content.Entry) *content.Entry) Encoded {
+	enc := Encoded{encoding: encoding{f, entries, as, objectsOf(entries, as)}}
 	h := sha256.New()
-	h.Write(enc.objects)
-	h.Write(enc.entries)
+	h.Write(enc.encoding.objects())
+	enc.length, _ = enc.encoding.writeEntries(h) // a hash takes everything
 	h.Sum(enc.ID.Sum[:0])
 	return enc
 }
 
-func objectsOf(entries []*content.Entry) []content.ObjectID {
+// objects is the field treeObjects.
+func (c *encoding) objects() []byte {
+	const l = len(content.Sum{})
+	if len(c.ids) == 0 {
+		return nil
+	}
+	b := make([]byte, 0, len(c.ids)*l+16)
+	b = protowire.AppendTag(b, treeObjects, protowire.BytesType)
+	b = protowire.AppendVarint(b, uint64(len(c.ids)*l))
+	for _, id := range c.ids {
+		b = append(b, id.Sum[:]...)
+	}
+	return b
+}
+
+// encodeBuffer is how much is encoded between two writes.
+const encodeBuffer = 64 << 10
+
+// writeEntries writes all other fields and returns their length.
+func (c *encoding) writeEntries(w io.Writer) (length int64, err error) {
+	b := make([]byte, 0, encodeBuffer)
+	b = appendUint(b, treeVersion, formatVersion)
+	b = appendString(b, treeFidelity, string(c.fidelity))
+	flush := func() {
+		if err == nil {
+			_, err = w.Write(b)
+		}
+		length, b = length+int64(len(b)), b[:0]
+	}
+	var scratch []byte
+	for _, e := range c.entries {
+		scratch = c.appendEntry(scratch[:0], c.as(e))
+		b = protowire.AppendTag(b, treeEntry, protowire.BytesType)
+		b = protowire.AppendBytes(b, scratch)
+		if len(b) > encodeBuffer/2 {
+			flush()
+		}
+	}
+	flush()
+	return length, err
+}
+
+// place is where an object stands in the list, from 1 on.
+func (c *encoding) place(id content.ObjectID) uint64 {
+	i, _ := slices.BinarySearchFunc(c.ids, id, compareIDs)
+	return uint64(i) + 1
+}
+
+func compareIDs(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) }
+
+func objectsOf(entries []*content.Entry, as func(*content.Entry) *content.Entry) []content.ObjectID {
 	var ids []content.ObjectID
 	for _, e := range entries {
+		e = as(e)
 		if !e.Object.IsZero() {
 			ids = append(ids, e.Object)
 		}
-		if !e.PycCanonical.IsZero() {
-			ids = append(ids, e.PycCanonical)
-		}
 	}
-	slices.SortFunc(ids, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
-	return slices.Compact(ids)
+	slices.SortFunc(ids, compareIDs)
+	return slices.Clip(slices.Compact(ids))
 }
 
 func appendUint(b []byte, n protowire.Number, v uint64) []byte {
@@ -119,7 +159,7 @@ func appendString(b []byte, n protowire.Number, v string) []byte {
 	return protowire.AppendString(b, v)
 }
 
-func appendEntry(b []byte, e *content.Entry, index map[content.ObjectID]uint64) []byte {
+func (c *encoding) appendEntry(b []byte, e *content.Entry) []byte {
 	b = appendString(b, entryPath, e.Path)
 	b = appendUint(b, entryKind, uint64(e.Kind))
 	b = appendUint(b, entryFlags, uint64(e.Flags))
@@ -144,13 +184,9 @@ func appendEntry(b []byte, e *content.Entry, index map[content.ObjectID]uint64) 
 		b = protowire.AppendBytes(b, e.Data)
 	}
 	if !e.Object.IsZero() {
-		b = appendUint(b, entryObject, index[e.Object])
+		b = appendUint(b, entryObject, c.place(e.Object))
 	}
-	b = appendUint(b, entryPycTime, uint64(e.PycTime))
-	if !e.PycCanonical.IsZero() {
-		b = appendUint(b, entryPycCanonical, index[e.PycCanonical])
-	}
-	return b
+	return appendUint(b, entryPycTime, uint64(e.PycTime))
 }
 
 // ErrDamaged is wrapped where a tree file is not what its name says, or nothing that can be read.
@@ -164,6 +200,15 @@ const decodeBlock = 64
 
 // decodeTree parses a canonical encoding. The entries share nothing with raw.
 func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
+	fidelity, version, entries, err := decodeVersion(raw)
+	if err == nil && version != formatVersion {
+		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
+	}
+	return fidelity, entries, err
+}
+
+// decodeVersion is decodeTree for trees of any version: what their fields mean is the caller's to know.
+func decodeVersion(raw []byte) (content.Fidelity, uint64, []*content.Entry, error) {
 	var (
 		objects  []byte
 		fidelity content.Fidelity
@@ -193,10 +238,7 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 		}
 		return nil
 	})
-	if err == nil && version != formatVersion {
-		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
-	}
-	return fidelity, entries, err
+	return fidelity, version, entries, err
 }
 
 // eachField walks the fields of one message: v holds varints, b the rest.
@@ -274,8 +316,6 @@ func decodeEntry(e *content.Entry, raw, objects []byte, keep *arena) error {
 			return objectAt(&e.Object, objects, v)
 		case entryPycTime:
 			e.PycTime = uint32(v)
-		case entryPycCanonical:
-			return objectAt(&e.PycCanonical, objects, v)
 		}
 		return nil
 	})
@@ -309,20 +349,19 @@ func objectAt(id *content.ObjectID, objects []byte, i uint64) error {
 
 // PayloadDigest returns the normalised identity of a layer: the digest of
 // its canonical encoding with mtime, uid and gid of every entry and the recorded
-// timestamps of valid CPython pairs left out. canonical names the payload with the
-// canonical timestamp of those paired .pyc entries that hold exact bytes.
+// timestamps of valid CPython pairs left out. canonical has the payload with the
+// source's SourceTime of those paired .pyc entries that hold exact bytes.
 func PayloadDigest(entries []*content.Entry, canonical map[*content.Entry]content.Entry) content.PayloadDigest {
-	bare := make([]content.Entry, len(entries))
-	ptrs := make([]*content.Entry, len(entries))
-	for i, e := range entries {
-		b := *e
+	var b content.Entry
+	enc := encode("payload", entries, func(e *content.Entry) *content.Entry {
+		b = *e
 		if c, ok := canonical[e]; ok {
 			b.Object, b.Data = c.Object, c.Data
 		}
 		b.UID, b.GID, b.Mtime = 0, 0, content.Time{}
-		b.Flags &^= content.PycPaired | content.PycLone
-		b.PycTime, b.PycCanonical = 0, content.ObjectID{}
-		bare[i], ptrs[i] = b, &bare[i]
-	}
-	return content.PayloadDigest(Encode("payload", ptrs).ID)
+		b.Flags &^= content.PycPaired | content.PySource
+		b.PycTime = 0
+		return &b
+	})
+	return content.PayloadDigest(enc.ID)
 }

@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -82,23 +83,71 @@ const (
 
 // Marshal returns the bytes of a tree file.
 func (enc Encoded) Marshal(f Facts) ([]byte, error) {
-	if n := int64(len(enc.objects)) + int64(len(enc.entries)); n > maxDecoded {
-		return nil, fmt.Errorf("a tree of %d bytes, at most %d can be read again", n, int64(maxDecoded))
+	var b inMemory
+	if _, err := enc.Write(&b, func(int64) Facts { return f }); err != nil {
+		return nil, err
 	}
-	f.Layer = enc.ID
-	w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
-	if err != nil {
-		return nil, fmt.Errorf("zstd encoder: %w", err)
-	}
-	defer w.Close()
-	var objects []byte
-	if len(enc.objects) > 0 {
-		objects = w.EncodeAll(enc.objects, nil)
-	}
-	out := header(f, len(objects))
-	out = append(out, objects...)
-	return w.EncodeAll(enc.entries, out), nil
+	return b, nil
 }
+
+// inMemory is a file in memory that is only ever written at its end, or over again.
+type inMemory []byte
+
+func (b *inMemory) WriteAt(p []byte, off int64) (int, error) {
+	if more := int(off) + len(p) - len(*b); more > 0 {
+		*b = append(*b, make([]byte, more)...)
+	}
+	return copy((*b)[off:], p), nil
+}
+
+// Write writes a tree file, from its beginning, and returns its length. facts may depend on that, which is 0 when it is first
+// asked; what it returns may differ only in Layer and UsedBytes.
+func (enc Encoded) Write(w io.WriterAt, facts func(length int64) Facts) (int64, error) {
+	objects := enc.encoding.objects()
+	if n := int64(len(objects)) + enc.length; n > maxDecoded {
+		return 0, fmt.Errorf("a tree of %d bytes, and at most %d can be read again", n, int64(maxDecoded))
+	}
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		zstd.WithWindowSize(treeWindow), zstd.WithLowerEncoderMem(true))
+	if err != nil {
+		return 0, fmt.Errorf("zstd encoder: %w", err)
+	}
+	defer z.Close()
+	if len(objects) > 0 {
+		objects = z.EncodeAll(objects, nil)
+	}
+	head := func(length int64) []byte {
+		f := facts(length)
+		f.Layer = enc.ID
+		return header(f, len(objects))
+	}
+	start := len(head(0))
+	out := io.NewOffsetWriter(w, int64(start))
+	if _, err := out.Write(objects); err != nil {
+		return 0, err
+	}
+	z.ResetContentSize(out, enc.length)
+	if _, err := enc.encoding.writeEntries(z); err != nil {
+		return 0, err
+	}
+	if err := z.Close(); err != nil {
+		return 0, err
+	}
+	written, err := out.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, err
+	}
+	length := int64(start) + written
+	h := head(length)
+	if len(h) != start {
+		return 0, fmt.Errorf("header of layer %s: %d bytes, not %d", enc.ID, len(h), start)
+	}
+	_, err = w.WriteAt(h, 0)
+	return length, err
+}
+
+// treeWindow is what a zstd decoder and encoder keep of a tree.
+const treeWindow = 1 << 20
 
 func header(f Facts, objectFrame int) []byte {
 	body := binary.LittleEndian.AppendUint32(nil, uint32(objectFrame))
@@ -197,32 +246,12 @@ func readFacts(path string) (Facts, []content.ObjectID, error) {
 		return Facts{}, nil, err
 	}
 	defer file.Close()
-	head := make([]byte, 4096)
-	n, err := file.ReadAt(head, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return Facts{}, nil, err
-	}
-	head = head[:n]
-	if n >= frameHeader {
-		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
-			head = make([]byte, want)
-			if _, err := file.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
-				return Facts{}, nil, fmt.Errorf("read header of %s: %w", path, err)
-			}
-		}
-	}
-	f, objectFrame, rest, err := splitHeader(head)
-	if err != nil {
-		return Facts{}, nil, fmt.Errorf("%s: %w", path, err)
-	}
-	if objectFrame == 0 {
-		return f, nil, nil
-	}
-	if fi, err := file.Stat(); err == nil && int64(objectFrame) > fi.Size() {
-		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	f, objectFrame, at, err := readHeader(file)
+	if err != nil || objectFrame == 0 {
+		return f, nil, err
 	}
 	frame := make([]byte, objectFrame)
-	if _, err := file.ReadAt(frame, int64(len(head)-len(rest))); errors.Is(err, io.EOF) {
+	if _, err := file.ReadAt(frame, at); errors.Is(err, io.EOF) {
 		return Facts{}, nil, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
 	} else if err != nil {
 		return Facts{}, nil, fmt.Errorf("read objects of %s: %w", path, err)
@@ -238,10 +267,63 @@ func readFacts(path string) (Facts, []content.ObjectID, error) {
 	return f, ids, nil
 }
 
+// readHeader reads the facts, and how long the object frame is and where it begins.
+func readHeader(file *os.File) (f Facts, objectFrame int, at int64, err error) {
+	path := file.Name()
+	head := make([]byte, 4096)
+	n, err := file.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return Facts{}, 0, 0, err
+	}
+	head = head[:n]
+	if n >= frameHeader {
+		if want := int64(binary.LittleEndian.Uint32(head[4:])) + frameHeader; want > int64(n) && want < 64<<20 {
+			head = make([]byte, want)
+			if _, err := file.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
+				return Facts{}, 0, 0, fmt.Errorf("read header of %s: %w", path, err)
+			}
+		}
+	}
+	f, objectFrame, rest, err := splitHeader(head)
+	if err != nil {
+		return Facts{}, 0, 0, fmt.Errorf("%s: %w", path, err)
+	}
+	if fi, err := file.Stat(); err == nil && int64(objectFrame) > fi.Size() {
+		return Facts{}, 0, 0, fmt.Errorf("objects of %s: %w: cut off", path, ErrDamaged)
+	}
+	return f, objectFrame, int64(len(head) - len(rest)), nil
+}
+
+// Length returns how long a tree's encoding is, but for its objects, as its file declares it: who reads it finds out whether that is
+// so.
+func Length(path string, id content.LayerID) (int64, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	_, objectFrame, at, err := readHeader(file)
+	if err != nil {
+		return 0, err
+	}
+	head := make([]byte, zstd.HeaderMaxSize)
+	n, err := file.ReadAt(head, at+int64(objectFrame))
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("read tree of layer %s: %w", id, err)
+	}
+	var h zstd.Header
+	if err := h.Decode(head[:n]); err != nil || h.FrameContentSize > maxDecoded {
+		return 0, fmt.Errorf("tree of layer %s: %w: no length", id, ErrDamaged)
+	}
+	if !h.HasFCS {
+		return 255, nil // the encoder leaves lengths below 256 out
+	}
+	return int64(h.FrameContentSize), nil
+}
+
 // Objects returns the ids that a Tree names, sorted, each once.
 func (enc Encoded) Objects() []content.ObjectID {
-	ids, _ := decodeObjects(enc.objects)
-	return ids
+	return slices.Clone(enc.encoding.ids)
 }
 
 func decodeObjects(raw []byte) ([]content.ObjectID, error) {
@@ -284,7 +366,7 @@ func appendFacts(b []byte, f Facts) []byte {
 	}
 	b = appendUint(b, factsEntries, uint64(f.Entries))
 	b = appendUint(b, factsBytes, uint64(f.Bytes))
-	b = appendUint(b, factsUsedBytes, uint64(f.UsedBytes))
+	b = appendFixed(b, factsUsedBytes, uint64(f.UsedBytes))
 	b = appendUint(b, factsUsedInodes, uint64(f.UsedInodes))
 	b = appendString(b, factsFidelity, string(f.Fidelity))
 	if !f.Layer.IsZero() {
@@ -297,6 +379,16 @@ func appendFacts(b []byte, f Facts) []byte {
 		b = protowire.AppendBytes(b, m)
 	}
 	return b
+}
+
+// appendFixed writes a varint that takes as many bytes whatever it is, so that it can be written over. Decoders know no difference.
+func appendFixed(b []byte, n protowire.Number, v uint64) []byte {
+	b = protowire.AppendTag(b, n, protowire.VarintType)
+	for range 9 {
+		b = append(b, byte(v)|0x80)
+		v >>= 7
+	}
+	return append(b, byte(v))
 }
 
 func decodeFacts(raw []byte) (f Facts, err error) {

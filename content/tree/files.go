@@ -14,8 +14,8 @@ type File struct {
 	Path []byte
 	Size int64
 	// As in content.Entry.
-	Data                 []byte
-	Object, PycCanonical content.ObjectID
+	Data   []byte
+	Object content.ObjectID
 }
 
 // Files reads a tree file, verifies it against its id, and calls fn for each regular file in it: for reports over
@@ -66,8 +66,6 @@ func (f *File) decode(raw, objects []byte) (regular bool, err error) {
 			f.Data = b
 		case entryObject:
 			return objectAt(&f.Object, objects, v)
-		case entryPycCanonical:
-			return objectAt(&f.PycCanonical, objects, v)
 		}
 		return nil
 	})

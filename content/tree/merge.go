@@ -40,7 +40,7 @@ func MergeEach(ctx context.Context, layers iter.Seq2[[]*content.Entry, error]) (
 		if err != nil {
 			return nil, err
 		}
-		if err := m.apply(i, entries); err != nil {
+		if err := m.apply(entries); err != nil {
 			return nil, fmt.Errorf("layer %d of the chain: %w", i+1, err)
 		}
 		i++
@@ -48,7 +48,7 @@ func MergeEach(ctx context.Context, layers iter.Seq2[[]*content.Entry, error]) (
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	m.finish()
+	m.show(m.root, map[*content.Entry]*content.Entry{})
 	return m.root, nil
 }
 
@@ -61,8 +61,6 @@ type merger struct {
 	shared map[*content.Entry]bool
 	names  map[*content.Entry][]*Node
 	own    map[*content.Entry]bool
-	// pinned holds the Python sources that have to show their image mtime.
-	pinned map[*content.Entry]bool
 	// followed holds where symlinks lead; good until the tree changes.
 	followed map[*Node]followed
 	// steps counts work: names that were looked at, moved or followed.
@@ -77,10 +75,18 @@ func newMerger(ctx context.Context) *merger {
 	}
 }
 
-// finish does what only all layers together tell.
-func (m *merger) finish() {
-	m.followed = map[*Node]followed{}
-	m.resolvePython()
+// show replaces entries by what containers see of them. What that is follows from the entry alone: a layer changes nothing of what it
+// does not name.
+func (m *merger) show(n *Node, shown map[*content.Entry]*content.Entry) {
+	if e := n.Entry; e.Flags&content.PySource != 0 {
+		if shown[e] == nil {
+			shown[e] = e.Shown()
+		}
+		n.Entry = shown[e]
+	}
+	for _, c := range n.Children {
+		m.show(c, shown)
+	}
 }
 
 // checkEvery is how many entries pass between two looks at ctx.
@@ -102,7 +108,7 @@ type inodes struct {
 	implied map[*content.Entry]*content.Entry // of implied directories over symlinks
 }
 
-func (m *merger) apply(layer int, entries []*content.Entry) error {
+func (m *merger) apply(entries []*content.Entry) error {
 	from, err := m.collect(entries)
 	if err != nil {
 		return err
@@ -130,7 +136,7 @@ func (m *merger) apply(layer int, entries []*content.Entry) error {
 		if parent.path != dir {
 			return fmt.Errorf("entry %q has no parent directory", e.Path)
 		}
-		n, err := m.put(parent, name, e, layer, from)
+		n, err := m.put(parent, name, e, from)
 		if err != nil {
 			return err
 		}
@@ -225,6 +231,9 @@ func (m *merger) lowerInode(e *content.Entry) (*content.Entry, error) {
 		return nil, targetIsDir(e.Path, e.Target)
 	}
 	inode := m.owned(n)
+	if e.Mtime != inode.Mtime { // else a source shows what it did
+		inode.Flags &^= content.PySource
+	}
 	inode.UID, inode.GID, inode.Mtime = e.UID, e.GID, e.Mtime
 	if inode.Kind != content.Symlink {
 		inode.Mode = e.Mode
@@ -272,7 +281,7 @@ func unionXattrs(old, new []content.Xattr) []content.Xattr {
 }
 
 // put places one entry in the directory of a level and returns its node, nil for a whiteout.
-func (m *merger) put(l *level, name string, e *content.Entry, layer int, from inodes) (*Node, error) {
+func (m *merger) put(l *level, name string, e *content.Entry, from inodes) (*Node, error) {
 	old, looked, err := l.seek(name)
 	if err != nil {
 		return nil, err
@@ -297,7 +306,7 @@ func (m *merger) put(l *level, name string, e *content.Entry, layer int, from in
 				old.Children = nil
 			}
 			if e.Flags&content.Implied == 0 {
-				old.Entry, old.layer = e, layer
+				old.Entry = e
 			}
 			return old, nil
 		}
@@ -305,7 +314,7 @@ func (m *merger) put(l *level, name string, e *content.Entry, layer int, from in
 			inode = dir
 		}
 	}
-	n := &Node{Name: name, Entry: inode, parent: l.node, layer: layer}
+	n := &Node{Name: name, Entry: inode, parent: l.node}
 	if m.shared[inode] {
 		m.names[inode] = append(m.names[inode], n)
 	}

@@ -21,8 +21,6 @@ type Node struct {
 
 	// parent is the directory that holds the node; nil for the root.
 	parent *Node
-	// layer is the place in the chain of the layer that Entry came from.
-	layer int
 }
 
 // search returns the place of the first child that does not come before name, and whether it has that name.
@@ -38,14 +36,4 @@ func (n *Node) child(name string) *Node {
 		return n.Children[i]
 	}
 	return nil
-}
-
-// prefixed returns the children whose names begin with prefix, at the cost of a binary search.
-func (n *Node) prefixed(prefix string) []*Node {
-	first, _ := n.search(prefix)
-	end := first
-	for end < len(n.Children) && strings.HasPrefix(n.Children[end].Name, prefix) {
-		end++
-	}
-	return n.Children[first:end]
 }

@@ -83,7 +83,7 @@ func shapes() []shape {
 func pythonLinks(n int) []*content.Entry {
 	entries := []*content.Entry{dir("", 0, 0), dir("d", 1, 0), dir("d/__pycache__", 1, 0), file("real.py", "x", 1)}
 	for i := range n {
-		entries = append(entries, link(fmt.Sprintf("d/m%08d.py", i), "../real.py"), pyc(fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), 0, 1))
+		entries = append(entries, link(fmt.Sprintf("d/m%08d.py", i), "../real.py"), file(fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), "x", 1))
 	}
 	return sorted(entries)
 }
@@ -107,12 +107,12 @@ func longWay(n int) [][]*content.Entry {
 func TestMergeIsNotQuadratic(t *testing.T) {
 	count := func(layers [][]*content.Entry) int {
 		m := newMerger(t.Context())
-		for i, l := range layers {
-			if err := m.apply(i, l); err != nil {
+		for _, l := range layers {
+			if err := m.apply(l); err != nil {
 				t.Fatal(err)
 			}
 		}
-		m.finish()
+		m.show(m.root, map[*content.Entry]*content.Entry{})
 		return m.steps
 	}
 	for _, s := range shapes() {
@@ -288,7 +288,7 @@ func TestResolve(t *testing.T) {
 	}
 	entries = append(entries, link("s45", "d"))
 	m := newMerger(t.Context())
-	if err := m.apply(0, sorted(entries)); err != nil {
+	if err := m.apply(sorted(entries)); err != nil {
 		t.Fatal(err)
 	}
 	for _, row := range []struct {

@@ -35,7 +35,8 @@ func torture() []*content.Entry {
 		{Path: "dev", Kind: content.Char, Major: 5, Minor: 300},
 		{Path: "gone", Kind: content.Whiteout},
 		{Path: "low", Kind: content.LowerLink, Target: "etc/x", Mode: 0o600},
-		{Path: "z.pyc", Kind: content.Regular, Size: 9000, Object: object("zc"), Flags: content.PycLone, PycTime: 7, PycCanonical: object("zcc")},
+		{Path: "z.pyc", Kind: content.Regular, Size: 9000, Object: object("zc"), Flags: content.PycPaired, PycTime: 7},
+		{Path: "z.py", Kind: content.Regular, Mode: 0o644, Mtime: content.Time{Sec: 7}, Size: 3, Data: []byte("zpy"), Flags: content.PySource},
 	}
 }
 
@@ -72,7 +73,7 @@ func TestTreeFileRoundTrip(t *testing.T) {
 	if d := cmp.Diff(facts, gotFacts); d != "" {
 		t.Error(d)
 	}
-	if d := cmp.Diff(enc.Objects(), ids); d != "" || len(ids) != 3 {
+	if d := cmp.Diff(enc.Objects(), ids); d != "" || len(ids) != 2 {
 		t.Errorf("%d objects: %s", len(ids), d)
 	}
 
@@ -230,89 +231,43 @@ func TestMergeHardlinks(t *testing.T) {
 	}
 }
 
-const orig = 1700000000
-
-func py(path string, mtime int64) *content.Entry { return file(path, "src", mtime) }
-
-func pyc(path string, flags content.Flags, recorded uint32) *content.Entry {
-	data := make([]byte, content.PycHeaderLen)
-	stamp := recorded
-	if flags&content.PycPaired != 0 {
-		stamp = content.PycTime
+// A source of a pair shows what follows from its bytes under all its names, also one that a later layer gives it.
+func TestMergeShowsSources(t *testing.T) {
+	root := dir("", 0, 0)
+	source := file("m.py", "src", 1700000000)
+	source.Flags = content.PySource
+	time := int64(source.SourceTime())
+	base := []*content.Entry{root, source}
+	link := func(mtime int64) *content.Entry {
+		return &content.Entry{Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: content.Time{Sec: mtime}}
 	}
-	content.SetPycTime(data, stamp)
-	return &content.Entry{Path: path, Kind: content.Regular, Size: int64(len(data)), Data: data, Flags: flags, PycTime: recorded}
-}
-
-func link(path, target string) *content.Entry {
-	return &content.Entry{Path: path, Kind: content.Symlink, Target: target, Mtime: content.Time{Sec: 7}}
-}
-
-// The rule: Python may recompile, it must never run stale code; in the usual ways of
-// building images it does not recompile.
-func TestMergePython(t *testing.T) {
-	root, cache := dir("", 0, 0), dir("__pycache__", 1, 0)
-	const p311, p311o1, p39 = "__pycache__/m.cpython-311.pyc", "__pycache__/m.cpython-311.opt-1.pyc", "__pycache__/m.cpython-39.pyc"
-	pair := []*content.Entry{root, cache, pyc(p311, content.PycPaired, orig), py("m.py", orig)}
 	for _, row := range []struct {
-		name   string
-		layers [][]*content.Entry
-		source int64           // mtime that m.py shows
-		valid  map[string]bool // whether Python would use each .pyc
+		name  string
+		above []*content.Entry
+		want  int64
 	}{
-		{"pair", [][]*content.Entry{pair}, content.PycTime, map[string]bool{p311: true}},
-		{"source without bytecode", [][]*content.Entry{{root, py("m.py", orig)}}, orig, nil},
-		{"bytecode whited out", [][]*content.Entry{pair, {root, cache, {Path: p311, Kind: content.Whiteout}}}, orig, nil},
-		{"source replaced above its pair", [][]*content.Entry{pair, {root, py("m.py", orig+1)}}, orig + 1, map[string]bool{p311: false}},
-		{"symlink to the source beside it", [][]*content.Entry{{root, cache, pyc("__pycache__/l.cpython-311.pyc", content.PycPaired, orig), pyc(p311, content.PycPaired, orig),
-			link("l.py", "m.py"), py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true, "__pycache__/l.cpython-311.pyc": true}},
-		{"symlink above the pair, compiled there", [][]*content.Entry{pair, {root, cache, pyc("__pycache__/l.cpython-311.pyc", content.PycLone, content.PycTime), link("l.py", "m.py")}},
-			content.PycTime, map[string]bool{p311: true, "__pycache__/l.cpython-311.pyc": true}},
-		{"symlink from elsewhere with bytecode", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, orig), dir("d", 0, 0), dir("d/__pycache__", 0, 0),
-			pyc("d/__pycache__/l.cpython-311.pyc", 0, orig), link("d/l.py", "../m.py"), py("m.py", orig)}}, orig, map[string]bool{p311: false}},
-		{"symlink from elsewhere without", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, orig), dir("d", 0, 0), link("d/l.py", "../m.py"), py("m.py", orig)}},
-			content.PycTime, map[string]bool{p311: true}},
-		{"source of the canonical time above a pair", [][]*content.Entry{pair, {root, py("m.py", content.PycTime)}}, content.PycTime + 1, map[string]bool{p311: false}},
-		{"pair of the canonical time", [][]*content.Entry{{root, cache, pyc(p311, content.PycPaired, content.PycTime), py("m.py", content.PycTime)}}, content.PycTime, map[string]bool{p311: true}},
-		{"source copied above its pair, same mtime", [][]*content.Entry{pair, {root, py("m.py", orig)}}, content.PycTime, map[string]bool{p311: true}},
-		{"compiled above its source", [][]*content.Entry{{root, py("m.py", orig)}, {root, cache, pyc(p311, content.PycLone, orig)}}, orig, map[string]bool{p311: true}},
-		{"optimised above a pair", [][]*content.Entry{pair, {root, cache, pyc(p311o1, content.PycLone, orig)}}, content.PycTime, map[string]bool{p311: true, p311o1: true}},
-		{"stale bytecode above a pair", [][]*content.Entry{pair, {root, cache, pyc(p39, content.PycLone, orig-7)}}, content.PycTime, map[string]bool{p311: true, p39: false}},
-		{"new pair over an old pair of another version", [][]*content.Entry{
-			{root, cache, pyc(p39, content.PycPaired, orig), py("m.py", orig)},
-			{root, cache, pyc(p311, content.PycPaired, orig+5), py("m.py", orig+5)}}, orig + 5, map[string]bool{p39: false, p311: false}},
-		{"compiled in a container, then a new pair", [][]*content.Entry{pair,
-			{root, cache, pyc(p311o1, content.PycLone, content.PycTime)},
-			{root, cache, pyc(p311, content.PycPaired, orig+5), py("m.py", orig+5)}}, orig + 5, map[string]bool{p311: false, p311o1: false}},
-		{"hardlinked source", [][]*content.Entry{
-			{root, cache, pyc(p311, content.PycPaired, orig), py("m.py", orig)},
-			{root, {Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: content.Time{Sec: orig}}}}, orig, map[string]bool{p311: false}},
+		{"alone", nil, time},
+		{"hard link made elsewhere", []*content.Entry{root, link(1700000000)}, time},
+		{"hard link made here", []*content.Entry{root, link(time)}, time},
+		{"hard link of another time", []*content.Entry{root, link(5)}, 5},
+		{"replaced", []*content.Entry{root, file("m.py", "new", 1700000000)}, 1700000000},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			n, err := Merge(t.Context(), row.layers...)
+			n, err := Merge(t.Context(), base, row.above)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got := n.child("m.py").Entry.Mtime.Sec; got != row.source {
-				t.Errorf("m.py shows mtime %d, want %d", got, row.source)
+			m := n.child("m.py")
+			if m.Entry.Mtime.Sec != row.want {
+				t.Errorf("m.py shows %d, want %d", m.Entry.Mtime.Sec, row.want)
 			}
-			got := map[string]bool{}
-			if c := n.child("__pycache__"); c != nil {
-				for _, f := range c.Children {
-					h, ok := content.ParsePyc(append([]byte{0x0b + 0x90, 0x0d, '\r', '\n'}, f.Entry.Data[4:]...))
-					if !ok {
-						t.Fatal("test bytecode does not parse")
-					}
-					got["__pycache__/"+f.Name] = h.Mtime == uint32(n.child("m.py").Entry.Mtime.Sec)
-				}
-			}
-			if row.valid == nil {
-				row.valid = map[string]bool{}
-			}
-			if d := cmp.Diff(row.valid, got); d != "" {
-				t.Error(d)
+			if n := n.child("n.py"); n != nil && n.Entry != m.Entry {
+				t.Error("its names are two inodes")
 			}
 		})
+	}
+	if source.Mtime.Sec != 1700000000 {
+		t.Error("Merge changes what it is given")
 	}
 }
 
@@ -329,18 +284,18 @@ func TestFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	type seen struct {
-		Path, Data           string
-		Size                 int64
-		Object, PycCanonical content.ObjectID
+		Path, Data string
+		Size       int64
+		Object     content.ObjectID
 	}
 	var want, got []seen
 	for _, e := range entries {
 		if e.Kind == content.Regular {
-			want = append(want, seen{e.Path, string(e.Data), e.Size, e.Object, e.PycCanonical})
+			want = append(want, seen{e.Path, string(e.Data), e.Size, e.Object})
 		}
 	}
 	err = Files(path, enc.ID, func(f *File) error {
-		got = append(got, seen{string(f.Path), string(f.Data), f.Size, f.Object, f.PycCanonical})
+		got = append(got, seen{string(f.Path), string(f.Data), f.Size, f.Object})
 		return nil
 	})
 	if d := cmp.Diff(want, got); err != nil || d != "" || len(want) < 3 {

@@ -1,6 +1,6 @@
 package tree
 
 const (
-	vectorLayer   = "1c34b4480c59f6b5628d203de598790967cc48928e7a2942dd263a5882f55f81"
-	vectorPayload = "8cc5981f79b6a2c05265af82e0e4a9f8e7ad8a8532a663bb5ed5498ee4eeb184"
+	vectorLayer   = "28d220a2e602e11d714e9c1aa1d7e040ab09c9194dcaf9a4c3979bf7daed4db4"
+	vectorPayload = "adf7097b871c6e6f8f96aa6a03ce8184d10d8d2717a80f7dfb373849a182c121"
 )

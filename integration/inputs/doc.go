@@ -12,6 +12,7 @@
 //	  wheels/                 what pip downloaded
 //	  debian.json app-*.json  the layers (package image's Save)
 //	  sha256/<64 hex>         their blobs
+//	inputs/programs-<recipe>/ the layer of Programs
 //
 // No setting of this machine (proxies, registries, certificates) gets into a layer: the
 // downloads happen outside of the root file system and pip runs there offline.

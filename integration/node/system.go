@@ -27,6 +27,10 @@ var (
 	FsckErofs   = Command{"fsck.erofs", "erofs-utils"}
 	Pip         = Command{"pip3", "python3-pip"}
 	Igzip       = Command{"igzip", "isal"}
+	NodeJS      = Command{"node", "nodejs"}
+	Npm         = Command{"npm", "npm"}
+	Git         = Command{"git", "git"}
+	Rsync       = Command{"rsync", "rsync"}
 )
 
 // Require makes sure that commands are there: it installs the packages of those that

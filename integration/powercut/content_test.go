@@ -214,11 +214,12 @@ func shown(e image.Entry, f content.Fidelity) rootfs.Entry {
 	}
 	data := []byte(e.Content)
 	if f != content.Exact {
-		if _, ok := content.ParsePyc(data); ok {
-			content.SetPycTime(data, content.PycTime)
+		if _, ok := content.ParsePyc(data); ok { // its code is its source, twice
+			code := data[content.PycHeaderLen:]
+			content.SetPycTime(data, content.SourceTime(sha256.Sum256(code[:len(code)/2])))
 		}
 		if strings.HasSuffix(e.Name, ".py") {
-			out.MTime = time.Unix(content.PycTime, 0).UTC()
+			out.MTime = time.Unix(int64(content.SourceTime(sha256.Sum256(data))), 0).UTC()
 		}
 	}
 	sum := sha256.Sum256(data)

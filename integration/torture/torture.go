@@ -212,13 +212,24 @@ func order() []image.Entry {
 	}
 }
 
+// marked is a directory with attributes that say that it is opaque.
+func marked(name string, attrs ...string) image.Entry {
+	e := image.Dir(name)
+	e.Xattrs = map[string]string{}
+	for _, attr := range attrs {
+		e.Xattrs[attr] = "y"
+	}
+	return e
+}
+
 // below is what above deletes, replaces and changes.
 func below() []image.Entry {
 	var entries []image.Entry
-	for _, dir := range []string{"w", "w/opaque", "w/opaque/sub", "w/opaque-late", "w/deleted", "w/deleted/sub", "w/dir-to-file", "w/dir-to-link", "w/kept", "w/again"} {
+	for _, dir := range []string{"w", "w/opaque", "w/opaque/sub", "w/opaque-late", "w/opaque-xattr", "w/opaque-both", "w/opaque-user", "w/deleted", "w/deleted/sub", "w/dir-to-file", "w/dir-to-link", "w/kept", "w/again"} {
 		entries = append(entries, image.Dir(dir))
 	}
 	for _, file := range []string{"w/file", "w/opaque/gone", "w/opaque/sub/gone", "w/opaque/replaced", "w/opaque-late/gone",
+		"w/opaque-xattr/stays", "w/opaque-both/gone", "w/opaque-user/stays",
 		"w/deleted/sub/f", "w/dir-to-file/f", "w/dir-to-link/f", "w/file-to-dir", "w/kept/f", "w/kept/g", "w/again/old", "w/mode", "w/linked", "w/lower"} {
 		entries = append(entries, image.File(file, "below "+file))
 	}
@@ -240,6 +251,14 @@ func above() []image.Entry {
 		image.File("w/opaque/replaced", "above"),
 		image.File("w/opaque-late/new", "before the marker"),
 		wh("w/opaque-late/.wh..wh..opq"),
+		// What umoci and fuse-overlayfs left in tars, alone and beside the marker.
+		marked("w/opaque-xattr", "trusted.overlay.opaque"),
+		image.File("w/opaque-xattr/new", "above"),
+		marked("w/opaque-both", "trusted.overlay.opaque"),
+		wh("w/opaque-both/.wh..wh..opq"),
+		image.File("w/opaque-both/new", "above"),
+		marked("w/opaque-user", "user.overlay.opaque", "user.fuseoverlayfs.opaque"),
+		image.File("w/opaque-user/new", "above"),
 		image.File("w/dir-to-file", "a directory was here"),
 		image.Symlink("w/dir-to-link", "kept"),
 		image.Dir("w/file-to-dir"),

@@ -87,5 +87,8 @@ func classify(err error) error {
 	if errors.Is(err, archive.ErrInvalid) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
+	if errors.Is(err, archive.ErrMemory) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+	}
 	return err
 }

@@ -14,6 +14,7 @@ import (
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
@@ -46,6 +47,7 @@ type Catalog struct {
 	plugins    introspection.IntrospectionClient
 	leases     leasesapi.LeasesClient
 	version    versionapi.VersionClient
+	snapshots  snapshotsapi.SnapshotsClient
 	address    string
 }
 
@@ -58,6 +60,7 @@ func NewCatalog(conn grpc.ClientConnInterface, address string) *Catalog {
 		plugins:    introspection.NewIntrospectionClient(conn),
 		leases:     leasesapi.NewLeasesClient(conn),
 		version:    versionapi.NewVersionClient(conn),
+		snapshots:  snapshotsapi.NewSnapshotsClient(conn),
 		address:    address,
 	}
 }
@@ -117,6 +120,21 @@ func (c *Catalog) explain(ctx, short context.Context, err error) error {
 		return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
 	}
 	return fmt.Errorf("ask containerd: %w", err)
+}
+
+// Remind has containerd look at its record of a chain, in the caller's namespace: it asks the snapshotter in turn, by the name that
+// it has for it. errdefs.ErrNotFound where it has no record.
+func (c *Catalog) Remind(ctx context.Context, chain content.ChainID) error {
+	ctx, _, err := outgoing(ctx)
+	if err != nil {
+		return err
+	}
+	plugins, err := c.snapshotters(ctx)
+	for _, name := range plugins {
+		_, serr := c.snapshots.Stat(ctx, &snapshotsapi.StatSnapshotRequest{Snapshotter: name, Key: chain.Digest().String()})
+		err = errors.Join(err, errgrpc.ToNative(serr))
+	}
+	return err
 }
 
 // Version returns the version of the containerd.

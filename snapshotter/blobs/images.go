@@ -105,6 +105,15 @@ func (s *Store) DiffID(ctx context.Context, chain content.ChainID) (d content.Di
 	return d, ok, err
 }
 
+// Below returns an image of the caller's namespace that has a chain, with the place of the layer that ends it.
+func (s *Store) Below(ctx context.Context, chain content.ChainID) (p Part, ok bool, err error) {
+	found, err := s.places(ctx, chain)
+	if len(found) > 0 {
+		p, ok = Part{found[0].image, found[0].i}, true
+	}
+	return p, ok, err
+}
+
 // Find looks for a layer by the chainID that it ends: the images of the caller's namespace
 // tell its blob and its diffID. ok is false when there is no such image, or its blob is not
 // (or not wholly) in the content store. hint names a blob that may be the one; it may be empty, or wrong.
@@ -160,7 +169,7 @@ func (s *Store) Above(namespace string, chain content.ChainID) (found []Part) {
 	return found
 }
 
-// Part is an image from one of its layers upwards.
+// Part is an image and the place of one of its layers.
 type Part struct {
 	*Image
 	At int

@@ -85,9 +85,9 @@ func addSpace(resp *dedupv1.StatusResponse, root string) error {
 	if err := unix.Statfs(root, &st); err != nil {
 		return fmt.Errorf("free space of %s: %w", root, err)
 	}
-	// Bavail leaves out what is reserved for root, like df.
+	// Both leave out what is reserved for root, so that the rest is used, as df and doctor say.
 	resp.FreeBytes = int64(st.Bavail) * st.Frsize
-	resp.TotalBytes = int64(st.Blocks) * st.Frsize
+	resp.TotalBytes = int64(st.Blocks-st.Bfree+st.Bavail) * st.Frsize
 	resp.FreeInodes, resp.TotalInodes = int64(st.Ffree), int64(st.Files)
 	return nil
 }

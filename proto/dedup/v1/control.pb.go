@@ -94,8 +94,8 @@ type StatusResponse struct {
 	// wrote is not in it. Only when asked to measure.
 	StoredBytes  int64 `protobuf:"varint,11,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
 	StoredInodes int64 `protobuf:"varint,12,opt,name=stored_inodes,json=storedInodes,proto3" json:"stored_inodes,omitempty"`
-	// The root's file system. free_bytes leaves out what is reserved for root, like df; inodes are 0 where
-	// the file system has no fixed number of them.
+	// The root's file system. free_bytes and total_bytes leave out what is reserved for root, so that the rest is used;
+	// inodes are 0 where the file system has no fixed number of them.
 	FreeBytes   int64 `protobuf:"varint,13,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
 	TotalBytes  int64 `protobuf:"varint,14,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
 	FreeInodes  int64 `protobuf:"varint,15,opt,name=free_inodes,json=freeInodes,proto3" json:"free_inodes,omitempty"`
@@ -1567,6 +1567,8 @@ type DoctorResponse struct {
 	Refuses string `protobuf:"bytes,9,opt,name=refuses,proto3" json:"refuses,omitempty"`
 	// Layers that are known to be damaged, and out of service.
 	DamagedLayers int64 `protobuf:"varint,10,opt,name=damaged_layers,json=damagedLayers,proto3" json:"damaged_layers,omitempty"`
+	// Images whose files containerd takes to be here, and that are not: the root was lost, or is another one.
+	LostImages    []string `protobuf:"bytes,11,rep,name=lost_images,json=lostImages,proto3" json:"lost_images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1669,6 +1671,13 @@ func (x *DoctorResponse) GetDamagedLayers() int64 {
 		return x.DamagedLayers
 	}
 	return 0
+}
+
+func (x *DoctorResponse) GetLostImages() []string {
+	if x != nil {
+		return x.LostImages
+	}
+	return nil
 }
 
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
@@ -1793,7 +1802,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"GCResponse\x12+\n" +
 	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\x0f\n" +
-	"\rDoctorRequest\"\xeb\x02\n" +
+	"\rDoctorRequest\"\x8c\x03\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x17\n" +
@@ -1806,7 +1815,9 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"idleMounts\x12\x18\n" +
 	"\arefuses\x18\t \x01(\tR\arefuses\x12%\n" +
 	"\x0edamaged_layers\x18\n" +
-	" \x01(\x03R\rdamagedLayers2\xed\x03\n" +
+	" \x01(\x03R\rdamagedLayers\x12\x1f\n" +
+	"\vlost_images\x18\v \x03(\tR\n" +
+	"lostImages2\xed\x03\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +

@@ -44,8 +44,9 @@ func (n *node) lookAtDisk(context.Context) {
 }
 
 func (n *node) lookAtSpace(st unix.Statfs_t) {
-	free, total := float64(st.Bavail)*float64(st.Frsize), float64(st.Blocks)*float64(st.Frsize)
-	used := 1 - float64(st.Bavail)/float64(st.Blocks-st.Bfree+st.Bavail)
+	// As status has it: without what is reserved for root.
+	free, total := float64(st.Bavail)*float64(st.Frsize), float64(st.Blocks-st.Bfree+st.Bavail)*float64(st.Frsize)
+	used := 1 - free/total
 	const remedy = "dedupctl images tells what removing each image frees; or grow the file system"
 	switch text := fmt.Sprintf("%.0f %% of %.1f GB are used, %.1f GB are free", 100*used, total/1e9, free/1e9); {
 	case used >= 0.98:

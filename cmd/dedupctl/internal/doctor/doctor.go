@@ -43,7 +43,7 @@ type Finding struct {
 type Self struct {
 	Version, Root, RunDir, ContainerdAddress string
 	ContainerdVersion, ContainerdError       string
-	IdleMounts                               []string
+	IdleMounts, LostImages                   []string
 	Refuses                                  string
 	DamagedLayers                            int64
 }
@@ -151,12 +151,27 @@ func (n *node) lookAtStore() {
 	} else {
 		n.ok("daemon.damage", "no layer is known to be damaged (dedupctl fsck verifies all)")
 	}
+	if lost := n.self.LostImages; len(lost) > 0 {
+		n.add(Warning, "daemon.lost", "if root was lost for good: each comes back when it is next used, from containerd's blobs; where these are "+
+			"missing, dedupctl complete IMAGE fetches them. Containers of before have lost what they wrote: remove them. "+
+			"If the disk of root is not mounted: stop the daemon, mount it, and start the daemon again",
+			"containerd takes the files of %d images to be here, and they are not: %s", len(lost), some(lost))
+	}
 	if n.self.Refuses != "" {
 		n.add(Problem, "daemon.reserve", "dedupctl images tells what removing each image frees; dedupctl gc --chain-images; or a smaller reserve_space or reserve_inodes",
 			"new layers are refused: %s", n.self.Refuses)
 	} else {
 		n.ok("daemon.reserve", "new layers are taken: the reserve of space and inodes is free")
 	}
+}
+
+// some shows the first of many names.
+func some(names []string) string {
+	const most = 5
+	if len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
 }
 
 // lookAtSocket: whoever can connect can mount any layer, and is root on the node.

@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 func owner(fi os.FileInfo) int {
@@ -30,7 +30,7 @@ func (n *node) place() string {
 
 // lookAtKernel tries out mounts as the daemon makes them.
 func (n *node) lookAtKernel(context.Context) {
-	f, err := snapshotter.Examine(n.place())
+	f, err := lower.Examine(n.place())
 	if err != nil {
 		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v", n.place(), err)
 		return
@@ -39,6 +39,9 @@ func (n *node) lookAtKernel(context.Context) {
 	case f.Erofs != nil:
 		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
 			"EROFS cannot be mounted: %v", f.Erofs)
+	case f.Counted != nil:
+		n.add(Info, "kernel.erofs", "a kernel that does not (Linux before 6.12, or of 2026)", "EROFS is mounted from loop devices, one for "+
+			"each image that runs: this kernel counts an EROFS file as a stacked file system, and a container could mount no overlay (%v)", f.Counted)
 	case f.Loop:
 		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs")
 	default:
@@ -59,6 +62,14 @@ func (n *node) lookAtKernel(context.Context) {
 		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, with metacopy=on")
 	default:
 		n.ok("kernel.data-only", "overlayfs serves data-only lower layers, without metacopy")
+	}
+	switch {
+	case f.Erofs != nil || f.Upper != nil:
+	case f.Nested != nil:
+		n.add(Warning, "kernel.nested", "root on a file system that is not itself stacked; or another kernel",
+			"containers cannot mount overlays over their own files (Docker in Docker, kind): %v", f.Nested)
+	default:
+		n.ok("kernel.nested", "containers can mount overlays over their own files (Docker in Docker, kind)")
 	}
 	if f.Erofs == nil {
 		if f.IDMapped != nil {

@@ -1,0 +1,281 @@
+package object
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+)
+
+// A container's first opens cost more the more packs its image has (20: as one, 60: 1.5 times, 200: 2.5 times), and a pack's dead
+// slots cost disk. So packs are merged by size, as logs are: what has come in lately is copied more often than what is large.
+const (
+	// tierWidth is how many packs of one size there may be, before they are merged; the next size is as many times larger.
+	tierWidth = 6
+	// tierBase is the largest pack of the smallest size, in blocks: 1 MiB.
+	tierBase = 256
+	// tierTop is the size from which on packs are never merged for their number, in blocks: 512 MiB.
+	tierTop = 128 << 10
+	// A pack whose dead blocks are more than this part of it, and more than deadMin blocks, is rewritten.
+	deadPart = 3 // a third
+	deadMin  = 256
+	// mergeMax bounds what one merge copies, in blocks: 1 GiB.
+	mergeMax = 256 << 10
+)
+
+// packState is what the policy looks at.
+type packState struct {
+	id         content.PackID
+	live, dead int64 // blocks
+	// rewrite: it is damaged, or lacks fs-verity.
+	rewrite bool
+}
+
+// plan says which packs to merge into one, nil when all is well. What lives in them is at most mergeMax, unless one
+// pack alone is larger. It is a pure function.
+func plan(packs []packState) []content.PackID {
+	packs = slices.Clone(packs)
+	slices.SortFunc(packs, func(a, b packState) int { return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.id, b.id)) })
+	var sparse []packState
+	tiers := map[int][]packState{}
+	for _, p := range packs {
+		if p.live == 0 && !p.rewrite {
+			continue // it goes with its last holder
+		}
+		if p.rewrite || p.dead > deadMin && p.dead > (p.live+p.dead)/deadPart {
+			sparse = append(sparse, p)
+		}
+		if t := tier(p.live); t >= 0 {
+			tiers[t] = append(tiers[t], p)
+		}
+	}
+	if len(sparse) > 0 {
+		return bounded(sparse)
+	}
+	for t := 0; len(tiers) > 0; t++ {
+		if len(tiers[t]) > tierWidth {
+			return bounded(tiers[t])
+		}
+		delete(tiers, t)
+	}
+	return nil
+}
+
+// tier is the size class of a pack, -1 for one that is large enough.
+func tier(live int64) int {
+	if live >= tierTop {
+		return -1
+	}
+	t := 0
+	for limit := int64(tierBase); live >= limit; limit *= tierWidth {
+		t++
+	}
+	return t
+}
+
+func bounded(packs []packState) (ids []content.PackID) {
+	var sum int64
+	for _, p := range packs {
+		if sum += p.live; len(ids) > 0 && sum > mergeMax {
+			break
+		}
+		ids = append(ids, p.id)
+	}
+	return ids
+}
+
+// NeedsCompact reports whether Compact has something to do.
+func (s *Store) NeedsCompact() bool { return len(s.nextMerge()) > 0 }
+
+func (s *Store) nextMerge() []content.PackID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.keepDead {
+		return nil
+	}
+	states := make([]packState, 0, len(s.packs))
+	for _, p := range s.packs {
+		st := packState{id: p.id, live: p.live, dead: p.dead(), rewrite: p.objects > 0 && (p.damaged != nil || p.plain && s.opts.Verity)}
+		states = append(states, st)
+	}
+	return plan(states)
+}
+
+// Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to be bad stays
+// where it is, and is bad then; so does its pack, which is not tried again in this call.
+func (s *Store) Compact(ctx context.Context) error {
+	s.merging.Lock()
+	defer s.merging.Unlock()
+	var last []content.PackID
+	for {
+		ids := s.nextMerge()
+		if len(ids) == 0 || slices.Equal(ids, last) {
+			return nil
+		}
+		if err := s.merge(ctx, ids); err != nil {
+			return fmt.Errorf("merge packs: %w", err)
+		}
+		last = ids
+	}
+}
+
+// copied is an object on its way to another pack.
+type copied struct {
+	id   content.ObjectID
+	from *pack
+	old  uint32
+	n    uint32 // in the new one
+}
+
+// merge copies what lives in some packs into a new one.
+func (s *Store) merge(ctx context.Context, ids []content.PackID) (err error) {
+	s.mu.Lock()
+	id := s.newID(time.Now().UnixMicro())
+	s.mu.Unlock()
+	f, err := s.stage(id)
+	if err != nil {
+		return err
+	}
+	w := &Writer{s: s, pack: erofs.NewPackWriter(f, id), file: f, own: map[content.ObjectID]ownSlot{}}
+	defer func() { err = errors.Join(err, w.discard()) }()
+	moves, bytes, err := s.copyLive(ctx, w.pack, ids)
+	if err != nil || len(moves) == 0 {
+		return err
+	}
+	s.step("merge.copied")
+	p, err := s.seal(w.pack, w.file)
+	if err != nil {
+		return err
+	}
+	w.pack, w.file = nil, nil
+	// The new copies are on the disk before the old ones go.
+	if s.opts.Sync != nil {
+		if err := s.opts.Sync(); err != nil {
+			_ = s.remove(p)
+			return err
+		}
+	}
+	s.step("merge.synced")
+	dropCache(p.file)
+	return s.switchOver(p, moves, bytes)
+}
+
+// copyLive appends the objects of packs to another one, pack by pack in the order in which they lie.
+func (s *Store) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied, bytes int64, err error) {
+	for _, m := range s.objectsOf(ids) {
+		if ctx.Err() != nil {
+			return nil, 0, context.Cause(ctx)
+		}
+		x := m.from.slots[m.old]
+		n, err := copyObject(ctx, w, m, x)
+		if isDamage(err) {
+			s.SetBad(m.id)
+			continue
+		}
+		if errors.Is(err, os.ErrClosed) {
+			continue // its pack is gone
+		}
+		if err != nil {
+			return nil, 0, err
+		}
+		m.n = n
+		bytes += content.Blocks(x.size)
+		moves = append(moves, m)
+	}
+	for _, id := range ids {
+		s.mu.Lock()
+		p := s.packs[id]
+		s.mu.Unlock()
+		if p != nil {
+			dropCache(p.file)
+		}
+	}
+	return moves, bytes, nil
+}
+
+// copyObject copies one payload, and compares it with its name.
+func copyObject(ctx context.Context, w *erofs.PackWriter, m copied, x extent) (n uint32, err error) {
+	to, err := w.Stream(x.size)
+	if err != nil {
+		return 0, err
+	}
+	h := sha256.New()
+	from := io.NewSectionReader(m.from.file, int64(x.block)*content.BlockSize, x.size)
+	buf := make([]byte, min(copyBuffer, x.size))
+	for err == nil && ctx.Err() == nil {
+		var got int
+		if got, err = from.Read(buf); got > 0 {
+			h.Write(buf[:got])
+			if _, werr := to.Write(buf[:got]); werr != nil {
+				return 0, errors.Join(werr, to.Abort())
+			}
+		}
+	}
+	if ctx.Err() != nil {
+		return 0, errors.Join(context.Cause(ctx), to.Abort())
+	}
+	if err != io.EOF {
+		return 0, errors.Join(err, to.Abort())
+	}
+	if content.Sum(h.Sum(nil)) != m.id.Sum {
+		return 0, errors.Join(fmt.Errorf("object %s is %w", m.id, ErrDamaged), to.Abort())
+	}
+	if n, err = to.Commit(m.id); err != nil {
+		return 0, errors.Join(err, to.Abort())
+	}
+	return n, nil
+}
+
+const copyBuffer = 1 << 20
+
+// objectsOf lists the objects of packs: in the order of ids, and in each as they lie.
+func (s *Store) objectsOf(ids []content.PackID) (list []copied) {
+	s.mu.Lock()
+	for id, r := range s.refs {
+		if _, bad := s.bad[id]; r.pack != nil && r.count > 0 && !bad && slices.Contains(ids, r.pack.id) {
+			list = append(list, copied{id: id, from: r.pack, old: r.n})
+		}
+	}
+	s.mu.Unlock()
+	slices.SortFunc(list, func(a, b copied) int {
+		return cmp.Or(cmp.Compare(slices.Index(ids, a.from.id), slices.Index(ids, b.from.id)),
+			cmp.Compare(a.from.slots[a.old].block, b.from.slots[b.old].block))
+	})
+	return list
+}
+
+// switchOver makes a new pack the place of the objects that have been copied into it.
+func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
+	s.mu.Lock()
+	s.add(p)
+	s.merged += bytes
+	from := map[*pack]bool{p: true}
+	for _, m := range moves {
+		r := s.refs[m.id]
+		if r.pack != m.from || r.n != m.old || r.count == 0 {
+			continue // gone, or put anew
+		}
+		m.from.die(m.old)
+		r.pack, r.n = p, m.n
+		s.refs[m.id] = r
+		p.revive(m.n)
+		from[m.from] = true
+	}
+	held, drops := s.emptied(from)
+	s.mu.Unlock()
+	s.tellMoved(held, false)
+	var errs []error
+	for _, d := range drops {
+		errs = append(errs, s.remove(d))
+	}
+	s.step("merge.done")
+	return errors.Join(errs...)
+}

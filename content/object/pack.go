@@ -1,0 +1,417 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
+)
+
+// pack is a sealed pack. The store's mu guards what changes.
+type pack struct {
+	id   content.PackID
+	file *os.File // open for reading until it is removed
+	tag  string   // what proves the file: see erofs.Device
+	// slots are where payloads lie; one of size 0 holds none.
+	slots  []extent
+	meta   uint32 // blocks before the metadata, block 0 and the payloads
+	blocks uint32 // of the whole file
+	plain  bool   // without fs-verity
+	// live is how many blocks objects take, objects how many there are, holders how many chain images name the pack.
+	live    int64
+	objects int
+	holders int
+	// damaged: not all that its trailer vouches for is what it was. Its payloads may be whole.
+	damaged error
+}
+
+type extent struct {
+	block uint32
+	size  int64
+}
+
+func (p *pack) place(n uint32) content.Place {
+	x := p.slots[n]
+	return content.Place{Pack: p.id, N: n, Block: x.block, Size: x.size}
+}
+
+func (p *pack) revive(n uint32) {
+	p.objects++
+	p.live += content.Blocks(p.slots[n].size) / content.BlockSize
+}
+
+func (p *pack) die(n uint32) {
+	p.objects--
+	p.live -= content.Blocks(p.slots[n].size) / content.BlockSize
+}
+
+// dead is how many blocks hold payloads that nothing names.
+func (p *pack) dead() int64 { return int64(p.meta) - 1 - p.live }
+
+func (p *pack) device() erofs.Device {
+	return erofs.Device{Pack: p.id, Tag: p.tag, Blocks: p.blocks}
+}
+
+// Open opens or creates the directory of packs. staging, on the same file system, takes those that are being written. Load, then
+// Settle have to follow before anything else. A pack that is damaged does not keep others from being served.
+func Open(dir, staging string, opts Options) (*Store, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create packs directory: %w", err)
+	}
+	s := &Store{
+		dir: dir, staging: staging, opts: opts,
+		refs: map[content.ObjectID]ref{}, bad: map[content.ObjectID]struct{}{}, packs: map[content.PackID]*pack{},
+	}
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list packs: %w", err)
+	}
+	for _, name := range names { // oldest first: the newest place of a payload counts
+		id, ok := parseName(name.Name())
+		if !ok {
+			continue // Settle looks at it
+		}
+		s.last = max(s.last, id)
+		p, read, err := s.openPack(id)
+		if err != nil {
+			if !errors.Is(err, erofs.ErrDamaged) && !errors.Is(err, unix.EIO) {
+				return nil, errors.Join(fmt.Errorf("open pack %s: %w", s.Path(id), err), s.Close())
+			}
+			log.L.WithError(err).Errorf("pack %s is damaged: what only it holds is out of service", s.Path(id))
+			continue
+		}
+		s.add(p)
+		for n, slot := range read.Slots {
+			if slot.Size > 0 {
+				s.refs[slot.ID] = ref{n: uint32(n), pack: p}
+			}
+		}
+	}
+	s.MeasureDirectories()
+	return s, nil
+}
+
+func parseName(name string) (content.PackID, bool) {
+	text, ok := strings.CutSuffix(name, suffix)
+	if !ok {
+		return 0, false
+	}
+	return content.ParsePackID(text)
+}
+
+// openPack opens a sealed pack, and checks that it is what it says.
+func (s *Store) openPack(id content.PackID) (_ *pack, _ *erofs.Pack, err error) {
+	fd, err := unix.Open(s.Path(id), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
+		return nil, nil, fmt.Errorf("%w: it is no regular file", erofs.ErrDamaged)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	f := os.NewFile(uintptr(fd), s.Path(id))
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, nil, fmt.Errorf("%w: it is no regular file", erofs.ErrDamaged)
+	}
+	read, err := erofs.OpenPack(f, fi.Size())
+	if err != nil {
+		return nil, nil, err
+	}
+	if read.ID != id {
+		return nil, nil, fmt.Errorf("%w: it says it is pack %s", erofs.ErrDamaged, read.ID)
+	}
+	p := newPack(f, read)
+	return p, read, p.measure()
+}
+
+// measure asks for fs-verity's digest, which proves more than the trailer's sum.
+func (p *pack) measure() error {
+	c, err := p.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var d verity.Digest
+	if cerr := c.Control(func(fd uintptr) { d, err = verity.Measure(int(fd)) }); cerr != nil {
+		return cerr
+	}
+	switch {
+	case err == nil:
+		p.tag, p.plain = d.Hex(), false
+	case errors.Is(err, verity.ErrNone), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EOPNOTSUPP):
+	default:
+		return fmt.Errorf("%w: %w", erofs.ErrDamaged, err)
+	}
+	return nil
+}
+
+// occupies is what the pack takes of the disk, in bytes. ext4 and f2fs keep fs-verity's hashes in the file.
+func (p *pack) occupies() int64 {
+	size := int64(p.blocks) * content.BlockSize
+	if !p.plain {
+		size += verity.Space(size)
+	}
+	return size
+}
+
+func newPack(f *os.File, read *erofs.Pack) *pack {
+	p := &pack{id: read.ID, file: f, tag: read.Sum.Hex(), meta: read.Meta, blocks: read.Blocks, plain: true}
+	p.slots = make([]extent, len(read.Slots))
+	for i, slot := range read.Slots {
+		p.slots[i] = extent{slot.Block, slot.Size}
+	}
+	return p
+}
+
+// add makes a sealed pack one of the store's. Under mu, or before the store is shared.
+func (s *Store) add(p *pack) {
+	s.packs[p.id] = p
+	s.used.Bytes += p.occupies()
+	s.used.Files++
+}
+
+// Settle ends the loading: payloads that nothing has named are dead, and objects that no pack has are bad. With keepDead nothing is
+// removed: it is not known what is named. It returns how many files it removed.
+func (s *Store) Settle(keepDead bool) (removed int, err error) {
+	s.mu.Lock()
+	s.keepDead = keepDead
+	for id, r := range s.refs {
+		if r.count == 0 {
+			delete(s.refs, id)
+		}
+	}
+	s.mu.Unlock()
+	if keepDead {
+		return 0, nil
+	}
+	found, err := s.Orphans(context.Background(), true)
+	return len(found), err
+}
+
+// droppable takes a pack out of the store that nobody needs, and returns it. Under mu.
+func (s *Store) droppable(p *pack) *pack {
+	if p == nil || p.objects > 0 || p.holders > 0 || s.keepDead || s.packs[p.id] != p {
+		return nil
+	}
+	delete(s.packs, p.id)
+	s.used.Bytes -= p.occupies()
+	s.used.Files--
+	s.freed.Bytes += p.occupies()
+	s.freed.Files++
+	return p
+}
+
+// remove unlinks a pack that is not the store's any more. Who has it mounted keeps its bytes.
+func (s *Store) remove(p *pack) error {
+	if p == nil {
+		return nil
+	}
+	err := os.Remove(s.Path(p.id))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	s.step("pack.removed")
+	return errors.Join(err, p.file.Close())
+}
+
+// Placed are the places of the objects of one chain image. It holds the packs until Release.
+type Placed struct {
+	s      *Store
+	places map[content.ObjectID]content.Place
+	packs  []erofs.Device
+}
+
+// Place tells where an object lies.
+func (p *Placed) Place(id content.ObjectID) (content.Place, bool) {
+	place, ok := p.places[id]
+	return place, ok
+}
+
+// Packs returns the packs, those with most objects first.
+func (p *Placed) Packs() []erofs.Device { return p.packs }
+
+// IDs returns the ids of the packs.
+func (p *Placed) IDs() []content.PackID { return packIDs(p.packs) }
+
+func packIDs(devices []erofs.Device) (ids []content.PackID) {
+	for _, d := range devices {
+		ids = append(ids, d.Pack)
+	}
+	return ids
+}
+
+// Release gives the packs up.
+func (p *Placed) Release() error { return p.s.ReleasePacks(p.IDs()) }
+
+// Places finds the places of objects that the caller has references to, all at one moment. An object without one is bad, and the error
+// wraps ErrDamaged.
+func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
+	placed := &Placed{s: s, places: make(map[content.ObjectID]content.Place, len(ids))}
+	counts := map[*pack]int{}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		place, ok := s.place(id)
+		if !ok {
+			if s.refs[id].count > 0 {
+				s.bad[id] = struct{}{}
+			}
+			return nil, fmt.Errorf("object %s is %w: no pack has it", id, ErrDamaged)
+		}
+		placed.places[id] = place
+		counts[s.refs[id].pack]++
+	}
+	order := make([]*pack, 0, len(counts))
+	for p := range counts {
+		order = append(order, p)
+		p.holders++
+	}
+	slices.SortFunc(order, func(a, b *pack) int {
+		if counts[a] != counts[b] {
+			return counts[b] - counts[a]
+		}
+		return int(int64(a.id) - int64(b.id))
+	})
+	for _, p := range order {
+		placed.packs = append(placed.packs, p.device())
+	}
+	return placed, nil
+}
+
+// HoldPacks notes that a chain image names packs, until ReleasePacks. A pack that is not there is an error, and none is held then.
+func (s *Store) HoldPacks(ids []content.PackID) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range ids {
+		if s.packs[id] == nil {
+			return fmt.Errorf("pack %s: %w", id, fs.ErrNotExist)
+		}
+	}
+	for _, id := range ids {
+		s.packs[id].holders++
+	}
+	return nil
+}
+
+// ReleasePacks is the reverse of HoldPacks.
+func (s *Store) ReleasePacks(ids []content.PackID) error {
+	var errs []error
+	for _, id := range ids {
+		s.mu.Lock()
+		p := s.packs[id]
+		if p != nil && p.holders > 0 {
+			p.holders--
+		}
+		drop := s.droppable(p)
+		s.mu.Unlock()
+		errs = append(errs, s.remove(drop))
+	}
+	return errors.Join(errs...)
+}
+
+// Device returns what a chain image says of a pack, and whether the pack is there.
+func (s *Store) Device(id content.PackID) (erofs.Device, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.packs[id]
+	if p == nil {
+		return erofs.Device{}, false
+	}
+	return p.device(), true
+}
+
+// Superseded reports whether a pack has no object any more: only chain images keep it.
+func (s *Store) Superseded(id content.PackID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.packs[id]
+	return p == nil || p.objects == 0
+}
+
+// DropCache has the kernel forget its pages of the packs' files. A mounted pack is cached once more, by the file system in it.
+func (s *Store) DropCache() {
+	s.mu.Lock()
+	files := make([]*os.File, 0, len(s.packs))
+	for _, p := range s.packs {
+		files = append(files, p.file)
+	}
+	s.mu.Unlock()
+	for _, f := range files {
+		dropCache(f)
+	}
+}
+
+func dropCache(f *os.File) {
+	if c, err := f.SyscallConn(); err == nil {
+		_ = c.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), 0, 0, unix.FADV_DONTNEED) })
+	}
+}
+
+// OrphanFile is a file that nothing names, and what it occupies.
+type OrphanFile struct {
+	Path  string
+	Bytes int64
+}
+
+// Orphans looks for files in the directory of packs that hold no object and that no chain image names, and removes them if asked
+// to. Others may use the store meanwhile.
+func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, err error) {
+	names, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, fmt.Errorf("look for orphans: %w", err)
+	}
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return found, context.Cause(ctx)
+		}
+		path := filepath.Join(s.dir, name.Name())
+		id, isPack := parseName(name.Name())
+		s.mu.Lock()
+		p := s.packs[id]
+		needed := isPack && p != nil && (p.objects > 0 || p.holders > 0)
+		// What a pack that cannot be read holds is known once nothing is missing.
+		needed = needed || isPack && p == nil && len(s.bad) > 0
+		var drop *pack
+		if !needed && remove && isPack {
+			drop = s.droppable(p)
+		}
+		s.mu.Unlock()
+		if needed {
+			continue
+		}
+		fi, err := os.Lstat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil && remove {
+			if drop != nil {
+				err = s.remove(drop)
+			} else {
+				err = os.RemoveAll(path)
+			}
+		}
+		if err != nil {
+			return found, fmt.Errorf("remove orphan %s: %w", path, err)
+		}
+		found = append(found, OrphanFile{path, content.Blocks(fi.Size())})
+	}
+	return found, nil
+}

@@ -1,0 +1,53 @@
+package snapshotter
+
+import (
+	"errors"
+	"os"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+)
+
+// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may hold files without
+// bytes, and overlayfs refuses these, and the directories that they are in, without it: also a newer kernel has to go on with it.
+const fileMetacopy = "metacopy"
+
+// probeKernel finds out how to mount overlays here.
+func (s *Snapshotter) probeKernel() error {
+	uppers, err := os.ReadDir(s.path(dirSnapshots))
+	if err != nil {
+		return err
+	}
+	if len(uppers) == 0 {
+		if err := os.Remove(s.path(fileMetacopy)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	_, err = os.Stat(s.path(fileMetacopy))
+	marked := err == nil
+	if s.kernel, err = lower.Probe(s.opts.Root, s.opts.Verity, s.opts.PageCache, marked); err != nil {
+		return err
+	}
+	if !s.kernel.Metacopy || marked {
+		return nil
+	}
+	return create(s.path(fileMetacopy), func(path string) error { return os.WriteFile(path, nil, 0o600) })
+}
+
+// VerityState is "on", or "off: " and why.
+func (s *Snapshotter) VerityState() string {
+	if s.kernel.NoVerity != nil {
+		return "off: " + s.kernel.NoVerity.Error()
+	}
+	return "on"
+}
+
+// OverlayOptions are the options of containers' overlays beside directories, as the kernel was found to need them.
+func (s *Snapshotter) OverlayOptions() []string { return s.kernel.Options() }
+
+// PageCache is what containers share in memory.
+func (s *Snapshotter) PageCache() lower.PageCache {
+	if s.kernel.Shared {
+		return lower.PageCacheShared
+	}
+	return lower.PageCachePrivate
+}
