@@ -72,6 +72,9 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 	if err := s.verifyObjects(ctx, s.objects.IDs(), read); err != nil {
 		return nil, fmt.Errorf("verify objects: %w", s.explain(err))
 	}
+	if len(packs) > 0 {
+		s.wakeKeeper() // to copy what is whole in them
+	}
 	for _, p := range packs {
 		findings = append(findings, Finding{Kind: DamagedPack, Path: p.Path, Problem: p.Err.Error()})
 	}

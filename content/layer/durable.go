@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -31,6 +32,8 @@ type written struct {
 	closed bool
 	failed bool // not all that came in is on the disk
 	wg     sync.WaitGroup
+	// doubt: what an unclean stop may have damaged is not yet verified, so the mark stays where it is.
+	doubt atomic.Bool
 }
 
 // openRoot returns a file of its own for syncfs: the kernel tells of a write that failed once to each file that was open when it
@@ -50,6 +53,27 @@ func (s *Store) Sync() error {
 		return err
 	}
 	return errors.Join(syncfs(fd, s.root), unix.Close(fd))
+}
+
+// watch looks for writes that fail from now on: sync is Sync that tells of them, and moves the mark. stop ends it.
+func (s *Store) watch() (sync func() error, stop func(), err error) {
+	fd, err := s.openRoot()
+	if err != nil {
+		return nil, nil, err
+	}
+	sync = func() error {
+		now := time.Now()
+		if err := syncfs(fd, s.root); err != nil {
+			return err
+		}
+		s.written.mu.Lock()
+		defer s.written.mu.Unlock()
+		if !s.written.failed {
+			s.touch(now)
+		}
+		return nil
+	}
+	return sync, func() { _ = unix.Close(fd) }, nil
 }
 
 func syncfs(fd int, root string) error {
@@ -116,6 +140,9 @@ func (s *Store) writeOut() {
 // touch moves the mark. An older one that a power cut brings back makes the next Open look at more than it
 // needs to.
 func (s *Store) touch(t time.Time) {
+	if s.written.doubt.Load() {
+		return
+	}
 	ts := unix.NsecToTimespec(t.UnixNano())
 	if err := unix.UtimesNanoAt(s.rootFd, fileRunning, []unix.Timespec{ts, ts}, 0); err != nil {
 		log.L.WithError(err).Debug("move the mark of what is on the disk")

@@ -11,6 +11,8 @@ import (
 const (
 	// quiet is how long nothing comes in or goes before packs are merged: it is not to get in the way of a pull.
 	quiet = 2 * time.Second
+	// latest is when they are merged though something does.
+	latest = time.Minute
 	// dropAfter is how long after that the kernel forgets the pages of the packs' own files. Before it they help the first container of
 	// a new image; then they are held a second time by the file systems in the packs.
 	dropAfter = 10 * time.Second
@@ -50,6 +52,7 @@ func (k *keeper) stop() {
 }
 
 func (s *Store) keep(ctx context.Context) {
+	var woken time.Time // the first time since the last merge
 	merge, drop, move := time.NewTimer(quiet), time.NewTimer(dropAfter), time.NewTimer(moveEvery)
 	defer merge.Stop()
 	defer drop.Stop()
@@ -59,9 +62,13 @@ func (s *Store) keep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.keeper.wake:
-			merge.Reset(quiet)
+			if woken.IsZero() {
+				woken = time.Now()
+			}
+			merge.Reset(max(0, min(quiet, time.Until(woken.Add(latest)))))
 			drop.Reset(quiet + dropAfter)
 		case <-merge.C:
+			woken = time.Time{}
 			if err := s.Compact(ctx); err != nil && ctx.Err() == nil {
 				log.G(ctx).WithError(err).Warn("merge packs: they stay as they are until the next layer comes or goes")
 			}

@@ -61,6 +61,9 @@ type Options struct {
 	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because these were damaged;
 	// may be nil.
 	PacksMoved func(packs []content.PackID, damaged bool)
+	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them
+	// back with Packs().ReleasePacks when it has held what it needs.
+	HeldPacks []content.PackID
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool
 	// Reserve is what ingests leave free on the file system.

@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -54,17 +53,17 @@ func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) b
 
 // oldMounted reports whether an overlay over objects/ may be mounted.
 func (s *Store) oldMounted() (bool, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
+	boot := bootID()
+	if boot == unknownBoot {
 		return true, nil
 	}
 	mark := s.path(dirObjects, fileBoot)
 	began, err := os.ReadFile(mark)
 	switch {
-	case err == nil && len(began) == len(boot) && !bytes.Equal(began, boot):
+	case err == nil && len(began) == len(boot) && string(began) != boot:
 		return false, nil // no mount outlives the machine
-	case err != nil || !bytes.Equal(began, boot):
-		if err := os.WriteFile(mark, boot, 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
+	case err != nil || string(began) != boot:
+		if err := os.WriteFile(mark, []byte(boot), 0o600); err != nil && !errors.Is(err, unix.ENOSPC) {
 			return true, fmt.Errorf("note when the upgrade began: %w", err)
 		}
 	}

@@ -38,6 +38,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err != nil {
 		return nil, err
 	}
+	if err := s.openPacks(suspect); err != nil {
+		return nil, err
+	}
 	holds := map[content.LayerID]int{}
 	for _, id := range live {
 		holds[id]++
@@ -53,6 +56,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 		return nil, err
 	}
 	if err := s.assess(ctx, suspects); err != nil {
+		return nil, err
+	}
+	if err := s.noteVerified(ctx, suspect); err != nil {
 		return nil, err
 	}
 	s.startKeeper()
@@ -114,8 +120,14 @@ func (s *Store) openDirs() error {
 		return fmt.Errorf("open store %s: %w", s.root, err)
 	}
 	s.rootFd = fd
+	return nil
+}
+
+// openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
+func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Sync: s.Sync, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks,
+		Sync: s.watch, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
 }
@@ -132,8 +144,8 @@ func (s *Store) closeFiles() {
 // suspectMargin is how much older than the mark a layer may be that a power cut could still have caught.
 const suspectMargin = 2 * time.Second
 
-// markRunning takes the mark of a clean stop away. After a stop that was not
-// clean, and a reboot since, suspect is the time from which on layers may not be whole; otherwise it is zero.
+// markRunning takes the mark of a clean stop away. After a stop that was not clean, and a reboot since, suspect is
+// the time from which on layers may not be whole; otherwise it is zero. It stays so until noteVerified.
 func (s *Store) markRunning() (suspect time.Time, err error) {
 	_, err = os.Stat(s.path(fileClean))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -148,13 +160,49 @@ func (s *Store) markRunning() (suspect time.Time, err error) {
 			suspect = fi.ModTime().Add(-suspectMargin)
 		}
 	}
-	if err := os.WriteFile(s.path(fileRunning), []byte(boot), 0o600); err != nil {
-		return suspect, fmt.Errorf("mark store as running: %w", err)
+	if s.written.doubt.Store(!suspect.IsZero()); suspect.IsZero() {
+		if err := s.writeRunning(boot); err != nil {
+			return suspect, err
+		}
 	}
 	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
 	return suspect, unix.Fsync(s.rootFd)
+}
+
+// writeRunning names the boot in which the daemon runs.
+func (s *Store) writeRunning(boot string) error {
+	tmp, err := s.writeStaged("running-", []byte(boot), true)
+	if err == nil {
+		err = os.Rename(tmp, s.path(fileRunning))
+	}
+	if err != nil {
+		return fmt.Errorf("mark store as running: %w", err)
+	}
+	return nil
+}
+
+// noteVerified ends the doubt that markRunning has found, unless there still are packs that came to the disk in
+// parts.
+func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
+	if suspect.IsZero() {
+		return nil
+	}
+	mended, err := s.objects.MendTorn(ctx)
+	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
+		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until there is room to rewrite them: " +
+			"starts take longer")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.writeRunning(bootID()); err != nil {
+		return err
+	}
+	s.written.doubt.Store(false)
+	return unix.Fsync(s.rootFd)
 }
 
 // unknownBoot is taken for another boot than any.
@@ -247,7 +295,7 @@ func (s *Store) Close() (err error) {
 		} else {
 			err = s.Sync()
 		}
-		if err == nil && !s.leaked.Load() {
+		if err == nil && !s.leaked.Load() && !s.written.doubt.Load() {
 			err = os.WriteFile(s.path(fileClean), nil, 0o600)
 		}
 		s.closeFiles()

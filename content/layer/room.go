@@ -53,6 +53,15 @@ func (s *Store) checkRoom(ctx context.Context, size int64) error {
 // Room tells why new layers are refused, nil when they are not.
 func (s *Store) Room() error { return s.hasRoom(0) }
 
+// spare is what merging may use of what is free: half of what is above the reserve, since pulls go on.
+func (s *Store) spare() int64 {
+	var st unix.Statfs_t
+	if unix.Fstatfs(s.rootFd, &st) != nil {
+		return 0
+	}
+	return max(0, int64(st.Bavail)*st.Bsize-s.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize)) / 2
+}
+
 func (s *Store) hasRoom(size int64) error {
 	var st unix.Statfs_t
 	if err := unix.Fstatfs(s.rootFd, &st); err != nil {

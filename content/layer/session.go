@@ -36,6 +36,8 @@ type session struct {
 	stop context.CancelCauseFunc
 	jobs chan job
 	wg   sync.WaitGroup
+	// queued are the jobs that no worker is done with.
+	queued sync.WaitGroup
 	// bufferMax is the largest payload that waits in memory.
 	bufferMax int64
 	// ahead is Blob.Ahead.
@@ -83,6 +85,7 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 		ss.wg.Go(func() {
 			for j := range ss.jobs {
 				ss.work(j)
+				ss.queued.Done()
 			}
 		})
 	}
@@ -163,10 +166,12 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 
 // submit hands a payload to a worker.
 func (ss *session) submit(j job) error {
+	ss.queued.Add(1)
 	select {
 	case ss.jobs <- j:
 		return nil
 	case <-ss.ctx.Done():
+		ss.queued.Done()
 		ss.free(j)
 		return context.Cause(ss.ctx)
 	}
@@ -233,8 +238,10 @@ func (ss *session) took(added int64) error {
 	return ss.s.checkRoom(ss.ctx, 0)
 }
 
-// stage stores a large payload, hashing it beside.
+// stage stores a large payload, hashing it beside. It comes last in the pack by then, so that one that turns out to
+// be known leaves no hole.
 func (ss *session) stage(e *content.Entry, r io.Reader) error {
+	ss.queued.Wait()
 	h := newAsyncHash()
 	var sum *content.ObjectID
 	total := func() content.ObjectID {

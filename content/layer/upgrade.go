@@ -160,11 +160,11 @@ func (m *mover) clear(ctx context.Context) error {
 		return nil
 	}
 	// The process that copied them may not have come to the sync, and the machine may have gone since.
-	if err := m.s.verifyObjects(ctx, moved, func(int64) {}); err != nil {
-		return fmt.Errorf("verify what was moved before: %w", m.s.explain(err))
-	}
 	if err := m.s.Sync(); err != nil {
 		return err
+	}
+	if err := m.s.verifyObjects(ctx, moved, func(int64) {}); err != nil {
+		return fmt.Errorf("verify what was moved before: %w", m.s.explain(err))
 	}
 	for _, id := range moved {
 		if !m.s.stored(id) {
@@ -284,6 +284,11 @@ func (m *mover) next(ctx context.Context, ids []content.ObjectID, stay bool) ([]
 // when they are on the disk. It returns the others.
 func (m *mover) copyBatch(ctx context.Context, ids []content.ObjectID, limit int64) (_ []content.ObjectID, err error) {
 	m.copied, m.later = nil, nil
+	sync, stop, err := m.s.watch()
+	if err != nil {
+		return ids, err
+	}
+	defer stop()
 	w := m.s.objects.Begin()
 	defer func() { err = errors.Join(err, w.End(nil)) }()
 	var bytes atomic.Int64
@@ -311,7 +316,7 @@ func (m *mover) copyBatch(ctx context.Context, ids []content.ObjectID, limit int
 	if _, err := w.Seal(); err != nil {
 		return ids, err
 	}
-	if err := m.s.Sync(); err != nil {
+	if err := sync(); err != nil {
 		return ids, err
 	}
 	m.s.step("upgrade.synced")

@@ -293,6 +293,9 @@ func (s *Store) CheckPacks(ctx context.Context) (found []DamagedPack, err error)
 			return found, context.Cause(ctx)
 		}
 		damage := s.checkPack(p)
+		if damage != nil && !isDamage(damage) && !errors.Is(damage, erofs.ErrDamaged) {
+			return found, fmt.Errorf("pack %s: %w", s.Path(p.id), damage)
+		}
 		s.mu.Lock()
 		if s.packs[p.id] != p {
 			damage = nil // removed meanwhile

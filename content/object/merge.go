@@ -7,9 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
-	"time"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
@@ -34,22 +34,21 @@ const (
 // packState is what the policy looks at.
 type packState struct {
 	id         content.PackID
-	live, dead int64 // blocks
+	live, dead int64 // blocks; live are those that a merge can copy
 	// rewrite: it is damaged, or lacks fs-verity.
 	rewrite bool
 }
 
-// plan says which packs to merge into one, nil when all is well. What lives in them is at most mergeMax, unless one
-// pack alone is larger. It is a pure function.
-func plan(packs []packState) []content.PackID {
-	packs = slices.Clone(packs)
+// plan says which packs to merge into one, nil when all is well. What lives in them is at most room blocks, and at
+// most mergeMax unless one pack alone is larger. It is a pure function.
+func plan(packs []packState, room int64) []content.PackID {
+	packs = slices.DeleteFunc(slices.Clone(packs), func(p packState) bool {
+		return p.live == 0 || p.live > room // the last holder lets it go; more room has to come
+	})
 	slices.SortFunc(packs, func(a, b packState) int { return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.id, b.id)) })
 	var sparse []packState
 	tiers := map[int][]packState{}
 	for _, p := range packs {
-		if p.live == 0 && !p.rewrite {
-			continue // it goes with its last holder
-		}
 		if p.rewrite || p.dead > deadMin && p.dead > (p.live+p.dead)/deadPart {
 			sparse = append(sparse, p)
 		}
@@ -58,11 +57,13 @@ func plan(packs []packState) []content.PackID {
 		}
 	}
 	if len(sparse) > 0 {
-		return bounded(sparse)
+		return bounded(sparse, room)
 	}
 	for t := 0; len(tiers) > 0; t++ {
 		if len(tiers[t]) > tierWidth {
-			return bounded(tiers[t])
+			if ids := bounded(tiers[t], room); len(ids) > 1 {
+				return ids
+			}
 		}
 		delete(tiers, t)
 	}
@@ -81,10 +82,11 @@ func tier(live int64) int {
 	return t
 }
 
-func bounded(packs []packState) (ids []content.PackID) {
+// bounded takes the first packs, at least one, that are not too much.
+func bounded(packs []packState, room int64) (ids []content.PackID) {
 	var sum int64
 	for _, p := range packs {
-		if sum += p.live; len(ids) > 0 && sum > mergeMax {
+		if sum += p.live; len(ids) > 0 && sum > min(mergeMax, room) {
 			break
 		}
 		ids = append(ids, p.id)
@@ -96,17 +98,29 @@ func bounded(packs []packState) (ids []content.PackID) {
 func (s *Store) NeedsCompact() bool { return len(s.nextMerge()) > 0 }
 
 func (s *Store) nextMerge() []content.PackID {
+	room := int64(math.MaxInt64)
+	if s.opts.Room != nil {
+		room = s.opts.Room()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.keepDead {
 		return nil
 	}
 	states := make([]packState, 0, len(s.packs))
-	for _, p := range s.packs {
-		st := packState{id: p.id, live: p.live, dead: p.dead(), rewrite: p.objects > 0 && (p.damaged != nil || p.plain && s.opts.Verity)}
-		states = append(states, st)
+	bad := map[*pack]int64{} // objects that a merge leaves where they are
+	for id := range s.bad {
+		if r := s.refs[id]; r.pack != nil {
+			bad[r.pack] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
+		}
 	}
-	return plan(states)
+	for _, p := range s.packs {
+		states = append(states, packState{
+			id: p.id, live: p.live - bad[p], dead: p.dead(),
+			rewrite: p.damaged != nil || p.torn || p.plain && s.opts.Verity,
+		})
+	}
+	return plan(states, room/content.BlockSize)
 }
 
 // Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to be bad stays
@@ -127,6 +141,34 @@ func (s *Store) Compact(ctx context.Context) error {
 	}
 }
 
+// MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none
+// is left: the next Open would take what they hold for whole.
+func (s *Store) MendTorn(ctx context.Context) (mended bool, err error) {
+	s.merging.Lock()
+	defer s.merging.Unlock()
+	var torn []*pack
+	s.mu.Lock()
+	for _, p := range s.packs {
+		if p.torn {
+			torn = append(torn, p)
+		}
+	}
+	keep := s.keepDead
+	s.mu.Unlock()
+	if keep {
+		return len(torn) == 0, nil
+	}
+	for _, p := range torn {
+		if s.opts.Room != nil && s.opts.Room() < p.live*content.BlockSize {
+			return false, nil
+		}
+		if err := s.merge(ctx, []content.PackID{p.id}); err != nil {
+			return false, fmt.Errorf("mend pack %s: %w", s.Path(p.id), err)
+		}
+	}
+	return true, nil
+}
+
 // copied is an object on its way to another pack.
 type copied struct {
 	id   content.ObjectID
@@ -137,31 +179,30 @@ type copied struct {
 
 // merge copies what lives in some packs into a new one.
 func (s *Store) merge(ctx context.Context, ids []content.PackID) (err error) {
-	s.mu.Lock()
-	id := s.newID(time.Now().UnixMicro())
-	s.mu.Unlock()
-	f, err := s.stage(id)
-	if err != nil {
-		return err
-	}
-	w := &Writer{s: s, pack: erofs.NewPackWriter(f, id), file: f, own: map[content.ObjectID]ownSlot{}}
-	defer func() { err = errors.Join(err, w.discard()) }()
-	moves, bytes, err := s.copyLive(ctx, w.pack, ids)
-	if err != nil || len(moves) == 0 {
-		return err
-	}
-	s.step("merge.copied")
-	p, err := s.seal(w.pack, w.file)
-	if err != nil {
-		return err
-	}
-	w.pack, w.file = nil, nil
-	// The new copies are on the disk before the old ones go.
+	sync := func() error { return nil }
 	if s.opts.Sync != nil {
-		if err := s.opts.Sync(); err != nil {
-			_ = s.remove(p)
+		var stop func()
+		if sync, stop, err = s.opts.Sync(); err != nil {
 			return err
 		}
+		defer stop()
+	}
+	f, err := s.begin()
+	if err != nil {
+		return err
+	}
+	moves, bytes, err := s.copyLive(ctx, f.PackWriter, ids)
+	if err != nil || len(moves) == 0 {
+		return errors.Join(err, f.discard())
+	}
+	s.step("merge.copied")
+	p, err := s.seal(f)
+	if err != nil {
+		return errors.Join(err, f.discard())
+	}
+	// The new copies are on the disk before the old ones go.
+	if err := sync(); err != nil {
+		return errors.Join(err, s.remove(p))
 	}
 	s.step("merge.synced")
 	dropCache(p.file)

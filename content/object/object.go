@@ -34,6 +34,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,11 +48,22 @@ var ErrDamaged = errors.New("damaged")
 type Options struct {
 	// Verity gives packs fs-verity. The file system must have it (verity.Probe).
 	Verity bool
-	// Sync puts on the disk what has been written by now. Compact calls it before it gives up the old copies.
-	Sync func() error
+	// Sync is called before a merge writes anything. The first function that it returns puts on the disk what has
+	// been written by then, and tells of writes that failed since the call; stop ends that. Old copies go after it.
+	// May be nil.
+	Sync func() (sync func() error, stop func(), err error)
 	// Moved is told which packs lost payloads to a newer one while chain images name them, and whether because these were damaged; may
 	// be nil. It is called without locks.
 	Moved func(packs []content.PackID, damaged bool)
+	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not.
+	// Payloads in younger packs are read at Open, and count only if they are whole: a pack may have come to the disk
+	// in parts, its table among them.
+	Since time.Time
+	// Held are packs that chain images name. Each is held once from Open on, as HoldPacks does, if it is there:
+	// Settle comes before others can do so.
+	Held []content.PackID
+	// Room is how many bytes merging may take now; nil for any.
+	Room func() int64
 	// Step is called by name where a crash would leave something else behind; may be nil.
 	Step func(name string)
 }
@@ -69,13 +81,17 @@ type Store struct {
 	// bad are those of refs that have no place, or other bytes there.
 	bad   map[content.ObjectID]struct{}
 	packs map[content.PackID]*pack
-	last  content.PackID // the newest that was given out
+	// sealing packs have their names already, but are not among packs yet.
+	sealing map[content.PackID]struct{}
+	settled bool
+	last    content.PackID // the newest that was given out
 	// keepDead: it is not known what is named, so nothing is removed.
 	keepDead bool
 	used     Counts
 	freed    Counts
 	merged   int64
 	dirBytes int64
+	packMax  int64 // but for tests the constant
 }
 
 // ref is an object: how often it is named, and its place.
@@ -150,12 +166,19 @@ func (s *Store) Len() int {
 	return len(s.refs)
 }
 
-// Load adds references to objects of a durable layer. It is for the time between Open and Settle.
+// Load adds references to objects of a durable layer, between Open and Settle. Later it is for a layer whose tree
+// could not be read then; it reads the packs' tables again, since what nothing named was forgotten.
 func (s *Store) Load(ids []content.ObjectID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var unknown bool
 	for _, id := range ids {
+		_, known := s.refs[id]
+		unknown = unknown || !known
 		s.take(id, 1)
+	}
+	if unknown && s.settled {
+		s.find(ids)
 	}
 }
 

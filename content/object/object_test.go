@@ -6,12 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -31,7 +35,7 @@ func newDisk(t testing.TB) disk {
 // open opens the store with references to these objects.
 func (d disk) open(t testing.TB, named ...content.ObjectID) *Store {
 	t.Helper()
-	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Sync: func() error { return nil }})
+	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,6 +236,235 @@ func TestSealedTwice(t *testing.T) {
 	}
 }
 
+// A sweep that comes by while a pack has its name but is not yet known leaves it alone.
+func TestSweepWhilePacksAreSealed(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	swept := map[string]int{}
+	s.opts.Step = func(name string) {
+		if name == "pack.renamed" || name == "merge.synced" {
+			swept[name]++
+			if found, err := s.Orphans(t.Context(), true); err != nil || len(found) > 0 {
+				t.Errorf("at %s: removed %+v, %v", name, found, err)
+			}
+		}
+	}
+	s.opts.Sync = func() (func() error, func(), error) { return func() error { return nil }, func() {}, nil }
+	for i := range tierWidth + 1 {
+		put(t, s, i)
+	}
+	if err := s.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if st := s.Stats(); st.Packs != 1 || swept["merge.synced"] != 1 || swept["pack.renamed"] != tierWidth+2 {
+		t.Errorf("%+v, swept %v", st, swept)
+	}
+}
+
+// A merge whose copies did not come to the disk gives nothing up.
+func TestMergeThatDoesNotSync(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	stopped := 0
+	s.opts.Sync = func() (func() error, func(), error) {
+		return func() error { return unix.EIO }, func() { stopped++ }, nil
+	}
+	for i := range tierWidth + 1 {
+		put(t, s, i)
+	}
+	if err := s.Compact(t.Context()); !errors.Is(err, unix.EIO) || stopped != 1 {
+		t.Errorf("%v, stopped %d times", err, stopped)
+	}
+	if st := s.Stats(); st.Packs != tierWidth+1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// A copy of a payload that came to the disk in parts, in a pack that is not known to be whole, does not hide an older
+// one.
+func TestTornPackAfterPowerCut(t *testing.T) {
+	for _, row := range []struct {
+		name  string
+		since time.Duration // of the mark, from now
+		want  int           // the pack that counts
+		torn  bool
+	}{
+		{"whole, in doubt", -time.Hour, 1, false},
+		{"torn, in doubt", -time.Hour, 0, true},
+		{"torn, not in doubt", time.Hour, 1, true}, // Check finds it
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			d := newDisk(t)
+			s := d.open(t)
+			a, b := s.Begin(), s.Begin()
+			data := payload("both")
+			for _, w := range []*Writer{a, b} {
+				if _, err := w.Put(idOf(data), data); err != nil {
+					t.Fatal(err)
+				}
+			}
+			var paths []string
+			for _, w := range []*Writer{b, a} { // the younger id is sealed first, and counts
+				if _, err := w.Put(idOf(payload(len(paths))), payload(len(paths))); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := w.Seal(); err != nil {
+					t.Fatal(err)
+				}
+				place, _ := s.Place(idOf(payload(len(paths))))
+				paths = append(paths, s.Path(place.Pack))
+			}
+			slices.Reverse(paths) // older first
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s.refs, s.packs = nil, nil
+			if row.torn {
+				b, err := os.ReadFile(paths[1])
+				if err != nil {
+					t.Fatal(err)
+				}
+				i := bytes.Index(b, data)
+				clear(b[i : i+len(data)])
+				if err := errors.Join(os.Chmod(paths[1], 0o600), os.WriteFile(paths[1], b, 0o600)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			opts := Options{Since: time.Now().Add(row.since)}
+			again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer again.Close()
+			again.Load([]content.ObjectID{idOf(data), idOf(payload(0)), idOf(payload(1))})
+			if _, err := again.Settle(false); err != nil {
+				t.Fatal(err)
+			}
+			place, _ := again.Place(idOf(data))
+			if got := slices.Index(paths, again.Path(place.Pack)); got != row.want {
+				t.Errorf("pack %d counts, want %d", got, row.want)
+			}
+			if len(again.Bad()) > 0 {
+				t.Error("objects are bad")
+			}
+			if !row.torn || row.want == 1 {
+				return
+			}
+			if mended, err := again.MendTorn(t.Context()); err != nil || !mended {
+				t.Errorf("mended %v, %v", mended, err)
+			}
+			d.open(t, idOf(data), idOf(payload(0)), idOf(payload(1))) // without doubt
+		})
+	}
+}
+
+// What is named only by a tree that could not be read at first is found again.
+func TestLoadAfterSettle(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	ids := put(t, s, "a", "b")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.refs, s.packs = nil, nil
+	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Load(ids[:1])
+	if _, err := again.Settle(true); err != nil {
+		t.Fatal(err)
+	}
+	again.Load(append(ids, idOf([]byte("nowhere"))))
+	if bad := again.Bad(); !slices.Equal(bad, []content.ObjectID{idOf([]byte("nowhere"))}) {
+		t.Errorf("bad: %v", bad)
+	}
+	if st := again.Stats(); st.Live != 2*content.BlockSize || st.Dead != 0 {
+		t.Errorf("%+v", st)
+	}
+	unref(t, again, idOf([]byte("nowhere")))
+	d.check(t, again)
+}
+
+// An ingest that is larger than a pack may be makes several.
+func TestLargeIngest(t *testing.T) {
+	for _, fail := range []bool{false, true} {
+		t.Run(fmt.Sprint("fails ", fail), func(t *testing.T) {
+			d := newDisk(t)
+			s := d.open(t)
+			s.packMax = 4 * content.BlockSize
+			w := s.Begin()
+			var ids []content.ObjectID
+			for i := range 10 {
+				data := payload(i)
+				if i == 5 {
+					data = bytes.Repeat([]byte("large"), 10_000)
+				}
+				if _, err := w.Put(idOf(data), data); err != nil {
+					t.Fatal(err)
+				}
+				if got, err := w.Read(idOf(data)); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("payload %d: %v", i, err)
+				}
+				ids = append(ids, idOf(data))
+			}
+			if len(w.packs) != 5 {
+				t.Errorf("%d packs", len(w.packs))
+			}
+			if fail {
+				n := 0
+				s.opts.Step = func(name string) { // the third cannot be renamed
+					if n++; name == "pack.sealed" && n == 5 {
+						if err := os.Mkdir(s.Path(w.packs[0].ID()), 0o700); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				_, err := w.Seal()
+				s.opts.Step = nil
+				if err == nil {
+					t.Fatal("sealed over a directory")
+				}
+				if err := w.End(nil); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Remove(filepath.Join(s.Dir(), leftIn(t, s.Dir()))); err != nil {
+					t.Fatal(err)
+				}
+				if st := s.Stats(); st.Packs != 0 || s.Len() != 0 || len(s.sealing) > 0 {
+					t.Errorf("%+v", st)
+				}
+				return
+			}
+			used, err := w.Seal()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := w.End(ids); err != nil {
+				t.Fatal(err)
+			}
+			if bytes, files := s.Used(); used != (Counts{bytes, files}) || files != 5 {
+				t.Errorf("%+v, used %d in %d", used, bytes, files)
+			}
+			if len(w.Wrote()) != 10 {
+				t.Errorf("wrote %d", len(w.Wrote()))
+			}
+			d.check(t, s)
+			d.open(t, ids...)
+		})
+	}
+}
+
+// leftIn is the name of the only file in a directory.
+func leftIn(t *testing.T, dir string) string {
+	t.Helper()
+	names, err := os.ReadDir(dir)
+	if err != nil || len(names) != 1 {
+		t.Fatal(names, err)
+	}
+	return names[0].Name()
+}
+
 func TestOpenDropsWhatNothingNames(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)
@@ -302,6 +535,39 @@ func TestHolders(t *testing.T) {
 	if err := s.HoldPacks(placed.IDs()); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
+}
+
+// A pack that only chain images name outlasts a restart, until they let it go.
+func TestHoldersOutlastRestart(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	ids := put(t, s, "a")
+	place, _ := s.Place(ids[0])
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.refs, s.packs = nil, nil
+	held := []content.PackID{place.Pack, place.Pack + 1}
+	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Held: held})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := again.Settle(false); err != nil || n > 0 {
+		t.Errorf("removed %d, %v", n, err)
+	}
+	if err := errors.Join(again.HoldPacks(held[:1]), again.ReleasePacks(held)); err != nil {
+		t.Fatal(err)
+	}
+	if st := again.Stats(); st.Packs != 1 {
+		t.Errorf("%+v", st)
+	}
+	if err := again.ReleasePacks(held[:1]); err != nil {
+		t.Fatal(err)
+	}
+	if st := again.Stats(); st.Packs != 0 {
+		t.Errorf("%+v", st)
+	}
+	d.check(t, again)
 }
 
 func TestCompact(t *testing.T) {
@@ -428,25 +694,35 @@ func TestPlan(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		packs []packState
+		room  int64
 		want  int // how many are merged
 	}{
-		"nothing":                  {nil, 0},
-		"a few small ones":         {many(tierWidth, 10, 0), 0},
-		"one too many":             {many(tierWidth+1, 10, 0), tierWidth + 1},
-		"large ones stay":          {many(100, tierTop, 0), 0},
-		"mostly dead":              {many(1, 10_000, 6_000), 1},
-		"a little dead":            {many(1, 10_000, 3_000), 0},
-		"all dead, but held":       {many(20, 0, 100), 0},
-		"small and dead":           {many(1, 10, 100), 0},
-		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, 1},
-		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), 3},
-		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), 1},
+		"nothing":                  {nil, plenty, 0},
+		"a few small ones":         {many(tierWidth, 10, 0), plenty, 0},
+		"one too many":             {many(tierWidth+1, 10, 0), plenty, tierWidth + 1},
+		"large ones stay":          {many(100, tierTop, 0), plenty, 0},
+		"mostly dead":              {many(1, 10_000, 6_000), plenty, 1},
+		"a little dead":            {many(1, 10_000, 3_000), plenty, 0},
+		"all dead, but held":       {many(20, 0, 100), plenty, 0},
+		"small and dead":           {many(1, 10, 100), plenty, 0},
+		"damaged":                  {[]packState{{id: 1, live: 5, rewrite: true}}, plenty, 1},
+		"damaged, nothing to copy": {append(many(7, 10, 0), packState{id: 99, dead: 9, rewrite: true}), plenty, 7},
+		"not more than fits":       {many(10, mergeMax/3, mergeMax/3), plenty, 3},
+		"one that is larger alone": {many(1, 3*mergeMax, 3*mergeMax), plenty, 1},
+		"no room for one":          {many(1, 10_000, 6_000), 9_999, 0},
+		"no room for the first":    {append(many(1, 10_000, 6_000), packState{id: 2, live: 500, dead: 500}), 9_999, 1},
+		"room for two":             {many(10, 10_000, 10_000), 25_000, 2},
+		"no room for two":          {many(tierWidth+1, 10, 0), 19, 0},
+		"no room at all":           {many(tierWidth+1, 10, 0), 0, 0},
 	} {
-		if got := plan(c.packs); len(got) != c.want {
+		if got := plan(c.packs, c.room); len(got) != c.want {
 			t.Errorf("%s: %d are merged, want %d", name, len(got), c.want)
 		}
 	}
 }
+
+// plenty of room for merging.
+const plenty = math.MaxInt64
 
 // However layers come in, the number of packs stays near tierWidth for each size, and what is copied near the number of sizes.
 func TestPlanBounds(t *testing.T) {
@@ -460,7 +736,7 @@ func TestPlanBounds(t *testing.T) {
 		live := int64(1) << r.IntN(14)
 		came += live
 		packs = append(packs, packState{id: content.PackID(i + 1), live: live})
-		for ids := plan(packs); len(ids) > 0; ids = plan(packs) {
+		for ids := plan(packs, plenty); len(ids) > 0; ids = plan(packs, plenty) {
 			merged := packState{id: content.PackID(1_000_000 + i)}
 			packs = slices.DeleteFunc(packs, func(p packState) bool {
 				if slices.Contains(ids, p.id) {

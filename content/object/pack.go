@@ -1,10 +1,12 @@
 package object
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +36,8 @@ type pack struct {
 	holders int
 	// damaged: not all that its trailer vouches for is what it was. Its payloads may be whole.
 	damaged error
+	// torn: it came to the disk in parts. Slots that hold something else do not count, but would at the next Open.
+	torn bool
 }
 
 type extent struct {
@@ -71,7 +75,8 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: dir, staging: staging, opts: opts,
-		refs: map[content.ObjectID]ref{}, bad: map[content.ObjectID]struct{}{}, packs: map[content.PackID]*pack{},
+		refs: map[content.ObjectID]ref{}, bad: map[content.ObjectID]struct{}{},
+		packs: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{}, packMax: packMax,
 	}
 	names, err := os.ReadDir(dir)
 	if err != nil {
@@ -91,15 +96,75 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 			log.L.WithError(err).Errorf("pack %s is damaged: what only it holds is out of service", s.Path(id))
 			continue
 		}
+		whole, err := s.wholeSlots(p, read)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("open pack %s: %w", s.Path(id), err), p.file.Close(), s.Close())
+		}
 		s.add(p)
 		for n, slot := range read.Slots {
-			if slot.Size > 0 {
+			if slot.Size > 0 && whole(n) {
 				s.refs[slot.ID] = ref{n: uint32(n), pack: p}
 			}
 		}
 	}
+	for _, id := range opts.Held {
+		if p := s.packs[id]; p != nil {
+			p.holders++
+		}
+	}
 	s.MeasureDirectories()
 	return s, nil
+}
+
+// wholeSlots tells which slots of a pack hold what the table says. It reads those of packs that may not be on the
+// disk as a whole.
+func (s *Store) wholeSlots(p *pack, read *erofs.Pack) (func(n int) bool, error) {
+	fi, err := p.file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if s.opts.Since.IsZero() || !fi.ModTime().After(s.opts.Since) {
+		return func(int) bool { return true }, nil
+	}
+	buf, torn := NewVerifyBuffer(), map[int]bool{}
+	for n, slot := range read.Slots {
+		if slot.Size == 0 {
+			continue
+		}
+		_, err := s.verify(context.Background(), slot.ID, p, p.slots[n], buf)
+		if err != nil && !errors.Is(err, ErrDamaged) {
+			return nil, err
+		}
+		if err != nil {
+			log.L.WithError(err).Warnf("pack %s came to the disk in parts", s.Path(p.id))
+			p.torn, torn[n] = true, true
+		}
+	}
+	return func(n int) bool { return !torn[n] }, nil
+}
+
+// find looks in the packs' tables for objects without a place. Under mu.
+func (s *Store) find(ids []content.ObjectID) {
+	want := map[content.ObjectID]bool{}
+	for _, id := range ids {
+		want[id] = s.refs[id].pack == nil
+	}
+	packs := slices.SortedFunc(maps.Values(s.packs), func(a, b *pack) int { return cmp.Compare(b.id, a.id) })
+	for _, p := range packs { // newest first
+		read, err := erofs.OpenPack(p.file, int64(p.blocks)*content.BlockSize)
+		if err != nil {
+			continue // whoever checks it finds out why
+		}
+		for n, slot := range read.Slots {
+			if slot.Size == 0 || !want[slot.ID] {
+				continue
+			}
+			want[slot.ID] = false
+			s.refs[slot.ID] = ref{count: s.refs[slot.ID].count, n: uint32(n), pack: p}
+			delete(s.bad, slot.ID)
+			p.revive(uint32(n))
+		}
+	}
 }
 
 func parseName(name string) (content.PackID, bool) {
@@ -183,6 +248,7 @@ func newPack(f *os.File, read *erofs.Pack) *pack {
 
 // add makes a sealed pack one of the store's. Under mu, or before the store is shared.
 func (s *Store) add(p *pack) {
+	delete(s.sealing, p.id)
 	s.packs[p.id] = p
 	s.used.Bytes += p.occupies()
 	s.used.Files++
@@ -192,7 +258,7 @@ func (s *Store) add(p *pack) {
 // removed: it is not known what is named. It returns how many files it removed.
 func (s *Store) Settle(keepDead bool) (removed int, err error) {
 	s.mu.Lock()
-	s.keepDead = keepDead
+	s.keepDead, s.settled = keepDead, true
 	for id, r := range s.refs {
 		if r.count == 0 {
 			delete(s.refs, id)
@@ -228,6 +294,9 @@ func (s *Store) remove(p *pack) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
+	s.mu.Lock()
+	delete(s.sealing, p.id)
+	s.mu.Unlock()
 	s.step("pack.removed")
 	return errors.Join(err, p.file.Close())
 }
@@ -386,7 +455,8 @@ func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, e
 		id, isPack := parseName(name.Name())
 		s.mu.Lock()
 		p := s.packs[id]
-		needed := isPack && p != nil && (p.objects > 0 || p.holders > 0)
+		_, sealing := s.sealing[id]
+		needed := isPack && (sealing || p != nil && (p.objects > 0 || p.holders > 0))
 		// What a pack that cannot be read holds is known once nothing is missing.
 		needed = needed || isPack && p == nil && len(s.bad) > 0
 		var drop *pack

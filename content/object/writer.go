@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,12 +24,26 @@ type Writer struct {
 	// hits are references to sealed objects, own those to what lies in this writer's pack.
 	hits map[content.ObjectID]uint32
 	own  map[content.ObjectID]ownSlot
-	pack *erofs.PackWriter // nil until something is new
-	file *os.File
-	size int64 // bytes on the disk, once sealed
+	// packs are those being written: a new one is begun when the last is large enough.
+	packs  []*filling
+	sealed Counts
+	// wrote are the objects that have been written, sealed ones too.
+	wrote []content.ObjectID
 }
 
-type ownSlot struct{ n, count uint32 }
+type ownSlot struct {
+	pack     *filling
+	n, count uint32
+}
+
+// filling is a pack that is being written.
+type filling struct {
+	*erofs.PackWriter
+	file *os.File
+}
+
+// packMax is how large a pack gets, unless a single payload is larger: a merge copies what lives in it at once.
+const packMax = 4 << 30
 
 // Begin starts to take payloads.
 func (s *Store) Begin() *Writer {
@@ -49,20 +64,40 @@ func (w *Writer) known(id content.ObjectID) bool {
 	return true
 }
 
-// begun returns the pack, which the first payload begins. Under mu.
-func (w *Writer) begun() (*erofs.PackWriter, error) {
-	if w.pack != nil {
-		return w.pack, nil
+// begun returns the pack for a payload of this many bytes. Under mu.
+func (w *Writer) begun(size int64) (*filling, error) {
+	if n := len(w.packs); n > 0 {
+		last := w.packs[n-1]
+		if blocks := last.Blocks(); blocks == 1 || blocks*content.BlockSize+size <= w.s.packMax {
+			return last, nil
+		}
 	}
-	w.s.mu.Lock()
-	id := w.s.newID(time.Now().UnixMicro())
-	w.s.mu.Unlock()
-	f, err := w.s.stage(id)
+	f, err := w.s.begin()
+	if err == nil {
+		w.packs = append(w.packs, f)
+	}
+	return f, err
+}
+
+// begin starts a pack.
+func (s *Store) begin() (*filling, error) {
+	s.mu.Lock()
+	id := s.newID(time.Now().UnixMicro())
+	s.mu.Unlock()
+	f, err := s.stage(id)
 	if err != nil {
 		return nil, err
 	}
-	w.file, w.pack = f, erofs.NewPackWriter(f, id)
-	return w.pack, nil
+	return &filling{erofs.NewPackWriter(f, id), f}, nil
+}
+
+// discard gives a pack up that was not sealed.
+func (f *filling) discard() error {
+	_ = f.file.Close()
+	if err := os.Remove(f.file.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove a pack that was given up: %w", err)
+	}
+	return nil
 }
 
 // Put takes one reference to an object, and writes it when it is the first, or when the object is known to be
@@ -73,7 +108,7 @@ func (w *Writer) Put(id content.ObjectID, data []byte) (added int64, err error) 
 		w.mu.Unlock()
 		return 0, nil
 	}
-	pack, err := w.begun()
+	pack, err := w.begun(int64(len(data)))
 	w.mu.Unlock()
 	if err != nil {
 		return 0, err
@@ -82,16 +117,17 @@ func (w *Writer) Put(id content.ObjectID, data []byte) (added int64, err error) 
 	if err != nil {
 		return 0, err
 	}
-	return w.keep(id, n, int64(len(data))), nil
+	return w.keep(id, pack, n, int64(len(data))), nil
 }
 
 // keep notes what has been written. Where another worker wrote the same payload meanwhile, one of the copies is dead.
-func (w *Writer) keep(id content.ObjectID, n uint32, size int64) (added int64) {
+func (w *Writer) keep(id content.ObjectID, pack *filling, n uint32, size int64) (added int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	own, ok := w.own[id]
 	if !ok {
-		own.n = n
+		own.pack, own.n = pack, n
+		w.wrote = append(w.wrote, id)
 	}
 	own.count++
 	w.own[id] = own
@@ -102,7 +138,7 @@ func (w *Writer) keep(id content.ObjectID, n uint32, size int64) (added int64) {
 // size bytes.
 func (w *Writer) PutStream(r io.Reader, size int64, sum func() content.ObjectID) (id content.ObjectID, added int64, err error) {
 	w.mu.Lock()
-	pack, err := w.begun()
+	pack, err := w.begun(size)
 	w.mu.Unlock()
 	if err != nil {
 		return id, 0, err
@@ -129,29 +165,25 @@ func (w *Writer) PutStream(r io.Reader, size int64, sum func() content.ObjectID)
 	if err != nil {
 		return id, 0, errors.Join(err, x.Abort())
 	}
-	return id, w.keep(id, n, size), nil
+	return id, w.keep(id, pack, n, size), nil
 }
 
 // Read returns the bytes of an object that was put.
 func (w *Writer) Read(id content.ObjectID) ([]byte, error) {
 	w.mu.Lock()
 	own, ok := w.own[id]
-	pack := w.pack
 	w.mu.Unlock()
 	if !ok {
 		return w.s.Read(id)
 	}
-	return pack.Read(own.n)
+	return own.pack.Read(own.n)
 }
 
 // Wrote returns the objects that the writer has written.
-func (w *Writer) Wrote() (ids []content.ObjectID) {
+func (w *Writer) Wrote() []content.ObjectID {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for id := range w.own {
-		ids = append(ids, id)
-	}
-	return ids
+	return slices.Clone(w.wrote)
 }
 
 // Heals reports whether something was written that the store has, but bad.
@@ -168,27 +200,36 @@ func (w *Writer) Heals() bool {
 	return false
 }
 
-// Seal makes the pack, if there is one, the store's, so that others find what is in it, and returns what it takes of the disk. It does
-// not sync. Of a payload that was sealed elsewhere meanwhile, that place counts. After an error the pack is gone.
+// Seal makes the packs, if there are any, the store's, so that others find what is in them, and returns what they
+// take of the disk. It does not sync. Of a payload that was sealed elsewhere meanwhile, that place counts. After an
+// error they are gone.
 func (w *Writer) Seal() (used Counts, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.pack == nil {
-		return Counts{Bytes: w.size, Files: min(w.size, 1)}, nil
+	packs := map[*filling]*pack{}
+	for ; len(w.packs) > 0 && err == nil; w.packs = w.packs[1:] {
+		f := w.packs[0]
+		if f.Blocks() == 1 { // a large payload turned out to be known
+			err = f.discard()
+		} else if packs[f], err = w.s.seal(f); err != nil {
+			err = errors.Join(err, f.discard())
+			delete(packs, f)
+		}
 	}
-	if len(w.own) == 0 { // a large payload turned out to be known
-		return used, w.discard()
-	}
-	p, err := w.s.seal(w.pack, w.file)
 	if err != nil {
+		for _, p := range packs {
+			err = errors.Join(err, w.s.remove(p))
+		}
 		return used, errors.Join(err, w.discard())
 	}
-	w.size, w.pack, w.file = p.occupies(), nil, nil
+	touched := map[*pack]bool{}
 	w.s.mu.Lock()
-	w.s.add(p)
-	touched := map[*pack]bool{p: true} // all of it may have been sealed elsewhere
+	for _, p := range packs {
+		w.s.add(p)
+		touched[p] = true // all of it may have been sealed elsewhere
+	}
 	for id, own := range w.own {
-		if old := w.s.install(id, own.count, p, own.n); old != nil {
+		if old := w.s.install(id, own.count, packs[own.pack], own.n); old != nil {
 			touched[old] = true
 		}
 		w.hits[id] += own.count
@@ -196,11 +237,17 @@ func (w *Writer) Seal() (used Counts, err error) {
 	clear(w.own)
 	moved, drops := w.s.emptied(touched)
 	w.s.mu.Unlock()
+	for _, p := range packs {
+		if !slices.Contains(drops, p) {
+			w.sealed.Bytes += p.occupies()
+			w.sealed.Files++
+		}
+	}
 	w.s.tellMoved(moved, true)
 	for _, d := range drops {
 		err = errors.Join(err, w.s.remove(d))
 	}
-	return Counts{Bytes: w.size, Files: 1}, err
+	return w.sealed, err
 }
 
 // emptied looks at packs that have lost objects: those that chain images still name, and those that go. Under mu.
@@ -239,16 +286,27 @@ func (s *Store) tellMoved(packs []content.PackID, damaged bool) {
 	}
 }
 
-// seal ends a pack's file and puts it among the others. The file is closed, or, without an error, becomes the pack's.
-func (s *Store) seal(w *erofs.PackWriter, f *os.File) (_ *pack, err error) {
-	sealed, err := w.Seal()
+// seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or,
+// without an error, becomes the pack's.
+func (s *Store) seal(f *filling) (_ *pack, err error) {
+	sealed, err := f.PackWriter.Seal()
 	if err != nil {
 		return nil, err
 	}
+	s.mu.Lock()
+	s.sealing[sealed.ID] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		if err != nil {
+			s.mu.Lock()
+			delete(s.sealing, sealed.ID)
+			s.mu.Unlock()
+		}
+	}()
 	s.step("pack.sealed")
-	staged := f.Name()
+	staged := f.file.Name()
 	if s.opts.Verity { // it is for files that nobody writes to
-		if err := f.Close(); err != nil {
+		if err := f.file.Close(); err != nil {
 			return nil, fmt.Errorf("seal pack %s: %w", sealed.ID, err)
 		}
 		if err := verity.EnablePath(staged); err != nil {
@@ -265,7 +323,7 @@ func (s *Store) seal(w *erofs.PackWriter, f *os.File) (_ *pack, err error) {
 		return nil, errors.Join(fmt.Errorf("seal pack %s: %w", sealed.ID, err), os.Remove(s.Path(sealed.ID)))
 	}
 	if !s.opts.Verity {
-		_ = f.Close() // what it could tell of the disk, the sync tells
+		_ = f.file.Close() // what it could tell of the disk, the sync tells
 	}
 	p := newPack(r, sealed)
 	if err := p.measure(); err != nil {
@@ -274,19 +332,14 @@ func (s *Store) seal(w *erofs.PackWriter, f *os.File) (_ *pack, err error) {
 	return p, nil
 }
 
-// discard removes a pack that was not sealed. Under mu.
-func (w *Writer) discard() error {
-	if w.file == nil {
-		return nil
+// discard gives up what was not sealed. Under mu.
+func (w *Writer) discard() (err error) {
+	for _, f := range w.packs {
+		err = errors.Join(err, f.discard())
 	}
-	name := w.file.Name()
-	_ = w.file.Close()
-	w.file, w.pack = nil, nil
+	w.packs = nil
 	clear(w.own)
-	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove a pack that was given up: %w", err)
-	}
-	return nil
+	return err
 }
 
 // End gives back every reference but one for each of keep. A pack that was not sealed goes.
