@@ -147,7 +147,7 @@ func criPod(t *testing.T, n *node.Node, c *node.CRI, app string, ctx context.Con
 func criFsInfo(t *testing.T, n *node.Node, c *node.CRI, ctx context.Context) {
 	t.Helper()
 	var disk int64
-	for _, dir := range []string{"objects", "layers", "chains"} {
+	for _, dir := range []string{"packs", "layers", "chains"} {
 		used, err := rootfs.Usage(filepath.Join(n.DedupRoot(), dir))
 		must(t, err)
 		disk += used.Bytes

@@ -501,6 +501,12 @@ func TestCompareFindsDamage(t *testing.T) {
 		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
 			t.Errorf("whole: %q, %v", problem, err)
 		}
+		if err := os.Remove(l.packs.path(l.known(n).devices[0].Pack)); err != nil {
+			t.Fatal(err)
+		}
+		if problem, err := l.Compare(t.Context(), n, chain); problem == "" || err != nil {
+			t.Errorf("without its pack: %q, %v", problem, err)
+		}
 	})
 }
 
