@@ -144,8 +144,8 @@ func (c collector) work(e emitter) {
 	e.count("dedup_gc_errors_total", gcErrors, float64(stored.RemoveErrors), "what", "layer")
 	e.count("dedup_gc_errors_total", gcErrors, float64(did.RemoveErrors), "what", "snapshot")
 	e.count("dedup_gc_layers_total", "Layers that were removed because nothing named them any more.", float64(stored.RemovedLayers))
-	e.count("dedup_gc_objects_total", "Payloads that were removed because nothing named them any more.", float64(stored.Removed.Inodes))
-	e.count("dedup_gc_bytes_total", "What removed payloads had occupied.", float64(stored.Removed.Bytes))
+	e.count("dedup_gc_packs_total", "Packs that were removed because nothing named their payloads any more.", float64(stored.Removed.Inodes))
+	e.count("dedup_gc_bytes_total", "What removed packs had occupied.", float64(stored.Removed.Bytes))
 	e.gauge("dedup_swept_files", "Leftovers of an unclean stop that the last start removed.", float64(stored.Swept))
 	e.gauge("dedup_damaged_layers", "Layers that are out of service since their tree or an object is damaged: their images cannot be mounted (dedupctl fsck --repair).", float64(stored.Damaged))
 }
