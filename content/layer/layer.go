@@ -38,6 +38,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -138,6 +139,7 @@ type Store struct {
 	room     room
 	written  written
 	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
+	buffered atomic.Int64        // how many of them are in use
 	flights  flights
 	gc       sync.WaitGroup
 	distinct int // distinctMax, but for tests
@@ -396,6 +398,20 @@ func (s *Store) Taken(id content.LayerID) int {
 	return 0
 }
 
+// handOverPoll is how often a layer is asked whether somebody else has it.
+const handOverPoll = 15 * time.Millisecond
+
+// HandOver releases a layer as soon as somebody else has taken it up, and when ctx ends.
+func (s *Store) HandOver(ctx context.Context, id content.LayerID) {
+	for ctx.Err() == nil && s.Taken(id) < 2 {
+		select {
+		case <-time.After(handOverPoll):
+		case <-ctx.Done():
+		}
+	}
+	s.Release(id)
+}
+
 // Facts returns what is known of a layer.
 func (s *Store) Facts(id content.LayerID) (Facts, error) {
 	s.mu.RLock()
@@ -416,6 +432,18 @@ func (s *Store) Facts(id content.LayerID) (Facts, error) {
 		f.DiffIDs = append(f.DiffIDs, t.DiffID)
 	}
 	return f, nil
+}
+
+// Entries is how many entries the layers of a chain have.
+func (s *Store) Entries(chain []content.LayerID) (sum int64) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, id := range chain {
+		if st := s.layers[id]; st != nil {
+			sum += st.facts.Entries
+		}
+	}
+	return sum
 }
 
 // Merge reads the trees of a chain, base first, and merges them. The empty

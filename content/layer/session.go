@@ -90,7 +90,7 @@ func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
 					}
 				}
 				putBuffer(j.buf)
-				s.memory.Release(int64(len(j.buf)))
+				ss.giveBack(int64(len(j.buf)))
 			}
 		})
 	}
@@ -144,10 +144,11 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 	if err := ss.s.memory.Acquire(ss.ctx, e.Size); err != nil {
 		return context.Cause(ss.ctx)
 	}
+	ss.s.buffered.Add(e.Size)
 	buf := getBuffer(int(e.Size))
 	if _, err := io.ReadFull(r, buf); err != nil {
 		putBuffer(buf)
-		ss.s.memory.Release(e.Size)
+		ss.giveBack(e.Size)
 		return err
 	}
 	select {
@@ -155,9 +156,15 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 		return nil
 	case <-ss.ctx.Done():
 		putBuffer(buf)
-		ss.s.memory.Release(e.Size)
+		ss.giveBack(e.Size)
 		return context.Cause(ss.ctx)
 	}
+}
+
+// giveBack gives back memory that Put took.
+func (ss *session) giveBack(n int64) {
+	ss.s.buffered.Add(-n)
+	ss.s.memory.Release(n)
 }
 
 // store names and stores one payload.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -56,8 +57,12 @@ func (c *Chains) Name(chain []content.LayerID) (n Name) {
 type Chains struct {
 	opts Options
 
+	room *semaphore.Weighted // of builds
+
 	mu    sync.Mutex // guards what follows
 	stats Stats
+	// builds are the images that are being built for callers of Build.
+	builds map[Name]*build
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
 	busy map[Name]chan struct{}
 	// sizes are what the images occupy.
@@ -79,6 +84,10 @@ type Options struct {
 	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
 	// Digests gives fs-verity's digests of objects; nil when it is off.
 	Digests func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
+	// Background runs fn, with a ctx that ends when the daemon stops, and reports whether it does; Entries counts the
+	// entries of a chain's layers.
+	Background func(fn func(context.Context)) bool
+	Entries    func([]content.LayerID) int64
 	// Loop: mount from loop devices only.
 	Loop bool
 	// Step names points at which a test may end the process; nil for none.
@@ -102,11 +111,13 @@ func Open(o Options) (*Chains, error) {
 		o.Step = func(string) {}
 	}
 	c := &Chains{
-		opts:  o,
-		busy:  map[Name]chan struct{}{},
-		sizes: map[Name]int64{},
-		users: map[Name]map[string]bool{},
-		byID:  map[string]Name{},
+		opts:   o,
+		room:   semaphore.NewWeighted(buildRoom),
+		builds: map[Name]*build{},
+		busy:   map[Name]chan struct{}{},
+		sizes:  map[Name]int64{},
+		users:  map[Name]map[string]bool{},
+		byID:   map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {
@@ -206,17 +217,6 @@ func (c *Chains) acquire(ctx context.Context, n Name) (release func(), err error
 		delete(c.busy, n)
 		close(done)
 	}, nil
-}
-
-// Build makes sure that a chain's image exists.
-func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return c.buildLocked(ctx, n, chain)
 }
 
 func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerID) (err error) {
@@ -322,6 +322,19 @@ func (c *Chains) Usage() layer.Usage {
 // Ensure makes sure that a chain is mounted.
 func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) error {
 	n := c.Name(chain)
+	if !c.isBuilding(n) {
+		done, err := c.acquire(ctx, n)
+		if err != nil {
+			return err
+		}
+		mounted := c.IsMounted(n)
+		if done(); mounted {
+			return nil
+		}
+	}
+	if err := c.Build(ctx, chain); err != nil {
+		return err
+	}
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err
@@ -330,7 +343,7 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) error {
 	if c.IsMounted(n) {
 		return nil
 	}
-	if err := c.buildLocked(ctx, n, chain); err != nil {
+	if err := c.buildLocked(ctx, n, chain); err != nil { // it may have been dropped again
 		return err
 	}
 	err = c.mountImage(n)
