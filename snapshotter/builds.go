@@ -7,13 +7,14 @@ import (
 
 	"github.com/containerd/log"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
-// containerd holds a lock of its snapshotter while Prepare runs, for readers only. But its garbage collection waits for
-// it, and then everybody else behind that. So Prepare must not take long, whatever it waits for: an ingest, a repair, a chain
-// image. Mounts holds no lock.
+// containerd holds a lock of its snapshotter while Prepare runs, for readers only. But its garbage collection waits
+// for it, and then everybody else behind that. So Prepare must not take long, whatever it waits for: an ingest, a
+// repair, a chain image. Mounts holds no lock.
 
 // patience is how long Prepare waits.
 const patience = 500 * time.Millisecond
@@ -29,7 +30,8 @@ type buildJob struct {
 	err    error
 }
 
-// startJob runs fn after a delay, in place of the job that the snapshot has. It returns nil when the snapshotter is closed.
+// startJob runs fn after a delay, in place of the job that the snapshot has. It returns nil when the snapshotter is
+// closed.
 func (s *Snapshotter) startJob(ctx context.Context, name string, delay time.Duration, fn func(context.Context) error) *buildJob {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	j := &buildJob{cancel: cancel, done: make(chan struct{})}
@@ -130,9 +132,9 @@ func (s *Snapshotter) buildImage(ctx context.Context, name string, delay time.Du
 	})
 }
 
-// belowSoon is below for a snapshot that was just created. For one that a container is about to write to it does not take longer than
-// patience: late tells that what lies below is not there yet. The work goes on, and Mounts waits for it. A view and an
-// extraction wait as long as it takes: clients use what they are told at once, and do not ask again.
+// belowSoon is below for a snapshot that was just created. For one that a container is about to write to it does not
+// take longer than patience: late tells that what lies below is not there yet. The work goes on, and Mounts waits for
+// it. A view and an extraction wait as long as it takes: clients use what they are told at once, and do not ask again.
 func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l below, late bool, err error) {
 	if c.extraction || c.view || c.parent == "" {
 		l, err = s.below(ctx, c.id, c.parent, c.extraction)
@@ -168,7 +170,8 @@ type creation struct {
 	extraction, view bool
 }
 
-// lateHold is how long an ingest that Prepare did not wait for is kept going, and its layer kept, until Apply comes for it.
+// lateHold is how long an ingest that Prepare did not wait for is kept going, and its layer kept, until Apply comes
+// for it.
 const lateHold = 10 * time.Second
 
 var errLate = errors.New("the ingest takes longer than Prepare may")
@@ -193,7 +196,7 @@ func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Inges
 		if r.err != nil || <-taken {
 			return
 		}
-		s.layers.HandOver(own, r.in.Layer)
+		s.handOver(own, r.in.Layer)
 	})
 	if !started {
 		return layer.Ingested{}, lower.ErrClosed
@@ -216,6 +219,18 @@ func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Inges
 	}
 	time.AfterFunc(lateHold, func() { cancel(errLate) })
 	return layer.Ingested{}, errLate
+}
+
+// handOver releases a layer as soon as somebody else has taken it up, and when ctx ends.
+func (s *Snapshotter) handOver(ctx context.Context, id content.LayerID) {
+	const poll = 15 * time.Millisecond
+	for ctx.Err() == nil && s.layers.Taken(id) < 2 {
+		select {
+		case <-time.After(poll):
+		case <-ctx.Done():
+		}
+	}
+	s.layers.Release(id)
 }
 
 // unpacks reports whether layers come through our diff service, as far as that is known.

@@ -259,7 +259,8 @@ func (b *blockedBlob) open(ctx context.Context) (io.ReadCloser, error) {
 	return r, nil
 }
 
-// A blob at hand that takes longer than Prepare may is a miss; the Apply that follows joins its ingest. Without one the ingest stops.
+// A blob at hand that takes longer than Prepare may is a miss; the Apply that follows joins its ingest. Without one
+// the ingest stops.
 func TestBlobAtHandThatTakesLong(t *testing.T) {
 	blob := layerTar(t, map[string]string{"a": payload("a")})
 	open := func(s *Snapshotter) (b layer.Blob, goOn chan struct{}, opened, stopped *atomic.Int32) {

@@ -125,7 +125,8 @@ func parentLater(active snapshots.Info) bool {
 	return active.Parent == "" && active.Labels[labelParentChain] != ""
 }
 
-// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is known at once.
+// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is
+// known at once.
 func (s *Snapshotter) fits(ctx context.Context, id content.LayerID, parent string) error {
 	err := s.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return s.resolve(ctx, parent) })
 	if errors.Is(err, tree.ErrUnfit) {

@@ -95,8 +95,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	return s.mounts(kind, id, l), nil
 }
 
-// restoreDirs creates the directories of an active snapshot where they are missing: metadata.db is durable before them, so a power
-// cut may leave it without, and one whose chain image took long has none yet. The work directory, without which nothing mounts, comes last.
+// restoreDirs creates the directories of an active snapshot where they are missing: metadata.db is durable before
+// them, so a power cut may leave it without, and one whose chain image took long has none yet. The work directory,
+// without which nothing mounts, comes last.
 func (s *Snapshotter) restoreDirs(id string, l below) error {
 	s.restoring.Lock()
 	defer s.restoring.Unlock()

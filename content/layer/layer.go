@@ -38,7 +38,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -398,20 +397,6 @@ func (s *Store) Taken(id content.LayerID) int {
 	return 0
 }
 
-// handOverPoll is how often a layer is asked whether somebody else has it.
-const handOverPoll = 15 * time.Millisecond
-
-// HandOver releases a layer as soon as somebody else has taken it up, and when ctx ends.
-func (s *Store) HandOver(ctx context.Context, id content.LayerID) {
-	for ctx.Err() == nil && s.Taken(id) < 2 {
-		select {
-		case <-time.After(handOverPoll):
-		case <-ctx.Done():
-		}
-	}
-	s.Release(id)
-}
-
 // Facts returns what is known of a layer.
 func (s *Store) Facts(id content.LayerID) (Facts, error) {
 	s.mu.RLock()
@@ -449,7 +434,7 @@ func (s *Store) Entries(chain []content.LayerID) (sum int64) {
 // Merge reads the trees of a chain, base first, and merges them. The empty
 // chain is an empty root directory.
 func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	n, err := tree.MergeEach(ctx, s.readAhead(ctx, chain))
+	n, err := tree.MergeEach(ctx, readAhead(ctx, s, chain))
 	if err != nil {
 		return nil, fmt.Errorf("merge chain: %w", err)
 	}
@@ -457,7 +442,7 @@ func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node,
 }
 
 // readAhead reads the trees of a chain, each while the one below it is being used.
-func (s *Store) readAhead(ctx context.Context, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
+func readAhead(ctx context.Context, s *Store, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
 	type read struct {
 		entries []*content.Entry
 		err     error

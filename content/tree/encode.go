@@ -158,8 +158,8 @@ var ErrDamaged = errors.New("damaged tree")
 
 var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 
-// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when a chain is
-// merged, keeps the block alive.
+// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when
+// a chain is merged, keeps the block alive.
 const decodeBlock = 64
 
 // decodeTree parses a canonical encoding. The entries share nothing with raw.

@@ -29,8 +29,8 @@ type build struct {
 	err     error
 }
 
-// Build makes sure that a chain's image exists. Callers that want the same one at the same time share the work, which ends when all
-// of them have gone.
+// Build makes sure that a chain's image exists. Callers that want the same one at the same time share the work, which
+// ends when all of them have gone.
 func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
 	n := c.Name(chain)
 	c.mu.Lock()

@@ -28,8 +28,8 @@ type Name struct{ content.Sum }
 // ours: change it whenever erofs.Write or tree.Merge change what they produce.
 const chainVersion = "chain image 2\n"
 
-// withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of the other kind
-// are nobody's, and go.
+// withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of
+// the other kind are nobody's, and go.
 const withDigests = "fs-verity\n"
 
 // Name names the image of a chain.
@@ -96,7 +96,8 @@ type Options struct {
 
 // Stats count what has been done since Open.
 type Stats struct {
-	// Builds are images that were built, and how long that took, one after the other. Rebuilt are those that did not mount.
+	// Builds are images that were built, and how long that took, one after the other. Rebuilt are those that did not
+	// mount.
 	Builds    int64
 	BuildTime time.Duration
 	Rebuilt   int64
