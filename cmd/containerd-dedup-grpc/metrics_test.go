@@ -55,6 +55,8 @@ func TestMetrics(t *testing.T) {
 		`dedup_ingests_total{result="new",source="directory"} 2`, `dedup_ingest_bytes_total{source="directory"} 150000`,
 		"dedup_gc_layers_total 1", "dedup_gc_packs_total 1", "dedup_gc_bytes_total 69632", `dedup_gc_errors_total{what="layer"} 0`,
 		`dedup_grpc_errors_total{code="NotFound",method="Stat"} 1`, "dedup_damaged_layers 0",
+		`dedup_work_running{work="build"} 0`, `dedup_work_running{work="ingest"} 0`, `dedup_work_oldest_seconds{work="build"} 0`,
+		`dedup_work_memory_bytes{work="ingest"} 0`,
 		`dedup_fsck_findings{kind="object"} 0`, `dedup_fsck_findings{kind="orphan"} 1`,
 	} {
 		if !strings.Contains(scrape, "\n"+want+"\n") {
