@@ -378,17 +378,18 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 		}
 		s.chains.Use(s.chains.Name(chain), id)
 		defer s.unuse(ctx, id)
-		if err := s.chains.Ensure(ctx, chain); err != nil {
+		have, err := s.chains.Ensure(ctx, chain)
+		if err != nil {
 			return layer.Ingested{}, err
 		}
 		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
-		stack := lower.Stack{
-			Lower:   []string{s.upper(id), s.chains.MountPoint(s.chains.Name(chain))},
-			Objects: s.layers.ObjectsDir(), ReadOnly: true,
+		options, err := s.kernel.Overlay(lower.Stack{Lower: []string{s.upper(id), have.Chain}, Packs: have.Packs})
+		if err != nil {
+			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
 		}
-		m := mount.Mount{Type: "overlay", Source: "overlay", Options: s.kernel.Overlay(stack)}
+		m := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
 		if err := m.Mount(dir.View); err != nil {
 			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
 		}

@@ -160,7 +160,7 @@ func (w *crashWorld) note(t *testing.T, line string) {
 // check opens the store and compares it with what clients know.
 func (w *crashWorld) check(t *testing.T, kill int) {
 	t.Helper()
-	s, err := New(t.Context(), Options{Root: w.root, RunDir: filepath.Join(w.root, "run"), Verity: testVerity()})
+	s, err := New(t.Context(), Options{Root: w.root, RunDir: filepath.Join(w.root, "run"), Verity: testVerity(), PageCache: testPageCache()})
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}
@@ -307,7 +307,7 @@ func TestCrashChild(t *testing.T) {
 		}
 	}
 	c.r = rand.New(rand.NewPCG(seed, 3))
-	s, err := New(t.Context(), Options{Root: lines[0], RunDir: filepath.Join(lines[0], "run"), Verity: testVerity()})
+	s, err := New(t.Context(), Options{Root: lines[0], RunDir: filepath.Join(lines[0], "run"), Verity: testVerity(), PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -137,7 +137,7 @@ func TestCrashStepChild(t *testing.T) {
 // crashWork comes by every step: layers from blobs and directories, known and new, large and small, their removal, damage and its
 // repair, views, and a garbage collection.
 func crashWork(ctx context.Context, root, round string, hook func(string)) error {
-	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), Step: hook})
+	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache(), Step: hook})
 	if err != nil {
 		return err
 	}

@@ -221,8 +221,8 @@ func looksAgain(ctx context.Context, s *Snapshotter) (stray strays, err error) {
 
 // both returns what is stray in both of two looks.
 func (s strays) both(t strays) strays {
-	chain := func(other []chainName) func(chainName) bool {
-		return func(n chainName) bool { return !slices.Contains(other, n) }
+	chain := func(other []lower.Name) func(lower.Name) bool {
+		return func(n lower.Name) bool { return !slices.Contains(other, n) }
 	}
 	return strays{
 		dirs:   slices.DeleteFunc(s.dirs, func(name string) bool { return !slices.Contains(t.dirs, name) }),

@@ -3,7 +3,6 @@ package snapshotter
 import (
 	"errors"
 	"os"
-	"slices"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
@@ -25,7 +24,7 @@ func (s *Snapshotter) probeKernel() error {
 	}
 	_, err = os.Stat(s.path(fileMetacopy))
 	marked := err == nil
-	if s.kernel, err = lower.Probe(s.opts.Root, s.opts.Verity, marked); err != nil {
+	if s.kernel, err = lower.Probe(s.opts.Root, s.opts.Verity, s.opts.PageCache, marked); err != nil {
 		return err
 	}
 	if !s.kernel.Metacopy || marked {
@@ -42,5 +41,13 @@ func (s *Snapshotter) VerityState() string {
 	return "on"
 }
 
-// OverlayOptions are the options of every overlay mount, as the kernel was found to need them.
-func (s *Snapshotter) OverlayOptions() []string { return slices.Clone(s.kernel.Options) }
+// OverlayOptions are the options of containers' overlays beside directories, as the kernel was found to need them.
+func (s *Snapshotter) OverlayOptions() []string { return s.kernel.Options() }
+
+// PageCache is what containers share in memory.
+func (s *Snapshotter) PageCache() lower.PageCache {
+	if s.kernel.Shared {
+		return lower.PageCacheShared
+	}
+	return lower.PageCachePrivate
+}

@@ -108,7 +108,7 @@ func openWith(t *testing.T, store ctdcontent.Store, fetchedOnly bool) *Snapshott
 	t.Helper()
 	needRoot(t)
 	root := t.TempDir()
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly, Verity: testVerity(), Blobs: blobs.New(store, nil)})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly, Verity: testVerity(), PageCache: testPageCache(), Blobs: blobs.New(store, nil)})
 	if err != nil {
 		t.Fatal(err)
 	}

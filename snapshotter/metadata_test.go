@@ -61,7 +61,7 @@ func bulkStore(t *testing.T) string {
 // stored lists what a store holds but for metadata.db and marks.
 func stored(t *testing.T, root string) (paths []string) {
 	t.Helper()
-	for _, dir := range []string{"objects", "layers", "snapshots"} {
+	for _, dir := range []string{"packs", "layers", "snapshots"} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
 			if strings.HasPrefix(filepath.Base(path), goingPrefix) {
 				return fs.SkipDir

@@ -95,7 +95,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
-	return s.mounts(kind, id, l), nil
+	return s.mounts(kind, id, l)
 }
 
 // restoreDirs creates the directories of an active snapshot again. metadata.db is durable before them, so a power
@@ -146,13 +146,13 @@ func (s *Snapshotter) makeDirs(id string) error {
 // below is what lies below a snapshot.
 type below struct {
 	dir string
-	// chain: dir is the mount point of a chain image, and objects lie below it.
+	// chain: dir is the mount point of a chain image.
 	chain bool
 	// mounted: the chain image is really there. An extraction that our diff service
 	// fills does without.
 	mounted bool
-	// extraction: only an applier looks at the mounts.
-	extraction bool
+	// packs are where the packs are mounted over which it lies.
+	packs []string
 }
 
 func (s *Snapshotter) below(ctx context.Context, id, parent string, extraction bool) (below, error) {
@@ -164,7 +164,7 @@ func (s *Snapshotter) below(ctx context.Context, id, parent string, extraction b
 		return below{}, err
 	}
 	name := s.chains.Name(chain)
-	l := below{dir: s.chains.MountPoint(name), chain: true, extraction: extraction}
+	l := below{dir: s.chains.MountPoint(name), chain: true}
 	if extraction && s.usesApply() {
 		return l, nil
 	}
@@ -173,12 +173,13 @@ func (s *Snapshotter) below(ctx context.Context, id, parent string, extraction b
 	}
 	s.chains.Use(name, id)
 	l.mounted = true
-	err = s.chains.Ensure(ctx, chain)
+	have, err := s.chains.Ensure(ctx, chain)
 	if errors.Is(err, layer.ErrDamaged) { // found out only now
 		if err = s.healthy(ctx, chain); err == nil {
-			err = s.chains.Ensure(ctx, chain)
+			have, err = s.chains.Ensure(ctx, chain)
 		}
 	}
+	l.packs = have.Packs
 	return l, err
 }
 
@@ -199,7 +200,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
 	}
 	if info.Labels[labelStaged] != "" {
-		return s.stagedMounts(id), nil
+		return s.stagedMounts(id)
 	}
 	l, err := s.below(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {
@@ -210,43 +211,26 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 			return nil, fmt.Errorf("mounts of snapshot %q: %w", key, err)
 		}
 	}
-	return s.mounts(info.Kind, id, l), nil
+	return s.mounts(info.Kind, id, l)
 }
 
 func (s *Snapshotter) upper(id string) string { return s.path(dirSnapshots, id, "fs") }
 func (s *Snapshotter) work(id string) string  { return s.path(dirSnapshots, id, "work") }
 
-// mounts are one overlay: containerd's applier converts whiteouts only for that, and takes its fast
-// path only for exactly one. A view without parent, which has nothing to overlay, is a bind.
-func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l below) []mount.Mount {
-	if kind == snapshots.KindView && !l.chain {
-		return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}
-	}
-	stack := lower.Stack{Lower: []string{l.dir}}
+// mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes only one read-only.
+// A view of one directory, which has nothing to overlay, is a bind.
+func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
+	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs}
 	if kind == snapshots.KindView {
-		stack.ReadOnly = true
+		if len(l.packs) == 0 {
+			return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}, nil
+		}
 	} else {
 		stack.Upper, stack.Work = s.upper(id), s.work(id)
 	}
-	// containerd's applier takes every part between colons for a parent's directory, and needs
-	// no file bytes: an extraction goes without the objects.
-	objects := l.chain && !l.extraction
-	if objects {
-		stack.Objects = s.layers.ObjectsDir()
-	}
-	overlay := mount.Mount{Type: "overlay", Source: "overlay", Options: s.kernel.Overlay(stack)}
-	if !objects {
-		return []mount.Mount{overlay}
-	}
-	return []mount.Mount{overlay, kernelOnly}
+	options, err := s.kernel.Overlay(stack)
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
 }
-
-// kernelOnly follows an overlay that only the kernel can read. containerd 2.4 looks users up
-// without mounting: it opens an overlay's directories itself (internal/fsview), where it would trip over
-// the empty name in "::" and find no bytes in a chain image. A last mount of a type that it does not
-// know makes it mount instead. Mounting this one does nothing: containerd makes no system
-// call for a remount without data.
-var kernelOnly = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.
 func copyRoot(from, to string) error {

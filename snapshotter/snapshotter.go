@@ -41,8 +41,11 @@ type Options struct {
 	// MaxMemory is that of layer.Options.
 	MaxMemory int64
 	Step      func(name string)
-	// Verity says whether packs get fs-verity, whose digests chain images hold; "" is lower.VerityOff.
+	// Verity says whether packs and chain images get fs-verity, and chain images are mounted over no other packs than those whose
+	// digests they hold; "" is lower.VerityOff.
 	Verity lower.Verity
+	// PageCache says what containers share in memory; "" is what the kernel can.
+	PageCache lower.PageCache
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
@@ -62,6 +65,7 @@ type Snapshotter struct {
 	ids    *index // id -> key of an active snapshot
 
 	counters *counters
+	opened   chan struct{} // closed once chains is there
 
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
@@ -92,6 +96,8 @@ const (
 	dirEmpty     = "empty"
 	dirIngest    = "ingest"
 	dirLost      = "lost+found"
+	// dirPackMounts is below the run directory. Its name is short, since overlays' options have it twice for each pack.
+	dirPackMounts = "p"
 	// goingPrefix begins the names of snapshot directories that are being removed.
 	goingPrefix = "rm-"
 )
@@ -115,7 +121,7 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 }
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
 	s.lost.s = s
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -308,23 +314,28 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 			s.refs.add(sn.Labels[labelRef], sn.Name)
 		}
 	}
+	held, err := lower.PacksOf(s.path(dirChains))
+	if err != nil {
+		return err
+	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
 		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
-		Pressure: s.pressure, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
+		Pressure: s.pressure, PacksMoved: s.packsMoved, HeldPacks: held, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
-	o := lower.Options{
+	s.chains, err = lower.Open(ctx, lower.Options{
 		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
-		Merge: s.layers.Merge, Reserve: s.layers.ReserveChain, Step: s.step, Loop: s.kernel.Loop,
-	}
-	if s.layers.Verity() {
-		o.Digests = s.layers.Digests
-	}
-	if s.chains, err = lower.Open(o); err != nil {
+		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers, Kernel: s.kernel, Step: s.step,
+	})
+	if err != nil {
 		return err
+	}
+	close(s.opened)
+	if err := s.layers.Packs().ReleasePacks(held); err != nil { // the chain images hold them now
+		return fmt.Errorf("remove old packs: %w", err)
 	}
 	for _, sn := range stored.whole {
 		s.reclaim(sn.Info)
@@ -335,6 +346,23 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 		}
 	}
 	return nil
+}
+
+// packsMoved notes at once which chain images are to be built anew, and removes in the background those that nothing uses. What moves
+// before chain images are looked at is found then.
+func (s *Snapshotter) packsMoved(packs []content.PackID, damaged bool) {
+	select {
+	case <-s.opened:
+	default:
+		return
+	}
+	stale := s.chains.Moved(packs, damaged)
+	s.background(func(ctx context.Context) {
+		if err := s.chains.DropStale(ctx, stale); err != nil && ctx.Err() == nil {
+			s.countRemoveError()
+			log.G(ctx).WithError(err).Warn("chain images over old packs stay until the next cleanup")
+		}
+	})
 }
 
 // chainOf returns the layers of a committed snapshot and all below it, base first, or one

@@ -28,7 +28,7 @@ import (
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
 	needRoot(t)
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity()})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity(), PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -325,7 +325,7 @@ func TestRestartAndReboot(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if len(mountsBelow(t, root)) != 1 {
+	if len(mountsBelow(t, root)) != 2 { // the chain image, and its pack
 		t.Errorf("a stop of the daemon unmounts what a container may need: %v", mountsBelow(t, root))
 	}
 	for _, loss := range []string{"nothing", "mounts", "chain images too"} {
@@ -429,7 +429,7 @@ func TestRemoveFreesEverything(t *testing.T) {
 	if left := mountsBelow(t, root); len(left) > 0 {
 		t.Errorf("still mounted: %v", left)
 	}
-	for _, dir := range []string{dirSnapshots, dirChains, dirIngest, "layers", "objects"} {
+	for _, dir := range []string{dirSnapshots, dirChains, dirIngest, "layers", "packs"} {
 		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d os.DirEntry, err error) error {
 			if err == nil && !d.IsDir() {
 				t.Errorf("%s stays", path)
@@ -464,7 +464,7 @@ func TestMissingMetadataIsRefused(t *testing.T) {
 	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact}); err == nil || !strings.Contains(err.Error(), "metadata.db is missing") {
 		t.Fatalf("opened: %v", err)
 	}
-	for _, pattern := range []string{"objects/*/*", "layers/*"} {
+	for _, pattern := range []string{"packs/*", "layers/*"} {
 		if found, err := filepath.Glob(filepath.Join(root, pattern)); err != nil || len(found) != 1 {
 			t.Errorf("%s: %v, %v", pattern, found, err)
 		}

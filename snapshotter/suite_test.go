@@ -31,6 +31,9 @@ func needRoot(t testing.TB) {
 // testVerity is the setting that tests open their stores with: DEDUP_TEST_VERITY=on has all of them use fs-verity.
 func testVerity() lower.Verity { return lower.Verity(os.Getenv("DEDUP_TEST_VERITY")) }
 
+// testPageCache is the other: DEDUP_TEST_PAGE_CACHE=private has none of them share memory among images.
+func testPageCache() lower.PageCache { return lower.PageCache(os.Getenv("DEDUP_TEST_PAGE_CACHE")) }
+
 // mountsBelow lists what is mounted below dir.
 func mountsBelow(t testing.TB, dir string) (points []string) {
 	t.Helper()
@@ -53,6 +56,10 @@ func stop(s *Snapshotter) error {
 	for _, n := range names {
 		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.MountPoint(n), 0))
 	}
+	packs, gerr := filepath.Glob(filepath.Join(s.opts.RunDir, dirPackMounts, "*"))
+	for _, path := range packs {
+		lerr = errors.Join(lerr, gerr, mount.UnmountAll(path, 0))
+	}
 	return errors.Join(err, lerr)
 }
 
@@ -63,7 +70,7 @@ const suiteName = "overlayfs"
 func TestSuiteInProcess(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -74,7 +81,7 @@ func TestSuiteInProcess(t *testing.T) {
 func TestSuiteThroughSocket(t *testing.T) {
 	needRoot(t)
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity()})
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}

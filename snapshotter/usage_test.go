@@ -90,7 +90,7 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "objects"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +127,7 @@ func TestUsageIsAskedOnce(t *testing.T) {
 		for _, n := range told {
 			sum += n
 		}
-		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "objects"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
@@ -62,8 +64,34 @@ func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (i
 	im := image{ctx: ctx, packs: p}
 	if o.Redirect {
 		im.shared.redirectLen = len(PackPath(0, 0))
+		if root, err = hidePacks(root, o.Packs); err != nil {
+			return 0, fmt.Errorf("build chain image: %w", err)
+		}
 	}
 	return im.write(w, root)
+}
+
+// whiteout is the one inode of all whiteouts that this package writes; no other is let in (see Invariants).
+var whiteout = &content.Entry{Kind: content.Char}
+
+// ErrPackName is wrapped where a tree has a name of a pack in its root.
+var ErrPackName = errors.New("the image has a file named like a pack")
+
+// hidePacks returns a root with a whiteout for the directory of each pack. An overlay in which packs are lower layers like any other, as
+// read-only ones may have them, then shows none of these.
+func hidePacks(root *tree.Node, devices []Device) (*tree.Node, error) {
+	with := *root
+	with.Children = slices.Clone(root.Children)
+	for _, d := range devices {
+		with.Children = append(with.Children, &tree.Node{Name: d.Pack.String(), Entry: whiteout})
+	}
+	slices.SortFunc(with.Children, func(a, b *tree.Node) int { return strings.Compare(a.Name, b.Name) })
+	for i, n := range with.Children {
+		if i > 0 && n.Name == with.Children[i-1].Name {
+			return nil, fmt.Errorf("%q: %w", n.Name, ErrPackName)
+		}
+	}
+	return &with, nil
 }
 
 // packs are the devices of an image that is being written; nil where it has none.

@@ -195,6 +195,7 @@ func checkTarget(target string) error {
 
 func checkDevice(e *content.Entry) error {
 	switch {
+	case e == whiteout:
 	case e.Kind == content.Char && e.Major == 0 && e.Minor == 0:
 		return errors.New("character device 0/0: overlayfs takes it for a whiteout")
 	case e.Major > maxMajor || e.Minor > maxMinor:

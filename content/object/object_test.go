@@ -574,7 +574,7 @@ func TestCompact(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)
 	var moved []content.PackID
-	s.opts.Moved = func(ids []content.PackID) { moved = append(moved, ids...) }
+	s.opts.Moved = func(ids []content.PackID, _ bool) { moved = append(moved, ids...) }
 	var all []content.ObjectID
 	for i := range 40 {
 		all = append(all, put(t, s, i, fmt.Sprint(i, " dies"))...)

@@ -243,7 +243,7 @@ func (w *Writer) Seal() (used Counts, err error) {
 			w.sealed.Files++
 		}
 	}
-	w.s.tellMoved(moved)
+	w.s.tellMoved(moved, true)
 	for _, d := range drops {
 		err = errors.Join(err, w.s.remove(d))
 	}
@@ -280,9 +280,9 @@ func (s *Store) install(id content.ObjectID, count uint32, p *pack, n uint32) (l
 	return lost
 }
 
-func (s *Store) tellMoved(packs []content.PackID) {
+func (s *Store) tellMoved(packs []content.PackID, damaged bool) {
 	if len(packs) > 0 && s.opts.Moved != nil {
-		s.opts.Moved(packs)
+		s.opts.Moved(packs, damaged)
 	}
 }
 

@@ -15,28 +15,33 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// Name names a chain image: the sha256 over the ids of its layers, base first.
+// Name names a chain image: the sha256 over its kind and the ids of its layers, base first.
 type Name struct{ content.Sum }
 
 // chainVersion is hashed into every name, so that images of another writer are not taken for
-// ours: change it whenever erofs.Write or tree.Merge change what they produce.
+// ours: change it whenever erofs.WriteChain or tree.Merge change what they produce.
 const chainVersion = "chain image 2\n"
 
-// withDigests follows it for images that hold the digests of their objects. When the setting changes, all images of the other kind
-// are nobody's, and go.
-const withDigests = "fs-verity\n"
+// What follows the version in names of shared images, and of images with fs-verity. When a setting changes, all images of the other
+// kind are nobody's, and go.
+const (
+	ofShared = "shared\n"
+	ofVerity = "fs-verity\n"
+)
 
 // Name names the image of a chain.
 func (c *Chains) Name(chain []content.LayerID) (n Name) {
 	h := sha256.New()
 	h.Write([]byte(chainVersion))
-	if c.opts.Digests != nil {
-		h.Write([]byte(withDigests))
+	if c.opts.Kernel.Shared {
+		h.Write([]byte(ofShared))
+	}
+	if c.opts.Kernel.NoVerity == nil {
+		h.Write([]byte(ofVerity))
 	}
 	for _, id := range chain {
 		h.Write(id.Sum[:])
@@ -45,44 +50,14 @@ func (c *Chains) Name(chain []content.LayerID) (n Name) {
 	return n
 }
 
-// Chains is the cache of chain images and their mounts:
-//
-//	<root>/chains/<64 hex>.erofs   images; each may go at any time and is built again
-//	<run>/chains/<64 hex>          mount points
-//
-// A mount point stays mounted while an active snapshot or a view uses it: a client may mount what
-// it was told at any later time. Containers themselves do not need it, since overlayfs
-// clones the mounts below it.
-type Chains struct {
-	opts Options
-
-	mu    sync.Mutex // guards what follows
-	stats Stats
-	// busy chains are being built, mounted or unmounted; the channel is closed after.
-	busy map[Name]chan struct{}
-	// sizes are what the images occupy.
-	sizes map[Name]int64
-	used  layer.Usage // the sum
-	// users are the ids of active snapshots and views, by chain, and the way back.
-	users map[Name]map[string]bool
-	byID  map[string]Name
-}
-
-// ImageSuffix ends the names of chain images.
-const ImageSuffix = ".erofs"
-
 // Options say where a cache lives and what it is made from.
 type Options struct {
-	// Images holds the images, Staging what is being written, on the same file system, and Mounts the mount points.
-	Images, Staging, Mounts string
-	// Merge gives the tree of a chain of layers.
-	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
-	// Digests gives fs-verity's digests of objects; nil when it is off.
-	Digests func(context.Context, []content.ObjectID) (map[content.ObjectID]verity.Digest, error)
-	// Reserve waits for the memory that a build takes; nil for as much as it likes.
-	Reserve func(context.Context, []content.LayerID) (release func(), err error)
-	// Loop: mount from loop devices only.
-	Loop bool
+	// Images holds the images, Staging what is being written, on the same file system, and Mounts the mount points of images,
+	// PackMounts those of packs.
+	Images, Staging, Mounts, PackMounts string
+	// Layers are what chains are made of.
+	Layers *layer.Store
+	Kernel Kernel
 	// Step names points at which a test may end the process; nil for none.
 	Step func(name string)
 }
@@ -95,34 +70,183 @@ type Stats struct {
 	Rebuilt   int64
 }
 
+// Chains is the cache of chain images and their mounts:
+//
+//	<root>/chains/<64 hex>.erofs   images; each may go at any time and is built again
+//	<run>/chains/<64 hex>          their mount points
+//	<run>/p/<13 hex>               mount points of the packs of mounted shared images
+//
+// A mount point stays mounted while an active snapshot or a view uses it: a client may mount what
+// it was told at any later time. Containers themselves do not need it, since overlayfs
+// clones the mounts below it.
+//
+// The file of an image holds the packs that it names, so that they stay while it does.
+type Chains struct {
+	opts  Options
+	packs packMounts
+
+	mu    sync.Mutex // guards what follows
+	stats Stats
+	// busy chains are being built, mounted or unmounted; the channel is closed after.
+	busy map[Name]chan struct{}
+	// images are those on the disk.
+	images map[Name]*image
+	used   layer.Usage // their sum
+	// builds are told what moves while they go on.
+	builds map[*build]bool
+	// users are the ids of active snapshots and views, by chain, and the way back.
+	users map[Name]map[string]bool
+	byID  map[string]Name
+}
+
+// image is what is known of a chain image's file.
+type image struct {
+	bytes int64 // of the disk
+	// whole: the file says of itself what follows, and holds these packs.
+	whole   bool
+	devices []erofs.Device
+	shared  bool
+	// moved: payloads of its packs have moved to others. It is right, but keeps them. damaged: they were damaged.
+	moved, damaged bool
+}
+
+func (im *image) ids() (ids []content.PackID) {
+	if im.whole {
+		for _, d := range im.devices {
+			ids = append(ids, d.Pack)
+		}
+	}
+	return ids
+}
+
+// ImageSuffix ends the names of chain images.
+const ImageSuffix = ".erofs"
+
 // Open finds the images that are there. Their users are noted with Use.
-func Open(o Options) (*Chains, error) {
-	if err := os.MkdirAll(o.Mounts, 0o700); err != nil {
-		return nil, fmt.Errorf("create mount directory: %w", err)
+func Open(ctx context.Context, o Options) (*Chains, error) {
+	for _, dir := range []string{o.Images, o.Mounts, o.PackMounts} {
+		if strings.ContainsAny(dir, ",:\\") {
+			return nil, fmt.Errorf("%s has a comma, a colon or a backslash in its name, which mount options cannot say: choose another root or run_dir", dir)
+		}
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("create directory: %w", err)
+		}
 	}
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
-	if o.Reserve == nil {
-		o.Reserve = func(context.Context, []content.LayerID) (func(), error) { return func() {}, nil }
-	}
 	c := &Chains{
-		opts:  o,
-		busy:  map[Name]chan struct{}{},
-		sizes: map[Name]int64{},
-		users: map[Name]map[string]bool{},
-		byID:  map[string]Name{},
+		opts:   o,
+		packs:  packMounts{dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{}},
+		busy:   map[Name]chan struct{}{},
+		images: map[Name]*image{},
+		builds: map[*build]bool{},
+		users:  map[Name]map[string]bool{},
+		byID:   map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range names {
-		if err := c.measure(n); err != nil {
+		if err := c.load(ctx, n); err != nil {
 			return nil, err
 		}
 	}
-	return c, nil
+	return c, c.packs.clear()
+}
+
+// PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot be
+// read names none: Open removes it.
+func PacksOf(images string) (ids []content.PackID, err error) {
+	files, err := os.ReadDir(images)
+	if err != nil {
+		return nil, fmt.Errorf("list chain images: %w", err)
+	}
+	for _, file := range files {
+		f, err := os.OpenFile(filepath.Join(images, file.Name()), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
+			devices, _, _ := erofs.ReadChain(f, fi.Size())
+			for _, d := range devices {
+				ids = append(ids, d.Pack)
+			}
+		}
+		_ = f.Close()
+	}
+	return ids, nil
+}
+
+// load reads what the image of a chain says of itself. One that cannot be mounted again is removed.
+func (c *Chains) load(ctx context.Context, n Name) error {
+	im, err := c.read(n)
+	if isGone(err) {
+		return nil
+	}
+	if err == nil {
+		err = c.opts.Layers.Packs().HoldPacks(im.ids())
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warnf("chain image %s is of no use any more: removing it", n)
+		if err := os.RemoveAll(c.Image(n)); err != nil {
+			return fmt.Errorf("remove chain image: %w", err)
+		}
+		return nil
+	}
+	c.set(n, im)
+	mounted := c.IsMounted(n)
+	if im.shared && mounted {
+		c.packs.note(n, im.ids())
+	}
+	if !mounted && c.isStale(n) {
+		return c.remove(n)
+	}
+	return nil
+}
+
+// read looks at the file of an image.
+func (c *Chains) read(n Name) (*image, error) {
+	f, err := os.Open(c.Image(n))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, fmt.Errorf("measure chain image: %w", err)
+	}
+	im := &image{bytes: st.Blocks * 512, whole: true}
+	im.devices, im.shared, err = erofs.ReadChain(f, st.Size)
+	return im, err
+}
+
+// set notes what the image of a chain is now; nil for none.
+func (c *Chains) set(n Name, im *image) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old := c.images[n]; old != nil {
+		c.used.Bytes -= old.bytes
+		c.used.Inodes--
+		delete(c.images, n)
+	}
+	if im != nil {
+		c.images[n] = im
+		c.used.Bytes += im.bytes
+		c.used.Inodes++
+	}
+}
+
+// known returns what is known of a chain's image, nil when there is none.
+func (c *Chains) known(n Name) *image {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if im := c.images[n]; im != nil {
+		copied := *im
+		return &copied
+	}
+	return nil
 }
 
 // MountPoint is where a chain's image is mounted while it is used, Image its file.
@@ -165,9 +289,15 @@ func (c *Chains) IsUsed(n Name) bool {
 	return len(c.users[n]) > 0 || c.busy[n] != nil
 }
 
-// Release unmounts a chain that has no users.
+// Release unmounts a chain that has no users. An image whose packs have lost payloads to others goes, too.
 func (c *Chains) Release(ctx context.Context, n Name) error {
-	return c.ifUnused(ctx, n, func() error { return c.unmount(n) })
+	return c.ifUnused(ctx, n, func() error {
+		err := c.unmount(n)
+		if c.isStale(n) {
+			err = errors.Join(err, c.remove(n))
+		}
+		return err
+	})
 }
 
 // ifUnused calls fn for a chain that has no users, while nobody else is busy with it.
@@ -213,88 +343,6 @@ func (c *Chains) acquire(ctx context.Context, n Name) (release func(), err error
 	}, nil
 }
 
-// Build makes sure that a chain's image exists.
-func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return c.buildLocked(ctx, n, chain)
-}
-
-func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerID) (err error) {
-	if c.HasImage(n) && c.isHashed(n) {
-		return nil
-	}
-	release, err := c.opts.Reserve(ctx, chain)
-	if err != nil {
-		return fmt.Errorf("build chain image: %w", err)
-	}
-	defer release()
-	start := time.Now()
-	root, err := c.opts.Merge(ctx, chain)
-	if err != nil {
-		return fmt.Errorf("build chain image: %w", err)
-	}
-	f, err := os.CreateTemp(c.opts.Staging, "chain-")
-	if err != nil {
-		return fmt.Errorf("build chain image: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(fmt.Errorf("build chain image: %w", err), os.Remove(f.Name()))
-		}
-	}()
-	err = c.write(ctx, f, root)
-	// A torn image would mount and show wrong metadata, so its bytes come before its name.
-	if err == nil {
-		err = f.Sync()
-	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil && c.opts.Digests != nil {
-		err = verity.EnablePath(f.Name())
-	}
-	if err != nil {
-		return err
-	}
-	c.opts.Step("chain.staged")
-	if err := os.Rename(f.Name(), c.Image(n)); err != nil {
-		return err
-	}
-	c.opts.Step("chain.renamed")
-	c.change(func(s *Stats) {
-		s.Builds++
-		s.BuildTime += time.Since(start)
-	})
-	return c.measure(n)
-}
-
-// measure notes what an image occupies, also one that is gone.
-func (c *Chains) measure(n Name) error {
-	var st unix.Stat_t
-	err := unix.Stat(c.Image(n), &st)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("measure chain image: %w", err)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if old, ok := c.sizes[n]; ok {
-		c.used.Bytes -= old
-		c.used.Inodes--
-		delete(c.sizes, n)
-	}
-	if err == nil {
-		c.sizes[n] = st.Blocks * 512
-		c.used.Bytes += c.sizes[n]
-		c.used.Inodes++
-	}
-	return nil
-}
-
 func (c *Chains) change(fn func(*Stats)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -310,10 +358,11 @@ func (c *Chains) Stats() Stats {
 
 // Size returns what a chain's image occupies; false when there is none.
 func (c *Chains) Size(n Name) (bytes int64, ok bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	bytes, ok = c.sizes[n]
-	return bytes, ok
+	im := c.known(n)
+	if im == nil {
+		return 0, false
+	}
+	return im.bytes, true
 }
 
 // HasImage reports whether a chain has an image.
@@ -327,36 +376,6 @@ func (c *Chains) Usage() layer.Usage {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.used
-}
-
-// Ensure makes sure that a chain is mounted.
-func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	if c.IsMounted(n) {
-		return nil
-	}
-	if err := c.buildLocked(ctx, n, chain); err != nil {
-		return err
-	}
-	err = c.mountImage(n)
-	if err == nil {
-		return nil
-	}
-	// Whatever is wrong with the image, a new one costs less than finding out.
-	c.change(func(s *Stats) { s.Rebuilt++ })
-	log.G(ctx).WithError(err).Warnf("chain image %s does not mount: building it again", n)
-	if err := os.Remove(c.Image(n)); err != nil {
-		return fmt.Errorf("remove chain image: %w", err)
-	}
-	if err := c.buildLocked(ctx, n, chain); err != nil {
-		return err
-	}
-	return c.mountImage(n)
 }
 
 // List returns the chains that have an image or a mount point.
@@ -383,11 +402,21 @@ func (c *Chains) List() ([]Name, error) {
 // Drop removes the image and the mount of a chain that no snapshot has.
 func (c *Chains) Drop(ctx context.Context, n Name) error {
 	return c.ifUnused(ctx, n, func() error {
-		err := os.Remove(c.Image(n))
-		if errors.Is(err, os.ErrNotExist) {
-			err = nil
-		}
+		err := c.remove(n)
 		c.opts.Step("chain.dropped")
-		return errors.Join(err, c.measure(n), c.unmount(n))
+		return errors.Join(err, c.unmount(n))
 	})
+}
+
+// remove removes the image's file, which gives its packs up.
+func (c *Chains) remove(n Name) error {
+	im := c.known(n)
+	if err := os.RemoveAll(c.Image(n)); err != nil {
+		return fmt.Errorf("remove chain image: %w", err)
+	}
+	if im == nil {
+		return nil
+	}
+	c.set(n, nil)
+	return c.opts.Layers.Packs().ReleasePacks(im.ids())
 }

@@ -3,58 +3,141 @@ package lower
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // erofsMagic is the kernel's EROFS_SUPER_MAGIC_V1.
 const erofsMagic = 0xE0F5E1E2
 
-// IsMounted reports whether a chain's image is mounted where its users look for it.
-func (c *Chains) IsMounted(n Name) bool {
+func isErofs(path string) bool {
 	var st unix.Statfs_t
-	return unix.Statfs(c.MountPoint(n), &st) == nil && int64(st.Type) == erofsMagic
+	return unix.Statfs(path, &st) == nil && int64(st.Type) == erofsMagic
 }
 
-func (c *Chains) mountImage(n Name) error {
-	if err := os.MkdirAll(c.MountPoint(n), 0o700); err != nil {
-		return fmt.Errorf("create mount point: %w", err)
-	}
-	c.opts.Step("chain.mounting")
-	_, err := mountErofs(c.Image(n), c.MountPoint(n), c.opts.Loop)
-	c.opts.Step("chain.mounted")
-	return err
-}
-
-// mountErofs mounts an image from its file where the kernel can (6.12), else, or if asked to, from a loop device.
-func mountErofs(image, target string, asked bool) (loop bool, err error) {
-	if err = unix.ENOTBLK; !asked {
-		err = unix.Mount(image, target, "erofs", unix.MS_RDONLY, "")
-	}
-	if errors.Is(err, unix.ENOTBLK) {
-		m := mount.Mount{Type: "erofs", Source: image, Options: []string{"ro", "loop"}}
-		loop, err = true, m.Mount(target)
-	}
-	if errors.Is(err, unix.ENOSPC) { // it is not about space, and must not look so
-		return loop, fmt.Errorf("mount %s: this machine has too many mounts: raise fs.mount-max", image)
-	}
-	if err != nil {
-		return loop, fmt.Errorf("mount %s: %w", image, err)
-	}
-	return loop, nil
-}
-
-func (c *Chains) unmount(n Name) error {
-	for c.IsMounted(n) {
-		if err := unix.Unmount(c.MountPoint(n), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
-			return fmt.Errorf("unmount chain image %s: %w", n, err)
+// unmountAll unmounts what is mounted at a path, and removes the path. Who has it mounted elsewhere keeps it.
+func unmountAll(path string) error {
+	for isErofs(path) {
+		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 	}
-	c.opts.Step("chain.unmounted")
-	if err := os.Remove(c.MountPoint(n)); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove mount point: %w", err)
 	}
 	return nil
 }
+
+// mountImage mounts an image over its packs, straight from the files, or from loop devices.
+func mountImage(image, target string, devices []erofs.Device, path func(content.PackID) string, loop bool) (err error) {
+	options := make([]string, 0, len(devices)+2)
+	for _, d := range devices {
+		f, err := openPack(path(d.Pack), d)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		// The kernel opens exactly the file that has been looked at, and its name is short: all fit into one page.
+		name := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+		if loop {
+			l, err := packLoop(f, d.Pack)
+			if err != nil {
+				return err
+			}
+			defer l.Close()
+			name = l.Name()
+		}
+		options = append(options, "device="+name)
+	}
+	if n := length(options); n > os.Getpagesize() {
+		return fmt.Errorf("mount %s: %d bytes of options for %d packs: %w", image, n, len(devices), ErrTooLong)
+	}
+	if !loop {
+		return mountFile(image, target, options)
+	}
+	m := mount.Mount{Type: "erofs", Source: image, Options: append(options, "ro", "loop")}
+	return explainMount(image, m.Mount(target))
+}
+
+// mountPack mounts a pack by itself.
+func mountPack(path, target string, d erofs.Device, loop bool) error {
+	f, err := openPack(path, d)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if !loop {
+		return mountFile(path, target, nil)
+	}
+	// A device of its own: the kernel does not let a file system have one that is part of another.
+	m := mount.Mount{Type: "erofs", Source: path, Options: []string{"ro", "loop"}}
+	return explainMount(path, m.Mount(target))
+}
+
+func mountFile(source, target string, options []string) error {
+	return explainMount(source, unix.Mount(source, target, "erofs", unix.MS_RDONLY, strings.Join(options, ",")))
+}
+
+func explainMount(source string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC): // it is not about space, and must not look so
+		return fmt.Errorf("mount %s: this machine has too many mounts: raise fs.mount-max", source)
+	case err != nil:
+		return fmt.Errorf("mount %s: %w", source, err)
+	}
+	return nil
+}
+
+// errOther is wrapped when a pack's file is not the one that a chain image was built for.
+var errOther = errors.New("not the pack that the chain image was built for")
+
+// openPack opens a pack's file, and compares it with what a chain image says of it: with fs-verity its digest, else its length and the
+// sum in its trailer. A pack that was cut mounts all the same, and then every read fails.
+func openPack(path string, d erofs.Device) (_ *os.File, err error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open pack %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	if err := comparePack(f, d); err != nil {
+		return nil, errors.Join(fmt.Errorf("pack %s: %w", path, err), f.Close())
+	}
+	return f, nil
+}
+
+func comparePack(f *os.File, d erofs.Device) error {
+	fi, err := f.Stat()
+	switch {
+	case err != nil:
+		return err
+	case !fi.Mode().IsRegular():
+		return fmt.Errorf("%w: it is no regular file", errOther)
+	case fi.Size() != int64(d.Blocks)*content.BlockSize:
+		return fmt.Errorf("%w: it has %d bytes, and should have %d", errOther, fi.Size(), int64(d.Blocks)*content.BlockSize)
+	}
+	if digest, err := verity.Measure(int(f.Fd())); err == nil {
+		if digest.Hex() != d.Tag {
+			return fmt.Errorf("%w: its fs-verity digest is %s", errOther, digest.Hex())
+		}
+		return nil
+	}
+	t, err := erofs.ReadTrailer(f, fi.Size())
+	switch {
+	case err != nil:
+		return err
+	case t.Pack != d.Pack || t.Sum.Hex() != d.Tag:
+		return fmt.Errorf("%w: it says it is %s, with the sum %s", errOther, t.Pack, t.Sum.Hex())
+	}
+	return nil
+}
+
+// isGone reports whether a file is not there.
+func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -1,30 +1,111 @@
 package lower
 
-import "strings"
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
 
 // Stack says what an overlay is made of.
 type Stack struct {
-	// Lower are the directories below, the topmost first; Objects is a data-only layer below them, "" for none.
-	Lower   []string
-	Objects string
-	// Upper and Work are there when it can be written to.
+	// Lower are the directories below, the topmost first.
+	Lower []string
+	// Packs are where the packs are mounted in which the last of Lower, a shared chain image, has its payloads; none for any other.
+	Packs []string
+	// Upper and Work are there when the overlay can be written to.
 	Upper, Work string
-	// ReadOnly asks for "ro".
-	ReadOnly bool
 }
 
+// maxOptions is how long all options of a mount may be together. containerd rewrites longer ones (one page less 512 bytes), for which it takes
+// the first lowerdir= alone, and the kernel silently cuts what is longer than a page.
+const maxOptions = 4096 - 512
+
+// ErrTooLong is wrapped when a stack's options do not fit a mount.
+var ErrTooLong = errors.New("mount options are too long: use shorter paths for root and run_dir")
+
 // Overlay returns the options of an overlay mount. It alone says what they look like.
-func (k Kernel) Overlay(s Stack) []string {
-	options := append([]string(nil), k.Options...)
-	if s.Upper != "" {
-		options = append(options, "workdir="+s.Work, "upperdir="+s.Upper)
+//
+// Over a shared chain image three kinds of readers find their way in them:
+//
+//   - The kernel takes the last lowerdir= there is: the image over its packs as data-only layers.
+//   - Programs that read options without mounting (containerd's fsview and applier, BuildKit, scanners) take the last option that
+//     begins with "lowerdir=": a list of directories, each of which can be opened. The image shows every byte by itself.
+//   - containerd and BuildKit make a mount read-only by leaving out what begins with "workdir=" or "upperdir=", and putting the upper
+//     directory before what begins with "lowerdir=". What is left is whole, too: packs that are layers like others, with metacopy=on,
+//     which harms nobody where nothing can be written. The image hides the packs' own directories by whiteouts.
+//
+// BuildKit reads on only where each option is index=off or begins with one of the words above or "redirect_dir=".
+func (k Kernel) Overlay(s Stack) (options []string, err error) {
+	defer func() {
+		if n := length(options); err == nil && n > maxOptions {
+			err = fmt.Errorf("%d bytes of overlay options, %d fit: %w", n, maxOptions, ErrTooLong)
+		}
+	}()
+	lower := "lowerdir=" + strings.Join(s.Lower, ":")
+	if len(s.Packs) == 0 {
+		options = k.begin(k.alone())
+		if s.Upper != "" {
+			options = append(options, "workdir="+s.Work, "upperdir="+s.Upper)
+		}
+		return append(options, lower), nil
 	}
-	if s.ReadOnly {
-		options = append(options, "ro")
+	listed := lower + ":" + strings.Join(s.Packs, ":")
+	full := k.overPacks() + "," + lower + "::" + strings.Join(s.Packs, "::")
+	if s.Upper == "" {
+		return append(k.begin(""), listed, full), nil
 	}
-	below := "lowerdir=" + strings.Join(s.Lower, ":")
-	if s.Objects != "" {
-		below += "::" + s.Objects
+	return append(k.begin(metacopyOn+k.xino()), "upperdir="+s.Upper, listed, "workdir="+s.Work+","+full), nil
+}
+
+// Options returns what a container's overlay gets beside directories.
+func (k Kernel) Options() []string {
+	if k.Shared {
+		return k.begin(k.overPacks())
 	}
-	return append(options, below)
+	return k.begin(k.alone())
+}
+
+// length is how containerd measures options, with what joins them.
+func length(options []string) (n int) {
+	for _, o := range options {
+		n += len(o) + 1
+	}
+	return n
+}
+
+const metacopyOn = "redirect_dir=on,metacopy=on"
+
+func (k Kernel) begin(second string) []string {
+	if second == "" {
+		return []string{"index=off"}
+	}
+	return []string{"index=off", second}
+}
+
+// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot tell apart.
+func (k Kernel) xino() string {
+	if k.Defaults.Xino {
+		return ",xino=off"
+	}
+	return ""
+}
+
+// alone is what an overlay without packs needs, "" for nothing.
+func (k Kernel) alone() string {
+	switch {
+	case k.Metacopy:
+		return metacopyOn + k.xino()
+	case k.Defaults == Defaults{}:
+		return ""
+	}
+	// A renamed directory would be a redirect that no image can express.
+	return "redirect_dir=off,metacopy=off" + k.xino()
+}
+
+// overPacks is what an overlay over packs needs.
+func (k Kernel) overPacks() string {
+	if k.Metacopy {
+		return metacopyOn + k.xino()
+	}
+	return "redirect_dir=follow,metacopy=off" + k.xino()
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -20,18 +19,35 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// Kernel is what the probe found out about overlayfs here.
+// PageCache says what containers share in memory.
+type PageCache string
+
+const (
+	// PageCacheAuto is PageCacheShared where the kernel can.
+	PageCacheAuto PageCache = ""
+	// PageCacheShared: equal files of all images, by way of data-only lower layers (Linux 6.5).
+	PageCacheShared PageCache = "shared"
+	// PageCachePrivate: the files of one image among its containers.
+	PageCachePrivate PageCache = "private"
+)
+
+// Kernel is what the probe found out here, and what follows from it.
 type Kernel struct {
-	// Options every overlay mount gets.
-	Options []string
+	// Shared: chain images lie over mounted packs, in which equal files are in memory once.
+	Shared bool
 	// Metacopy: data-only lower layers need metacopy=on (Linux 6.5 to 6.15), so that containers' upper
 	// directories may hold files without bytes.
 	Metacopy bool
 	// Loop: EROFS has to be mounted from loop devices.
 	Loop bool
-	// NoVerity tells why objects have no fs-verity; nil when they have, and Options ask overlayfs to compare it.
+	// NoVerity tells why packs and chain images have no fs-verity; nil when they have.
 	NoVerity error
+	// Defaults are what overlayfs has on where a mount does not speak of it.
+	Defaults Defaults
 }
+
+// Defaults are parameters of overlayfs's module that are not off here.
+type Defaults struct{ Xino, Metacopy, Redirect bool }
 
 // ProbePrefix names the probe's directory below the root.
 const ProbePrefix = "probe-"
@@ -39,8 +55,8 @@ const ProbePrefix = "probe-"
 // Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
 // distributions backport.
 type Features struct {
-	// Erofs, Upper and DataOnly tell why EROFS cannot be mounted, the file system cannot hold overlayfs's upper
-	// directories, or overlayfs does not serve data-only lower layers: nil when they can. Without EROFS nothing
+	// Erofs, Upper and DataOnly tell why a chain image over a pack cannot be mounted and read, the file system cannot hold overlayfs's
+	// upper directories, or overlayfs does not serve data-only lower layers: nil when they can. Without EROFS nothing
 	// is said of DataOnly.
 	Erofs, Upper, DataOnly error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
@@ -50,143 +66,249 @@ type Features struct {
 	Counted error
 	// Nested tells why no overlay can be mounted over a container's files, as some programs in containers do.
 	Nested error
-	// Options are what every overlay mount gets; Metacopy says that metacopy=on is one of them (Linux 6.5 to 6.15).
-	Options  []string
+	// Metacopy says that data-only lower layers need metacopy=on (Linux 6.5 to 6.15).
 	Metacopy bool
-	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why objects cannot have fs-verity that
-	// overlayfs compares with chain images.
+	Defaults Defaults
+	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why packs cannot have fs-verity.
 	IDMapped, Verity error
 }
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
-func Examine(dir string) (Features, error) {
-	return examine(dir, examination{idmap: true, verity: true})
-}
-
-// examination says what to look at beside what every daemon needs.
-type examination struct {
-	idmap, verity bool
-	// metacopy: keep metacopy=on also where the kernel does without.
-	metacopy bool
-}
+func Examine(dir string) (Features, error) { return examine(dir, false, true) }
 
 // Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the kernel does
 // without.
-func Probe(root string, want Verity, metacopy bool) (k Kernel, err error) {
-	f, err := examine(root, examination{verity: want == VerityAuto || want == VerityOn, metacopy: metacopy})
+func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, err error) {
+	f, err := examine(root, metacopy, false)
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
 	case errors.Is(errors.Join(f.Erofs, f.Upper, f.DataOnly), unix.ENOSPC):
 		return k, fmt.Errorf("probe: %w", errors.Join(f.Erofs, f.Upper, f.DataOnly))
 	case f.Erofs != nil:
-		return k, fmt.Errorf("the kernel does not mount EROFS (load it with `modprobe erofs`, or use a kernel with CONFIG_EROFS_FS; "+
+		return k, fmt.Errorf("the kernel does not mount EROFS images over packs (load it with `modprobe erofs`, or use Linux 5.16 or newer with CONFIG_EROFS_FS; "+
 			"before Linux 6.12 loop devices are needed too): %w", f.Erofs)
 	case f.Upper != nil:
 		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories (use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", f.Upper)
-	case f.DataOnly != nil:
-		return k, fmt.Errorf("overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them): %w", f.DataOnly)
 	}
-	k = Kernel{Options: f.Options, Metacopy: f.Metacopy, Loop: f.Counted != nil}
-	if k.NoVerity, err = want.decide(f.Verity); err == nil && k.NoVerity == nil {
-		k.Options = append(k.Options, verityOption(k.Metacopy))
+	k = Kernel{Shared: f.DataOnly == nil, Metacopy: metacopy, Loop: f.Loop, Defaults: f.Defaults}
+	switch cache {
+	case PageCacheAuto:
+	case PageCachePrivate:
+		k.Shared = false
+	case PageCacheShared:
+		if f.DataOnly != nil {
+			return k, fmt.Errorf("page_cache is \"shared\", and overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them; "+
+				"else set page_cache to \"private\", or leave it out): %w", f.DataOnly)
+		}
+	default:
+		return k, fmt.Errorf("page_cache %q: want shared or private", string(cache))
 	}
+	if k.Shared && f.Metacopy {
+		k.Metacopy = true
+	}
+	k.NoVerity, err = want.decide(f.Verity)
 	return k, err
 }
 
-// examine mounts a small chain image over one object, writable, and reads it back.
-func examine(parent string, look examination) (f Features, err error) {
+// examine mounts small chain images over a pack, in both flavours, writable, and reads them. With keep, metacopy=on stays.
+func examine(parent string, keep, idmap bool) (f Features, err error) {
 	dir, err := os.MkdirTemp(parent, ProbePrefix)
 	if err != nil {
 		return f, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	payload := []byte("served from an object")
-	object, err := writeProbe(dir, payload)
-	if err == nil {
-		err = writeProbeImage(filepath.Join(dir, "chain.erofs"), object, nil)
+	p := prober{dir: dir, payload: []byte(strings.Repeat("served from a pack", 100))}
+	defer func() { err = errors.Join(err, p.close()) }()
+	f.Defaults = Defaults{overlayDefault("xino_auto"), overlayDefault("metacopy"), overlayDefault("redirect_dir")}
+	f.Verity = verity.Probe(dir)
+	if err := p.write(); err != nil {
+		return f, err
 	}
+	empty, err := p.make("empty")
 	if err != nil {
 		return f, err
 	}
-	empty, image := filepath.Join(dir, "empty"), filepath.Join(dir, "image")
-	if err := os.Mkdir(empty, 0o755); err != nil {
-		return f, err
+	f.Upper = p.tryOverlay(Kernel{Metacopy: keep, Defaults: f.Defaults}, Stack{Lower: []string{empty}}, false)
+	f.Loop = p.needsLoop()
+	image, err := p.mount("private", f.Loop)
+	if err == nil {
+		err = p.check(image)
 	}
-	f.Upper = tryOverlay(dir, empty, nil, nil)
-	if f.Loop, f.Erofs = mountErofs(filepath.Join(dir, "chain.erofs"), image, false); f.Erofs != nil {
+	if f.Erofs = err; err != nil || f.Upper != nil {
 		return f, nil
 	}
-	defer func() { err = errors.Join(err, unix.Unmount(image, unix.MNT_DETACH)) }()
-	if f.Upper == nil {
-		for _, k := range kernelChoices(look.metacopy) {
-			if f.DataOnly = tryOverlay(dir, image, k.Options, payload); f.DataOnly == nil {
-				f.Options, f.Metacopy = k.Options, k.Metacopy
-				break
-			}
-		}
-		if err := f.examineStacking(dir, image); err != nil {
-			return f, err
-		}
+	if err := f.examineStacking(&p, image); err != nil {
+		return f, err
 	}
-	if look.idmap {
-		f.IDMapped = tryIDMap(dir, image)
-	}
-	if f.Verity = errors.New("not asked for"); look.verity {
-		f.Verity = errors.New("overlayfs does not serve data-only lower layers")
-		if f.Upper == nil && f.DataOnly == nil {
-			f.Verity = tryVerity(dir, f, object, payload)
-		}
+	f.DataOnly = p.tryShared(&f, keep)
+	if idmap {
+		f.IDMapped = p.tryIDMap(image)
 	}
 	return f, nil
 }
 
-// examineStacking finds out whether overlays work inside containers, and whether they do so only with loop devices.
-func (f *Features) examineStacking(dir, image string) (err error) {
-	if f.Nested = tryNested(dir, image); f.Nested == nil || f.Loop {
-		return nil
+// prober holds what an examination has made.
+type prober struct {
+	dir     string
+	payload []byte
+	pack    erofs.Device
+	mounted []string
+}
+
+func (p *prober) path(name string) string { return filepath.Join(p.dir, name) }
+
+func (p *prober) make(name string) (string, error) {
+	return p.path(name), os.Mkdir(p.path(name), 0o755)
+}
+
+func (p *prober) close() error {
+	var errs []error
+	for _, at := range p.mounted {
+		errs = append(errs, unix.Unmount(at, unix.MNT_DETACH))
 	}
-	looped, err := os.MkdirTemp(dir, "looped")
+	return errors.Join(append(errs, os.RemoveAll(p.dir))...)
+}
+
+// write writes a pack with one payload, and images of both flavours.
+func (p *prober) write() error {
+	f, err := os.Create(p.path("pack"))
 	if err != nil {
 		return err
 	}
-	if _, err := mountErofs(filepath.Join(dir, "chain.erofs"), looped, true); err != nil {
+	defer f.Close()
+	id := content.ObjectID{Sum: sha256.Sum256(p.payload)}
+	w := erofs.NewPackWriter(f, 1)
+	if _, err := w.Append(id, p.payload); err != nil {
+		return err
+	}
+	sealed, err := w.Seal()
+	if err != nil {
+		return err
+	}
+	p.pack = sealed.Device()
+	for name, redirect := range map[string]bool{"private": false, "shared": true} {
+		var b bytes.Buffer
+		_, err := erofs.WriteChain(context.Background(), &b, &tree.Node{
+			Entry: &content.Entry{Kind: content.Dir, Mode: 0o755},
+			Children: []*tree.Node{{Name: "file", Entry: &content.Entry{
+				Kind: content.Regular, Mode: 0o644, Size: int64(len(p.payload)), Object: id,
+			}}},
+		}, erofs.Options{
+			Place:    func(content.ObjectID) (content.Place, bool) { return sealed.Place(0), true },
+			Packs:    []erofs.Device{p.pack},
+			Redirect: redirect,
+		})
+		if err == nil {
+			err = os.WriteFile(p.path(name), b.Bytes(), 0o600)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// needsLoop tells whether the kernel mounts EROFS from devices alone.
+func (p *prober) needsLoop() bool {
+	at, err := p.make("from-file")
+	if err != nil {
+		return false // whoever mounts will say
+	}
+	err = mountFile(p.path("pack"), at, nil)
+	if err == nil {
+		p.mounted = append(p.mounted, at)
+	}
+	return errors.Is(err, unix.ENOTBLK)
+}
+
+// mount mounts an image over the pack.
+func (p *prober) mount(name string, loop bool) (at string, err error) {
+	if at, err = os.MkdirTemp(p.dir, name+"-"); err != nil {
+		return at, err
+	}
+	packs := func(content.PackID) string { return p.path("pack") }
+	if err = mountImage(p.path(name), at, []erofs.Device{p.pack}, packs, loop); err == nil {
+		p.mounted = append(p.mounted, at)
+	}
+	return at, err
+}
+
+// check reads the file in a mount.
+func (p *prober) check(at string) error {
+	got, err := os.ReadFile(filepath.Join(at, "file"))
+	if err == nil && !bytes.Equal(got, p.payload) {
+		err = errors.New("a file does not show the bytes that its pack has")
+	}
+	return err
+}
+
+// tryShared finds out how overlays over packs work.
+func (p *prober) tryShared(f *Features, keep bool) error {
+	image, err := p.mount("shared", f.Loop)
+	if err != nil {
+		return err
+	}
+	pack, err := p.make("mounted-pack")
+	if err != nil {
+		return err
+	}
+	if err := mountPack(p.path("pack"), pack, p.pack, f.Loop); err != nil {
+		return err
+	}
+	p.mounted = append(p.mounted, pack)
+	for _, f.Metacopy = range []bool{keep, true} {
+		k := Kernel{Metacopy: f.Metacopy, Defaults: f.Defaults}
+		if err = p.tryOverlay(k, Stack{Lower: []string{image}, Packs: []string{pack}}, true); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
+// examineStacking finds out whether overlays work inside containers, and whether they do so only with loop devices.
+func (f *Features) examineStacking(p *prober, image string) (err error) {
+	if f.Nested = p.tryNested(image); f.Nested == nil || f.Loop {
+		return nil
+	}
+	looped, err := p.mount("private", true)
+	if err != nil {
 		return nil // there are no loop devices to do better with
 	}
-	if tryNested(dir, looped) == nil {
+	if p.tryNested(looped) == nil {
 		f.Loop, f.Counted, f.Nested = true, f.Nested, nil
 	}
-	return unix.Unmount(looped, unix.MNT_DETACH)
+	return nil
 }
 
 // tryNested mounts an overlay over an overlay, as programs in a container do, and writes to it.
-func tryNested(dir, image string) (err error) {
+func (p *prober) tryNested(image string) (err error) {
 	lower := image
 	for range 2 {
-		paths := map[string]string{}
-		for _, d := range []string{"upper", "work", "merged"} {
-			if paths[d], err = os.MkdirTemp(dir, d); err != nil {
-				return err
-			}
+		s, merged, err := p.stack(Stack{Lower: []string{lower}})
+		if err != nil {
+			return err
 		}
-		options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, paths["upper"], paths["work"])
-		if err := unix.Mount("overlay", paths["merged"], "overlay", 0, options); err != nil {
+		options, err := Kernel{}.Overlay(s)
+		if err != nil {
+			return err
+		}
+		if err := unix.Mount("overlay", merged, "overlay", 0, strings.Join(options, ",")); err != nil {
 			return fmt.Errorf("mount an overlay over the files of a container: %w", err)
 		}
-		lower = paths["merged"]
-		defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
+		lower = merged
+		defer func() { err = errors.Join(err, unix.Unmount(merged, unix.MNT_DETACH)) }()
 	}
 	return os.WriteFile(filepath.Join(lower, "new"), nil, 0o600)
 }
 
-func tryIDMap(dir, image string) (err error) {
+func (p *prober) tryIDMap(image string) (err error) {
 	users, err := mount.GetUsernsFD("0:100000:65536", "0:100000:65536")
 	if err != nil {
 		return err
 	}
 	defer users.Close()
-	target := filepath.Join(dir, "mapped")
-	if err := os.Mkdir(target, 0o700); err != nil {
+	target, err := p.make("mapped")
+	if err != nil {
 		return err
 	}
 	if err := mount.IDMapMount(image, target, int(users.Fd())); err != nil {
@@ -195,88 +317,45 @@ func tryIDMap(dir, image string) (err error) {
 	return unix.Unmount(target, unix.MNT_DETACH)
 }
 
-// kernelChoices are the sets of options to try, the best first; with keep, all have metacopy=on.
-func kernelChoices(keep bool) []Kernel {
-	// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot
-	// tell apart. BuildKit reads few options, so it is refused only where the kernel's default is to have it.
-	both := []string{"index=off"}
-	if overlayDefault("xino_auto") {
-		both = append(both, "xino=off")
-	}
-	plain := slices.Clone(both)
-	if overlayDefault("metacopy") {
-		plain = append(plain, "metacopy=off")
-	}
-	if overlayDefault("redirect_dir") || overlayDefault("metacopy") {
-		// A renamed directory would be a redirect that no image can express.
-		plain = append(plain, "redirect_dir=off")
-	}
-	// metacopy=on asks for redirects, so there it stays as it is.
-	all := []Kernel{{Options: plain}, {Options: append(both, "metacopy=on"), Metacopy: true}}
-	return slices.DeleteFunc(all, func(k Kernel) bool { return keep && !k.Metacopy })
-}
-
 // overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.
 func overlayDefault(parameter string) bool {
 	b, err := os.ReadFile("/sys/module/overlay/parameters/" + parameter)
 	return err == nil && strings.TrimSpace(string(b)) == "Y"
 }
 
-// writeProbe writes the object, and returns an entry that names it.
-func writeProbe(dir string, payload []byte) (*content.Entry, error) {
-	id := content.ObjectID{Sum: sha256.Sum256(payload)}
-	object := filepath.Join(dir, "objects", id.Path())
-	for _, d := range []string{filepath.Dir(object), filepath.Join(dir, "image")} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, err
+// stack adds directories to write to.
+func (p *prober) stack(s Stack) (_ Stack, merged string, err error) {
+	for name, dir := range map[string]*string{"upper": &s.Upper, "work": &s.Work, "merged": &merged} {
+		if *dir, err = os.MkdirTemp(p.dir, name); err != nil {
+			return s, merged, err
 		}
 	}
-	e := &content.Entry{Kind: content.Regular, Mode: 0o644, Size: int64(len(payload)), Object: id}
-	return e, os.WriteFile(object, payload, 0o400)
+	return s, merged, nil
 }
 
-func writeProbeImage(path string, e *content.Entry, digest func(content.ObjectID) verity.Digest) error {
-	var b bytes.Buffer
-	_, err := erofs.WriteVerity(context.Background(), &b, &tree.Node{
-		Entry:    &content.Entry{Kind: content.Dir, Mode: 0o755},
-		Children: []*tree.Node{{Name: "file", Entry: e}},
-	}, digest)
+// tryOverlay mounts an overlay, writes to it, and, if asked to, reads the file in it.
+func (p *prober) tryOverlay(k Kernel, s Stack, read bool) (err error) {
+	s, merged, err := p.stack(s)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(path, b.Bytes(), 0o600)
-}
-
-// tryOverlay mounts an overlay on lower, writes to it, and, if want is not nil, reads the probe's
-// file through the objects.
-func tryOverlay(dir, lower string, options []string, want []byte) (err error) {
-	paths := map[string]string{}
-	for _, d := range []string{"upper", "work", "merged"} {
-		if paths[d], err = os.MkdirTemp(dir, d); err != nil {
-			return err
-		}
+	options, err := k.Overlay(s)
+	if err != nil {
+		return err
 	}
-	stack := Stack{Lower: []string{lower}, Upper: paths["upper"], Work: paths["work"]}
-	if want != nil {
-		stack.Objects = filepath.Join(dir, "objects")
+	all := strings.Join(options, ",")
+	if err := unix.Mount("overlay", merged, "overlay", 0, all); err != nil {
+		return fmt.Errorf("mount overlay with %s: %w", all, err)
 	}
-	all := strings.Join(Kernel{Options: options}.Overlay(stack), ",")
-	if err := unix.Mount("overlay", paths["merged"], "overlay", 0, all); err != nil {
-		return fmt.Errorf("mount overlay with %s: %w", strings.Join(options, ","), err)
-	}
-	defer func() { err = errors.Join(err, unix.Unmount(paths["merged"], unix.MNT_DETACH)) }()
-	if err := os.WriteFile(filepath.Join(paths["merged"], "new"), nil, 0o600); err != nil {
-		if full := os.Mkdir(filepath.Join(paths["upper"], "room"), 0o700); errors.Is(err, unix.EROFS) && full != nil {
+	defer func() { err = errors.Join(err, unix.Unmount(merged, unix.MNT_DETACH)) }()
+	if err := os.WriteFile(filepath.Join(merged, "new"), nil, 0o600); err != nil {
+		if full := os.Mkdir(filepath.Join(s.Upper, "room"), 0o700); errors.Is(err, unix.EROFS) && full != nil {
 			err = full // overlayfs mounts read-only where it has no room for a directory of its own
 		}
 		return err
 	}
-	if want == nil {
+	if !read {
 		return nil
 	}
-	got, err := os.ReadFile(filepath.Join(paths["merged"], "file"))
-	if err == nil && !bytes.Equal(got, want) {
-		err = errors.New("a file without data does not show its object's bytes")
-	}
-	return err
+	return p.check(merged)
 }

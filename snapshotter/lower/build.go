@@ -1,0 +1,224 @@
+package lower
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
+)
+
+// Build makes sure that a chain's image exists.
+func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
+	n := c.Name(chain)
+	done, err := c.acquire(ctx, n)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return c.buildLocked(ctx, n, chain)
+}
+
+// isCurrent reports whether an image can be mounted as it is.
+func (c *Chains) isCurrent(n Name) bool {
+	im := c.known(n)
+	if im == nil || !im.whole || im.moved || im.damaged || !c.HasImage(n) || !c.isHashed(n) {
+		return false
+	}
+	for _, d := range im.devices { // a pack may have got fs-verity since
+		if now, ok := c.opts.Layers.Packs().Device(d.Pack); !ok || now != d {
+			return false
+		}
+	}
+	return true
+}
+
+// build is an image that is being built.
+type build struct {
+	moved, damaged map[content.PackID]bool
+}
+
+func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerID) (err error) {
+	if c.isCurrent(n) {
+		return nil
+	}
+	release, err := c.opts.Layers.ReserveChain(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	defer release()
+	start := time.Now()
+	root, err := c.opts.Layers.Merge(ctx, chain)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	b := &build{map[content.PackID]bool{}, map[content.PackID]bool{}}
+	c.mu.Lock()
+	c.builds[b] = true
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		delete(c.builds, b)
+		c.mu.Unlock()
+	}()
+	placed, err := c.opts.Layers.Places(ctx, objectsOf(root))
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	held := true
+	defer func() {
+		if held {
+			err = errors.Join(err, placed.Release())
+		}
+	}()
+	path, err := c.stage(ctx, root, placed)
+	if err != nil {
+		return fmt.Errorf("build chain image: %w", err)
+	}
+	c.opts.Step("chain.staged")
+	if err := c.remove(n); err != nil {
+		return errors.Join(err, os.Remove(path))
+	}
+	if err := os.Rename(path, c.Image(n)); err != nil {
+		return errors.Join(fmt.Errorf("build chain image: %w", err), os.Remove(path))
+	}
+	c.opts.Step("chain.renamed")
+	im, err := c.read(n)
+	if err != nil {
+		return fmt.Errorf("read back chain image: %w", err)
+	}
+	held = false // now the image's file does
+	c.set(n, im)
+	c.settle(n, b)
+	c.change(func(s *Stats) {
+		s.Builds++
+		s.BuildTime += time.Since(start)
+	})
+	return nil
+}
+
+// settle notes what has moved while an image was being built.
+func (c *Chains) settle(n Name, b *build) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, d := range c.images[n].devices {
+		c.images[n].moved = c.images[n].moved || b.moved[d.Pack]
+		c.images[n].damaged = c.images[n].damaged || b.damaged[d.Pack]
+	}
+}
+
+// stage writes a chain's image under another name.
+func (c *Chains) stage(ctx context.Context, root *tree.Node, placed *object.Placed) (path string, err error) {
+	f, err := os.CreateTemp(c.opts.Staging, "chain-")
+	if err != nil {
+		return "", err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+	}()
+	err = c.write(ctx, f, root, placed.Place, placed.Packs())
+	// A torn image would mount and show wrong metadata, so its bytes come before its name.
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil && c.opts.Kernel.NoVerity == nil {
+		err = verity.EnablePath(f.Name())
+	}
+	return f.Name(), err
+}
+
+// write writes a chain's image. It is a private one where a shared one cannot be: with more packs than fit a mount's options, or with
+// a file that is named like a pack.
+func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, place func(content.ObjectID) (content.Place, bool), packs []erofs.Device) error {
+	w := bufio.NewWriterSize(to, 1<<20)
+	o := erofs.Options{Place: place, Packs: packs, Redirect: c.opts.Kernel.Shared && c.fits(len(packs))}
+	_, err := erofs.WriteChain(ctx, w, root, o)
+	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
+		log.G(ctx).WithError(err).Warn("a chain image shares no memory with others")
+		o.Redirect = false
+		_, err = erofs.WriteChain(ctx, w, root, o)
+	}
+	if err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// fits reports whether an overlay's options have room for so many packs. The rest of them is estimated from above.
+func (c *Chains) fits(packs int) bool {
+	var n Name
+	rest := 2*len(c.MountPoint(n)) + 2*len(c.opts.Images) + 300
+	return rest+packs*2*(len(c.packs.at(0))+2) <= maxOptions
+}
+
+// objectsOf returns the objects below a node, each once.
+func objectsOf(root *tree.Node) (ids []content.ObjectID) {
+	seen := map[content.ObjectID]bool{}
+	var walk func(*tree.Node)
+	walk = func(n *tree.Node) {
+		if id := n.Entry.Object; !id.IsZero() && !seen[id] {
+			seen[id] = true
+			ids = append(ids, id)
+		}
+		for _, child := range n.Children {
+			walk(child)
+		}
+	}
+	walk(root)
+	return ids
+}
+
+// Moved notes that packs have lost payloads to others, because they were damaged or merged, and returns the chains whose images name
+// them. Those go when they are not mounted any more (DropStale, Release); of damaged ones the next container gets a new one.
+func (c *Chains) Moved(packs []content.PackID, damaged bool) (stale []Name) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for b := range c.builds {
+		for _, id := range packs {
+			b.moved[id], b.damaged[id] = true, b.damaged[id] || damaged
+		}
+	}
+	for n, im := range c.images {
+		if slices.ContainsFunc(im.devices, func(d erofs.Device) bool { return slices.Contains(packs, d.Pack) }) {
+			im.moved, im.damaged = true, im.damaged || damaged
+			stale = append(stale, n)
+		}
+	}
+	return stale
+}
+
+// DropStale removes the images of chains over old packs that are not mounted.
+func (c *Chains) DropStale(ctx context.Context, names []Name) error {
+	var errs []error
+	for _, n := range names {
+		errs = append(errs, c.ifUnused(ctx, n, func() error {
+			if c.IsMounted(n) || !c.isStale(n) {
+				return nil
+			}
+			return c.remove(n)
+		}))
+	}
+	return errors.Join(errs...)
+}
+
+// isStale reports whether an image keeps packs that nothing else needs.
+func (c *Chains) isStale(n Name) bool {
+	im := c.known(n)
+	return im != nil && (im.moved || im.damaged || slices.ContainsFunc(im.ids(), c.opts.Layers.Packs().Superseded))
+}

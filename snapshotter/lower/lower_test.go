@@ -1,0 +1,563 @@
+package lower
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+)
+
+// lab is a store of layers with chain images over it.
+type lab struct {
+	*Chains
+	t      *testing.T
+	dir    string
+	layers *layer.Store
+}
+
+func needFeatures(t *testing.T) Features {
+	t.Helper()
+	needsMounts(t)
+	f, err := Examine(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.Erofs != nil || f.Upper != nil {
+		t.Skipf("EROFS: %v, overlayfs: %v", f.Erofs, f.Upper)
+	}
+	return f
+}
+
+// kinds are the ways in which chain images can be mounted here.
+func kinds(t *testing.T) map[string]Kernel {
+	f := needFeatures(t)
+	all := map[string]Kernel{}
+	for _, loop := range []bool{false, true} {
+		if f.Loop && !loop || loop && !exists("/dev/loop-control") {
+			continue
+		}
+		name := map[bool]string{false: "", true: " looped"}[loop]
+		all["private"+name] = Kernel{Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")}
+		if f.DataOnly == nil {
+			all["shared"+name] = Kernel{Shared: true, Metacopy: f.Metacopy, Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")}
+		}
+	}
+	return all
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func inAllKinds(t *testing.T, fn func(t *testing.T, l *lab)) {
+	for name, k := range kinds(t) {
+		t.Run(name, func(t *testing.T) { fn(t, newLab(t, k)) })
+	}
+}
+
+func newLab(t *testing.T, k Kernel) *lab {
+	t.Helper()
+	l := &lab{t: t, dir: t.TempDir()}
+	t.Cleanup(func() {
+		l.close()
+		mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(l.dir))
+		if err != nil || len(mounts) > 0 {
+			t.Errorf("still mounted: %d, %v", len(mounts), err)
+		}
+		for _, m := range mounts {
+			_ = mount.UnmountAll(m.Mountpoint, unix.MNT_DETACH)
+		}
+	})
+	l.open(k)
+	return l
+}
+
+func (l *lab) open(k Kernel) {
+	l.t.Helper()
+	var err error
+	root := filepath.Join(l.dir, "root")
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		l.t.Fatal(err)
+	}
+	moved := func(ids []content.PackID, damaged bool) {
+		if l.Chains != nil {
+			if err := l.DropStale(l.t.Context(), l.Moved(ids, damaged)); err != nil {
+				l.t.Error(err)
+			}
+		}
+	}
+	l.layers, err = layer.Open(l.t.Context(), layer.Options{Root: root, Verity: k.NoVerity == nil, PacksMoved: moved, KeepUnnamed: true}, nil)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.Chains, err = Open(l.t.Context(), Options{
+		Images: filepath.Join(root, "chains"), Staging: filepath.Join(root, "ingest"), Mounts: filepath.Join(l.dir, "chains"),
+		PackMounts: filepath.Join(l.dir, "p"), Layers: l.layers, Kernel: k,
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// close gives up all chains.
+func (l *lab) close() {
+	l.t.Helper()
+	names, err := l.List()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, n := range names {
+		for id := range l.users[n] {
+			l.Unuse(id)
+		}
+		if err := l.Release(l.t.Context(), n); err != nil {
+			l.t.Error(err)
+		}
+	}
+	if err := l.layers.Close(); err != nil {
+		l.t.Error(err)
+	}
+}
+
+// ingest makes a layer of files.
+func (l *lab) ingest(files map[string]string) content.LayerID {
+	l.t.Helper()
+	dir := l.t.TempDir()
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	in, err := l.layers.IngestDir(l.t.Context(), layer.Dir{Upper: dir})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return in.Layer
+}
+
+func (l *lab) ensure(chain ...content.LayerID) Below {
+	l.t.Helper()
+	b, err := l.Ensure(l.t.Context(), chain)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return b
+}
+
+// stack is a container over what lies below.
+func (l *lab) stack(b Below) Stack {
+	l.t.Helper()
+	s := Stack{Lower: []string{b.Chain}, Packs: b.Packs, Upper: l.t.TempDir(), Work: l.t.TempDir()}
+	return s
+}
+
+func (l *lab) mounts(s Stack) []mount.Mount {
+	l.t.Helper()
+	options, err := l.opts.Kernel.Overlay(s)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+}
+
+func text(name string) string { return name + strings.Repeat(" of some length", 100) }
+
+// with mounts for the time of fn.
+func with(t *testing.T, mounts []mount.Mount, readOnly bool, fn func(root string)) {
+	t.Helper()
+	do := mount.WithTempMount
+	if readOnly {
+		do = mount.WithReadonlyTempMount
+	}
+	if err := do(t.Context(), mounts, func(root string) error { fn(root); return nil }); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func readFile(t *testing.T, elem ...string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(elem...))
+	if err != nil {
+		t.Error(err)
+	}
+	return string(b)
+}
+
+func namesIn(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		t.Error(err)
+	}
+	for _, f := range files {
+		names = append(names, f.Name())
+	}
+	return names
+}
+
+// A container's overlay, a read-only mount of it, and whoever opens the directories that its options name, see the same.
+func TestAllReadersSeeTheSame(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		base := l.ingest(map[string]string{"etc/passwd": text("old"), "keep": text("keep"), "gone": text("gone"), "dir/a": text("a"), "tiny": "tiny"})
+		top := l.ingest(map[string]string{"other": text("other")})
+		mounts := l.mounts(l.stack(l.ensure(base, top)))
+		if len(mounts) != 1 {
+			t.Fatal(mounts)
+		}
+		with(t, mounts, false, func(root string) {
+			for name, want := range map[string]string{"etc/passwd": text("old"), "keep": text("keep"), "tiny": "tiny", "other": text("other")} {
+				if got := readFile(t, root, name); got != want {
+					t.Errorf("%s: %.20q", name, got)
+				}
+			}
+			for _, err := range []error{
+				os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("new"), 0o644),
+				os.Remove(filepath.Join(root, "gone")), os.RemoveAll(filepath.Join(root, "dir")), os.Mkdir(filepath.Join(root, "dir"), 0o755),
+				os.Chmod(filepath.Join(root, "keep"), 0o600), os.WriteFile(filepath.Join(root, "dir/b"), nil, 0o644),
+			} {
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+		look := func(root string) {
+			t.Helper()
+			if got := readFile(t, root, "etc/passwd"); got != "new" {
+				t.Errorf("/etc/passwd: %.20q", got)
+			}
+			if got := readFile(t, root, "keep"); got != text("keep") {
+				t.Errorf("keep: %.20q", got)
+			}
+			if got := namesIn(t, root); !slices.Equal(got, []string{"dir", "etc", "keep", "other", "tiny"}) {
+				t.Errorf("root: %v", got)
+			}
+			if got := namesIn(t, filepath.Join(root, "dir")); !slices.Equal(got, []string{"b"}) {
+				t.Errorf("dir: %v", got)
+			}
+		}
+		with(t, mounts, false, look)
+		with(t, mounts, true, look)
+		// As CRI does for VOLUMEs.
+		ro := slices.Clone(mounts)
+		ro[0].Options = append(slices.Clone(ro[0].Options), "ro")
+		with(t, ro, false, look)
+		// As containerd's fsview and applier do: the last option that begins so.
+		var listed []string
+		for _, o := range mounts[0].Options {
+			if dirs, ok := strings.CutPrefix(o, "lowerdir="); ok {
+				listed = strings.Split(dirs, ":")
+			}
+		}
+		for _, dir := range listed {
+			if _, err := os.ReadDir(dir); err != nil {
+				t.Errorf("a directory that options name: %v", err)
+			}
+		}
+		if got := readFile(t, listed[0], "etc/passwd"); got != text("old") {
+			t.Errorf("the first directory that options name: %.20q", got)
+		}
+	})
+}
+
+// A view is one mount, too.
+func TestViewOfPacks(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		b := l.ensure(l.ingest(map[string]string{"a": text("a"), "b/c": text("c")}))
+		if len(b.Packs) == 0 {
+			t.Skip("a bind mount is a view of a private image")
+		}
+		mounts := l.mounts(Stack{Lower: []string{b.Chain}, Packs: b.Packs})
+		for _, readOnly := range []bool{false, true} {
+			with(t, mounts, readOnly, func(root string) {
+				if got := readFile(t, root, "a") + readFile(t, root, "b/c"); got != text("a")+text("c") {
+					t.Errorf("%d bytes", len(got))
+				}
+				if got := namesIn(t, root); !slices.Equal(got, []string{"a", "b"}) {
+					t.Errorf("root: %v", got)
+				}
+				if err := os.WriteFile(filepath.Join(root, "new"), nil, 0o644); !errors.Is(err, unix.EROFS) {
+					t.Errorf("write: %v", err)
+				}
+			})
+		}
+	})
+}
+
+// Packs are mounted once, while a mounted image needs them, and stay on the disk as long as an image names them.
+func TestPacksFollowImages(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		one, two := l.ingest(map[string]string{"a": text("a")}), l.ingest(map[string]string{"b": text("b")})
+		ctx := t.Context()
+		l.Use(l.Name([]content.LayerID{one}), "1")
+		l.Use(l.Name([]content.LayerID{one, two}), "2")
+		first, second := l.ensure(one), l.ensure(one, two)
+		packs := 0
+		if l.opts.Kernel.Shared {
+			packs = 2
+		}
+		if len(second.Packs) != packs || l.PackMounts() != packs {
+			t.Fatalf("%d and %d packs, want %d", len(second.Packs), l.PackMounts(), packs)
+		}
+		for _, path := range first.Packs {
+			if !slices.Contains(second.Packs, path) {
+				t.Errorf("%s is mounted twice", path)
+			}
+		}
+		l.layers.Release(two)
+		l.layers.Wait()
+		if got := readFile(t, second.Chain, "b"); got != text("b") {
+			t.Errorf("an image lost its pack: %.20q", got)
+		}
+		n, orphaned, _ := l.Unuse("2")
+		if !orphaned {
+			t.Fatal("another uses it")
+		}
+		if err := l.Drop(ctx, n); err != nil {
+			t.Fatal(err)
+		}
+		if got := l.PackMounts(); got != packs/2 {
+			t.Errorf("%d packs are mounted", got)
+		}
+		files, _ := filepath.Glob(filepath.Join(l.dir, "root/packs/*"))
+		if len(files) != 1 {
+			t.Errorf("packs %v", files)
+		}
+		if got := readFile(t, first.Chain, "a"); got != text("a") {
+			t.Errorf("%.20q", got)
+		}
+	})
+}
+
+// What is mounted stays so over a restart, and is known.
+func TestReopenedWithMounts(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		k := l.opts.Kernel
+		one := l.ingest(map[string]string{"a": text("a")})
+		before := l.ensure(one)
+		if err := l.layers.Close(); err != nil {
+			t.Fatal(err)
+		}
+		l.open(k)
+		builds := l.Stats().Builds
+		after := l.ensure(one)
+		if before.Chain != after.Chain || !slices.Equal(before.Packs, after.Packs) || l.Stats().Builds != builds {
+			t.Errorf("%+v became %+v, %d built", before, after, l.Stats().Builds)
+		}
+		if got := l.PackMounts(); got != len(before.Packs) {
+			t.Errorf("%d packs are mounted", got)
+		}
+		// As after a reboot, when the image is there and nothing is mounted.
+		if err := l.unmount(l.Name([]content.LayerID{one})); err != nil {
+			t.Fatal(err)
+		}
+		with(t, l.mounts(l.stack(l.ensure(one))), false, func(root string) {
+			if got := readFile(t, root, "a"); got != text("a") {
+				t.Errorf("%.20q", got)
+			}
+		})
+	})
+}
+
+// Merged packs go once nothing is mounted over them; a container that starts meanwhile sees the old ones.
+func TestMergedBelowMounts(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		var chain []content.LayerID
+		for i := range 9 {
+			chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
+		}
+		n := l.Name(chain)
+		l.Use(n, "1")
+		before := l.ensure(chain...)
+		container := l.mounts(l.stack(before))
+		if err := l.layers.Compact(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		look := func(root string) {
+			for i := range 9 {
+				if got := readFile(t, root, fmt.Sprint("f", i)); got != text(fmt.Sprint(i)) {
+					t.Errorf("f%d: %.20q", i, got)
+				}
+			}
+		}
+		with(t, container, false, look)
+		if now := l.ensure(chain...); !slices.Equal(now.Packs, before.Packs) {
+			t.Errorf("packs changed below a container that is about to start: %v", now.Packs)
+		}
+		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
+			t.Errorf("%s, %v", problem, err)
+		}
+		l.Unuse("1")
+		if err := l.Release(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		packs, _ := filepath.Glob(filepath.Join(l.dir, "root/packs/*"))
+		if len(packs) >= 9 || l.HasImage(n) {
+			t.Errorf("%d packs, the old image is there: %v", len(packs), l.HasImage(n))
+		}
+		after := l.ensure(chain...)
+		with(t, l.mounts(l.stack(after)), false, look)
+		if l.opts.Kernel.Shared && len(after.Packs) >= 9 {
+			t.Errorf("%d packs", len(after.Packs))
+		}
+	})
+}
+
+// A pack that is not what an image was built for is never mounted.
+func TestOtherPacksAreRefused(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		one := l.ingest(map[string]string{"a": text("a"), "b": text("b")})
+		two := l.ingest(map[string]string{"c": text("c"), "d": text("d")})
+		n := l.Name([]content.LayerID{one})
+		if err := l.Build(t.Context(), []content.LayerID{one}); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Build(t.Context(), []content.LayerID{two}); err != nil {
+			t.Fatal(err)
+		}
+		path := l.packs.path(l.known(n).devices[0].Pack)
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := os.ReadFile(l.packs.path(l.known(l.Name([]content.LayerID{two})).devices[0].Pack))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, b := range map[string][]byte{"cut": whole[:len(whole)-content.BlockSize], "another's": other, "empty": {}} {
+			if err := errors.Join(os.Remove(path), os.WriteFile(path, b, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			if b, err := l.Ensure(t.Context(), []content.LayerID{one}); err == nil {
+				t.Errorf("%s: mounted: %+v", name, b)
+			}
+			if l.PackMounts() != 0 || l.IsMounted(n) {
+				t.Errorf("%s: something is mounted", name)
+			}
+		}
+		if err := errors.Join(os.Remove(path), os.WriteFile(path, whole, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		if got := readFile(t, l.ensure(one).Chain, "a"); got != text("a") {
+			t.Errorf("%.20q", got)
+		}
+	})
+}
+
+// A damaged chain image is found, wherever it is damaged.
+func TestCompareFindsDamage(t *testing.T) {
+	inAllKinds(t, func(t *testing.T, l *lab) {
+		chain := []content.LayerID{l.ingest(map[string]string{"a": text("a"), "b": text("b"), "tiny": "tiny"})}
+		if err := l.Build(t.Context(), chain); err != nil {
+			t.Fatal(err)
+		}
+		n := l.Name(chain)
+		whole, err := os.ReadFile(l.Image(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rng := sha256.Sum256(whole)
+		for at := 1024 + int(rng[0])%64; at < len(whole); at += 256 {
+			b := bytes.Clone(whole)
+			b[at] ^= 1
+			if err := os.WriteFile(l.Image(n), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if problem, err := l.Compare(t.Context(), n, chain); problem == "" || err != nil {
+				t.Errorf("byte %d of %d: %q, %v", at, len(whole), problem, err)
+			}
+		}
+		if err := os.WriteFile(l.Image(n), whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
+			t.Errorf("whole: %q, %v", problem, err)
+		}
+	})
+}
+
+// An image with a file named like one of its packs shares no memory, and shows all of its files.
+func TestFileNamedLikeAPack(t *testing.T) {
+	f := needFeatures(t)
+	if f.DataOnly != nil {
+		t.Skip(f.DataOnly)
+	}
+	l := newLab(t, Kernel{Shared: true, Metacopy: f.Metacopy, Loop: f.Loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")})
+	one := l.ingest(map[string]string{"a": text("a")})
+	b := l.ensure(one)
+	name := filepath.Base(b.Packs[0])
+	two := l.ingest(map[string]string{name + "/000000": text("mine")})
+	for readOnly := range 2 {
+		with(t, l.mounts(l.stack(l.ensure(one, two))), readOnly == 1, func(root string) {
+			if got := readFile(t, root, name, "000000"); got != text("mine") {
+				t.Errorf("%.20q", got)
+			}
+		})
+	}
+}
+
+// With more packs than options have room for, an image shares no memory, and is served.
+func TestMorePacksThanOptionsHold(t *testing.T) {
+	f := needFeatures(t)
+	if f.DataOnly != nil {
+		t.Skip(f.DataOnly)
+	}
+	l := newLab(t, Kernel{Shared: true, Metacopy: f.Metacopy, Loop: f.Loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")})
+	var chain []content.LayerID
+	for i := range 70 {
+		chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
+	}
+	b := l.ensure(chain...)
+	if len(b.Packs) > 0 {
+		t.Errorf("%d packs in options", len(b.Packs))
+	}
+	if got := readFile(t, b.Chain, "f69"); got != text("69") {
+		t.Errorf("%.20q", got)
+	}
+}
+
+func TestOverlayOptions(t *testing.T) {
+	shared := Stack{Lower: []string{"/c"}, Packs: []string{"/p/1", "/p/2"}, Upper: "/u", Work: "/w"}
+	private := Stack{Lower: []string{"/c"}, Upper: "/u", Work: "/w"}
+	for _, row := range []struct {
+		name string
+		k    Kernel
+		s    Stack
+		want []string
+	}{
+		{"private", Kernel{}, private, []string{"index=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
+		{"private, other defaults", Kernel{Defaults: Defaults{Xino: true, Metacopy: true}}, private,
+			[]string{"index=off", "redirect_dir=off,metacopy=off,xino=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
+		{"private after metacopy", Kernel{Metacopy: true}, private,
+			[]string{"index=off", "redirect_dir=on,metacopy=on", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
+		{"shared", Kernel{Shared: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u", "lowerdir=/c:/p/1:/p/2",
+			"workdir=/w,redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1::/p/2"}},
+		{"shared with metacopy", Kernel{Shared: true, Metacopy: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u",
+			"lowerdir=/c:/p/1:/p/2", "workdir=/w,redirect_dir=on,metacopy=on,lowerdir=/c::/p/1::/p/2"}},
+		{"shared view", Kernel{Shared: true}, Stack{Lower: []string{"/c"}, Packs: []string{"/p/1"}},
+			[]string{"index=off", "lowerdir=/c:/p/1", "redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1"}},
+	} {
+		got, err := row.k.Overlay(row.s)
+		if err != nil || !slices.Equal(got, row.want) {
+			t.Errorf("%s: %q, %v", row.name, got, err)
+		}
+	}
+	long := shared
+	long.Packs = slices.Repeat([]string{"/" + strings.Repeat("p", 100)}, 20)
+	if _, err := (Kernel{}).Overlay(long); !errors.Is(err, ErrTooLong) {
+		t.Error(err)
+	}
+}
