@@ -97,7 +97,8 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 	if off := float64(sum.Size)/float64(disk.Bytes) - 1; off < -0.01 || off > 0.01 {
 		t.Errorf("snapshots use %d bytes, the disk holds %d: %.1f %% off", sum.Size, disk.Bytes, 100*off)
 	}
-	if off := float64(sum.Inodes)/float64(disk.Inodes) - 1; off < -0.02 || off > 0.02 {
+	// Some directories are not counted, and rounding is: there are few inodes.
+	if off := sum.Inodes - disk.Inodes; off < -4 || off > 4 {
 		t.Errorf("snapshots use %d inodes, the disk holds %d", sum.Inodes, disk.Inodes)
 	}
 }

@@ -54,6 +54,9 @@ func Upgrade(ctx context.Context, opts Options, former FormerStore) (err error) 
 	if err := s.openDirs(); err != nil {
 		return err
 	}
+	if err := s.openPacks(time.Time{}); err != nil {
+		return err
+	}
 	// The figure in it does not hold any more. The next Open looks for what a killed upgrade has left.
 	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("mark store as being upgraded: %w", err)

@@ -95,8 +95,9 @@ func (s *Store) unclaim(st *state) {
 // Share returns the part that one use of a layer has in all that is stored; claimed tells that Claim was called for it, and more is what the caller
 // stores beside it for all of them.
 func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shrinkClaims(more)
 	st := s.layers[id]
 	if st == nil || st.holds == 0 {
 		return Usage{}
@@ -109,4 +110,33 @@ func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	u.Bytes += int64(float64(rest.Bytes)*part + 0.5)
 	u.Inodes += int64(float64(rest.Inodes)*part + 0.5)
 	return u
+}
+
+// shrinkClaims has the claims of all uses together be no more than what is there: merging packs gives back space that had been
+// claimed. They shrink alike, and what is lost by rounding one is added to the next. Under mu.
+func (s *Store) shrinkClaims(more Usage) {
+	all := s.used()
+	all.Bytes, all.Inodes = all.Bytes+more.Bytes, all.Inodes+more.Inodes
+	if s.claimed.Bytes <= all.Bytes && s.claimed.Inodes <= all.Inodes {
+		return
+	}
+	shrink := func(of func(*Usage) *int64) {
+		have, want := *of(&s.claimed), *of(&all)
+		if have <= want {
+			return
+		}
+		rest := 0.0
+		for _, st := range s.layers {
+			if st.claimed == nil {
+				continue
+			}
+			n := of(st.claimed)
+			exact := float64(*n)*float64(want)/float64(have) + rest
+			rest = exact - float64(int64(exact))
+			*of(&s.claimed) += int64(exact) - *n
+			*n = int64(exact)
+		}
+	}
+	shrink(func(u *Usage) *int64 { return &u.Bytes })
+	shrink(func(u *Usage) *int64 { return &u.Inodes })
 }
