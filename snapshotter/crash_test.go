@@ -260,8 +260,11 @@ func holdsNothingElse(t *testing.T, s *Snapshotter, ctx context.Context) {
 		}
 		return len(found)
 	}
-	if got, want := count("objects/*/*"), s.layers.Objects(); got != want {
-		t.Errorf("%d files in objects, %d are objects", got, want)
+	if got, want := count("packs/*"), s.layers.Stats().Packs.Packs; got != want {
+		t.Errorf("%d files in packs, %d are packs", got, want)
+	}
+	if found, err := s.layers.Orphans(ctx); err != nil || len(found) > 0 {
+		t.Errorf("files that nothing names: %v, %v", found, err)
 	}
 	if got, want := count("layers/*"), len(s.layers.List()); got != want {
 		t.Errorf("%d files in layers, %d layers", got, want)
@@ -343,6 +346,8 @@ func (c *crashChild) step(ctx context.Context) error {
 		return c.view(ctx)
 	case n < 9 && len(c.names) > 6:
 		return c.remove(ctx)
+	case n == 9 && c.r.IntN(2) == 0:
+		return c.s.layers.Compact(ctx)
 	case n == 9:
 		return c.s.Cleanup(ctx)
 	}
