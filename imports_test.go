@@ -16,7 +16,8 @@ const module = "github.com/dedup-snapshotter/dedup-snapshotter"
 // one row do not know each other. The longest entry that a package is below is its own. All may import /content and /proto.
 var layers = [][]string{
 	{"/content/archive", "/content/tree", "/content/verity"},
-	{"/content/erofs", "/content/object"},
+	{"/content/erofs"},
+	{"/content/object"},
 	{"/content/layer"},
 	{"/content/forecast"},
 	{"/snapshotter/blobs", "/snapshotter/lower"},

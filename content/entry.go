@@ -43,8 +43,8 @@ const (
 	// SourceTime of its source; PycTime is what the image recorded there.
 	PycPaired
 	_ // until format 2: a .pyc whose source is in another layer
-	// PySource, on a Regular: the source of a PycPaired of this layer. Containers see its SourceTime as its mtime (Shown);
-	// Mtime is the image's.
+	// PySource, on a Regular: the source of a PycPaired of this layer. Containers see its SourceTime as its mtime
+	// (Shown); Mtime is the image's.
 	PySource
 )
 
@@ -138,7 +138,8 @@ type Fidelity string
 const (
 	// Exact keeps every byte and every metadata field as in the image.
 	Exact Fidelity = "exact"
-	// Python keeps all but the timestamps of valid CPython source and bytecode pairs, which follow from the sources' bytes.
+	// Python keeps all but the timestamps of valid CPython source and bytecode pairs: these follow from the sources'
+	// bytes.
 	Python Fidelity = "python"
 	// Normalized is Python, and a layer whose payload digest is known reuses
 	// the known layer, with its mtimes, uids and gids.

@@ -82,12 +82,15 @@ func (c ChainID) Leads(to ChainID) func(d DiffID) bool {
 	}
 }
 
-// PackID names a pack: the microseconds since 1970 at which it was begun, raised where needed so that ids grow. An id is
-// never used again.
+// PackID names a pack: the microseconds since 1970 at which it was begun, raised where needed so that ids grow. An id
+// is never used again.
 type PackID uint64
 
-// packIDLen is the length of a PackID as text: enough until the year 4253.
+// packIDLen is the length of a PackID as text.
 const packIDLen = 13
+
+// MaxPackID is the last id that has the length of all others: of the year 2112.
+const MaxPackID PackID = 1<<(4*packIDLen) - 1
 
 // String returns the id as 13 lower-case hex digits.
 func (p PackID) String() string { return fmt.Sprintf("%0*x", packIDLen, uint64(p)) }

@@ -6,11 +6,12 @@ import (
 	"strings"
 )
 
-// A source that has valid bytecode shows a timestamp that follows from its bytes, and its bytecode records that one. So builds share
-// both, and Python tells two sources apart wherever their files are copied, moved or linked to.
+// A source that has valid bytecode shows a timestamp that follows from its bytes, and its bytecode records that one.
+// So builds share both, and Python tells two sources apart wherever their files are copied, moved or linked to.
 //
-// The range is 1980-01-03 to 2014-01-11: zip, tar and 32-bit times hold it in every time zone, and no clock is behind it, so that
-// make and tar see no file from the future. Changing anything here changes object and layer ids, and so is a format break.
+// The range is 1980-01-03 to 2014-01-11: zip, tar and 32-bit times hold it in every time zone, and no clock is behind
+// it, so that make and tar see no file from the future. Changing anything here changes object and layer ids, and so is
+// a format break.
 const (
 	sourceTimeFirst = 315_705_600
 	sourceTimeBits  = 30

@@ -276,7 +276,7 @@ func TestDoctorStore(t *testing.T) {
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	file := payload("doctor", "file", 9000)
 	pull(t, n, node.Snapshotter, push(t, r, "app:1", layer(t, file)))
-	flipByte(t, objectOf(n, file))
+	payloadOf(t, n, file.Content).flip(t)
 	fsck(t, n, 3)
 	must(t, n.StopDaemon())
 	config := filepath.Join(n.Dir(), "dedup.toml")

@@ -140,7 +140,7 @@ func (p pythonCheck) undo() {
 		e.MTime = p.want[source].MTime
 		p.got[source] = e
 	}
-	p.t.Logf("%d compiled files of %d sources with timestamps that follow from these, %d as they were", changed, len(sources), kept)
+	p.t.Logf("%d compiled files with timestamps that follow from %d sources, %d as they were", changed, len(sources), kept)
 	if changed < 1000 {
 		p.t.Errorf("only %d pairs got another timestamp: the setting did nothing", changed)
 	}

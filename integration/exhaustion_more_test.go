@@ -25,13 +25,14 @@ func TestReadErrors(t *testing.T) {
 	forget(t, n, w.ctx, w.layers)
 	for _, restart := range []bool{false, true} {
 		t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
-			dropCache(t, w.marked)
+			pack := payloadOf(t, n, w.marked).path
+			dropCache(t, pack)
 			w.disk.failMarked.Store(true)
 			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "md5sum", "/marked"); err == nil || !strings.Contains(err.Error(), "nput/output error") {
 				t.Errorf("reading what cannot be read: %q, %v", out, err)
 			}
 			r := fsck(t, n, 3, "--repair", "--no-fetch")
-			if got := r.images(); len(got) != 1 || got[0] != w.refs["next"] || !strings.Contains(fmt.Sprint(r.Findings), w.marked) {
+			if got := r.images(); len(got) != 1 || got[0] != w.refs["next"] || !strings.Contains(fmt.Sprint(r.Findings), pack) {
 				t.Errorf("fsck finds %+v", r)
 			}
 			if restart {

@@ -178,7 +178,7 @@ func (w *world) operations(t *testing.T) []operation {
 	if out, err := dedupctl(t, n, "gc", "--chain-images"); err != nil {
 		t.Fatal(err, out)
 	}
-	flipByte(t, w.damaged)
+	payloadOf(t, w.n, w.damaged).flip(t)
 	fsck(t, n, 3)
 	view := 0
 	return []operation{

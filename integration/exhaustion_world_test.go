@@ -37,7 +37,7 @@ type world struct {
 	want map[string]rootfs.Tree
 	// container is the running one; it writes to rounds.
 	container, rounds string
-	// damaged is the file of a damaged object, marked that of one which holds diskMark, in the image next.
+	// damaged is a payload that gets damaged, marked one which holds diskMark, in the image next.
 	damaged, marked string
 	// layers are all that next has.
 	layers []*image.Layer
@@ -75,7 +75,7 @@ func newWorld(t *testing.T, s shortage) *world {
 	}
 	w.layers = []*image.Layer{bb, data, layer(t, many...), layer(t, marked)}
 	w.refs["next"] = push(t, reg, "next:1", w.layers...)
-	w.damaged, w.marked = objectOf(w.n, hurt), objectOf(w.n, marked)
+	w.damaged, w.marked = hurt.Content, marked.Content
 
 	w.rounds = filepath.Join(w.n.Dir(), "tmp/rounds")
 	must(t, os.Mkdir(w.rounds, 0o755))

@@ -2,8 +2,6 @@ package integration
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"os"
@@ -66,12 +64,6 @@ func flipByte(t *testing.T, path string) {
 	must(t, os.WriteFile(path, b, 0o600))
 }
 
-// objectOf is the file that holds an entry's payload.
-func objectOf(n *node.Node, e image.Entry) string {
-	sum := sha256.Sum256([]byte(e.Content))
-	return filepath.Join(n.DedupRoot(), "objects", hex.EncodeToString(sum[:1]), hex.EncodeToString(sum[1:]))
-}
-
 // blobFile is a layer's blob in containerd's content store.
 func blobFile(n *node.Node, l *image.Layer) string {
 	return filepath.Join(n.Dir(), "c/io.containerd.content.v1.content/blobs/sha256", l.Hash.Hex)
@@ -123,24 +115,23 @@ func TestFsck(t *testing.T) {
 		}
 		return names
 	}
-	sharedFile, ownFile := objectOf(n, sharedEntry), objectOf(n, ownEntry)
+	shares := func() stored { return payloadOf(t, n, sharedEntry.Content) }
+	owns := func() stored { return payloadOf(t, n, ownEntry.Content) }
 	damages := map[string]struct {
 		do     func()
 		images []string
 	}{
-		"an object that two images share": {func() { flipByte(t, sharedFile) }, of(0, 1)},
-		"an object of one image":          {func() { must(t, os.Truncate(ownFile, 100)) }, of(1)},
-		"an object is gone":               {func() { must(t, os.Remove(ownFile)) }, of(1)},
+		"an object that two images share": {func() { shares().flip(t) }, of(0, 1)},
+		"an object of one image":          {func() { owns().write(t, make([]byte, 5000)) }, of(1)},
+		"a pack is gone":                  {func() { must(t, os.Remove(owns().path)) }, of(1)},
 		"an object has another one's bytes": {func() {
-			b, err := os.ReadFile(sharedFile)
-			must(t, err)
-			must(t, os.WriteFile(ownFile, b, 0o600))
+			owns().write(t, shares().read(t))
 		}, of(1)},
 		"many objects": {func() {
-			for _, path := range glob(t, n, "objects/*/*") {
-				// The running container goes on with the file that it has, and so would with a flipped one.
-				if b, err := os.ReadFile(path); err == nil && !bytes.HasPrefix(b, []byte("\x7fELF")) {
-					flipByte(t, path)
+			for _, p := range payloads(t, n) {
+				// The running container goes on with the pack that it has, and so would with a flipped one.
+				if !bytes.HasPrefix(p.read(t), []byte("\x7fELF")) {
+					p.flip(t)
 				}
 			}
 		}, of(0, 1)},
@@ -175,8 +166,8 @@ func TestFsck(t *testing.T) {
 
 	// The blobs are gone from the content store, then damaged there: the registry has them.
 	forget(t, n, ctx, []*image.Layer{bb, shared, own})
-	flipByte(t, sharedFile)
-	flipByte(t, ownFile)
+	shares().flip(t)
+	owns().flip(t)
 	fsck(t, n, 3, "--repair", "--no-fetch")
 	out, err := n.Run(ctx, node.Snapshotter, refs[1], "true")
 	if err == nil || !strings.Contains(err.Error()+out, "dedupctl fsck --repair") {
@@ -189,7 +180,7 @@ func TestFsck(t *testing.T) {
 		t.Errorf("fetched %+v", r.Fetched)
 	}
 	intact()
-	flipByte(t, ownFile)
+	owns().flip(t)
 	flipByte(t, blobFile(n, own))
 	if r := fsck(t, n, 0, "--repair"); len(r.Fetched) != 1 {
 		t.Errorf("fetched %+v", r.Fetched)
@@ -197,7 +188,7 @@ func TestFsck(t *testing.T) {
 	intact()
 
 	// Known damage survives a restart; whoever needs the layer heals it where its blob is at hand.
-	flipByte(t, sharedFile)
+	shares().flip(t)
 	fsck(t, n, 3)
 	must(t, n.StopDaemon())
 	must(t, n.StartDaemon(ctx))
@@ -208,7 +199,7 @@ func TestFsck(t *testing.T) {
 
 	// Nothing to be had anywhere: the image is removed and pulled again.
 	forget(t, n, ctx, []*image.Layer{own})
-	must(t, os.Remove(ownFile))
+	must(t, os.Remove(owns().path))
 	fsck(t, n, 3, "--repair", "--no-fetch")
 	_, err = n.Ctr(ctx, "image", "rm", "--sync", refs[1])
 	must(t, err)

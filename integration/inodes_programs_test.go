@@ -145,8 +145,9 @@ func inodePrograms() []program {
 			script: "for o in -sx -s; do test $(du $o --apparent-size /usr/bin | cut -f1) -gt 1000 && echo all; done",
 			want:   "all\nall\n", dedup: "all\n"},
 		{name: "lsattr",
-			script: "lsattr /etc/group >/dev/null 2>&1 && echo flags; touch /etc/group; lsattr /etc/group >/dev/null && echo flags",
-			want:   "flags\nflags\n", dedup: "flags\n"},
+			script: "lsattr /etc/group >/dev/null 2>&1 && echo flags; " +
+				"touch /etc/group; lsattr /etc/group >/dev/null && echo flags",
+			want: "flags\nflags\n", dedup: "flags\n"},
 		{name: "chattr",
 			script: "chattr +A /etc/shells 2>/dev/null && echo set; touch /etc/shells; chattr +A /etc/shells && echo set",
 			want:   "set\nset\n", dedup: "set\n"},
@@ -159,7 +160,8 @@ func inodePrograms() []program {
 	}
 }
 
-// What programs do with inode numbers and devices gives with dedup what it gives with overlayfs, but for the rows that say so.
+// What programs do with inode numbers and devices gives with dedup what it gives with overlayfs, but for the rows
+// that say so.
 func runPrograms(t *testing.T, n *node.Node, ref string) {
 	ctx := testContext(t)
 	ids := map[string]string{}
@@ -193,7 +195,8 @@ func TestOverlayInContainer(t *testing.T) {
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	ref := push(t, r, "nested:1", busybox(t), dataLayer(t))
 	script := "mount -t tmpfs t /tmp && mkdir /tmp/u /tmp/w /tmp/m && " +
-		"mount -t overlay o -o lowerdir=/data,upperdir=/tmp/u,workdir=/tmp/w /tmp/m && wc -c < /tmp/m/a && echo more >> /tmp/m/b && tail -c 5 /tmp/m/b"
+		"mount -t overlay o -o lowerdir=/data,upperdir=/tmp/u,workdir=/tmp/w /tmp/m && wc -c < /tmp/m/a && " +
+		"echo more >> /tmp/m/b && tail -c 5 /tmp/m/b"
 	for _, snapshotter := range []string{"overlayfs", node.Snapshotter} {
 		pull(t, n, snapshotter, ref)
 		out, err := n.RunWith(testContext(t), snapshotter, []string{"--privileged"}, ref, "sh", "-c", script)

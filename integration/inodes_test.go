@@ -81,7 +81,8 @@ func (i identities) names() []string {
 	return groups
 }
 
-// fit checks that numbers can be held by programs that keep them in 32 bits; that they can be held by a double follows.
+// fit checks that numbers can be held by programs that keep them in 32 bits; that they can be held by a double
+// follows.
 func (i identities) fit(t *testing.T) {
 	t.Helper()
 	for name, id := range i.all() {
@@ -104,8 +105,8 @@ func debian(t *testing.T) *image.Layer {
 	return l
 }
 
-// Inode numbers are small, tell apart the files that overlayfs tells apart and no others, and stay: over remounts, copies up and
-// restarts. Programs that rest on them do what they do with overlayfs.
+// Inode numbers are small, tell apart the files that overlayfs tells apart and no others, and stay: over remounts,
+// copies up and restarts. Programs that rest on them do what they do with overlayfs.
 func TestInodes(t *testing.T) {
 	t.Parallel()
 	usual := debian(t)
@@ -122,8 +123,10 @@ func TestInodes(t *testing.T) {
 		change []string // files that a container changes, with one name each
 		linked string   // one with several
 	}{
-		{"torture", tortured, []string{"/kinds/size-1", "/kinds/size-65537", "/bin/busybox", "/meta/user-long"}, "/kinds/hard-2"},
-		{"debian", []*image.Layer{usual, programs, linkedLayer(t), repositoryLayer(t)}, []string{"/etc/passwd", "/bin/bash"}, "/usr/bin/perl"},
+		{"torture", tortured,
+			[]string{"/kinds/size-1", "/kinds/size-65537", "/bin/busybox", "/meta/user-long"}, "/kinds/hard-2"},
+		{"debian", []*image.Layer{usual, programs, linkedLayer(t), repositoryLayer(t)},
+			[]string{"/etc/passwd", "/bin/bash"}, "/usr/bin/perl"},
 	} {
 		ref := pushDemo(t, r, row.name+":1", row.layers...)
 		for _, snapshotter := range []string{"overlayfs", node.Snapshotter} {

@@ -29,7 +29,8 @@ import (
 // pythonSource is one of two releases of a module, which differ in one character.
 func pythonSource(version int) string { return fmt.Sprintf("x = 'version-%d'\n", version) }
 
-// compiledLayer has CPython itself compile sources, in a container of ref, and returns them and all that it made as a layer of files.
+// compiledLayer has CPython itself compile sources, in a container of ref, and returns them and all that it made as a
+// layer of files.
 func compiledLayer(t *testing.T, n *node.Node, ref string, sources map[string]string) *image.Layer {
 	t.Helper()
 	var entries []image.Entry
@@ -38,11 +39,16 @@ func compiledLayer(t *testing.T, n *node.Node, ref string, sources map[string]st
 		for i, name := range sortedKeys(sources) {
 			path := filepath.Join(top, name)
 			at := time.Unix(1_700_000_000+int64(i)*1000, 0)
-			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(sources[name]), 0o644), os.Chtimes(path, at, at)); err != nil {
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				return err
+			}
+			err := os.WriteFile(path, []byte(sources[name]), 0o644)
+			if err := errors.Join(err, os.Chtimes(path, at, at)); err != nil {
 				return err
 			}
 		}
-		if out, err := exec.Command("chroot", root, "python3", "-m", "compileall", "-q", "/app").CombinedOutput(); err != nil {
+		compile := exec.Command("chroot", root, "python3", "-m", "compileall", "-q", "/app")
+		if out, err := compile.CombinedOutput(); err != nil {
 			return fmt.Errorf("compile: %w: %s", err, out)
 		}
 		return filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
@@ -84,7 +90,8 @@ func inRoot(root, script, imported string, env ...string) (string, error) {
 	}
 	var versions []string
 	for range 2 { // the second has what the first has compiled
-		cmd := exec.Command("chroot", root, "python3", "-c", "import sys; sys.path.insert(0, '/app/"+imported+"'); import m; print(m.x)")
+		program := "import sys; sys.path.insert(0, '/app/" + imported + "'); import m; print(m.x)"
+		cmd := exec.Command("chroot", root, "python3", "-c", program)
 		cmd.Env = append([]string{"PATH=/usr/bin:/bin"}, env...)
 		out, err := cmd.CombinedOutput()
 		if err != nil {
@@ -114,14 +121,16 @@ func debianPython(t *testing.T) *image.Layer {
 	return base
 }
 
-// A source that comes to be where another one of the same size was, by whatever keeps its times, runs: never the code of the other one.
+// A source that comes to be where another one of the same size was, by whatever keeps its times, runs: never the code
+// of the other one.
 func TestPythonTellsSourcesApart(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	base := debianPython(t)
 	baseRef := pushDemo(t, r, "stale/base:1", base)
 	pull(t, n, "overlayfs", baseRef)
-	both := pushDemo(t, r, "stale/app:1", base, compiledLayer(t, n, baseRef, map[string]string{"v1/m.py": pythonSource(1), "v2/m.py": pythonSource(2)}))
+	releases := map[string]string{"v1/m.py": pythonSource(1), "v2/m.py": pythonSource(2)}
+	both := pushDemo(t, r, "stale/app:1", base, compiledLayer(t, n, baseRef, releases))
 	rows := []struct{ name, script, imported string }{
 		{"as it is", "true", "v2"},
 		{"cp -a", "cp -a v2/m.py v1/m.py", "v1"},
@@ -134,7 +143,7 @@ func TestPythonTellsSourcesApart(t *testing.T) {
 		{"symlink to the directory", "rm -r v1; ln -s v2 v1", "v1"},
 		{"hard link", "ln -f v2/m.py v1/m.py", "v1"},
 		{"symlink of __pycache__", "rm -r v2/__pycache__; ln -s ../v1/__pycache__ v2/__pycache__", "v2"},
-		{"symlink of a compiled file", "cd v2/__pycache__; for f in *.pyc; do ln -sf ../../v1/__pycache__/$f $f; done", "v2"},
+		{"symlink of a compiled file", "cd v2/__pycache__; ln -sf ../../v1/__pycache__/*.pyc .", "v2"},
 	}
 	for _, snapshotter := range []string{node.Snapshotter, "overlayfs"} {
 		pull(t, n, snapshotter, both)
@@ -156,12 +165,14 @@ func TestPythonTellsSourcesApart(t *testing.T) {
 	upgradedImage(t, n, base, baseRef, r.Ref)
 }
 
-// upgradedImage keeps compiled files on a volume (PYTHONPYCACHEPREFIX), while the image that they are of is replaced by the next one.
+// upgradedImage keeps compiled files on a volume (PYTHONPYCACHEPREFIX), while the image that they are of is replaced
+// by the next one.
 func upgradedImage(t *testing.T, n *node.Node, base *image.Layer, baseRef string, ref func(string) string) {
 	t.Helper()
 	var refs []string
 	for version := 1; version <= 2; version++ {
-		img, err := image.New(image.Options{}, base, compiledLayer(t, n, baseRef, map[string]string{"cur/m.py": pythonSource(version)}))
+		app := compiledLayer(t, n, baseRef, map[string]string{"cur/m.py": pythonSource(version)})
+		img, err := image.New(image.Options{}, base, app)
 		must(t, err)
 		refs = append(refs, ref(fmt.Sprintf("stale/release:%d", version)))
 		must(t, image.Push(testContext(t), refs[version-1], img))
@@ -194,7 +205,9 @@ func TestDeletedBytecodeChangesNothingElse(t *testing.T) {
 	base := debianPython(t)
 	baseRef := pushDemo(t, r, "deleted/base:1", base)
 	pull(t, n, "overlayfs", baseRef)
-	app := compiledLayer(t, n, baseRef, map[string]string{"a/m.py": pythonSource(1), "a/n.py": pythonSource(2), "b/m.py": strings.Repeat(pythonSource(1), 100)})
+	app := compiledLayer(t, n, baseRef, map[string]string{
+		"a/m.py": pythonSource(1), "a/n.py": pythonSource(2), "b/m.py": strings.Repeat(pythonSource(1), 100),
+	})
 	gone := image.Entry{Name: "app/a/.wh.__pycache__", Type: tar.TypeReg, Mode: 0o644}
 	also := image.Entry{Name: "app/b/.wh.__pycache__", Type: tar.TypeReg, Mode: 0o644}
 	bb := busybox(t)
@@ -234,7 +247,8 @@ func exportedBetween(t *testing.T, n *node.Node, snapshotter, before, after stri
 		must(t, err)
 		defer func() { must(t, sn.Remove(context.WithoutCancel(ctx), key)) }()
 	}
-	desc, err := n.Client().DiffService().Compare(ctx, sides[0], sides[1], diff.WithMediaType(ocispec.MediaTypeImageLayer))
+	plain := diff.WithMediaType(ocispec.MediaTypeImageLayer)
+	desc, err := n.Client().DiffService().Compare(ctx, sides[0], sides[1], plain)
 	must(t, err)
 	ra, err := n.Client().ContentStore().ReaderAt(ctx, desc)
 	must(t, err)

@@ -165,7 +165,9 @@ func TestPythonRunsNewCode(t *testing.T) {
 	}
 	upgradedByPip(t, n, ref)
 	shown := int64(content.SourceTime(sha256.Sum256([]byte(source))))
-	for name, mtime := range map[string]int64{"newer": 1_900_000_000, "older": 1_000_000, "after what the old one shows": shown + 1, "before 1970": 0} {
+	for name, mtime := range map[string]int64{
+		"newer": 1_900_000_000, "older": 1_000_000, "after what the old one shows": shown + 1, "before 1970": 0,
+	} {
 		t.Run(name, func(t *testing.T) {
 			e := image.File(strings.TrimPrefix(edited, "/"), changed)
 			e.Time = time.Unix(mtime, 0)

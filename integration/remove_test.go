@@ -29,13 +29,13 @@ func TestRemoveRightAfterPull(t *testing.T) {
 	for deadline := time.Now().Add(7 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		trees, err := filepath.Glob(filepath.Join(n.DedupRoot(), "layers", "*"))
 		must(t, err)
-		objects, err := filepath.Glob(filepath.Join(n.DedupRoot(), "objects", "*", "*"))
+		packs, err := filepath.Glob(filepath.Join(n.DedupRoot(), "packs", "*"))
 		must(t, err)
-		if len(trees)+len(objects) == 0 {
+		if len(trees)+len(packs) == 0 {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("seconds after the image was removed there are still %d layers and %d objects", len(trees), len(objects))
+			t.Fatalf("seconds after the image was removed there are still %d layers and %d packs", len(trees), len(packs))
 		}
 	}
 }

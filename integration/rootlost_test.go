@@ -26,8 +26,8 @@ func losesRoot(t *testing.T, opts node.Options) {
 	ctx := namespaces.WithNamespace(testContext(t), node.Namespace)
 	base, data := busybox(t), dataLayer(t)
 	gone := layer(t, payload("lost", "gone", 9000))
-	run, again, incomplete := push(t, r, "run:1", base, data), push(t, r, "again:1", base, data, layer(t, image.File("top", "top"))),
-		push(t, r, "incomplete:1", base, gone)
+	run, incomplete := push(t, r, "run:1", base, data), push(t, r, "incomplete:1", base, gone)
+	again := push(t, r, "again:1", base, data, layer(t, image.File("top", "top")))
 	for _, ref := range []string{run, again, incomplete} {
 		pull(t, n, node.Snapshotter, ref)
 	}
@@ -78,7 +78,8 @@ func losesRoot(t *testing.T, opts node.Options) {
 	if strings.Contains(out, "and they are not") || strings.Contains(out, again) {
 		t.Errorf("doctor still names images: %s", out)
 	}
-	// Containers of before have lost what they wrote; they can be removed, and so can the images, of which nothing is left.
+	// Containers of before have lost what they wrote; they can be removed, and so can the images, of which nothing is
+	// left.
 	must(t, n.RemoveContainer(ctx, old))
 	for _, ref := range []string{run, again, next, incomplete} {
 		_, err := n.Ctr(ctx, "image", "rm", "--sync", ref)

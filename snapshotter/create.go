@@ -44,8 +44,9 @@ func fsync(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// secureRoot has root be its owner's alone: who can write to it can change what containers run, who can read it sees all
-// their files. A directory that holds other things is not changed, but refused where others can write to it.
+// secureRoot has root be its owner's alone: who can write to it can change what containers run, who can read it
+// sees all their files. A directory that holds other things is not changed, but refused where others can write to
+// it.
 func secureRoot(root string) error {
 	fi, err := os.Stat(root)
 	if err != nil {
@@ -53,7 +54,8 @@ func secureRoot(root string) error {
 	}
 	st, ok := fi.Sys().(*syscall.Stat_t)
 	if uid := os.Geteuid(); ok && int(st.Uid) != uid {
-		return fmt.Errorf("%s belongs to uid %d, who could change what containers run: chown %d %s, or set another root", root, st.Uid, uid, root)
+		return fmt.Errorf("%s belongs to uid %d, who could change what containers run: chown %d %s, or set another root",
+			root, st.Uid, uid, root)
 	}
 	if fi.Mode().Perm()&0o077 == 0 {
 		return nil
@@ -69,7 +71,8 @@ func secureRoot(root string) error {
 			if fi.Mode().Perm()&0o022 == 0 {
 				return nil
 			}
-			return fmt.Errorf("%s has mode %#o and holds other files: set root to a directory of its own, such as %s/dedup", root, fi.Mode().Perm(), root)
+			return fmt.Errorf("%s has mode %#o and holds other files: set root to a directory of its own, such as %s/dedup",
+				root, fi.Mode().Perm(), root)
 		}
 	}
 	return os.Chmod(root, 0o700)

@@ -20,7 +20,8 @@ func tarOfMembers(t *testing.T, members []member) []byte {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for _, m := range members {
-		h := tar.Header{Name: m.name, Mode: 0o644, Size: int64(len(m.data)), Linkname: m.link, ModTime: time.Unix(m.mtime, 0)}
+		h := tar.Header{Name: m.name, Mode: 0o644, Size: int64(len(m.data)), Linkname: m.link}
+		h.ModTime = time.Unix(m.mtime, 0)
 		switch {
 		case strings.HasSuffix(m.name, "/"):
 			h.Typeflag, h.Mode = tar.TypeDir, 0o755
@@ -61,7 +62,8 @@ func formerTars(t *testing.T) [][]byte {
 			{name: "app/__pycache__/large.cpython-311.pyc", data: bytecodeOf(at, large, code("large")), mtime: at + 50},
 			{name: "app/__pycache__/stale.cpython-311.pyc", data: bytecodeOf(at-1, other, code("stale")), mtime: at + 50},
 			{name: "app/__pycache__/tiny.cpython-311.pyc", data: bytecodeOf(at+4, tiny, "tiny"), mtime: at + 50},
-			{name: "app/empty.py", mtime: at + 3}, {name: "app/large.py", data: large, mtime: at}, {name: "app/link.py", link: "large.py", mtime: at + 9},
+			{name: "app/empty.py", mtime: at + 3}, {name: "app/large.py", data: large, mtime: at},
+			{name: "app/link.py", link: "large.py", mtime: at + 9},
 			{name: "app/stale.py", data: other, mtime: at}, {name: "app/tiny.py", data: tiny, mtime: at + 4},
 			{name: "else/"}, {name: "else/__pycache__/"},
 			{name: "else/__pycache__/far.cpython-311.pyc", data: bytecodeOf(at, large, code("far")), mtime: at + 50},

@@ -196,8 +196,8 @@ type strays struct {
 	mounts []lower.Name // mounts of chains that snapshots have, and none needs mounted
 }
 
-// Containers that start and end between the reading of the disk and of metadata.db leave what looks unused. So it has to
-// look so several times.
+// Containers that start and end between the reading of the disk and of metadata.db leave what looks unused. So it
+// has to look so several times.
 const (
 	looks     = 3
 	lookPause = 30 * time.Millisecond

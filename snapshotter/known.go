@@ -183,9 +183,9 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	return in, reasonBlob, true
 }
 
-// listsAnother reports that an image lists, in the place of a known layer, a blob that is known to be another one's. Its
-// config and its manifest do not belong together: whoever fetches it is told so, and so is who need not fetch it. A blob
-// that nobody here has read may be the same layer, compressed by somebody else.
+// listsAnother reports that an image lists, in the place of a known layer, a blob that is known to be another
+// one's. Its config and its manifest do not belong together: whoever fetches it is told so, and so is who need not
+// fetch it. A blob that nobody here has read may be the same layer, compressed by somebody else.
 func listsAnother(ctx context.Context, layers *layer.Store, found *blobs.Store, w wanted, d content.DiffID) bool {
 	listed := []digest.Digest{w.blob}
 	if part, ok, err := found.Below(ctx, w.target); err == nil && ok {
@@ -198,7 +198,8 @@ func listsAnother(ctx context.Context, layers *layer.Store, found *blobs.Store, 
 		}
 		layers.Release(in.Layer)
 		if in.DiffID != d {
-			log.G(ctx).Warnf("an image lists blob %s for diffID %s, and its diffID is %s: it is fetched and checked", blob, d.Digest(), in.DiffID.Digest())
+			log.G(ctx).Warnf("an image lists blob %s for diffID %s, and its diffID is %s: it is fetched and checked",
+				blob, d.Digest(), in.DiffID.Digest())
 			return true
 		}
 	}

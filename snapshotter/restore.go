@@ -20,9 +20,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
-// lost are committed snapshots that containerd has on record and the store does not, since its root was lost or replaced.
-// containerd refuses to unpack what it has on record, so such an image could be neither pulled nor run. Each is
-// restored when a client first asks for it, with all below it, from the image and the blobs in the content store.
+// lost are committed snapshots that containerd has on record and the store does not, since its root was lost or
+// replaced. containerd refuses to unpack what it has on record, so such an image could be neither pulled nor run.
+// Each is restored when a client first asks for it, with all below it, from the image and the blobs in the content
+// store.
 type lost struct {
 	s *Snapshotter
 
@@ -31,8 +32,8 @@ type lost struct {
 	hopeless map[string]time.Time
 }
 
-// hopelessFor is for how long a snapshot is not tried again that no image has: clients list snapshots every few seconds, and
-// looking for an image reads all of them.
+// hopelessFor is for how long a snapshot is not tried again that no image has: clients list snapshots every few
+// seconds, and looking for an image reads all of them.
 const hopelessFor = 5 * time.Second
 
 var errNoImage = errors.New("no image in containerd's content store has it")
@@ -86,7 +87,8 @@ func (l *lost) restore(ctx context.Context, name string) bool {
 			if errors.Is(err, errNoImage) {
 				l.giveUp(name)
 			}
-			log.G(ctx).WithError(err).Warnf("containerd has a record of snapshot %s, which is not here and cannot be restored", name)
+			log.G(ctx).WithError(err).Warnf("containerd has a record of snapshot %s, which is not here and cannot be restored",
+				name)
 		}
 		return false
 	}

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// The root is its owner's alone, also one that was there before; one that is not the daemon's alone is refused where others can write.
+// The root is its owner's alone, also one that was there before; one that is not the daemon's alone is refused
+// where others can write.
 func TestSecureRoot(t *testing.T) {
 	for _, row := range []struct {
 		name  string

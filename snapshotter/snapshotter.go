@@ -49,7 +49,8 @@ type Options struct {
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
-	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then. May be nil.
+	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot
+	// then. May be nil.
 	Remind func(ctx context.Context, chain content.ChainID) error
 }
 

@@ -22,8 +22,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// formerStore unpacks a store that the last build with layout 3 has written: the layers of formerTars, and a container over them. sameBoot:
-// the machine has not been started again since, so the container may be running.
+// formerStore unpacks a store that the last build with layout 3 has written: the layers of formerTars, and a container
+// over them. sameBoot: the machine has not been started again since, so the container may be running.
 func formerStore(t *testing.T, sameBoot bool) string {
 	t.Helper()
 	needRoot(t)
@@ -126,8 +126,9 @@ func freshStore(t *testing.T) (files map[string]string, layers []content.LayerID
 	return shown(t, s, parent), layers
 }
 
-// A store of the layout in which all pairs of Python's files had one timestamp becomes what a pull of the same images makes today, killed
-// at any step; what a container may need that runs over an old chain image stays as long as it is there.
+// A store of the layout in which all pairs of Python's files had one timestamp becomes what a pull of the same images
+// makes today, killed at any step; what a container may need that runs over an old chain image stays as long as it is
+// there.
 func TestUpgradeFromLayout3(t *testing.T) {
 	want, layers := freshStore(t)
 	steps := map[string]int{}
@@ -142,7 +143,9 @@ func TestUpgradeFromLayout3(t *testing.T) {
 			leavesOldObjects(t, root, old, sameBoot)
 		})
 	}
-	for _, step := range []string{"former.noted", "ingest.object", "former.tree", "ingest.renamed", "former.renamed", "remove.tree", "remove.object"} {
+	for _, step := range []string{
+		"former.noted", "ingest.object", "former.tree", "ingest.renamed", "former.renamed", "remove.tree", "remove.object",
+	} {
 		for nth := 1; nth <= 3; nth++ {
 			if nth > steps[step]/2 {
 				if nth == 1 {
@@ -221,7 +224,8 @@ func objectPaths(t *testing.T, root string) []string {
 	return paths
 }
 
-// leavesOldObjects checks that a container that runs over the old chain image finds all objects, over restarts, until it is removed.
+// leavesOldObjects checks that a container that runs over the old chain image finds all objects, over restarts, until
+// it is removed.
 func leavesOldObjects(t *testing.T, root string, old []string, running bool) {
 	t.Helper()
 	missing := func() (n int) {
@@ -254,7 +258,8 @@ func leavesOldObjects(t *testing.T, root string, old []string, running bool) {
 	}
 }
 
-// A layer that is damaged does not keep the others from being upgraded. It is out of service, and a pull brings it back.
+// A layer that is damaged does not keep the others from being upgraded. It is out of service, and a pull brings it
+// back.
 func TestUpgradeOfDamagedLayer(t *testing.T) {
 	want, layers := freshStore(t)
 	root := formerStore(t, false)

@@ -42,10 +42,15 @@ type Config struct {
 	// Verity is "auto" (objects and chain images get fs-verity where the file system and the kernel have it), "on" (or the
 	// daemon does not start) or "off".
 	Verity string `toml:"verity"`
+	// PageCache is "shared" (equal files of all images are in memory once, for which the kernel needs data-only lower layers), "private"
+	// (the containers of one image share its files) or "": shared where the kernel can.
+	PageCache string `toml:"page_cache"`
 	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
 	// "2GB" or "100000".
 	ReserveSpace  string `toml:"reserve_space"`
 	ReserveInodes string `toml:"reserve_inodes"`
+	// MaxMemory bounds what ingests and chain builds keep in memory: "auto", or an amount such as "2GiB".
+	MaxMemory string `toml:"max_memory"`
 	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
 	LogLevel string `toml:"log_level"`
 	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
@@ -69,6 +74,7 @@ func defaultConfig() Config {
 		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
+		MaxMemory:         "auto",
 		LogLevel:          "info",
 	}
 }
@@ -101,7 +107,8 @@ func explainTOML(err error) error {
 	if errors.As(err, &unknown) && len(unknown.Errors) > 0 {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
-		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, durability, verity, reserve_space, reserve_inodes, log_level, metrics_address)",
+		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
+			"durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, metrics_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -121,7 +128,8 @@ func (c Config) validate() error {
 			return fmt.Errorf("%s = %q: want an absolute path", key, path)
 		}
 		if strings.HasSuffix(key, "address") && len(path) > maxSocketPath {
-			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one", key, path, len(path), maxSocketPath)
+			return fmt.Errorf("%s = %q has %d bytes, and the path of a unix socket at most %d: choose a shorter one",
+				key, path, len(path), maxSocketPath)
 		}
 		// Mount options separate paths with these.
 		if key == "root" || key == "run_dir" {
@@ -146,7 +154,15 @@ func (c Config) validate() error {
 	default:
 		return fmt.Errorf("verity = %q: want \"auto\", \"on\" or \"off\"", c.Verity)
 	}
+	switch lower.PageCache(c.PageCache) {
+	case lower.PageCacheAuto, lower.PageCacheShared, lower.PageCachePrivate:
+	default:
+		return fmt.Errorf("page_cache = %q: want \"shared\" or \"private\", or leave it out", c.PageCache)
+	}
 	if _, err := c.reserve(); err != nil {
+		return err
+	}
+	if _, err := c.memory(); err != nil {
 		return err
 	}
 	if c.MetricsAddress != "" {

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/docker/go-units"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -62,12 +63,19 @@ func serve(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return err
 	}
+	memory, err := c.memory()
+	if err != nil {
+		return err
+	}
+	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
+	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
 		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
 	}
 	sn, err := snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), Reserve: reserve,
+		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
+		Reserve: reserve, MaxMemory: memory,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind,
 	})
@@ -75,7 +83,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
-	log.G(ctx).Info("fs-verity: " + sn.VerityState())
+	log.G(ctx).Infof("fs-verity: %s; page cache: %s", sn.VerityState(), sn.PageCache())
 
 	calls := newCallErrors()
 	if c.MetricsAddress != "" {

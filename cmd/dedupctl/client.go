@@ -41,7 +41,8 @@ func ask[T any](c *cli.Context, call func(context.Context, dedupv1.ControlClient
 // could not be reached.
 func dial(ctx context.Context, socket string) (*grpc.ClientConn, error) {
 	if len(socket) > maxSocketPath {
-		return nil, fmt.Errorf("its path has %d bytes, and that of a unix socket at most %d: name it by a shorter one, such as a link",
+		return nil, fmt.Errorf("its path has %d bytes, and that of a unix socket at most %d: "+
+			"name it by a shorter one, such as a link",
 			len(socket), maxSocketPath)
 	}
 	probe, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)

@@ -193,7 +193,8 @@ func checkEmpty(t *testing.T, r *rig) {
 	if s.Layers != 0 || s.LogicalBytes != 0 || s.Version != "v0.0.0-test" || s.Root != r.root || s.Fidelity != "python" || s.Reuse != "known" {
 		t.Errorf("%+v", s)
 	}
-	if code, out, errs := r.run(t, "layers"); code != exitOK || out != "" || !strings.HasPrefix(errs, "no layers: nothing has been pulled") {
+	code, out, errs := r.run(t, "layers")
+	if code != exitOK || out != "" || !strings.HasPrefix(errs, "no layers: nothing has been pulled") {
 		t.Error(code, out)
 	}
 	if code, out, _ := r.run(t, "duplicates"); code != exitOK || !strings.Contains(out, "No two layers are equal") {
@@ -241,7 +242,8 @@ func checkLayers(t *testing.T, r *rig) {
 	if err := json.Unmarshal([]byte(text), &one); err != nil || len(one) != 1 || one[0].ID != list[1].ID {
 		t.Errorf("the layer that begins with %s: %s", list[1].ID[:10], text)
 	}
-	if code, out, errs := r.run(t, "layers", "--unused"); code != exitOK || out != "" || errs != "no layer is like that; there are 2 in all\n" {
+	code, out, errs := r.run(t, "layers", "--unused")
+	if code != exitOK || out != "" || errs != "no layer is like that; there are 2 in all\n" {
 		t.Error(code, out, errs)
 	}
 	var sorted []Layer
@@ -249,7 +251,7 @@ func checkLayers(t *testing.T, r *rig) {
 	if len(sorted) != 2 || sorted[0].Uses < sorted[1].Uses {
 		t.Errorf("sorted by uses: %+v", sorted)
 	}
-	_, out, _ := r.run(t, "layers")
+	_, out, _ = r.run(t, "layers")
 	if !strings.HasPrefix(out, "LAYER ") || !strings.Contains(out, "2 layers, 20.0 kB; storing them added ") {
 		t.Error(out)
 	}

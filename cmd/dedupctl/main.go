@@ -168,8 +168,8 @@ func unknown(what, word string, known []string) error {
 	return fmt.Errorf("unknown %s %q: want %s (see --help)", what, word, strings.Join(known, ", "))
 }
 
-// closest returns the known word that a typing error may have made of, by at most two letters that were left out, added or
-// changed, or two neighbours swapped; or that begins with it. "" when there is none.
+// closest returns the known word that a typing error may have made of, by at most two letters that were left out,
+// added or changed, or two neighbours swapped; or that begins with it. "" when there is none.
 func closest(word string, known []string) (best string) {
 	least := min(2, len(word)/2) + 1
 	for _, k := range known {

@@ -49,7 +49,8 @@ func TestHelpVerb(t *testing.T) {
 			var out [2]strings.Builder
 			var errs strings.Builder
 			for i, words := range []string{row.help, row.flag} {
-				if code := run(t.Context(), append([]string{"dedupctl"}, strings.Fields(words)...), &out[i], &errs); code != exitOK {
+				args := append([]string{"dedupctl"}, strings.Fields(words)...)
+				if code := run(t.Context(), args, &out[i], &errs); code != exitOK {
 					t.Errorf("%s: exit code %d: %s", words, code, errs.String())
 				}
 			}

@@ -6,16 +6,16 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Memory is told of bytes before they are kept until the layer is whole, and refuses them with an error. It may wait. A nil
-// Memory refuses nothing. It must be safe for concurrent use: a layer is decompressed and parsed side by side.
+// Memory is told of bytes before they are kept until the layer is whole, and refuses them with an error. It may wait.
+// A nil Memory refuses nothing. It must be safe for concurrent use: a layer is decompressed and parsed side by side.
 type Memory func(bytes int64) error
 
 // ErrMemory is wrapped by what a Memory refuses with: the layer may be fine.
 var ErrMemory = errors.New("out of the memory for layers")
 
-// EntryCost is what an entry takes in memory beside twice its strings, attributes and inline data: itself, its place in its
-// directory, what whoever takes payloads notes of it, and its node and inode when a chain is built. BenchmarkMemory in
-// content/layer measures it.
+// EntryCost is what an entry takes in memory beside twice its strings, attributes and inline data: itself, its place
+// in its directory, what whoever takes payloads notes of it, and its node and inode when a chain is built.
+// BenchmarkMemory in content/layer measures it.
 const EntryCost = 640
 
 // MemoryStep is how much is kept between two calls of a Memory.
@@ -27,7 +27,8 @@ type keeper struct {
 	kept   int64 // that memory has not been told of
 }
 
-// entry counts an entry under a path of that length as its tree will have it: each path in full, whatever shares it here.
+// entry counts an entry under a path of that length as its tree will have it: each path in full, whatever shares it
+// here.
 func (k *keeper) entry(path int, e *content.Entry) {
 	encoded := int64(encodedRest + path + len(e.Target))
 	if len(e.Path) != path {

@@ -8,14 +8,16 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// maxZstdWindow bounds what one zstd frame makes the decoder allocate: containerd's bound, which is its library's.
-const maxZstdWindow = zstd.MaxWindowSize
+// maxZstdWindow bounds what one zstd frame makes the decoder allocate: containerd's bound, which is the default of its
+// library (zstd.MaxWindowSize).
+const maxZstdWindow = 512 << 20
 
 // freeZstdWindow is a window that memory is not asked for: what `zstd -19` and most builders write.
 const freeZstdWindow = 8 << 20
 
-// windows stands between a zstd blob and its decoder. It follows the blob from frame to frame, and asks memory for a large
-// window before the decoder sees the header that wants it. What is malformed it lets through, for the decoder to say so.
+// windows stands between a zstd blob and its decoder. It follows the blob from frame to frame, and asks memory for a
+// large window before the decoder sees the header that wants it. What is malformed it lets through, for the decoder
+// to say so.
 type windows struct {
 	r      io.Reader
 	memory Memory

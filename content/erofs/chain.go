@@ -1,10 +1,13 @@
 package erofs
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
+	"math"
 	"slices"
 	"strings"
 
@@ -12,22 +15,22 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// A chain image over packs is an image as above with a device for each pack that it needs, between the superblock and the root inode:
+// Between the superblock and the root inode of a chain image over packs lie
 //
-//	1152   the device table: 128 bytes a pack: tag (64), blocks of the pack (4), zeros
-//	then   the pack list: magic (8), flavour (4), packs (4), and 8 bytes a pack: its id
-//
-// The chunk index of a file with a payload names the device (counted from 1) and the payload's first block there, so the image
-// shows every byte by itself when it is mounted with its packs as device= in the order of the table.
+//	1152   the device table: for each pack tag (64), blocks of the pack (4), where the pack begins when image and
+//	       packs are one behind the other (4, in blocks; 0 if that is too far), zeros up to 128
+//	then   the pack list: magic (8), flavour (4), packs (4), crc32c of table and list (4), 4 zeros, and for each
+//	       pack its id (8)
 const (
 	deviceTable     = superOffset + superSize
 	deviceSlot      = 128
 	tagLen          = 64
 	incompatDevices = 1 << 3
 	packListMagic   = "packlist"
-	packListLen     = 16
-	// MaxPacks is how many packs an image can name: behind them the root inode's number still fits the superblock's 16 bits. What is
-	// sensible is far less.
+	packListSum     = 16 // where its checksum is
+	packListLen     = 24
+	// MaxPacks is how many packs an image can name: behind them the root inode's number still fits the superblock's
+	// 16 bits. What is sensible is far less.
 	MaxPacks = 1 << 12
 
 	flavourPrivate = 0
@@ -49,13 +52,14 @@ type Options struct {
 	Place func(content.ObjectID) (content.Place, bool)
 	// Packs are the image's devices, in the order in which it is to be mounted with them.
 	Packs []Device
-	// Redirect also gives files with payloads the xattrs by which overlayfs finds them in packs that are mounted as data-only
-	// lower layers, where images share them in memory. Without data-only lower layers it must not be set: overlayfs would
-	// look for payloads that it cannot find.
+	// Redirect also gives files with payloads the xattrs by which overlayfs finds them in packs that are mounted as
+	// data-only lower layers, where images share them in memory. Without data-only lower layers it must not be set:
+	// overlayfs would look for payloads that it cannot find.
 	Redirect bool
 }
 
-// WriteChain is Write for an image over packs: files with payloads show them, wherever the image is mounted with its packs.
+// WriteChain is Write for an image over packs: files with payloads show them, wherever the image is mounted with its
+// packs.
 func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (int64, error) {
 	p, err := newPacks(o)
 	if err != nil {
@@ -77,8 +81,8 @@ var whiteout = &content.Entry{Kind: content.Char}
 // ErrPackName is wrapped where a tree has a name of a pack in its root.
 var ErrPackName = errors.New("the image has a file named like a pack")
 
-// hidePacks returns a root with a whiteout for the directory of each pack. An overlay in which packs are lower layers like any other, as
-// read-only ones may have them, then shows none of these.
+// hidePacks returns a root with a whiteout for the directory of each pack. An overlay in which packs are lower layers
+// like any other, as read-only ones may have them, then shows none of these.
 func hidePacks(root *tree.Node, devices []Device) (*tree.Node, error) {
 	with := *root
 	with.Children = slices.Clone(root.Children)
@@ -98,6 +102,7 @@ func hidePacks(root *tree.Node, devices []Device) (*tree.Node, error) {
 type packs struct {
 	Options
 	index map[content.PackID]uint16 // from 1
+	paths []string                  // to the payloads of each
 }
 
 func newPacks(o Options) (*packs, error) {
@@ -106,6 +111,9 @@ func newPacks(o Options) (*packs, error) {
 	}
 	p := &packs{Options: o, index: make(map[content.PackID]uint16, len(o.Packs))}
 	for i, d := range o.Packs {
+		if d.Pack > content.MaxPackID {
+			return nil, fmt.Errorf("%d is no pack's id", uint64(d.Pack))
+		}
 		if len(d.Tag) != tagLen {
 			return nil, fmt.Errorf("pack %s has a tag of %d bytes, want %d", d.Pack, len(d.Tag), tagLen)
 		}
@@ -113,6 +121,7 @@ func newPacks(o Options) (*packs, error) {
 			return nil, fmt.Errorf("pack %s is there twice", d.Pack)
 		}
 		p.index[d.Pack] = uint16(i + 1)
+		p.paths = append(p.paths, "/"+d.Pack.String()+"/")
 	}
 	return p, nil
 }
@@ -132,25 +141,36 @@ func (p *packs) end() int64 {
 	return deviceTable + int64(len(p.Packs))*deviceSlot + packListLen + 8*int64(len(p.Packs))
 }
 
-func (p *packs) encode(b []byte) {
+// encode writes the device table and the list of packs of an image of this length.
+func (p *packs) encode(o *out, length int64) {
 	if p == nil {
 		return
 	}
-	at := b[deviceTable:]
-	for _, d := range p.Packs {
-		copy(at, d.Tag)
-		le.PutUint32(at[tagLen:], d.Blocks)
-		at = at[deviceSlot:]
-	}
-	copy(at, packListMagic)
-	if p.Redirect {
-		le.PutUint32(at[8:], flavourShared)
-	}
-	le.PutUint32(at[12:], uint32(len(p.Packs)))
+	b := o.at(deviceTable, p.end()-deviceTable)
+	flat := length / blockSize
 	for i, d := range p.Packs {
-		le.PutUint64(at[packListLen+8*i:], uint64(d.Pack))
+		slot := b[i*deviceSlot:]
+		copy(slot, d.Tag)
+		le.PutUint32(slot[tagLen:], d.Blocks)
+		if flat <= math.MaxUint32 {
+			le.PutUint32(slot[tagLen+4:], uint32(flat))
+		}
+		flat += int64(d.Blocks)
 	}
+	list := b[len(p.Packs)*deviceSlot:]
+	copy(list, packListMagic)
+	if p.Redirect {
+		le.PutUint32(list[8:], flavourShared)
+	}
+	le.PutUint32(list[12:], uint32(len(p.Packs)))
+	for i, d := range p.Packs {
+		le.PutUint64(list[packListLen+8*i:], uint64(d.Pack))
+	}
+	le.PutUint32(list[packListSum:], packListChecksum(b))
 }
+
+// packListChecksum is over the device table and the list behind it, while the field itself is zero.
+func packListChecksum(b []byte) uint32 { return crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)) }
 
 // find returns a payload's place, and its device.
 func (p *packs) find(e *content.Entry) (place content.Place, device uint16, err error) {
@@ -164,91 +184,127 @@ func (p *packs) find(e *content.Entry) (place content.Place, device uint16, err 
 		return place, 0, fmt.Errorf("payload %s lies in pack %s, which is not among the image's", e.Object, place.Pack)
 	case place.Size != e.Size:
 		return place, 0, fmt.Errorf("payload %s has %d bytes, and its file %d", e.Object, place.Size, e.Size)
-	case int64(place.Block)+blocksOf(place.Size) > int64(p.Packs[device-1].Blocks):
+	case place.Block < 1 || int64(place.Block)+blocksOf(place.Size) > int64(p.Packs[device-1].Blocks):
 		return place, 0, fmt.Errorf("payload %s lies outside of pack %s", e.Object, place.Pack)
+	case place.N >= maxSlots:
+		return place, 0, fmt.Errorf("payload %s is number %d of its pack, at most %d fit", e.Object, place.N, maxSlots)
 	}
 	return place, device, nil
 }
 
-// checkPlaces refuses payloads that are not where the image could show them. It looks before anything is encoded.
-func (im *image) checkPlaces() error {
-	if im.packs == nil {
-		return nil
-	}
+// findPayloads asks once for the place of each payload, and refuses those that are not where the image could show
+// them.
+func (im *image) findPayloads() error {
 	for i := range im.inodes {
 		in := &im.inodes[i]
 		if !dataless(in.node.Entry) {
 			continue
 		}
-		if _, _, err := im.packs.find(in.node.Entry); err != nil {
+		if im.packs == nil {
+			in.block = chunkNull
+			continue
+		}
+		if err := im.stopped(i); err != nil {
+			return err
+		}
+		place, device, err := im.packs.find(in.node.Entry)
+		if err != nil {
 			return fmt.Errorf("%q: %w", im.path(in.parent, in.node.Name), err)
 		}
+		in.device, in.block, in.number = device, place.Block, place.N
 	}
 	return nil
 }
 
-// redirect is where overlayfs finds a payload in its pack.
-func (im *image) redirect(e *content.Entry) string {
-	if !dataless(e) {
-		return ""
+// redirect is where overlayfs finds a payload; good until the next call.
+func (im *image) redirect(in *inode) []byte {
+	im.text = im.text[:0]
+	switch {
+	case !dataless(in.node.Entry):
+	case im.packs == nil:
+		im.text = append(append(im.text, '/'), in.node.Entry.Object.Path()...)
+	default:
+		im.text = appendSlotName(append(im.text, im.packs.paths[in.device-1]...), in.number)
 	}
-	if im.packs == nil {
-		return "/" + e.Object.Path()
-	}
-	place, _, _ := im.packs.find(e) // checkPlaces has
-	return PackPath(place.Pack, place.N)
+	return im.text
 }
 
 // encodeChunks writes the chunk index of a file with a payload at b[0].
-func (im *image) encodeChunks(b []byte, in *inode) {
-	if im.packs == nil {
-		for i := range in.chunks() {
-			le.PutUint32(b[i*chunkSize+4:], chunkNull)
-		}
-		return
-	}
-	place, device, _ := im.packs.find(in.node.Entry)
+func (in *inode) encodeChunks(b []byte) {
 	for i := range in.chunks() {
-		le.PutUint16(b[i*chunkSize+2:], device)
-		le.PutUint32(b[i*chunkSize+4:], place.Block+uint32(i)<<in.chunkShift())
+		le.PutUint16(b[i*chunkSize+2:], in.device)
+		block := in.block
+		if block != chunkNull {
+			block += uint32(i) << in.chunkShift()
+		}
+		le.PutUint32(b[i*chunkSize+4:], block)
 	}
 }
 
-// ReadChain reads from a chain image over packs which packs it names, and whether overlayfs finds payloads through it. A file that is
-// no such image is an error that wraps ErrDamaged.
+// ReadChain reads from a chain image over packs which packs it names, and whether overlayfs finds payloads through
+// it. It reads block 0 and the list of packs only. A file that is no such image is an error that wraps ErrDamaged.
 func ReadChain(r io.ReaderAt, size int64) (devices []Device, redirect bool, err error) {
-	damaged := func(what string) error { return fmt.Errorf("chain image is %w: %s", ErrDamaged, what) }
 	if size < blockSize || size%blockSize != 0 {
-		return nil, false, damaged(fmt.Sprintf("a file of %d bytes is none", size))
+		return nil, false, damagedChain("a file of %d bytes is none", size)
 	}
-	sb := make([]byte, superSize)
-	if _, err := r.ReadAt(sb, superOffset); err != nil {
-		return nil, false, fmt.Errorf("read chain image: %w", err)
+	block := make([]byte, blockSize)
+	if _, err := r.ReadAt(block, 0); err != nil {
+		return nil, false, readChainError(err)
 	}
-	n := int(le.Uint16(sb[86:]))
-	switch {
-	case le.Uint32(sb) != superMagic:
-		return nil, false, damaged("it has no superblock")
-	case int64(le.Uint32(sb[36:]))*blockSize != size:
-		return nil, false, damaged(fmt.Sprintf("it has %d bytes, its superblock says %d", size, int64(le.Uint32(sb[36:]))*blockSize))
-	case n > MaxPacks || n > 0 && le.Uint16(sb[88:]) != deviceTable/deviceSlot:
-		return nil, false, damaged("its device table is elsewhere")
+	n, err := checkSuper(block, size)
+	if err != nil {
+		return nil, false, err
 	}
 	b := make([]byte, n*deviceSlot+packListLen+8*n)
-	if _, err := r.ReadAt(b, deviceTable); errors.Is(err, io.EOF) {
-		return nil, false, damaged("its device table is cut")
-	} else if err != nil {
-		return nil, false, fmt.Errorf("read chain image: %w", err)
+	if _, err := r.ReadAt(b, deviceTable); err != nil {
+		return nil, false, readChainError(err)
 	}
 	list := b[n*deviceSlot:]
-	if string(list[:8]) != packListMagic || int(le.Uint32(list[12:])) != n {
-		return nil, false, damaged("it has no list of packs")
+	sum, flavour := le.Uint32(list[packListSum:]), le.Uint32(list[8:])
+	clear(list[packListSum : packListSum+4])
+	switch {
+	case string(list[:8]) != packListMagic || int(le.Uint32(list[12:])) != n:
+		return nil, false, damagedChain("it has no list of packs")
+	case sum != packListChecksum(b) || flavour > flavourShared:
+		return nil, false, damagedChain("its list of packs is not what was written")
 	}
 	for i := range n {
-		slot := b[i*deviceSlot:]
-		devices = append(devices, Device{
-			Pack: content.PackID(le.Uint64(list[packListLen+8*i:])), Tag: string(slot[:tagLen]), Blocks: le.Uint32(slot[tagLen:]),
-		})
+		slot, id := b[i*deviceSlot:], le.Uint64(list[packListLen+8*i:])
+		d := Device{Pack: content.PackID(id), Tag: string(slot[:tagLen]), Blocks: le.Uint32(slot[tagLen:])}
+		devices = append(devices, d)
 	}
-	return devices, le.Uint32(list[8:]) == flavourShared, nil
+	return devices, flavour == flavourShared, nil
+}
+
+// checkSuper looks at block 0 of a chain image and returns how many packs it names.
+func checkSuper(block []byte, size int64) (packs int, err error) {
+	sb := block[superOffset:]
+	packs = int(le.Uint16(sb[superDevicesOff:]))
+	length := int64(le.Uint32(sb[superBlocksOff:])) * blockSize
+	sum := le.Uint32(sb[superChecksumOff:])
+	unsummed := bytes.Clone(block)
+	clear(unsummed[superOffset+superChecksumOff:][:4])
+	switch {
+	case le.Uint32(sb) != superMagic:
+		return 0, damagedChain("it has no superblock")
+	case sum != superChecksum(unsummed):
+		return 0, damagedChain("its first block is not what was written")
+	case length != size:
+		return 0, damagedChain("it has %d bytes, its superblock says %d", size, length)
+	case packs > MaxPacks || packs > 0 && le.Uint16(sb[superTableOff:]) != deviceTable/deviceSlot:
+		return 0, damagedChain("its device table is elsewhere")
+	}
+	return packs, nil
+}
+
+func damagedChain(format string, args ...any) error {
+	return fmt.Errorf("chain image is %w: %s", ErrDamaged, fmt.Sprintf(format, args...))
+}
+
+// readChainError says why bytes of a chain image could not be read.
+func readChainError(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return damagedChain("it is cut")
+	}
+	return fmt.Errorf("read chain image: %w", err)
 }

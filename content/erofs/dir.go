@@ -47,35 +47,23 @@ func firstBlock(ents []dirent) (count int, length int64) {
 	return count, length
 }
 
+// dirBlocks calls f for each block of a directory, with what is in it and how many bytes that takes.
+func (im *image) dirBlocks(dir int32, f func(n int64, ents []dirent, length int64)) {
+	ents := im.dirents(dir)
+	for n := int64(0); len(ents) > 0; n++ {
+		count, length := firstBlock(ents)
+		f(n, ents[:count], length)
+		ents = ents[count:]
+	}
+}
+
 // dirSize is a directory's i_size: all blocks but the last are full.
 func (im *image) dirSize(dir int32) (size int64) {
-	ents := im.dirents(dir)
-	for {
-		n, length := firstBlock(ents)
-		if ents = ents[n:]; len(ents) == 0 {
-			return size + length
-		}
-		size += blockSize
-	}
+	im.dirBlocks(dir, func(n int64, _ []dirent, length int64) { size = n*blockSize + length })
+	return size
 }
 
-// encodeDir writes the blocks of a directory: the full ones into the data area, the
-// last one at tail.
-func (im *image) encodeDir(b []byte, dir int32, tail int64) {
-	in := &im.inodes[dir]
-	ents := im.dirents(dir)
-	at := int64(in.block) * blockSize
-	for len(ents) > 0 {
-		n, length := firstBlock(ents)
-		if n == len(ents) && in.layout == layoutInline {
-			at = tail
-		}
-		im.encodeDirents(b[at:at+length], ents[:n])
-		ents = ents[n:]
-		at += blockSize
-	}
-}
-
+// encodeDirents writes one block of a directory at b[0].
 func (im *image) encodeDirents(b []byte, ents []dirent) {
 	name := direntSize * len(ents)
 	for i, ent := range ents {

@@ -1,40 +1,75 @@
-// Package erofs writes chain images: read-only EROFS file systems with the merged
-// metadata of a chain. Small files lie in the image; every larger file is an
-// inode without data whose overlayfs xattrs name its object.
+// Package erofs writes and reads the two kinds of EROFS images that a store is made of. A pack holds payloads. A
+// chain image holds the merged metadata of a chain; small files lie in it, and every larger one points into a pack.
 //
-// # The image
+//	packs/<pack id>.erofs
+//	  block 0      0      nothing (1 KiB for boot sectors)
+//	               1024   superblock, written last; its metadata area begins at block m
+//	  block 1      payloads in order of arrival; each begins a block, and its last block ends with zeros
+//	  block m      inodes    32 bytes each (64 for payloads of 4 GiB and more), all plain: first block and size;
+//	                         mode 0444, root's, of 1970
+//	                         /                   nid 1
+//	                         /<pack id>/         nid 4
+//	                         /<pack id>/<n>      the payload of slot n: six hex digits, so that they sort by number
+//	               names     the blocks of /<pack id>/
+//	               table     44 bytes a slot: sha256 of the payload, first block, size; zeros where there is none
+//	               zeros     up to a whole block
+//	               trailer   the last 80 bytes of the file: magic, version, counts, offsets, and the sha256 of
+//	                         block 0 and all from block m on
 //
-//	block 0   0      nothing (1 KiB for boot sectors)
-//	          1024   superblock, 128 bytes, crc32c over the rest of block 0
-//	          1152   root inode (nid 36 or soon after: the superblock has 16 bits for it)
-//	                 shared xattrs: entries that several inodes refer to
-//	                 all other inodes, a directory's children next to one another
-//	block n   data   full directory blocks; tails that do not fit behind their inode
-//	end              zeros up to a whole block
+//	chains/<key>.erofs
+//	  block 0      0      nothing
+//	               1024   superblock, 128 bytes, crc32c over the rest of block 0; the uuid is made from the sha256
+//	                      of all other bytes
+//	               1152   device table: for each pack 128 bytes: tag, blocks, where it would lie in one file with all
+//	               then   pack list: magic, flavour, count, crc32c of table and list, the ids of the packs
+//	               then   root inode (its nid fits the superblock's 16 bits)
+//	                      shared xattrs: entries that several inodes refer to
+//	                      all other inodes, a directory's children next to one another
+//	  block n      data   full directory blocks; tails that do not fit behind their inode
+//	  end          zeros up to a whole block
 //
-//	inode            at a multiple of 32 bytes; nid = offset / 32, as the metadata area
-//	                 begins at block 0
+//	inode            at a multiple of 32 bytes; nid = offset / 32, as the metadata area of a chain image begins at
+//	                 block 0, and that is the st_ino that programs see: small, and another for each inode
 //	  header         32 bytes (compact) or 64 (extended)
 //	  xattrs         12 bytes header, ids of shared xattrs, own xattrs
 //	  payload        one of
 //	    tail         directory, symlink or file bytes (layout "inline")
-//	    chunk index  8 bytes a chunk, all null: a file that is one hole (layout "chunk")
+//	    chunk index  8 bytes a chunk: device (the pack, counted from 1) and block in it (layout "chunk")
 //	    nothing      empty file, device, or bytes in data blocks (layout "plain")
 //
-// The feature set is that of Linux 5.15 (chunk-based files being the newest of it).
-// Images are a cache, rebuilt from trees, so the layout has no version of its own:
-// the superblock's feature bits say all that a reader needs.
+// A chain image is mounted with its packs, in the order of the list: device=<pack>,device=<pack>. It comes in two
+// flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also have
+// overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over
+// <chain>::<pack>::<pack> the bytes come from the mounted packs, so all images share them in memory. An overlay over a
+// shared image alone would look for payloads in vain. The root of a shared image has a whiteout named like each of its
+// packs, so that an overlay in which packs are layers like any other shows none of them.
+//
+// # What kernels want
+//
+// Devices need Linux 5.16. Image and packs are either all files (6.12) or all block devices; the count of devices is
+// compared, their length and tag are not. A pack that is cut still mounts, and reads beyond its end are EIO: compare
+// it with OpenPack before. A chain image that is mounted without any device is taken for one file with all its packs
+// behind it (6.4; older ones refuse), which is why the device table says where they would be: every read is EIO then.
+// 6.1 looks for data-only lower layers in vain ("empty lowerdir").
+//
+// Chain images are a cache, rebuilt from trees, so their layout has no version of its own: the superblock's feature
+// bits and the pack list say all that a reader needs. Packs are what a store lives from: a change of theirs needs a
+// new packVersion, and readers of the old one.
 //
 // # Invariants
 //
-//   - The same tree gives the same bytes, the uuid included.
+//   - The same tree over the same places gives the same bytes, the uuid included.
 //   - Header, xattrs and tail of an inline inode lie in one block: all kernels
 //     refuse a tail that crosses blocks, and a symlink whose xattrs do.
 //   - Only this package writes trusted.overlay.* xattrs: whoever can choose one can
-//     make a file show any object. An entry that has one is an error, and so is
-//     a 0/0 character device, which overlayfs takes for a whiteout.
+//     make a file show any payload. An entry that has one is an error, and so is
+//     a 0/0 character device, which overlayfs takes for a whiteout: only those
+//     that hide packs are written.
+//   - A pack is written once. Nothing in it moves or is punched out after Seal.
 //
-// It does not look at objects and does not merge trees.
+// It does not look at payloads, does not merge trees, and syncs nothing. Until stores have moved to packs, Write and
+// WriteVerity make chain images of another kind, in which files with payloads are holes, and redirects lead to
+// objects.
 package erofs
 
 import (
@@ -64,6 +99,10 @@ const (
 	incompatChunked  = 1 << 2
 	superChecksumOff = 4
 	superUUIDOff     = 48
+	superBlocksOff   = 36
+	superIncompatOff = 80
+	superDevicesOff  = 86
+	superTableOff    = 88
 )
 
 var le = binary.LittleEndian
@@ -78,17 +117,20 @@ type image struct {
 	epoch  content.Time // the mtime of all compact inodes
 	shared sharedXattrs
 	ents   []dirent                             // scratch of dirents
+	text   []byte                               // scratch of redirect
 	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
 	packs  *packs                               // nil: files without data are holes
 	length int64                                // of the image in bytes; a multiple of blockSize
+	// chunked: there are files with payloads.
+	chunked bool
 }
 
 // Write writes the image of root to w and returns its length in bytes.
 //
 // Nodes that share an Entry are one inode, except directories: each of those has
-// its own. Write holds the image in memory (some 270 bytes an entry, and as much
-// again while it works) and hands it to w in one piece. An error about an entry
-// names its path; nothing was written then.
+// its own. Write keeps some 100 bytes an entry in memory, and hands the image to w in
+// pieces of 256 KiB and more. An error about an entry names its path; nothing was
+// written then.
 //
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
 // number, link target or size that EROFS or Linux cannot hold; an entry
@@ -97,8 +139,8 @@ func Write(ctx context.Context, w io.Writer, root *tree.Node) (int64, error) {
 	return WriteVerity(ctx, w, root, nil)
 }
 
-// WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is mounted with verity=on it
-// opens no object that has another. digest is asked once for each inode without data.
+// WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is
+// mounted with verity=on it opens no object that has another. digest is asked once for each inode without data.
 func WriteVerity(ctx context.Context, w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
 	im := image{ctx: ctx, digest: digest, shared: sharedXattrs{digests: digest != nil, redirectLen: redirectLen}}
 	return im.write(w, root)
@@ -108,38 +150,76 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	if err := im.scan(root); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	if err := im.checkPlaces(); err != nil {
+	if err := im.findPayloads(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	if err := im.place(); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	b, err := im.encode()
-	if err != nil {
+	sum := sha256.New()
+	first := out{w: sum}
+	if err := im.encode(&first); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	n, err := w.Write(b)
-	if err != nil {
-		return int64(n), fmt.Errorf("write chain image: %w", err)
+	seal(first.head, sum.Sum(nil))
+	second := out{w: w, head: first.head, buf: first.buf[:0]}
+	if err := im.encode(&second); err != nil {
+		return second.base, err
 	}
-	return int64(n), nil
+	return im.length, nil
 }
 
-// encode returns the bytes of a placed image.
-func (im *image) encode() ([]byte, error) {
-	b := make([]byte, im.length)
-	im.shared.encode(b)
-	im.packs.encode(b)
-	chunked := false
-	for i := range im.inodes {
-		if err := im.stopped(i); err != nil {
-			return nil, err
+// encode makes the bytes of a placed image.
+func (im *image) encode(o *out) error {
+	im.encodeSuper(o.at(superOffset, superSize))
+	im.packs.encode(o, im.length)
+	shared := im.shared.begin()
+	err := im.inOrder(func(id int32) error {
+		if shared > 0 && im.inodes[id].offset > shared {
+			im.shared.encode(o)
+			shared = 0
 		}
-		im.encodeInode(b, int32(i))
-		chunked = chunked || im.inodes[i].layout == layoutChunk
+		im.encodeInode(o, id)
+		return o.err
+	})
+	if err != nil {
+		return err
 	}
-	im.encodeSuper(b, chunked)
-	return b, nil
+	if shared > 0 {
+		im.shared.encode(o)
+	}
+	for i := range im.inodes {
+		if im.inodes[i].dataBlocks() > 0 {
+			im.encodeBlocks(o, int32(i))
+		}
+	}
+	return o.finish(im.length)
+}
+
+// inOrder calls f for all inodes by offset. They form two rows that are in order already: those that follow one
+// another, and those in gaps.
+func (im *image) inOrder(f func(id int32) error) error {
+	next := func(i int, inGap bool) int {
+		for i++; i < len(im.inodes) && im.inodes[i].inGap != inGap; i++ {
+		}
+		return i
+	}
+	row, gap := next(-1, false), next(-1, true)
+	for n := range im.inodes {
+		if err := im.stopped(n); err != nil {
+			return err
+		}
+		id := row
+		if row == len(im.inodes) || gap < len(im.inodes) && im.inodes[gap].offset < im.inodes[row].offset {
+			id, gap = gap, next(gap, true)
+		} else {
+			row = next(row, false)
+		}
+		if err := f(int32(id)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stopped returns why to stop before inode i. It looks at every few thousandth.
@@ -150,10 +230,8 @@ func (im *image) stopped(i int) error {
 	return context.Cause(im.ctx)
 }
 
-// encodeSuper comes last: the uuid is made from all other bytes, and the checksum
-// covers the inodes that share block 0.
-func (im *image) encodeSuper(b []byte, chunked bool) {
-	sb := b[superOffset:blockSize]
+// encodeSuper writes the superblock without what seal adds.
+func (im *image) encodeSuper(sb []byte) {
 	le.PutUint32(sb[0:], superMagic)
 	le.PutUint32(sb[8:], compatChecksum|compatMtime)
 	sb[12] = blockBits
@@ -161,22 +239,31 @@ func (im *image) encodeSuper(b []byte, chunked bool) {
 	le.PutUint64(sb[16:], uint64(len(im.inodes)))
 	le.PutUint64(sb[24:], uint64(im.epoch.Sec))
 	le.PutUint32(sb[32:], im.epoch.Nsec)
-	le.PutUint32(sb[36:], uint32(im.length/blockSize))
+	le.PutUint32(sb[superBlocksOff:], uint32(im.length/blockSize))
 	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
 	incompat := uint32(0)
-	if chunked {
+	if im.chunked {
 		incompat |= incompatChunked
 	}
 	if im.packs.count() > 0 {
 		incompat |= incompatDevices
-		le.PutUint16(sb[86:], uint16(im.packs.count()))
-		le.PutUint16(sb[88:], deviceTable/deviceSlot)
+		le.PutUint16(sb[superDevicesOff:], uint16(im.packs.count()))
+		le.PutUint16(sb[superTableOff:], deviceTable/deviceSlot)
 	}
-	le.PutUint32(sb[80:], incompat)
-	sum := sha256.Sum256(b)
-	putUUID(sb, sum[:])
-	// The kernel's crc32c leaves out the last inversion.
-	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+	le.PutUint32(sb[superIncompatOff:], incompat)
+}
+
+// seal completes block 0: the uuid is made from the sum of the whole image without it, and the checksum is over what
+// follows it in the block, inodes included.
+func seal(block, sum []byte) {
+	putUUID(block[superOffset:], sum)
+	le.PutUint32(block[superOffset+superChecksumOff:], superChecksum(block))
+}
+
+// superChecksum is the kernel's over block 0, taken while the field itself is zero. It leaves out crc32c's last
+// inversion.
+func superChecksum(block []byte) uint32 {
+	return ^crc32.Checksum(block[superOffset:], crc32.MakeTable(crc32.Castagnoli))
 }
 
 // putUUID writes a uuid made from a sum into a superblock.

@@ -37,8 +37,11 @@ type inode struct {
 	size   int64  // i_size
 
 	extended bool
+	inGap    bool // see arena.take
 	layout   uint8
-	block    uint32 // the first data block, if any
+	device   uint16 // of the pack with the payload, if any
+	number   uint32 // of the payload in its pack
+	block    uint32 // the first data block, in the image or the pack, if any
 	offset   int64  // in the image
 }
 
@@ -68,18 +71,27 @@ func (in *inode) fitsCompact() bool {
 func (in *inode) tail() int64 { return in.size % blockSize }
 
 // chooseLayout decides how the payload is stored, once the header's and the xattrs'
-// lengths are known, and returns the bytes that the inode takes in the metadata area.
-func (in *inode) chooseLayout() int64 {
-	end := in.headerSize() + int64(in.xattrs)
+// lengths are known.
+func (in *inode) chooseLayout() {
 	switch tail := in.tail(); {
 	case dataless(in.node.Entry):
 		in.layout = layoutChunk
-		return alignUp(end, chunkSize) + chunkSize*in.chunks()
-	case tail > 0 && end+tail <= blockSize:
+	case tail > 0 && in.headerSize()+int64(in.xattrs)+tail <= blockSize:
 		in.layout = layoutInline
-		return end + tail
+	default:
+		in.layout = layoutPlain
 	}
-	in.layout = layoutPlain
+}
+
+// length is how many bytes the inode takes in the metadata area.
+func (in *inode) length() int64 {
+	end := in.headerSize() + int64(in.xattrs)
+	switch in.layout {
+	case layoutChunk:
+		return alignUp(end, chunkSize) + chunkSize*in.chunks()
+	case layoutInline:
+		return end + in.tail()
+	}
 	return end
 }
 
@@ -104,34 +116,58 @@ func (in *inode) chunks() int64 {
 	return (in.size-1)>>(blockBits+in.chunkShift()) + 1
 }
 
-// encodeInode writes one inode with its xattrs and its payload into the image b.
-func (im *image) encodeInode(b []byte, id int32) {
+// encodeInode writes an inode with what lies behind it.
+func (im *image) encodeInode(o *out, id int32) {
 	in := &im.inodes[id]
 	e := in.node.Entry
-	in.encodeHeader(b[in.offset:], uint32(id)+1)
-	xattrs := in.offset + in.headerSize()
+	b := o.at(in.offset, in.length())
+	in.encodeHeader(b, uint32(id)+1)
+	b = b[in.headerSize():]
 	if in.xattrs > 0 {
 		var metacopy []byte
 		if im.digest != nil && dataless(e) {
 			metacopy = metacopyOf(im.digest(e.Object))
 		}
-		im.shared.encodeArea(b[xattrs:], e, metacopy, im.redirect(e))
+		im.shared.encodeArea(b, e, metacopy, im.redirect(in))
 	}
-	payload := xattrs + int64(in.xattrs)
-	if in.layout == layoutChunk {
-		im.encodeChunks(b[alignUp(payload, chunkSize):], in)
-		return
+	switch in.layout {
+	case layoutChunk:
+		in.encodeChunks(b[alignUp(int64(in.xattrs), chunkSize):])
+	case layoutInline:
+		im.encodeTail(b[in.xattrs:], id)
 	}
-	if in.layout == layoutPlain {
-		payload = int64(in.block) * blockSize
-	}
-	switch e.Kind {
+}
+
+// encodeTail writes the part of a payload that lies behind its inode: all of it, but of a directory the last block.
+func (im *image) encodeTail(b []byte, id int32) {
+	switch e := im.inodes[id].node.Entry; e.Kind {
 	case content.Regular:
-		copy(b[payload:], e.Data)
+		copy(b, e.Data)
 	case content.Symlink:
-		copy(b[payload:], e.Target)
+		copy(b, e.Target)
 	case content.Dir:
-		im.encodeDir(b, id, payload)
+		var last []dirent
+		im.dirBlocks(id, func(_ int64, ents []dirent, _ int64) { last = ents })
+		im.encodeDirents(b, last)
+	}
+}
+
+// encodeBlocks writes the part of a payload that lies in blocks of its own.
+func (im *image) encodeBlocks(o *out, id int32) {
+	in := &im.inodes[id]
+	at := int64(in.block) * blockSize
+	switch e := in.node.Entry; e.Kind {
+	case content.Regular:
+		copy(o.at(at, in.size), e.Data)
+	case content.Symlink:
+		copy(o.at(at, in.size), e.Target)
+	case content.Dir:
+		blocks := in.dataBlocks()
+		im.dirBlocks(id, func(n int64, ents []dirent, length int64) {
+			if n < blocks {
+				im.encodeDirents(o.at(at+n*blockSize, length), ents)
+			}
+		})
 	}
 }
 

@@ -4,28 +4,20 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"math"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// A pack holds the payloads of one ingest. It is an EROFS image of its own, so that overlayfs can take files from it, and it
-// describes itself, so that nothing else is needed to find a payload again:
+// What the package says of packs, in numbers: table and trailer are
 //
-//	block 0      superblock at 1024; written last
-//	block 1      payloads in order of arrival, each from the beginning of a block on, padded with zeros
-//	block meta   inodes at multiples of 32 bytes (nid 1: the root, 4: its one directory, from 5: a file for each
-//	             slot that is in use), then the blocks of that directory, then
-//	             the table: 44 bytes a slot: sha256, first block (4), size (8); all zero for a slot that is not in use
-//	             zeros, and at the very end of the file
-//	             the trailer: magic (8), version (4), slots (4), pack id (8), meta (4), blocks (4), offset of the table
-//	             from meta (8), 8 zeros, sha256 (32)
+//	slot      sha256 (32), first block (4), size (8)
+//	trailer   magic (8), version (4), slots (4), pack id (8), block m (4), blocks of the file (4), offset of the
+//	          table from m (8), 8 zeros, sha256 (32) over block 0 and everything from m on but itself
 //
-// The root's one directory has the pack's id as its name, and files in it the numbers of their slots. So a lookup of
-// "/<pack>/<number>" in another pack fails at the first component. The trailer's sha256 is over block 0 and everything
-// from meta on, but itself: it vouches for all but the payloads, which their own sums vouch for.
+// The trailer's sha256 vouches for all but the payloads, which their own sums vouch for. A lookup of
+// "/<pack>/<number>" in another pack fails at the first component.
 const (
 	packMagic    = "dedupPK\n"
 	packVersion  = 1
@@ -38,7 +30,7 @@ const (
 	// nameLen is the length of a file's name in a pack, hex digits.
 	nameLen  = 6
 	maxSlots = 1<<(4*nameLen) - 1
-	// maxMeta keeps what OpenPack reads into memory within what maxSlots can need.
+	// maxMeta is more than metadata and table of so many slots can take.
 	maxMeta = (maxSlots + 1) * (extendedSize + direntSize + nameLen + slotLen + 16)
 )
 
@@ -72,15 +64,34 @@ func (p *Pack) Place(n uint32) content.Place {
 // Device is what a chain image needs to know of the pack. The tag may be replaced by one that says more.
 func (p *Pack) Device() Device { return Device{Pack: p.ID, Tag: p.Sum.Hex(), Blocks: p.Blocks} }
 
-// PackPath returns where a pack's file system has the payload of a slot; overlayfs follows it from trusted.overlay.redirect.
+// PackPath returns where a pack's file system has the payload of a slot; overlayfs follows it from
+// trusted.overlay.redirect.
 func PackPath(id content.PackID, n uint32) string { return "/" + id.String() + "/" + slotName(n) }
 
-func slotName(n uint32) string { return fmt.Sprintf("%0*x", nameLen, n) }
+func slotName(n uint32) string { return string(appendSlotName(nil, n)) }
+
+func appendSlotName(b []byte, n uint32) []byte {
+	for shift := 4 * (nameLen - 1); shift >= 0; shift -= 4 {
+		b = append(b, "0123456789abcdef"[n>>shift&15])
+	}
+	return b
+}
+
+// used is how many slots hold a payload.
+func (p *Pack) used() (n int) {
+	for _, s := range p.Slots {
+		if s.Size > 0 {
+			n++
+		}
+	}
+	return n
+}
 
 // blocksOf returns how many blocks a payload takes.
 func blocksOf(size int64) int64 { return alignUp(size, blockSize) / blockSize }
 
-// encodeTail returns block 0 and everything from p.Meta on of a pack whose ID, Slots and Meta are set, and sets the rest.
+// encodeTail returns block 0 and everything from p.Meta on of a pack whose ID, Slots and Meta are set, and sets the
+// rest.
 func (p *Pack) encodeTail() (super, tail []byte, err error) {
 	b := p.encodeInodes()
 	table := int64(len(b))
@@ -122,12 +133,11 @@ func tailSum(super, tail []byte) (sum content.Sum) {
 // encodeInodes returns the metadata area of the pack's file system, in whole blocks.
 func (p *Pack) encodeInodes() []byte {
 	nids := make([]uint32, len(p.Slots))
-	next, used := uint32(packFilesNid), 0
+	next := uint32(packFilesNid)
 	for i, s := range p.Slots {
 		if s.Size == 0 {
 			continue
 		}
-		used++
 		if nids[i] = next; s.Size > math.MaxUint32 {
 			next++
 		}
@@ -233,60 +243,49 @@ func (p *Pack) encodeSuper(inodes []byte) []byte {
 	le.PutUint32(sb[8:], compatChecksum|compatMtime)
 	sb[12] = blockBits
 	le.PutUint16(sb[14:], packRootNid)
-	le.PutUint64(sb[16:], uint64(len(p.Slots))+2)
-	le.PutUint32(sb[36:], p.Blocks)
+	le.PutUint64(sb[16:], uint64(p.used())+2)
+	le.PutUint32(sb[superBlocksOff:], p.Blocks)
 	le.PutUint32(sb[40:], p.Meta)
 	h := sha256.New()
 	h.Write([]byte(p.ID.String()))
 	h.Write(inodes)
-	putUUID(sb, h.Sum(nil))
-	le.PutUint32(sb[superChecksumOff:], ^crc32.Checksum(sb, crc32.MakeTable(crc32.Castagnoli)))
+	seal(b, h.Sum(nil))
 	return b
 }
 
-// OpenPack reads what a sealed pack says of itself, from a file of this many bytes. What the file is not, or no longer, is an error
-// that wraps ErrDamaged. It does not look at payloads.
+// OpenPack reads what a sealed pack says of itself, from a file of this many bytes. What the file is not, or no
+// longer, is an error that wraps ErrDamaged. It does not look at payloads. It holds metadata and table in memory
+// while it works, some 94 bytes a slot.
 func OpenPack(r io.ReaderAt, size int64) (*Pack, error) {
-	damaged := func(format string, args ...any) error {
-		return fmt.Errorf("pack is %w: %s", ErrDamaged, fmt.Sprintf(format, args...))
+	t, err := readTrailer(r, size)
+	if err != nil {
+		return nil, err
 	}
-	if size < 2*blockSize || size%blockSize != 0 || size/blockSize > math.MaxUint32 {
-		return nil, damaged("a file of %d bytes is none", size)
-	}
-	var t [trailerLen]byte
-	if _, err := r.ReadAt(t[:], size-trailerLen); err != nil {
-		return nil, fmt.Errorf("read the trailer of a pack: %w", err)
-	}
-	p := &Pack{ID: content.PackID(le.Uint64(t[16:])), Meta: le.Uint32(t[24:]), Blocks: le.Uint32(t[28:])}
-	slots, table := int64(le.Uint32(t[12:])), int64(le.Uint64(t[32:]))
-	copy(p.Sum[:], t[sumOffset:])
-	length := size - int64(p.Meta)*blockSize
-	switch {
-	case string(t[:8]) != packMagic:
-		return nil, damaged("it has no trailer")
-	case le.Uint32(t[8:]) != packVersion:
-		return nil, fmt.Errorf("pack has version %d, this build reads %d", le.Uint32(t[8:]), packVersion)
-	case int64(p.Blocks)*blockSize != size:
-		return nil, damaged("it has %d bytes, its trailer says %d", size, int64(p.Blocks)*blockSize)
-	case p.Meta < 1 || length <= 0 || length > maxMeta || slots > maxSlots:
-		return nil, damaged("its trailer says what cannot be")
-	case table < packFilesNid*slotSize || table > length-trailerLen || slots*slotLen > length-trailerLen-table:
-		return nil, damaged("its table does not fit")
-	}
-	super, tail := make([]byte, blockSize), make([]byte, length)
+	super, tail := make([]byte, blockSize), make([]byte, size-int64(t.meta)*blockSize)
 	if _, err := r.ReadAt(super, 0); err != nil {
 		return nil, fmt.Errorf("read the superblock of a pack: %w", err)
 	}
-	if _, err := r.ReadAt(tail, size-length); err != nil {
+	if _, err := r.ReadAt(tail, int64(t.meta)*blockSize); err != nil {
 		return nil, fmt.Errorf("read the table of a pack: %w", err)
 	}
-	if sum := tailSum(super, tail); sum != p.Sum {
-		return nil, damaged("superblock, inodes or table have the sum %s, the trailer says %s", sum, p.Sum)
+	if sum := tailSum(super, tail); sum != t.Sum {
+		return nil, damagedPack("superblock, inodes or table have the sum %s, the trailer says %s", sum, t.Sum)
 	}
-	return p, p.decodeTable(tail[table:table+slots*slotLen], damaged)
+	if t.version != packVersion {
+		return nil, fmt.Errorf("pack %s has version %d, this build reads %d", t.Pack, t.version, packVersion)
+	}
+	p := &Pack{ID: t.Pack, Meta: t.meta, Blocks: t.Blocks, Sum: t.Sum}
+	if err := p.decodeTable(tail[t.table : t.table+t.slots*slotLen]); err != nil {
+		return nil, err
+	}
+	return p, nil
 }
 
-func (p *Pack) decodeTable(b []byte, damaged func(string, ...any) error) error {
+func damagedPack(format string, args ...any) error {
+	return fmt.Errorf("pack is %w: %s", ErrDamaged, fmt.Sprintf(format, args...))
+}
+
+func (p *Pack) decodeTable(b []byte) error {
 	p.Slots = make([]Slot, len(b)/slotLen)
 	for i := range p.Slots {
 		rec := b[i*slotLen:]
@@ -294,8 +293,9 @@ func (p *Pack) decodeTable(b []byte, damaged func(string, ...any) error) error {
 		copy(s.ID.Sum[:], rec)
 		switch {
 		case s == Slot{}:
-		case s.Size <= 0 || s.Block < 1 || s.Size > int64(p.Meta)*blockSize || int64(s.Block)+blocksOf(s.Size) > int64(p.Meta):
-			return damaged("slot %d of its table is outside of it", i)
+		case s.Size <= 0 || s.Size > int64(p.Meta)*blockSize,
+			s.Block < 1 || int64(s.Block)+blocksOf(s.Size) > int64(p.Meta):
+			return damagedPack("slot %d of its table is outside of it", i)
 		}
 		p.Slots[i] = s
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// writeOut is how much a PackWriter collects before it has the kernel begin to write it to the disk, so that the sync at the end
-// finds little left.
+// writeOut is how much a PackWriter collects before it has the kernel begin to write it to the disk, so that the sync
+// at the end finds little left.
 const writeOut = 8 << 20
 
 // PackWriter writes one pack. All methods but Seal may be called concurrently; Seal comes last, when all others have
@@ -26,13 +26,14 @@ type PackWriter struct {
 	mu    sync.Mutex // guards what follows
 	slots []Slot
 	next  uint32 // the first free block
-	begun uint32 // up to where the kernel has been asked to write
 	err   error  // the first that a write gave; the pack is lost then
+	// What was written since the kernel was last asked to begin with it: where, and how much of that.
+	from, to, dirty int64
 }
 
 // NewPackWriter begins a pack in an empty file, which stays the caller's.
 func NewPackWriter(f *os.File, id content.PackID) *PackWriter {
-	return &PackWriter{f: f, id: id, next: 1, begun: 1}
+	return &PackWriter{f: f, id: id, next: 1, from: math.MaxInt64}
 }
 
 // ID returns the pack's id.
@@ -51,10 +52,9 @@ func (w *PackWriter) Append(id content.ObjectID, data []byte) (n uint32, err err
 	if err != nil {
 		return 0, err
 	}
-	if _, err := w.f.WriteAt(data, int64(block)*blockSize); err != nil {
-		return 0, w.fail(err)
+	if _, err := w.write(data, int64(block)*blockSize); err != nil {
+		return 0, err
 	}
-	w.push()
 	return n, nil
 }
 
@@ -66,6 +66,8 @@ func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
 	switch {
 	case w.err != nil:
 		return 0, 0, w.err
+	case w.id > content.MaxPackID:
+		return 0, 0, fmt.Errorf("%d is no pack's id", uint64(w.id))
 	case s.Size <= 0:
 		return 0, 0, fmt.Errorf("payload of %d bytes in a pack", s.Size)
 	case len(w.slots) >= maxSlots || end > math.MaxUint32-maxMeta/blockSize:
@@ -78,29 +80,29 @@ func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
 	return n, block, nil
 }
 
-func (w *PackWriter) fail(err error) error {
+// write puts bytes of payloads at an offset, and has the kernel begin to write to the disk what has collected.
+func (w *PackWriter) write(p []byte, offset int64) (int, error) {
+	n, err := w.f.WriteAt(p, offset)
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.err == nil {
-		w.err = fmt.Errorf("write pack %s: %w", w.id, err)
-	}
-	return w.err
-}
-
-// push has the kernel begin with what has been collected. Payloads that are still being written go with the next round, or the sync.
-func (w *PackWriter) push() {
-	w.mu.Lock()
-	from, length := int64(w.begun)*blockSize, int64(w.next-w.begun)*blockSize
-	if length < 2*writeOut {
+	if err != nil {
+		if w.err == nil {
+			w.err = fmt.Errorf("write pack %s: %w", w.id, err)
+		}
+		err = w.err
 		w.mu.Unlock()
-		return
+		return n, err
 	}
-	// What was taken last is probably not there yet.
-	length = alignUp(length-writeOut, blockSize)
-	w.begun += uint32(length / blockSize)
+	w.from, w.to, w.dirty = min(w.from, offset), max(w.to, offset+int64(n)), w.dirty+int64(n)
+	from, to, enough := w.from, w.to, w.dirty >= writeOut
+	if enough {
+		w.from, w.to, w.dirty = math.MaxInt64, 0, 0
+	}
 	w.mu.Unlock()
-	// A hint: where it does not work, the sync has more to do.
-	_ = unix.SyncFileRange(int(w.f.Fd()), from, length, unix.SYNC_FILE_RANGE_WRITE)
+	if enough {
+		// A hint: where it does not work, the sync has more to do.
+		_ = unix.SyncFileRange(int(w.f.Fd()), from, to-from, unix.SYNC_FILE_RANGE_WRITE)
+	}
+	return n, nil
 }
 
 // Read returns the payload of a slot that Append or Commit returned, as it was written.
@@ -119,12 +121,14 @@ func (w *PackWriter) Read(n uint32) ([]byte, error) {
 	return b, nil
 }
 
-// Extent is room for a payload whose id is known only at its end. One goroutine uses it.
+// Extent is room for a payload whose id is known only at its end. One goroutine uses it, and ends it with Commit or
+// Abort.
 type Extent struct {
 	w       *PackWriter
 	n       uint32
 	slot    Slot
 	written int64
+	ended   bool
 }
 
 // Stream takes room for a payload of this many bytes.
@@ -141,13 +145,9 @@ func (e *Extent) Write(p []byte) (int, error) {
 	if int64(len(p)) > e.slot.Size-e.written {
 		return 0, fmt.Errorf("payload of %d bytes has more than these: %w", e.slot.Size, io.ErrShortWrite)
 	}
-	n, err := e.w.f.WriteAt(p, int64(e.slot.Block)*blockSize+e.written)
+	n, err := e.w.write(p, int64(e.slot.Block)*blockSize+e.written)
 	e.written += int64(n)
-	if err != nil {
-		return n, e.w.fail(err)
-	}
-	e.w.push()
-	return n, nil
+	return n, err
 }
 
 // Commit names a payload that is complete, and returns the number of its slot.
@@ -158,11 +158,17 @@ func (e *Extent) Commit(id content.ObjectID) (n uint32, err error) {
 	e.w.mu.Lock()
 	defer e.w.mu.Unlock()
 	e.w.slots[e.n].ID = id
+	e.ended = true
 	return e.n, nil
 }
 
-// Abort gives the room back. The last payload's blocks are used again, others become a hole.
+// Abort gives the room back. The last payload's blocks are used again, others become a hole. After Commit it does
+// nothing.
 func (e *Extent) Abort() error {
+	if e.ended {
+		return nil
+	}
+	e.ended = true
 	w := e.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -170,7 +176,6 @@ func (e *Extent) Abort() error {
 	w.slots[e.n] = Slot{}
 	if int(e.n) == len(w.slots)-1 && w.next == end {
 		w.slots, w.next = w.slots[:e.n], e.slot.Block
-		w.begun = min(w.begun, w.next)
 		if err := w.f.Truncate(int64(w.next) * blockSize); err != nil {
 			return fmt.Errorf("shorten pack %s: %w", w.id, err)
 		}

@@ -22,8 +22,9 @@ func (im *image) place() error {
 		if in.xattrs, err = im.shared.areaSize(in.node.Entry); err != nil {
 			return fmt.Errorf("%q: %w", im.path(in.parent, in.node.Name), err)
 		}
-		length := in.chooseLayout()
-		in.offset = meta.take(length, in.layout == layoutInline)
+		in.chooseLayout()
+		im.chunked = im.chunked || in.layout == layoutChunk
+		in.offset, in.inGap = meta.take(in.length(), in.layout == layoutInline)
 		if i == 0 {
 			// Behind the root, as the root's nid must be small.
 			meta.end = im.shared.place(meta.end)
@@ -83,14 +84,15 @@ type arena struct {
 	gap, gapEnd int64
 }
 
-// take returns where length bytes go; with whole, they do not cross a block.
-func (a *arena) take(length int64, whole bool) int64 {
+// take returns where length bytes go, and whether that is in a gap; with whole, they do not cross a block. Each of the
+// two kinds of places comes in ascending order, as a new gap lies behind the one before: inOrder relies on it.
+func (a *arena) take(length int64, whole bool) (at int64, inGap bool) {
 	if length <= a.gapEnd-a.gap {
-		at := a.gap
+		at = a.gap
 		a.gap = alignUp(at+length, slotSize)
-		return at
+		return at, true
 	}
-	at := alignUp(a.end, slotSize)
+	at = alignUp(a.end, slotSize)
 	if whole && at/blockSize != (at+length-1)/blockSize {
 		next := alignUp(at, blockSize)
 		if next-at > a.gapEnd-a.gap {
@@ -99,5 +101,5 @@ func (a *arena) take(length int64, whole bool) int64 {
 		at = next
 	}
 	a.end = at + length
-	return at
+	return at, false
 }

@@ -160,9 +160,17 @@ func (s *sharedXattrs) place(at int64) int64 {
 	return at
 }
 
-func (s *sharedXattrs) encode(b []byte) {
+// begin is where the area begins; 0 if there is none.
+func (s *sharedXattrs) begin() int64 {
+	if len(s.list) == 0 {
+		return 0
+	}
+	return int64(s.list[0].id) * 4
+}
+
+func (s *sharedXattrs) encode(o *out) {
 	for _, x := range s.list {
-		encodeXattr(b[int64(x.id)*4:], x.xattr)
+		encodeXattr(o.at(int64(x.id)*4, x.size), x.xattr)
 	}
 }
 
@@ -207,7 +215,7 @@ func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 
 // encodeArea writes an inode's xattr area at b[0]: the header with the count of
 // shared ids in its fifth byte, the ids, the inode's own xattrs.
-func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy []byte, redirect string) {
+func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy, redirect []byte) {
 	at := int64(xattrHeaderSize)
 	s.split(e,
 		func(x *sharedXattr) {
@@ -232,7 +240,7 @@ func encodeXattr(b []byte, x *content.Xattr) int64 {
 }
 
 // put writes one xattr at b[0] and returns the length of what it wrote.
-func put[V string | []byte](b []byte, index uint8, name string, value V) int64 {
+func put(b []byte, index uint8, name string, value []byte) int64 {
 	b[0] = uint8(len(name))
 	b[1] = index
 	le.PutUint16(b[2:], uint16(len(value)))

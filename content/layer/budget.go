@@ -19,16 +19,16 @@ import (
 const DefaultMaxMemory = 1 << 30
 
 const (
-	// smallShares is how many ingests and builds may run at a time, each with a small share of the memory; together they have a
-	// quarter of it. The one that needs more waits for the other three quarters, which only one has at a time: so nobody waits while
-	// holding what another one waits for.
+	// smallShares is how many ingests and builds may run at a time, each with a small share of the memory;
+	// together they have a quarter of it. The one that needs more waits for the other three quarters, which only
+	// one has at a time: so nobody waits while holding what another one waits for.
 	smallShares = 8
 	// freeAfter is how long nothing runs before the heap goes back to the kernel.
 	freeAfter = 2 * time.Second
 )
 
-// budget bounds what all ingests and chain builds keep until they are done: entries, inline data and zstd windows. Payloads on their
-// way to the disk are not part of it; they have a bound of their own (memoryLimit).
+// budget bounds what all ingests and chain builds keep until they are done: entries, inline data and zstd windows.
+// Payloads on their way to the disk are not part of it; they have a bound of their own (buffersSize).
 type budget struct {
 	max          int64
 	small, large chan struct{} // each holds one token for each who runs
@@ -40,11 +40,11 @@ type budget struct {
 	closed bool
 }
 
-func newBudget(most int64) *budget {
+func newBudget(most int64, idle func()) *budget {
 	if most == 0 {
 		most = DefaultMaxMemory
 	}
-	return &budget{max: most, small: make(chan struct{}, smallShares), large: make(chan struct{}, 1), idle: freeHeap}
+	return &budget{max: most, small: make(chan struct{}, smallShares), large: make(chan struct{}, 1), idle: idle}
 }
 
 func (b *budget) smallShare() int64 { return b.max / 4 / smallShares }
@@ -61,8 +61,8 @@ type share struct {
 	large bool
 }
 
-// share waits for a small share. One that is arriving waits for nothing: a download may stand still, and must not hold what others
-// wait for, so it leaves half of the small shares to them too.
+// share waits for a small share. One that is arriving waits for nothing: a download may stand still, and must not
+// hold what others wait for, so it leaves half of the small shares to them too.
 func (b *budget) share(ctx context.Context, arriving bool) (*share, error) {
 	if arriving {
 		select {
@@ -115,7 +115,8 @@ func (s *share) keep(bytes int64) error {
 }
 
 func (b *budget) refuse() error {
-	return fmt.Errorf("%w: it takes more than %s, three quarters of max_memory: raise max_memory in the daemon's configuration, and MemoryMax in its unit",
+	return fmt.Errorf("%w: it takes more than %s, three quarters of max_memory: "+
+		"raise max_memory in the daemon's configuration, and MemoryMax in its unit",
 		archive.ErrMemory, units.BytesSize(float64(b.largeShare())))
 }
 
@@ -145,18 +146,18 @@ func (b *budget) close() {
 	}
 }
 
-// freeHeap gives the heap back to the kernel, with the pools' buffers, which last for one collection.
+// freeHeap gives the heap back to the kernel, with what pools hold, which lasts for one collection.
 func freeHeap() {
 	runtime.GC()
 	debug.FreeOSMemory()
 }
 
-// chainCost is what a build keeps of a layer: its entries, then nodes, then inodes of an image, and twice the encoded tree. An
-// ingest counts as much, so that each layer that came in can be built.
+// chainCost is what a build keeps of a layer: its entries, then nodes, then inodes of an image, and twice the encoded
+// tree. An ingest counts as much, so that each layer that came in can be built.
 func chainCost(entries, encoded int64) int64 { return entries*archive.EntryCost + 2*encoded }
 
-// ReserveChain waits until there is memory to merge a chain and to write its image, and returns how to give it back. It refuses a
-// chain that takes more than there is for one.
+// ReserveChain waits until there is memory to merge a chain and to write its image, and returns how to give it back.
+// It refuses a chain that takes more than there is for one.
 func (s *Store) ReserveChain(ctx context.Context, chain []content.LayerID) (release func(), err error) {
 	var cost int64
 	for _, id := range chain {

@@ -153,7 +153,8 @@ func TestLargeOnesTakeTurns(t *testing.T) {
 	idle(t, s)
 }
 
-// TestArrivingWaitsForNothing: a download that needs a large share, or finds half of the small ones taken, is read when it is whole.
+// TestArrivingWaitsForNothing: a download that needs a large share, or finds half of the small ones taken, is read
+// when it is whole.
 func TestArrivingWaitsForNothing(t *testing.T) {
 	s := openSmall(t)
 	arriving := smallBlob(5000, 1)
@@ -184,9 +185,8 @@ func TestArrivingWaitsForNothing(t *testing.T) {
 // TestBudgetWaits: who waits for memory ends with its context, and gives back what it had.
 func TestBudgetWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBudget(8 << 20)
 		var freed atomic.Int32
-		b.idle = func() { freed.Add(1) }
+		b := newBudget(8<<20, func() { freed.Add(1) })
 		first, _ := b.share(t.Context(), false)
 		if err := first.keep(1 << 20); err != nil {
 			t.Fatal(err)

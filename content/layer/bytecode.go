@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"context"
 	"crypto/sha256"
 	"strings"
 	"sync"
@@ -9,13 +8,11 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Compiled files mostly come before their sources (__pycache__ sorts before lower case), and carry a timestamp that follows from these.
-// So their payloads wait in memory until the source has been hashed. There is room for few of them: the longest wait ends when it is
-// used up, and at the end of the layer; such a payload is stored as it is, and settlePython has it stored once more if it turns out to be
-// half of a pair.
+// Compiled files mostly come before their sources (__pycache__ sorts before lower case), and carry a timestamp that
+// follows from these. So their payloads wait in memory until the source has been hashed. There is room for few of
+// them: the longest wait ends when it is used up, and at the end of the layer; such a payload is stored as it is, and
+// settlePython has it stored once more if it turns out to be half of a pair.
 const (
-	// waitingMax is how many bytes of them wait in all ingests.
-	waitingMax = 32 << 20
 	// waitingEach is the largest that waits.
 	waitingEach = 4 << 20
 )
@@ -47,7 +44,8 @@ func newBytecode() *bytecode {
 	return &bytecode{found: map[*content.Entry]pyc{}, sources: map[string]*source{}, waiting: map[string][]*waiter{}}
 }
 
-// python notes what Put can tell of a payload: only its caller may look at e, whose fields a later hard link may change.
+// python notes what Put can tell of a payload: only its caller may look at e, whose fields a later hard link may
+// change.
 func (ss *session) python(j *job) {
 	b := ss.bytecode
 	switch {
@@ -58,7 +56,7 @@ func (ss *session) python(j *job) {
 		b.sources[j.path] = s
 		b.mu.Unlock()
 	case strings.HasSuffix(j.e.Path, ".pyc") && j.e.Size <= bufferMax:
-		j.header, j.isPyc = content.ParsePyc(j.buf)
+		j.header, j.isPyc = content.ParsePyc(j.buf.data)
 		j.stamp = j.header.Mtime
 		j.path, _ = content.PycSource(j.e.Path)
 	}
@@ -66,7 +64,7 @@ func (ss *session) python(j *job) {
 
 // pythonStaged is python and the rest for a payload that went through a file.
 func (ss *session) pythonStaged(e *content.Entry, head []byte) {
-	j := job{e: e, buf: head}
+	j := job{e: e, buf: buffer{data: head}}
 	ss.python(&j)
 	if j.isPyc {
 		ss.bytecode.note(e, pyc{header: j.header, stamp: j.stamp, canonical: e.Object})
@@ -76,32 +74,37 @@ func (ss *session) pythonStaged(e *content.Entry, head []byte) {
 	}
 }
 
-// park lets a compiled file wait for its source, and reports whether it does. What has waited for longest may have to go on for it.
+// park lets a compiled file wait for its source, and reports whether it does. What has waited for longest may have to
+// go on for it.
 func (ss *session) park(j *job) (parked bool, err error) {
-	n := int64(len(j.buf))
+	n := len(j.buf.data)
 	if !j.isPyc || j.path == "" || ss.stamped(j) || n > waitingEach {
 		return false, nil
 	}
-	// It does not count among what waits for the disk: nobody may wait for memory while it holds some.
-	ss.s.memory.Release(n)
-	for !ss.s.waiting.TryAcquire(n) {
+	// It waits apart from what waits for the disk: that must not be held up by what is still to come.
+	buf, ok, err := ss.s.parked.try(n)
+	for ; !ok && err == nil; buf, ok, err = ss.s.parked.try(n) {
 		old := ss.bytecode.oldest()
 		if old == nil { // others have taken all room
-			return false, ss.remember(j.buf)
+			return false, nil
 		}
-		if err := ss.leave(old.job); err != nil {
-			return false, err
-		}
+		ss.work(old.job)
 	}
+	if err != nil {
+		j.buf.release()
+		return false, err
+	}
+	copy(buf.data, j.buf.data)
+	j.buf.release()
+	j.buf = buf
 	b := ss.bytecode
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s := b.sources[j.path]; s != nil && s.hashed { // just now
-		j.waited, j.stamp = true, s.stamp(j.header)
+		j.stamp = s.stamp(j.header)
 		return false, nil
 	}
 	w := &waiter{job: *j}
-	w.waited = true
 	b.waiting[j.path] = append(b.waiting[j.path], w)
 	b.queue = append(b.queue, w)
 	return true, nil
@@ -147,25 +150,6 @@ func (b *bytecode) oldest() *waiter {
 	return nil
 }
 
-// leave has a compiled file stored as it is, without more waiting.
-func (ss *session) leave(j job) error {
-	ss.s.waiting.Release(int64(len(j.buf)))
-	j.waited = false
-	if err := ss.remember(j.buf); err != nil {
-		return err
-	}
-	return ss.submit(j)
-}
-
-// remember counts a payload among what waits for the disk.
-func (ss *session) remember(buf []byte) error {
-	if ss.s.memory.Acquire(ss.ctx, int64(len(buf))) != nil {
-		putBuffer(buf)
-		return context.Cause(ss.ctx)
-	}
-	return nil
-}
-
 // hashed notes that a source has been stored, and stores what has waited for it.
 func (ss *session) hashed(j job) {
 	b := ss.bytecode
@@ -203,7 +187,7 @@ func (ss *session) lonely() error {
 			continue
 		}
 		w.gone = true
-		if err := ss.leave(w.job); err != nil {
+		if err := ss.submit(w.job); err != nil {
 			return err
 		}
 	}
@@ -213,7 +197,7 @@ func (ss *session) lonely() error {
 // abandon gives back the memory of what still waits, after an error.
 func (ss *session) abandon() {
 	for w := ss.bytecode.oldest(); w != nil; w = ss.bytecode.oldest() {
-		ss.free(w.job)
+		w.job.buf.release()
 	}
 }
 

@@ -88,8 +88,8 @@ func DraftDir(ctx context.Context, upper string, diffID content.DiffID, read fun
 	return out, nil
 }
 
-// drafter names payloads as a session under content.Exact does, and forgets them, but for compiled files of Python, which have other names
-// once their sources are known.
+// drafter names payloads as a session under content.Exact does, and forgets them, but for compiled files of Python,
+// which have other names once their sources are known.
 type drafter struct {
 	read func(int64)
 	buf  []byte
@@ -104,7 +104,9 @@ func newDrafter(read func(int64)) *drafter {
 	if read == nil {
 		read = func(int64) {}
 	}
-	return &drafter{read: read, buf: make([]byte, chunkSize), pyc: map[*content.Entry]pyc{}, at: map[*content.Entry]int64{}}
+	return &drafter{
+		read: read, buf: make([]byte, chunkSize), pyc: map[*content.Entry]pyc{}, at: map[*content.Entry]int64{},
+	}
 }
 
 func (d *drafter) close() error {
@@ -163,7 +165,7 @@ func (d *drafter) keep(e *content.Entry) (err error) {
 }
 
 // restamp names a payload that was kept, with another timestamp.
-func (d *drafter) restamp(e *content.Entry, stamp uint32) (id content.ObjectID, err error) {
+func (d *drafter) restamp(e *content.Entry, _ pyc, stamp uint32) (id content.ObjectID, err error) {
 	buf := make([]byte, e.Size)
 	if _, err := d.kept.ReadAt(buf, d.at[e]); err != nil {
 		return id, fmt.Errorf("read compiled file: %w", err)
@@ -195,9 +197,7 @@ func (d *drafter) draft(entries []*content.Entry, t *tree.Tar) (out Draft, err e
 	if t != nil {
 		out.DiffID, out.TarSize = t.DiffID, t.Size
 	}
-	canonical, err := settlePython(content.Exact, entries, d.pyc, func(e *content.Entry, _ pyc, stamp uint32) (content.ObjectID, error) {
-		return d.restamp(e, stamp)
-	})
+	canonical, err := settlePython(content.Exact, entries, d.pyc, d.restamp)
 	if err != nil {
 		return out, err
 	}
@@ -205,10 +205,10 @@ func (d *drafter) draft(entries []*content.Entry, t *tree.Tar) (out Draft, err e
 		return out, err
 	}
 	python, found := d.asPython(entries, canonical)
-	_, err = settlePython(content.Python, python, found, func(_ *content.Entry, p pyc, _ uint32) (content.ObjectID, error) {
+	known := func(_ *content.Entry, p pyc, _ uint32) (content.ObjectID, error) {
 		return p.canonical, nil // it is a pair, and has the same source
-	})
-	if err != nil {
+	}
+	if _, err = settlePython(content.Python, python, found, known); err != nil {
 		return out, err
 	}
 	out.Python, err = draftTree(content.Python, python, nil, t)
@@ -216,7 +216,9 @@ func (d *drafter) draft(entries []*content.Entry, t *tree.Tar) (out Draft, err e
 }
 
 // asPython returns copies of the entries for another fidelity, and what is known of the compiled files.
-func (d *drafter) asPython(entries []*content.Entry, canonical map[*content.Entry]content.Entry) (copies []*content.Entry, found map[*content.Entry]pyc) {
+func (d *drafter) asPython(entries []*content.Entry, canonical map[*content.Entry]content.Entry) (
+	copies []*content.Entry, found map[*content.Entry]pyc,
+) {
 	copies = make([]*content.Entry, len(entries))
 	found = map[*content.Entry]pyc{}
 	for i, e := range entries {

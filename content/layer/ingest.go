@@ -110,7 +110,7 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	}
 	ss.ahead, mem.ctx = b.Ahead, ss.ctx
 	if b.Arriving {
-		ss.bufferMax = bufferMaxArriving
+		ss.bufferMax, ss.arrived = bufferMaxArriving, make([]byte, bufferMaxArriving)
 	}
 	st := newStream(plain)
 	var entries []*content.Entry

@@ -41,7 +41,6 @@ import (
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
@@ -152,15 +151,15 @@ type Store struct {
 	objects  *object.Store
 	room     room
 	written  written
-	memory   *semaphore.Weighted // bytes of payloads on their way to the disk
-	waiting  *semaphore.Weighted // bytes of payloads that wait for something else of their layer
-	budget   *budget
-	flights  flights
-	keeper   keeper
-	gc       sync.WaitGroup
-	distinct int // distinctMax, but for tests
-	old      oldObjects
-	counters counters
+	// buffers hold payloads on their way to the disk, parked those that wait for something else of their layer.
+	buffers, parked buffers
+	budget          *budget
+	flights         flights
+	keeper          keeper
+	gc              sync.WaitGroup
+	distinct        int // distinctMax, but for tests
+	old             oldObjects
+	counters        counters
 	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
 	leaked atomic.Bool
 	closed sync.Once
@@ -221,8 +220,6 @@ const (
 	fileRunning = "running"
 	// fileClean exists while no daemon is running and the last one stopped cleanly.
 	fileClean = "clean"
-	// memoryLimit bounds the payload bytes that wait for hashing and writing.
-	memoryLimit = 64 << 20
 )
 
 func (s *Store) path(elem ...string) string {

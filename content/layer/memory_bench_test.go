@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
@@ -73,8 +77,8 @@ func peakOf(tb testing.TB, fn func()) (most, stays int64) {
 	return status(tb, "VmHWM") - before, status(tb, "VmRSS") - before
 }
 
-// BenchmarkMemory reports the peak of resident memory for each entry, of which inline data is part, of an ingest, of encoding, and
-// of a chain build. DEDUP_LONG adds a layer of 600,000 files.
+// BenchmarkMemory reports the peak of resident memory for each entry, of which inline data is part, of an ingest, of
+// encoding, and of a chain build. DEDUP_LONG adds a layer of 600,000 files.
 func BenchmarkMemory(b *testing.B) {
 	counts := []int{100_000}
 	if os.Getenv("DEDUP_LONG") != "" {
@@ -86,7 +90,11 @@ func BenchmarkMemory(b *testing.B) {
 				continue // that many objects are a benchmark of the disk
 			}
 			name := fmt.Sprintf("files=%d/bytes=%d/", n, size)
-			s := openStore(b, b.TempDir(), content.Python)
+			s, err := Open(b.Context(), Options{Root: b.TempDir(), MaxMemory: 4 << 30}, nil)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.Cleanup(func() { closeStore(b, s) })
 			var in Ingested
 			b.Run(name+"ingest", func(b *testing.B) {
 				perEntry(b, n, func() {
@@ -135,4 +143,45 @@ func perEntry(b *testing.B, n int, fn func()) {
 	}
 	b.ReportMetric(float64(most)/float64(n), "B/entry")
 	b.ReportMetric(float64(stays)/float64(n), "stays-B/entry")
+}
+
+// BenchmarkPeak reports the peak of resident memory while the layers that DEDUP_BENCH_LAYERS names (files, separated
+// by colons) are ingested side by side into an empty store, as in a pull, and the CPU time that it takes.
+func BenchmarkPeak(b *testing.B) {
+	paths := filepath.SplitList(os.Getenv("DEDUP_BENCH_LAYERS"))
+	if len(paths) == 0 {
+		b.Skip("DEDUP_BENCH_LAYERS names no layers")
+	}
+	var most int64
+	var cpu time.Duration
+	for range b.N {
+		s := openStore(b, b.TempDir(), content.Python)
+		var before, after [2]unix.Rusage
+		for i, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+			_ = unix.Getrusage(who, &before[i])
+		}
+		m, _ := peakOf(b, func() {
+			var wg sync.WaitGroup
+			for _, path := range paths {
+				wg.Go(func() {
+					open := func(context.Context) (io.ReadCloser, error) { return os.Open(path) }
+					in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(path), Open: open})
+					if err != nil {
+						b.Error(err)
+						return
+					}
+					s.Release(in.Layer)
+				})
+			}
+			wg.Wait()
+		})
+		for i, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+			_ = unix.Getrusage(who, &after[i])
+			cpu += time.Duration(after[i].Utime.Nano() + after[i].Stime.Nano() - before[i].Utime.Nano() - before[i].Stime.Nano())
+		}
+		most = max(most, m)
+		closeStore(b, s)
+	}
+	b.ReportMetric(float64(most)/1e6, "peak-MB")
+	b.ReportMetric(cpu.Seconds()/float64(b.N), "cpu-s/op")
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -85,15 +84,17 @@ func newStore(opts Options) (*Store, error) {
 		rootFd:   -1,
 		opts:     opts,
 		fidelity: opts.Fidelity,
-		memory:   semaphore.NewWeighted(memoryLimit),
-		waiting:  semaphore.NewWeighted(waitingMax),
-		budget:   newBudget(opts.MaxMemory),
 		distinct: distinctMax,
 		layers:   map[content.LayerID]*state{},
 		diffs:    map[diffKey]content.LayerID{},
 		blobs:    map[blobKey]tree.Tar{},
 		payloads: map[content.PayloadDigest][]content.LayerID{},
 	}
+	s.budget = newBudget(opts.MaxMemory, func() {
+		s.buffers.trim()
+		s.parked.trim()
+		freeHeap()
+	})
 	s.flights.init()
 	s.counters.init()
 	return s, nil
@@ -290,6 +291,8 @@ func (s *Store) Close() (err error) {
 		s.gc.Wait()
 		s.written.stop()
 		s.budget.close()
+		s.buffers.trim()
+		s.parked.trim()
 		if s.opts.Durability == Deferred {
 			err = syncfs(s.rootFd, s.root) // it tells what failed since the last time
 		} else {

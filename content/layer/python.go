@@ -11,23 +11,27 @@ import (
 type pyc struct {
 	// header is the image's.
 	header content.PycHeader
-	// stamp is the source mtime that the stored payload carries. Under content.Exact that is always the image's, and canonical is the
-	// id of the payload with stamp; it is zero for one with inline Data.
+	// stamp is the source mtime that the stored payload carries. Under content.Exact that is always the image's, and
+	// canonical is the id of the payload with stamp; it is zero for one with inline Data.
 	stamp     uint32
 	canonical content.ObjectID
 }
 
-// restamp names the payload of an entry with another source mtime in its header, and stores it unless the fidelity is exact.
+// restamp names the payload of an entry with another source mtime in its header, and stores it unless the fidelity is
+// exact.
 type restamp func(e *content.Entry, p pyc, stamp uint32) (content.ObjectID, error)
 
-// settlePython decides for every timestamp .pyc of a layer (found) whether it is half of a pair that is valid in this layer, and sees
-// to it that its payload carries its source's SourceTime, or the image's timestamp when it is not. It returns, for exact fidelity, the
-// payloads that the pairs would have.
+// settlePython decides for every timestamp .pyc of a layer (found) whether it is half of a pair that is valid in this
+// layer, and sees to it that its payload carries its source's SourceTime, or the image's timestamp when it is not. It
+// returns, for exact fidelity, the payloads that the pairs would have.
 //
-// A valid pair is a .pyc and the .py that it belongs to (content.PycSource), both regular files with one name each, where the
-// .pyc recorded the source's mtime and size. The source may be a symlink to another file of the layer. Nothing that another layer
-// has counts, so what a layer shows does not depend on what is below it, and changes with nothing that comes above.
-func settlePython(f content.Fidelity, entries []*content.Entry, found map[*content.Entry]pyc, restamp restamp) (map[*content.Entry]content.Entry, error) {
+// A valid pair is a .pyc and the .py that it belongs to (content.PycSource), both regular files with one name each,
+// where the .pyc recorded the source's mtime and size. The source may be a symlink to another file of the layer.
+// Nothing that another layer has counts, so what a layer shows does not depend on what is below it, and changes with
+// nothing that comes above.
+func settlePython(
+	f content.Fidelity, entries []*content.Entry, found map[*content.Entry]pyc, restamp restamp,
+) (map[*content.Entry]content.Entry, error) {
 	if len(found) == 0 {
 		return nil, nil
 	}

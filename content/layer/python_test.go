@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/opencontainers/go-digest"
 
@@ -140,13 +139,19 @@ func (w world) tar(t *testing.T, r *rand.Rand, before world) []byte {
 	})
 	for _, p := range paths {
 		if f := w[p]; f != before[p] {
-			write(&tar.Header{Name: p, Typeflag: f.kind, Linkname: f.target, Mode: 0o755, Size: int64(len(f.data)), ModTime: time.Unix(f.mtime, 0)}, f.data)
+			h := tar.Header{Name: p, Typeflag: f.kind, Linkname: f.target, Mode: 0o755, ModTime: time.Unix(f.mtime, 0)}
+			h.Size = int64(len(f.data))
+			write(&h, f.data)
 		}
 	}
 	if err := out.Close(); err != nil {
 		t.Fatal(err)
 	}
 	return buf.Bytes()
+}
+
+var kinds = map[content.Kind]byte{
+	content.Dir: tar.TypeDir, content.Symlink: tar.TypeSymlink, content.Regular: tar.TypeReg,
 }
 
 // view is what a container sees of a chain.
@@ -168,8 +173,7 @@ func view(t *testing.T, s *Store, chain []content.LayerID) world {
 					t.Fatal(err)
 				}
 			}
-			kind := map[content.Kind]byte{content.Dir: tar.TypeDir, content.Symlink: tar.TypeSymlink, content.Regular: tar.TypeReg}[e.Kind]
-			w[p] = thing{kind: kind, data: string(data), target: e.Target, mtime: e.Mtime.Sec}
+			w[p] = thing{kind: kinds[e.Kind], data: string(data), target: e.Target, mtime: e.Mtime.Sec}
 			rec(c, p)
 		}
 	}
@@ -203,7 +207,8 @@ func (w world) change(r *rand.Rand, stamps []int64) {
 		}
 		compile := func() {
 			if s, ok := w.open(source); ok {
-				w[cached(source)] = thing{kind: tar.TypeReg, data: compiled(s.data, s.mtime, r.IntN(2) == 0), mtime: at()}
+				code := compiled(s.data, s.mtime, r.IntN(2) == 0)
+				w[cached(source)] = thing{kind: tar.TypeReg, data: code, mtime: at()}
 			}
 		}
 		switch r.IntN(10) {
@@ -219,7 +224,8 @@ func (w world) change(r *rand.Rand, stamps []int64) {
 		case 7:
 			delete(w, pick([]string{source, cached(source)}))
 		case 8:
-			w[source] = thing{kind: tar.TypeSymlink, target: pick([]string{"m.py", "../v1/m.py", "../v2/n.py"}), mtime: at()}
+			target := pick([]string{"m.py", "../v1/m.py", "../v2/n.py"})
+			w[source] = thing{kind: tar.TypeSymlink, target: target, mtime: at()}
 			if r.IntN(2) == 0 {
 				compile()
 			}
@@ -243,7 +249,9 @@ var replacements = map[string]func(w world, from, to, module string){
 			return a.kind != b.kind || a.mtime != b.mtime || len(a.data) != len(b.data)
 		})
 	},
-	"cp -a of the directory": func(w world, from, to, _ string) { copyAll(w, from, to, func(_, _ thing) bool { return true }) },
+	"cp -a of the directory": func(w world, from, to, _ string) {
+		copyAll(w, from, to, func(_, _ thing) bool { return true })
+	},
 	"symlink": func(w world, from, to, module string) {
 		w[to+module] = thing{kind: tar.TypeSymlink, target: up(to) + from + module}
 	},
@@ -270,8 +278,9 @@ func copyAll(w world, from, to string, differs func(from, to thing) bool) {
 	}
 }
 
-// Whatever replaces a source, Python runs the new code wherever it does so with the image's own timestamps, and always where
-// compiled files are half of a pair: a copy with its times never brings another one's code, but for a collision of hashes.
+// Whatever replaces a source, Python runs the new code wherever it does so with the image's own timestamps, and always
+// where compiled files are half of a pair: a copy with its times never brings another one's code, but for a collision
+// of hashes.
 func TestPythonNeverRunsStaleCode(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -356,8 +365,8 @@ func each(fn func(from, to, module string)) {
 	}
 }
 
-// A view is stable: whatever a layer does not name is in its view what it was in the one below, whatever the fidelity; also when the
-// layers were built from what is seen here.
+// A view is stable: whatever a layer does not name is in its view what it was in the one below, whatever the fidelity;
+// also when the layers were built from what is seen here.
 func TestViewIsStable(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -401,7 +410,8 @@ func TestViewIsStable(t *testing.T) {
 	}
 }
 
-// However little may wait for sources, and in whatever order a layer's members come, the layer is the same, and as drafted.
+// However little may wait for sources, and in whatever order a layer's members come, the layer is the same, and as
+// drafted.
 func TestBytecodeInAnyOrder(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -421,7 +431,7 @@ func TestBytecodeInAnyOrder(t *testing.T) {
 	for i := range 8 {
 		blob := w.tar(t, r, nil)
 		for f, s := range stores {
-			s.waiting = semaphore.NewWeighted([]int64{0, 5000, 40000, waitingMax}[i%4])
+			s.parked.most = []int{1, 5000, 40000, 0}[i%4]
 			in := ingest(t, s, blob)
 			d, err := DraftBlob(t.Context(), digest.FromBytes(blob), bytes.NewReader(blob))
 			if err != nil {
@@ -433,7 +443,8 @@ func TestBytecodeInAnyOrder(t *testing.T) {
 				t.Fatal(err)
 			}
 			if old, ok := ids[f]; ok && old != in.Layer || draft.ID != in.Layer || draft.Payload != facts.Payload {
-				t.Fatalf("order %d, %s: layer %s, was %s; drafted %s, %s, payload %s", i, f, in.Layer, old, draft.ID, draft.Payload, facts.Payload)
+				t.Fatalf("order %d, %s: layer %s, was %s; drafted %s, %s, payload %s",
+					i, f, in.Layer, old, draft.ID, draft.Payload, facts.Payload)
 			}
 			ids[f] = in.Layer
 		}
@@ -441,9 +452,10 @@ func TestBytecodeInAnyOrder(t *testing.T) {
 }
 
 func (w world) many(r *rand.Rand, module string) {
-	source := thing{kind: tar.TypeReg, data: strings.Repeat(module+"\n", 1+r.IntN(200)), mtime: 1600000000 + r.Int64N(9)}
-	w[module+".py"] = source
-	w[cached(module+".py")] = thing{kind: tar.TypeReg, data: compiled(source.data, source.mtime-r.Int64N(5)/4, r.IntN(4) > 0), mtime: 1}
+	text, mtime := strings.Repeat(module+"\n", 1+r.IntN(200)), 1600000000+r.Int64N(9)
+	code := compiled(text, mtime-r.Int64N(5)/4, r.IntN(4) > 0)
+	w[module+".py"] = thing{kind: tar.TypeReg, data: text, mtime: mtime}
+	w[cached(module+".py")] = thing{kind: tar.TypeReg, data: code, mtime: 1}
 	if f := w["v1/__pycache__"]; f.kind != tar.TypeDir {
 		w["v1"], w["v1/__pycache__"] = thing{kind: tar.TypeDir}, thing{kind: tar.TypeDir}
 	}

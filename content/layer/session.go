@@ -1,13 +1,13 @@
 package layer
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
-	"math/bits"
 	"runtime"
 	"sync"
 
@@ -21,8 +21,8 @@ const (
 	// bufferMax is the largest payload that is read whole into memory, so that it is
 	// written only when the store does not have it. Larger ones are staged in a file.
 	bufferMax = 16 << 20
-	// bufferMaxArriving is the same for a blob on its way: a download that stands still must not hold
-	// the memory that others wait for.
+	// bufferMaxArriving is the same for a blob on its way. A download that stands still must not hold
+	// what others wait for, so a payload has to be there before it gets one of the shared buffers.
 	bufferMaxArriving = 512 << 10
 	// claimMin is the smallest declared size that is checked against the free space.
 	claimMin = 64 << 20
@@ -40,6 +40,8 @@ type session struct {
 	queued sync.WaitGroup
 	// bufferMax is the largest payload that waits in memory.
 	bufferMax int64
+	// arrived takes the payloads of a blob that is on its way; nil for one that is whole.
+	arrived []byte
 	// ahead is Blob.Ahead.
 	ahead bool
 	// root is open on the store's directory from before the first write, see sync; unsynced is what that said.
@@ -57,7 +59,7 @@ type session struct {
 // job is one payload in memory.
 type job struct {
 	e   *content.Entry
-	buf []byte
+	buf buffer
 	// path is that of a Python source, or of the one that a compiled file belongs to.
 	path   string
 	source *source
@@ -65,8 +67,6 @@ type job struct {
 	isPyc  bool
 	header content.PycHeader
 	stamp  uint32
-	// waited: its memory counts among what waits for sources.
-	waited bool
 }
 
 func (s *Store) newSession(ctx context.Context, want goal) (*session, error) {
@@ -99,17 +99,7 @@ func (ss *session) work(j job) {
 			ss.stop(err)
 		}
 	}
-	ss.free(j)
-}
-
-// free gives a payload's memory back.
-func (ss *session) free(j job) {
-	putBuffer(j.buf)
-	if j.waited {
-		ss.s.waiting.Release(int64(len(j.buf)))
-	} else {
-		ss.s.memory.Release(int64(len(j.buf)))
-	}
+	j.buf.release()
 }
 
 // ingestWorkers is how many write payloads at a time.
@@ -147,13 +137,19 @@ func (ss *session) Put(e *content.Entry, r io.Reader) error {
 	if e.Size > ss.bufferMax {
 		return ss.stage(e, r)
 	}
-	if err := ss.s.memory.Acquire(ss.ctx, e.Size); err != nil {
-		return context.Cause(ss.ctx)
+	if ss.arrived != nil {
+		arrived := ss.arrived[:e.Size]
+		if _, err := io.ReadFull(r, arrived); err != nil {
+			return err
+		}
+		r = bytes.NewReader(arrived)
 	}
-	buf := getBuffer(int(e.Size))
-	if _, err := io.ReadFull(r, buf); err != nil {
-		putBuffer(buf)
-		ss.s.memory.Release(e.Size)
+	buf, err := ss.s.buffers.get(ss.ctx, int(e.Size))
+	if err != nil {
+		return err
+	}
+	if _, err := io.ReadFull(r, buf.data); err != nil {
+		buf.release()
 		return err
 	}
 	j := job{e: e, buf: buf}
@@ -172,14 +168,14 @@ func (ss *session) submit(j job) error {
 		return nil
 	case <-ss.ctx.Done():
 		ss.queued.Done()
-		ss.free(j)
+		j.buf.release()
 		return context.Cause(ss.ctx)
 	}
 }
 
 // store names and stores one payload.
 func (ss *session) store(j job) error {
-	e, buf := j.e, j.buf
+	e, buf := j.e, j.buf.data
 	p := pyc{header: j.header, stamp: j.stamp}
 	if j.isPyc && ss.want.fidelity != content.Exact {
 		content.SetPycTime(buf, j.stamp)
@@ -322,23 +318,4 @@ func (a *asyncHash) sum() (s content.Sum) {
 	<-a.done
 	a.h.Sum(s[:0])
 	return s
-}
-
-// Buffers are pooled by powers of two from 4 KiB to bufferMax.
-const bufferMinBits = 12
-
-var buffers [bits.UintSize]sync.Pool
-
-func bufferClass(n int) int { return max(bufferMinBits, bits.Len(uint(n-1))) }
-
-func getBuffer(n int) []byte {
-	class := bufferClass(n)
-	if b, ok := buffers[class].Get().(*[]byte); ok {
-		return (*b)[:n]
-	}
-	return make([]byte, n, 1<<class)
-}
-
-func putBuffer(b []byte) {
-	buffers[bufferClass(cap(b))].Put(&b)
 }

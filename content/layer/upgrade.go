@@ -379,12 +379,15 @@ func (m *mover) put(ctx context.Context, w *object.Writer, id content.ObjectID, 
 	}
 	src := &hashed{r: ctxReader{ctx, f}, h: sha256.New(), left: fi.Size(), want: id}
 	if fi.Size() <= moveInMemory {
-		data := getBuffer(int(fi.Size()))
-		defer putBuffer(data)
-		if _, err := io.ReadFull(src, data); err != nil {
+		buf, err := m.s.buffers.get(ctx, int(fi.Size()))
+		if err != nil {
+			return err
+		}
+		defer buf.release()
+		if _, err := io.ReadFull(src, buf.data); err != nil {
 			return cut(err)
 		}
-		_, err = w.Put(id, data)
+		_, err = w.Put(id, buf.data)
 		return err
 	}
 	_, _, err = w.PutStream(src, fi.Size(), func() content.ObjectID { return id })

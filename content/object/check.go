@@ -274,6 +274,23 @@ func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *Ver
 	return size, nil
 }
 
+// Distrust notes that a pack is damaged, so that Compact copies what is whole in it, and returns the objects that lie there.
+func (s *Store) Distrust(id content.PackID, why error) (ids []content.ObjectID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.packs[id]
+	if p == nil {
+		return nil
+	}
+	p.damaged = why
+	for id, r := range s.refs {
+		if r.pack == p {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 // DamagedPack is a pack of which not all is what it was that its trailer vouches for. Compact copies what is whole in it.
 type DamagedPack struct {
 	Path string

@@ -1,8 +1,10 @@
 package tree
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -198,9 +200,12 @@ var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 // merged, keeps the block alive.
 const decodeBlock = 64
 
-// decodeTree parses a canonical encoding. The entries share nothing with raw.
-func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
-	fidelity, version, entries, err := decodeVersion(raw)
+// fields calls its argument for each field of a message, as eachField does.
+type fields func(func(n protowire.Number, v uint64, b []byte) error) error
+
+// decodeTree parses a canonical encoding. The entries share nothing with it.
+func decodeTree(each fields) (content.Fidelity, []*content.Entry, error) {
+	fidelity, version, entries, err := decodeVersion(each)
 	if err == nil && version != formatVersion {
 		err = fmt.Errorf("%w: version %d, this build reads %d", errMalformed, version, formatVersion)
 	}
@@ -208,7 +213,7 @@ func decodeTree(raw []byte) (content.Fidelity, []*content.Entry, error) {
 }
 
 // decodeVersion is decodeTree for trees of any version: what their fields mean is the caller's to know.
-func decodeVersion(raw []byte) (content.Fidelity, uint64, []*content.Entry, error) {
+func decodeVersion(each fields) (content.Fidelity, uint64, []*content.Entry, error) {
 	var (
 		objects  []byte
 		fidelity content.Fidelity
@@ -217,10 +222,10 @@ func decodeVersion(raw []byte) (content.Fidelity, uint64, []*content.Entry, erro
 		block    []content.Entry
 		keep     arena
 	)
-	err := eachField(raw, func(n protowire.Number, v uint64, b []byte) error {
+	err := each(func(n protowire.Number, v uint64, b []byte) error {
 		switch n {
 		case treeObjects:
-			objects = b
+			objects = bytes.Clone(b)
 		case treeVersion:
 			version = v
 		case treeFidelity:
@@ -268,6 +273,55 @@ func eachField(raw []byte, field func(n protowire.Number, v uint64, b []byte) er
 		}
 	}
 	return nil
+}
+
+// maxField is the longest field that is believed before its bytes are there.
+const maxField = 1 << 20
+
+// readField appends n bytes of r to buf.
+func readField(r io.Reader, buf []byte, n uint64) ([]byte, error) {
+	for n > 0 {
+		part := int(min(n, maxField))
+		buf = slices.Grow(buf, part)
+		if _, err := io.ReadFull(r, buf[len(buf):len(buf)+part]); err != nil {
+			return nil, err
+		}
+		buf, n = buf[:len(buf)+part], n-uint64(part)
+	}
+	return buf, nil
+}
+
+// readFields is eachField for a message that is read as it is decoded: b is valid during a call only.
+func readFields(src io.Reader, field func(n protowire.Number, v uint64, b []byte) error) error {
+	r := bufio.NewReaderSize(src, encodeBuffer)
+	var buf []byte
+	for {
+		tag, err := binary.ReadUvarint(r)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		var v uint64
+		if err == nil {
+			v, err = binary.ReadUvarint(r)
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w", errMalformed, err)
+		}
+		n, typ := protowire.DecodeTag(tag)
+		var b []byte
+		switch {
+		case n < 1 || typ != protowire.VarintType && typ != protowire.BytesType:
+			return fmt.Errorf("%w: field %d has wire type %d", errMalformed, n, typ)
+		case typ == protowire.BytesType:
+			if b, err = readField(r, buf[:0], min(v, maxDecoded)); err != nil {
+				return fmt.Errorf("%w: %w", errMalformed, err)
+			}
+			v, buf = 0, b
+		}
+		if err := field(n, v, b); err != nil {
+			return err
+		}
+	}
 }
 
 func decodeEntry(e *content.Entry, raw, objects []byte, keep *arena) error {

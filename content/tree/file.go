@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -200,13 +201,33 @@ func Read(path string, id content.LayerID) (content.Fidelity, []*content.Entry, 
 
 // Decode is Read for the bytes of a tree file.
 func Decode(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
-	raw, err := verified(file, id)
+	f, entries, err := decodeFile(file, id)
+	if err != nil {
+		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
+	}
+	return f, entries, nil
+}
+
+// decodeFile decodes a tree while it is decompressed, so that its encoding is never held; it says nothing of it before all
+// has been verified.
+func decodeFile(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
+	_, _, frames, err := splitHeader(file)
 	if err != nil {
 		return "", nil, err
 	}
-	f, entries, err := decodeTree(raw)
+	z, err := zstd.NewReader(bytes.NewReader(frames), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxDecoded))
 	if err != nil {
-		return "", nil, fmt.Errorf("tree of layer %s: %w", id, err)
+		return "", nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	defer z.Close()
+	h := sha256.New()
+	src := io.TeeReader(z, h)
+	f, entries, err := decodeTree(func(field func(protowire.Number, uint64, []byte) error) error { return readFields(src, field) })
+	if err != nil {
+		return "", nil, err
+	}
+	if sum := content.Sum(h.Sum(nil)); sum != id.Sum {
+		return "", nil, fmt.Errorf("%w: its sha256 is %x", ErrDamaged, sum)
 	}
 	return f, entries, nil
 }

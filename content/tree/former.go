@@ -10,12 +10,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Format 2 had one timestamp for all pairs, formerPycTime, and a second payload, with that timestamp, for each .pyc whose source
-// was in another layer. Apart from that its trees are read as those of today.
+// Format 2 had one timestamp for all pairs, 983948261, and a second payload, with that timestamp, for each .pyc whose
+// source was in another layer. Apart from that its trees are read as those of today.
 const formerVersion = 2
-
-// FormerPycTime is the timestamp that the payload of every paired .pyc carries in a tree of format 2.
-const FormerPycTime = 983948261
 
 const (
 	formerPycLone                       = content.PycPaired << 1
@@ -25,7 +22,7 @@ const (
 // Former is a layer in a tree file of format 2.
 type Former struct {
 	Fidelity content.Fidelity
-	// Entries that are PycPaired have the payload with FormerPycTime. No entry has a flag that is not used any more.
+	// Entries that are PycPaired have the payload with the one timestamp. No entry has a flag that is not used any more.
 	Entries []*content.Entry
 	// Bytecode are the objects of all .pyc: chain images from then refer to them.
 	Bytecode []content.ObjectID
@@ -42,7 +39,7 @@ func ReadFormer(path string, id content.LayerID) (f Former, ok bool, err error) 
 		return f, false, err
 	}
 	var version uint64
-	f.Fidelity, version, f.Entries, err = decodeVersion(raw)
+	f.Fidelity, version, f.Entries, err = decodeVersion(func(field func(protowire.Number, uint64, []byte) error) error { return eachField(raw, field) })
 	if err == nil && version != formerVersion && version != formatVersion {
 		err = fmt.Errorf("%w: version %d", errMalformed, version)
 	}

@@ -36,7 +36,8 @@ func torture() []*content.Entry {
 		{Path: "gone", Kind: content.Whiteout},
 		{Path: "low", Kind: content.LowerLink, Target: "etc/x", Mode: 0o600},
 		{Path: "z.pyc", Kind: content.Regular, Size: 9000, Object: object("zc"), Flags: content.PycPaired, PycTime: 7},
-		{Path: "z.py", Kind: content.Regular, Mode: 0o644, Mtime: content.Time{Sec: 7}, Size: 3, Data: []byte("zpy"), Flags: content.PySource},
+		{Path: "z.py", Kind: content.Regular, Mode: 0o644, Mtime: content.Time{Sec: 7}, Size: 3, Data: []byte("zpy"),
+			Flags: content.PySource},
 	}
 }
 
@@ -239,7 +240,8 @@ func TestMergeShowsSources(t *testing.T) {
 	time := int64(source.SourceTime())
 	base := []*content.Entry{root, source}
 	link := func(mtime int64) *content.Entry {
-		return &content.Entry{Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: content.Time{Sec: mtime}}
+		at := content.Time{Sec: mtime}
+		return &content.Entry{Path: "n.py", Kind: content.LowerLink, Target: "m.py", Mode: 0o644, Mtime: at}
 	}
 	for _, row := range []struct {
 		name  string

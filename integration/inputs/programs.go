@@ -83,7 +83,8 @@ func (s *Set) programs(ctx context.Context, paths []string) (_ *image.Layer, err
 	if err != nil {
 		return nil, fmt.Errorf("find npm: %w", err)
 	}
-	if err := run(ctx, os.Environ(), npm, "--prefix", top, "install", "--ignore-scripts", "--no-audit", "--no-fund"); err != nil {
+	err = run(ctx, os.Environ(), npm, "--prefix", top, "install", "--ignore-scripts", "--no-audit", "--no-fund")
+	if err != nil {
 		return nil, err
 	}
 	return image.FromDir(s.dir, image.LayerOptions{}, root, image.DirOptions{})
@@ -123,7 +124,8 @@ func packProgram(ctx context.Context, root, path string) error {
 	if err := copyTo(filepath.Join(root, programs, "bin", name), real); err != nil {
 		return err
 	}
-	script := fmt.Sprintf("#!/bin/sh\nexec /%[1]s/lib/%[2]s --library-path /%[1]s/lib /%[1]s/bin/%[3]s \"$@\"\n", programs, loader, name)
+	script := fmt.Sprintf("#!/bin/sh\nexec /%[1]s/lib/%[2]s --library-path /%[1]s/lib /%[1]s/bin/%[3]s \"$@\"\n",
+		programs, loader, name)
 	return os.WriteFile(filepath.Join(root, "usr/local/bin", name), []byte(script), 0o755)
 }
 

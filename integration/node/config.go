@@ -161,6 +161,9 @@ func (n *Node) daemonConfig() ([]byte, error) {
 		"address":            n.DedupAddress(),
 		"containerd_address": n.Address(),
 	}
+	if cache := os.Getenv("DEDUP_TEST_PAGE_CACHE"); cache != "" {
+		t["page_cache"] = cache
+	}
 	maps.Copy(t, n.opts.Daemon)
 	return encode(t)
 }

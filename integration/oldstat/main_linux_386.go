@@ -1,5 +1,6 @@
-// Command oldstat reads directories as a 32-bit program does that was built without large-file support: with the system calls
-// whose inode numbers have 32 bits. It prints how many entries it has seen below each argument, and ends at the first error.
+// Command oldstat reads directories as a 32-bit program does that was built without large-file support: with the
+// system calls whose inode numbers have 32 bits. It prints how many entries it has seen below each argument, and
+// ends at the first error.
 package main
 
 import (

@@ -16,8 +16,9 @@ import (
 
 // Suites of Debian whose kernels run.
 const (
-	Trixie = "trixie" // Debian 13, Linux 6.12
-	Sid    = "sid"    // unstable: about the newest Linux, another one every week
+	Bookworm = "bookworm" // Debian 12, Linux 6.1
+	Trixie   = "trixie"   // Debian 13, Linux 6.12
+	Sid      = "sid"      // unstable: about the newest Linux, another one every week
 )
 
 // Kernel is an unpacked kernel package.
@@ -54,7 +55,9 @@ func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err 
 	newer, nerr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*/vmlinuz"))
 	images = append(images, newer...)
 	modules, merr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*"))
-	if err := errors.Join(err, nerr, merr); err != nil || len(images) != 1 || len(modules) != 1 {
+	older, oerr := filepath.Glob(filepath.Join(dir, "lib/modules/*"))
+	modules = append(modules, older...)
+	if err := errors.Join(err, nerr, merr, oerr); err != nil || len(images) != 1 || len(modules) != 1 {
 		return k, fmt.Errorf("%s holds no kernel (remove it): %v", dir, err)
 	}
 	return Kernel{Image: images[0], modules: modules[0]}, nil
@@ -94,7 +97,8 @@ func fetchKernel(ctx context.Context, suite, dir string) (err error) {
 func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (order []string, err error) {
 	files := map[string]string{}
 	err = filepath.WalkDir(k.modules, func(path string, _ os.DirEntry, err error) error {
-		if name, ok := strings.CutSuffix(filepath.Base(path), ".ko.xz"); ok {
+		name, ok := strings.CutSuffix(strings.TrimSuffix(filepath.Base(path), ".xz"), ".ko")
+		if ok {
 			files[strings.ReplaceAll(name, "-", "_")] = path
 		}
 		return err
@@ -110,13 +114,11 @@ func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (o
 			return nil // what has no file is built in
 		}
 		done[name] = true
-		var out bytes.Buffer
-		cmd := exec.CommandContext(ctx, "xz", "-dc", files[name])
-		cmd.Stdout = &out
-		if err := cmd.Run(); err != nil {
-			return fmt.Errorf("decompress module %s: %w", name, err)
+		module, err := readModule(ctx, files[name])
+		if err != nil {
+			return err
 		}
-		needs, err := dependencies(out.Bytes())
+		needs, err := dependencies(module)
 		if err != nil {
 			return fmt.Errorf("module %s: %w", name, err)
 		}
@@ -126,7 +128,7 @@ func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (o
 			}
 		}
 		order = append(order, name+".ko")
-		return os.WriteFile(filepath.Join(dir, name+".ko"), out.Bytes(), 0o644)
+		return os.WriteFile(filepath.Join(dir, name+".ko"), module, 0o644)
 	}
 	for _, name := range names {
 		if err := add(name); err != nil {
@@ -134,6 +136,20 @@ func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (o
 		}
 	}
 	return order, nil
+}
+
+// readModule reads a module, which newer suites have compressed.
+func readModule(ctx context.Context, path string) ([]byte, error) {
+	if !strings.HasSuffix(path, ".xz") {
+		return os.ReadFile(path)
+	}
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, "xz", "-dc", path)
+	cmd.Stdout = &out
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("decompress module %s: %w", filepath.Base(path), err)
+	}
+	return out.Bytes(), nil
 }
 
 // dependencies reads a module's own list of the modules that it needs.

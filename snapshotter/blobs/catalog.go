@@ -122,8 +122,8 @@ func (c *Catalog) explain(ctx, short context.Context, err error) error {
 	return fmt.Errorf("ask containerd: %w", err)
 }
 
-// Remind has containerd look at its record of a chain, in the caller's namespace: it asks the snapshotter in turn, by the name that
-// it has for it. errdefs.ErrNotFound where it has no record.
+// Remind has containerd look at its record of a chain, in the caller's namespace: it asks the snapshotter in turn,
+// by the name that it has for it. errdefs.ErrNotFound where it has no record.
 func (c *Catalog) Remind(ctx context.Context, chain content.ChainID) error {
 	ctx, _, err := outgoing(ctx)
 	if err != nil {

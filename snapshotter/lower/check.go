@@ -16,8 +16,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// Compare tells what is wrong with a chain image; "" when nothing is, or it is gone. It builds the image once more, over the packs
-// that the image names, and compares the bytes: a place that shows other bytes is found as well as a damaged inode.
+// Compare tells what is wrong with a chain image; "" when nothing is, or it is gone. It compares the image with the tables of its
+// packs, builds it once more over the same places, and compares the bytes: what shows another payload is found as well as a damaged inode.
 func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (problem string, err error) {
 	done, err := c.acquire(ctx, n)
 	if err != nil {
@@ -31,17 +31,14 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 	if err != nil {
 		return err.Error(), nil
 	}
-	have, err := hashUncached(c.Image(n))
-	switch {
-	case isGone(err):
-		return "", nil
-	case err != nil:
-		return "it cannot be read: " + err.Error(), nil
+	have, places, err := c.inspect(ctx, n, im.devices)
+	if ctx.Err() != nil {
+		return "", err
 	}
-	place, err := c.places(im.devices)
 	if err != nil {
 		return err.Error(), nil
 	}
+	place := func(id content.ObjectID) (content.Place, bool) { at, ok := places[id]; return at, ok }
 	root, err := c.opts.Layers.Merge(ctx, chain)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, layer.ErrDamaged) {
 		return "", nil // its snapshots were removed meanwhile, or it is its layers that are damaged
@@ -51,7 +48,7 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 	}
 	for _, id := range objectsOf(root) {
 		if _, ok := place(id); !ok {
-			return fmt.Sprintf("no pack that it names has object %s", id), nil
+			return fmt.Sprintf("it does not show object %s", id), nil
 		}
 	}
 	h := sha256.New()
@@ -64,24 +61,36 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 	return "", nil
 }
 
-// places finds objects in the tables of packs, each in the newest that has it.
-func (c *Chains) places(devices []erofs.Device) (func(content.ObjectID) (content.Place, bool), error) {
-	found := map[content.ObjectID]content.Place{}
+// inspect checks the image of a chain as far as it and the tables of its packs tell. It returns the sum of its bytes, and where it
+// shows objects from: where an object is in two packs, only the image says which one it was built over.
+func (c *Chains) inspect(ctx context.Context, n Name, devices []erofs.Device) (sum content.Sum, places map[content.ObjectID]content.Place, err error) {
+	f, err := os.Open(c.Image(n))
+	if err != nil {
+		return sum, nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return sum, nil, err
+	}
+	packs := map[content.PackID]*erofs.Pack{}
 	for _, d := range devices {
-		pack, err := c.openPack(d)
-		if err != nil {
-			return nil, err
-		}
-		for i, slot := range pack.Slots {
-			if old, ok := found[slot.ID]; slot.Size > 0 && (!ok || old.Pack < pack.ID) {
-				found[slot.ID] = pack.Place(uint32(i))
-			}
+		if packs[d.Pack], err = c.openPack(d); err != nil {
+			return sum, nil, err
 		}
 	}
-	return func(id content.ObjectID) (content.Place, bool) {
-		place, ok := found[id]
-		return place, ok
-	}, nil
+	// As far as the kernel lets cached pages go, what follows reads the disk.
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+	places, err = erofs.CheckChain(ctx, f, fi.Size(), func(id content.PackID) *erofs.Pack { return packs[id] })
+	if err != nil {
+		return sum, nil, err
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return sum, nil, fmt.Errorf("read chain image: %w", err)
+	}
+	h.Sum(sum[:0])
+	return sum, places, nil
 }
 
 func (c *Chains) openPack(d erofs.Device) (*erofs.Pack, error) {
@@ -95,22 +104,6 @@ func (c *Chains) openPack(d erofs.Device) (*erofs.Pack, error) {
 		return nil, fmt.Errorf("pack %s: %w", f.Name(), err)
 	}
 	return pack, nil
-}
-
-// hashUncached reads a file from the disk, as far as the kernel lets its cached pages go.
-func hashUncached(path string) (sum content.Sum, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return sum, err
-	}
-	defer f.Close()
-	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return sum, err
-	}
-	h.Sum(sum[:0])
-	return sum, nil
 }
 
 // Rebuild builds a chain image anew and mounts that where the old one is mounted.

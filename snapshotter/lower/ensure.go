@@ -48,6 +48,14 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) (below Bel
 	// Whatever is wrong with the image, a new one costs less than finding out.
 	c.change(func(s *Stats) { s.Rebuilt++ })
 	log.G(ctx).WithError(err).Warnf("chain image %s does not mount: building it again", n)
+	if bad := (packError{}); errors.As(err, &bad) {
+		if err := c.opts.Layers.DistrustPack(ctx, bad.id, bad.error); err != nil {
+			return below, err
+		}
+		if err := c.opts.Layers.InService(chain...); err != nil {
+			return below, err
+		}
+	}
 	if err := c.remove(n); err != nil {
 		return below, err
 	}

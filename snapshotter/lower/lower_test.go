@@ -2,6 +2,7 @@ package lower
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -25,6 +27,7 @@ type lab struct {
 	t      *testing.T
 	dir    string
 	layers *layer.Store
+	drops  sync.WaitGroup
 }
 
 func needFeatures(t *testing.T) Features {
@@ -94,9 +97,12 @@ func (l *lab) open(k Kernel) {
 	}
 	moved := func(ids []content.PackID, damaged bool) {
 		if l.Chains != nil {
-			if err := l.DropStale(l.t.Context(), l.Moved(ids, damaged)); err != nil {
-				l.t.Error(err)
-			}
+			stale := l.Moved(ids, damaged)
+			l.drops.Go(func() {
+				if err := l.DropStale(context.Background(), stale); err != nil {
+					l.t.Error(err)
+				}
+			})
 		}
 	}
 	l.layers, err = layer.Open(l.t.Context(), layer.Options{Root: root, Verity: k.NoVerity == nil, PacksMoved: moved, KeepUnnamed: true}, nil)
@@ -115,6 +121,7 @@ func (l *lab) open(k Kernel) {
 // close gives up all chains.
 func (l *lab) close() {
 	l.t.Helper()
+	l.drops.Wait()
 	names, err := l.List()
 	if err != nil {
 		l.t.Fatal(err)
@@ -127,6 +134,7 @@ func (l *lab) close() {
 			l.t.Error(err)
 		}
 	}
+	l.drops.Wait()
 	if err := l.layers.Close(); err != nil {
 		l.t.Error(err)
 	}
@@ -416,45 +424,52 @@ func TestMergedBelowMounts(t *testing.T) {
 	})
 }
 
-// A pack that is not what an image was built for is never mounted.
+// A pack that is not what an image was built for is never mounted: what is whole in it is served from another one, and what is not
+// takes its layers out of service.
 func TestOtherPacksAreRefused(t *testing.T) {
-	inAllKinds(t, func(t *testing.T, l *lab) {
-		one := l.ingest(map[string]string{"a": text("a"), "b": text("b")})
-		two := l.ingest(map[string]string{"c": text("c"), "d": text("d")})
-		n := l.Name([]content.LayerID{one})
-		if err := l.Build(t.Context(), []content.LayerID{one}); err != nil {
-			t.Fatal(err)
-		}
-		if err := l.Build(t.Context(), []content.LayerID{two}); err != nil {
-			t.Fatal(err)
-		}
-		path := l.packs.path(l.known(n).devices[0].Pack)
-		whole, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		other, err := os.ReadFile(l.packs.path(l.known(l.Name([]content.LayerID{two})).devices[0].Pack))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for name, b := range map[string][]byte{"cut": whole[:len(whole)-content.BlockSize], "another's": other, "empty": {}} {
-			if err := errors.Join(os.Remove(path), os.WriteFile(path, b, 0o600)); err != nil {
-				t.Fatal(err)
-			}
-			if b, err := l.Ensure(t.Context(), []content.LayerID{one}); err == nil {
-				t.Errorf("%s: mounted: %+v", name, b)
-			}
-			if l.PackMounts() != 0 || l.IsMounted(n) {
-				t.Errorf("%s: something is mounted", name)
-			}
-		}
-		if err := errors.Join(os.Remove(path), os.WriteFile(path, whole, 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		if got := readFile(t, l.ensure(one).Chain, "a"); got != text("a") {
-			t.Errorf("%.20q", got)
-		}
-	})
+	for _, row := range []struct {
+		name   string
+		change func(whole []byte) []byte
+		served bool
+	}{
+		{"cut behind its payloads", func(b []byte) []byte { return b[:len(b)-content.BlockSize] }, true},
+		{"another trailer", func(b []byte) []byte { b[len(b)-1]++; return b }, true},
+		{"cut to its first block", func(b []byte) []byte { return b[:content.BlockSize] }, false},
+		{"zeros", func(b []byte) []byte { clear(b); return b }, false},
+		{"empty", func([]byte) []byte { return nil }, false},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			inAllKinds(t, func(t *testing.T, l *lab) {
+				one := l.ingest(map[string]string{"a": text("a"), "b": text("b")})
+				n := l.Name([]content.LayerID{one})
+				if err := l.Build(t.Context(), []content.LayerID{one}); err != nil {
+					t.Fatal(err)
+				}
+				path := l.packs.path(l.known(n).devices[0].Pack)
+				b, err := os.ReadFile(path)
+				if err == nil {
+					err = errors.Join(os.Remove(path), os.WriteFile(path, row.change(b), 0o600))
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				below, err := l.Ensure(t.Context(), []content.LayerID{one})
+				if row.served {
+					if err != nil || readFile(t, below.Chain, "a") != text("a") {
+						t.Errorf("%+v, %v", below, err)
+					}
+					return
+				}
+				if !errors.Is(err, layer.ErrDamaged) || l.PackMounts() != 0 || l.IsMounted(n) {
+					t.Errorf("mounted: %+v, %v", below, err)
+				}
+				l.ingest(map[string]string{"b": text("b"), "other/a": text("a")}) // the same payloads
+				if got := readFile(t, l.ensure(one).Chain, "b"); got != text("b") {
+					t.Errorf("healed: %.20q", got)
+				}
+			})
+		})
+	}
 }
 
 // A damaged chain image is found, wherever it is damaged.
@@ -485,6 +500,12 @@ func TestCompareFindsDamage(t *testing.T) {
 		}
 		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
 			t.Errorf("whole: %q, %v", problem, err)
+		}
+		if err := os.Remove(l.packs.path(l.known(n).devices[0].Pack)); err != nil {
+			t.Fatal(err)
+		}
+		if problem, err := l.Compare(t.Context(), n, chain); problem == "" || err != nil {
+			t.Errorf("without its pack: %q, %v", problem, err)
 		}
 	})
 }

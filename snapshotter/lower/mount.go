@@ -96,6 +96,14 @@ func explainMount(source string, err error) error {
 	return nil
 }
 
+// packError is an error about one pack.
+type packError struct {
+	id content.PackID
+	error
+}
+
+func (e packError) Unwrap() error { return e.error }
+
 // errOther is wrapped when a pack's file is not the one that a chain image was built for.
 var errOther = errors.New("not the pack that the chain image was built for")
 
@@ -104,11 +112,11 @@ var errOther = errors.New("not the pack that the chain image was built for")
 func openPack(path string, d erofs.Device) (_ *os.File, err error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("open pack %s: %w", path, err)
+		return nil, packError{d.Pack, fmt.Errorf("open pack %s: %w", path, err)}
 	}
 	f := os.NewFile(uintptr(fd), path)
 	if err := comparePack(f, d); err != nil {
-		return nil, errors.Join(fmt.Errorf("pack %s: %w", path, err), f.Close())
+		return nil, packError{d.Pack, errors.Join(fmt.Errorf("pack %s: %w", path, err), f.Close())}
 	}
 	return f, nil
 }

@@ -30,7 +30,8 @@ func TestNestedOverlays(t *testing.T) {
 	}
 }
 
-// A lower directory that is one level too high, as an EROFS file is on some kernels, has the probe turn to loop devices.
+// A lower directory that is one level too high, as an EROFS file is on some kernels, has the probe turn to loop
+// devices.
 func TestProbeCountsLevels(t *testing.T) {
 	needsMounts(t)
 	p := prober{dir: t.TempDir(), payload: []byte(strings.Repeat("payload", 200))}

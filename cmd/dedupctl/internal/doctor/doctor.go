@@ -152,8 +152,9 @@ func (n *node) lookAtStore() {
 		n.ok("daemon.damage", "no layer is known to be damaged (dedupctl fsck verifies all)")
 	}
 	if lost := n.self.LostImages; len(lost) > 0 {
-		n.add(Warning, "daemon.lost", "if root was lost for good: each comes back when it is next used, from containerd's blobs; where these are "+
-			"missing, dedupctl complete IMAGE fetches them. Containers of before have lost what they wrote: remove them. "+
+		n.add(Warning, "daemon.lost", "if root was lost for good: each comes back when it is next used, from containerd's "+
+			"blobs; where these are missing, dedupctl complete IMAGE fetches them. "+
+			"Containers of before have lost what they wrote: remove them. "+
 			"If the disk of root is not mounted: stop the daemon, mount it, and start the daemon again",
 			"containerd takes the files of %d images to be here, and they are not: %s", len(lost), some(lost))
 	}

@@ -40,8 +40,9 @@ func (n *node) lookAtKernel(context.Context) {
 		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
 			"EROFS cannot be mounted: %v", f.Erofs)
 	case f.Counted != nil:
-		n.add(Info, "kernel.erofs", "a kernel that does not (Linux before 6.12, or of 2026)", "EROFS is mounted from loop devices, one for "+
-			"each image that runs: this kernel counts an EROFS file as a stacked file system, and a container could mount no overlay (%v)", f.Counted)
+		n.add(Info, "kernel.erofs", "a kernel that does not count them (most do not)", "EROFS is mounted from loop devices, "+
+			"one for each image that runs: this kernel counts an EROFS file as a stacked file system, and a container could "+
+			"mount no overlay (%v)", f.Counted)
 	case f.Loop:
 		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs")
 	default:
