@@ -346,6 +346,8 @@ func (c *crashChild) step(ctx context.Context) error {
 		return c.view(ctx)
 	case n < 9 && len(c.names) > 6:
 		return c.remove(ctx)
+	case n == 9 && c.r.IntN(2) == 0:
+		return c.s.layers.Compact(ctx)
 	case n == 9:
 		return c.s.Cleanup(ctx)
 	}

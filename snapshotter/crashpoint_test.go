@@ -2,6 +2,8 @@ package snapshotter
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -18,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Every named step of ingest, commit, removal, garbage collection, repair and the making of chain images is one at which a process
@@ -30,7 +33,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 	counts := crashSteps(t, t.TempDir(), "", 0, nil)
 	for _, name := range stepNames {
-		if counts[name] == 0 {
+		if counts[name] == 0 && (name != "chain.packs" || testPageCache() != lower.PageCachePrivate) {
 			t.Errorf("nothing was killed at step %s: the work does not come by", name)
 		}
 	}
@@ -68,9 +71,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 // stepNames are all there are; grep for step(" finds them.
 var stepNames = []string{
 	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested", "pending.noted",
-	"ingest.object", "ingest.staged", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
+	"ingest.object", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
 	"facts.staged", "facts.renamed", "damaged.noted",
-	"chain.staged", "chain.renamed", "chain.mounting", "chain.mounted", "chain.unmounted", "chain.dropped",
+	"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
+	"chain.staged", "chain.renamed", "chain.mounting", "chain.packs", "chain.mounted", "chain.unmounted", "chain.dropped",
 	"remove.recorded", "remove.tree", "remove.object", "remove.done", "discard.renamed", "discard.done", "open.sweep",
 }
 
@@ -143,7 +147,9 @@ func crashWork(ctx context.Context, root, round string, hook func(string)) error
 	}
 	fmt.Println("\nready")
 	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round}
-	work := []func(context.Context) error{c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.view, c.remove, c.collect, c.remove, c.pull}
+	work := []func(context.Context) error{
+		c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.view, c.merge, c.view, c.remove, c.collect, c.remove, c.pull,
+	}
 	for _, do := range work {
 		if err := do(ctx); err != nil {
 			return err
@@ -201,6 +207,23 @@ func (c *crashChild) pullLarge(ctx context.Context) error {
 	return nil
 }
 
+// merge has so many small packs that they are merged, while a view is mounted over some of them.
+func (c *crashChild) merge(ctx context.Context) error {
+	for c.s.layers.Packs().Stats().Packs < 10 {
+		if err := c.pull(ctx); err != nil {
+			return err
+		}
+	}
+	key := fmt.Sprintf("crash/%s-%d/merged-view", c.round, c.n)
+	if _, err := c.s.View(ctx, key, c.names[len(c.names)-1]); err != nil {
+		return err
+	}
+	if err := c.s.layers.Compact(ctx); err != nil {
+		return err
+	}
+	return c.s.Remove(ctx, key)
+}
+
 // harm damages an object and heals it by pulling again.
 func (c *crashChild) harm(ctx context.Context) error {
 	blob, err := tarOfFiles(map[string]string{"harmed": strings.Repeat("harmed", 1000)})
@@ -212,16 +235,15 @@ func (c *crashChild) harm(ctx context.Context) error {
 		return err
 	}
 	defer c.s.Layers().Release(in.Layer)
-	paths, err := filepath.Glob(filepath.Join(c.s.opts.Root, "objects/*/*"))
+	packs := c.s.layers.Packs()
+	place, _ := packs.Place(content.ObjectID{Sum: sha256.Sum256([]byte(strings.Repeat("harmed", 1000)))})
+	f, err := os.OpenFile(packs.Path(place.Pack), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
-	for _, path := range paths {
-		if b, err := os.ReadFile(path); err == nil && strings.HasPrefix(string(b), "harmedharmed") {
-			if err := os.Remove(path); err != nil {
-				return err
-			}
-		}
+	_, err = f.WriteAt(make([]byte, 100), int64(place.Block)*content.BlockSize+1000)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
 	}
 	if found, err := c.s.Check(ctx, CheckOptions{}); err != nil || len(found) == 0 {
 		return fmt.Errorf("found %v, %w", found, err)

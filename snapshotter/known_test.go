@@ -448,7 +448,7 @@ func TestRemovalRaces(t *testing.T) {
 	s.wg.Wait()
 	s.layers.Wait()
 	// Every hold was given back: nothing is left, and nothing was left dangling.
-	for _, pattern := range []string{"layers/*", "objects/*/*", "snapshots/*"} {
+	for _, pattern := range []string{"layers/*", "packs/*", "snapshots/*"} {
 		left, err := filepath.Glob(s.path(pattern))
 		if err != nil || len(left) > 0 {
 			t.Errorf("%d of %s stay: %v", len(left), pattern, err)

@@ -324,10 +324,14 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 			s.refs.add(sn.Labels[labelRef], sn.Name)
 		}
 	}
+	held, err := lower.PacksOf(s.path(dirChains))
+	if err != nil {
+		return err
+	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
 		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
-		Pressure: s.pressure, PacksMoved: s.packsMoved, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
+		Pressure: s.pressure, PacksMoved: s.packsMoved, HeldPacks: held, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
@@ -343,6 +347,9 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 		return err
 	}
 	close(s.opened)
+	if err := s.layers.Packs().ReleasePacks(held); err != nil { // the chain images hold them now
+		return fmt.Errorf("remove old packs: %w", err)
+	}
 	for _, sn := range stored.whole {
 		s.reclaim(sn.Info)
 	}

@@ -57,8 +57,8 @@ type Options struct {
 	Durability Durability
 	// Verity gives packs fs-verity; the file system must have it (verity.Probe).
 	Verity bool
-	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because these were damaged;
-	// may be nil.
+	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because
+	// these were damaged; may be nil.
 	PacksMoved func(packs []content.PackID, damaged bool)
 	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them
 	// back with Packs().ReleasePacks when it has held what it needs.

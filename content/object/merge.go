@@ -311,8 +311,17 @@ func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
 		from[m.from] = true
 	}
 	held, drops := s.emptied(from)
+	var bad []content.PackID
+	held = slices.DeleteFunc(held, func(id content.PackID) bool {
+		damaged := s.packs[id].damaged != nil
+		if damaged {
+			bad = append(bad, id)
+		}
+		return damaged
+	})
 	s.mu.Unlock()
 	s.tellMoved(held, false)
+	s.tellMoved(bad, true)
 	var errs []error
 	for _, d := range drops {
 		errs = append(errs, s.remove(d))

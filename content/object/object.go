@@ -52,8 +52,8 @@ type Options struct {
 	// been written by then, and tells of writes that failed since the call; stop ends that. Old copies go after it.
 	// May be nil.
 	Sync func() (sync func() error, stop func(), err error)
-	// Moved is told which packs lost payloads to a newer one while chain images name them, and whether because these were damaged; may
-	// be nil. It is called without locks.
+	// Moved is told which packs lost payloads to a newer one while chain images name them, and whether because these
+	// were damaged; may be nil. It is called without locks.
 	Moved func(packs []content.PackID, damaged bool)
 	// Since is when the packs were last known to be on the disk, where that is in doubt; zero where it is not.
 	// Payloads in younger packs are read at Open, and count only if they are whole: a pack may have come to the disk

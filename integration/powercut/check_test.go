@@ -1,8 +1,8 @@
 package powercut
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,7 +19,9 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
@@ -230,7 +232,7 @@ func atRest(root string) error {
 	if err != nil {
 		return err
 	}
-	objects := map[string]bool{}
+	var objects []content.ObjectID
 	for hex := range layers {
 		path := filepath.Join(root, "layers", hex)
 		sum, err := content.ParseSum(hex)
@@ -244,16 +246,13 @@ func atRest(root string) error {
 		if err != nil {
 			return err
 		}
-		for _, id := range ids {
-			objects[id.Path()] = true
-		}
+		objects = append(objects, ids...)
 	}
 	return errors.Join(
 		only(filepath.Join(root, "layers"), layers),
-		only(filepath.Join(root, "objects"), objects),
 		only(filepath.Join(root, "snapshots"), dirs),
 		only(filepath.Join(root, "ingest"), nil),
-		hashed(filepath.Join(root, "objects"), objects),
+		packed(filepath.Join(root, "packs"), objects),
 	)
 }
 
@@ -321,14 +320,40 @@ func only(dir string, names map[string]bool) error {
 	return err
 }
 
-func hashed(dir string, objects map[string]bool) error {
-	for name := range objects {
-		data, err := os.ReadFile(filepath.Join(dir, name))
+// packed fails unless packs have these objects where the next start looks for them, and no pack is without any.
+func packed(dir string, objects []content.ObjectID) (err error) {
+	packs, err := object.Open(dir, dir, object.Options{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, packs.Close()) }()
+	packs.Load(objects)
+	if _, err := packs.Settle(true); err != nil {
+		return err
+	}
+	named := map[content.ObjectID]bool{}
+	for _, id := range objects {
+		if _, err := packs.Read(id); err != nil {
+			return err
+		}
+		named[id] = true
+	}
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		path := filepath.Join(dir, file.Name())
+		data, err := os.ReadFile(path)
 		if err != nil {
 			return err
 		}
-		if sum := sha256.Sum256(data); (content.ObjectID{Sum: sum}).Path() != name {
-			return fmt.Errorf("object %s has %d bytes that hash to %x", name, len(data), sum)
+		p, err := erofs.OpenPack(bytes.NewReader(data), int64(len(data)))
+		if err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if !slices.ContainsFunc(p.Slots, func(s erofs.Slot) bool { return named[s.ID] }) {
+			return fmt.Errorf("nothing names %s", path)
 		}
 	}
 	return nil

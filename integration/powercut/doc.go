@@ -15,7 +15,7 @@
 //
 //   - The store opens.
 //   - What was acknowledged is there, byte for byte; what was removed is not; what was under way is whole or not there.
-//   - Objects and trees hash to their names. There are no others than those that snapshots name.
+//   - Objects and trees hash to their names. There are no trees and no packs that no snapshot needs.
 //   - What was under way can be pulled again, and is right.
 //
 // Loop devices know no FUA, so the block layer makes flushes of it. Writes to one place that no flush divides are kept

@@ -175,7 +175,7 @@ type client struct {
 }
 
 func (c *client) step(ctx context.Context) error {
-	n := c.r.IntN(20)
+	n := c.r.IntN(21)
 	if n == 0 {
 		return c.w.reopen(ctx, c.r)
 	}
@@ -193,6 +193,8 @@ func (c *client) step(ctx context.Context) error {
 		return c.active(ctx)
 	case n < 19:
 		return c.view(ctx)
+	case n < 20:
+		return c.w.sn.Layers().Compact(ctx)
 	}
 	return c.w.sn.Cleanup(ctx)
 }

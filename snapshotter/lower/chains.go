@@ -166,6 +166,29 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 	return c, c.packs.clear()
 }
 
+// PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot be
+// read names none: Open removes it.
+func PacksOf(images string) (ids []content.PackID, err error) {
+	files, err := os.ReadDir(images)
+	if err != nil {
+		return nil, fmt.Errorf("list chain images: %w", err)
+	}
+	for _, file := range files {
+		f, err := os.OpenFile(filepath.Join(images, file.Name()), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
+			devices, _, _ := erofs.ReadChain(f, fi.Size())
+			for _, d := range devices {
+				ids = append(ids, d.Pack)
+			}
+		}
+		_ = f.Close()
+	}
+	return ids, nil
+}
+
 // load reads what the image of a chain says of itself. One that cannot be mounted again is removed.
 func (c *Chains) load(ctx context.Context, n Name) error {
 	im, err := c.read(n)
