@@ -76,7 +76,7 @@ type Snapshotter struct {
 
 	repairing sync.Mutex // held by who repairs layers
 	lost      lost
-	going     sync.Map // names below snapshots/ that are being removed
+	going     sync.Map   // names below snapshots/ that are being removed
 	restoring sync.Mutex // held by who makes an active snapshot's directories
 
 	patience time.Duration // see there

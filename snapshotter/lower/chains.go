@@ -151,8 +151,8 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		busy:   map[Name]chan struct{}{},
 		images: map[Name]*image{},
 		builds: map[Name]*build{}, watches: map[*watch]bool{},
-		users:  map[Name]map[string]bool{},
-		byID:   map[string]Name{},
+		users: map[Name]map[string]bool{},
+		byID:  map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {
