@@ -10,7 +10,7 @@ import (
 type ChainReport struct {
 	Images int // on the disk
 	Mounts int
-	Packs  int // packs that are mounted below shared images
+	Packs  int         // packs that are mounted below shared images
 	Usage  layer.Usage // of the images; with their directory when it is measured
 }
 
