@@ -60,11 +60,12 @@ type Xattr struct {
 	Value []byte
 }
 
-// MaxBelowXattrs bounds what all LowerLinks of a chain may add to the xattrs of one inode, in bytes. Whoever makes entries
-// leaves so much room in each, so that no inode of a chain image becomes too large for its format.
+// MaxBelowXattrs bounds what all LowerLinks of a chain may add to the xattrs of one inode, in bytes. Whoever makes
+// entries leaves so much room in each, so that no inode of a chain image becomes too large for its format.
 const MaxBelowXattrs = 64 << 10
 
-// XattrSize is what an attribute takes of an inode's room in a chain image, its header and its padding included; at most.
+// XattrSize is what an attribute takes of an inode's room in a chain image, its header and its padding included; at
+// most.
 func XattrSize(x Xattr) int64 { return int64(len(x.Name) + len(x.Value) + 8) }
 
 // Entry is one normalised member of a layer.

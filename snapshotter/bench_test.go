@@ -68,8 +68,8 @@ func filled(b *testing.B, n int) (*Snapshotter, float64, time.Duration) {
 			b.Fatal(err)
 		}
 	}
-	for _, t := range s.builds {
-		t.Stop()
+	for _, j := range s.jobs {
+		j.stop()
 	}
 	if err := s.Close(); err != nil {
 		b.Fatal(err)

@@ -125,7 +125,8 @@ func parentLater(active snapshots.Info) bool {
 	return active.Parent == "" && active.Labels[labelParentChain] != ""
 }
 
-// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is known at once.
+// fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is
+// known at once.
 func (s *Snapshotter) fits(ctx context.Context, id content.LayerID, parent string) error {
 	err := s.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return s.resolve(ctx, parent) })
 	if errors.Is(err, tree.ErrUnfit) {
@@ -172,6 +173,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 	} else {
 		labels[labelPending] = "true"
+		if err := s.makeLate(ctx, key, id, active); err != nil {
+			return fmt.Errorf("commit snapshot %q: %w", key, err)
+		}
 		// metadata.db is about to say that the directory is a layer: after a power cut it has to be.
 		if err := s.layers.Sync(); err != nil {
 			return fmt.Errorf("commit snapshot %q: %w", key, err)
@@ -239,37 +243,11 @@ func (s *Snapshotter) scheduleBuild(ctx context.Context, name string) {
 			return
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return
-	}
-	if t := s.builds[name]; t != nil {
-		t.Stop()
-	}
-	s.builds[name] = time.AfterFunc(delay, func() {
-		s.cancelBuild(name)
-		s.background(func(ctx context.Context) {
-			chain, err := s.resolve(ctx, name)
-			if err == nil {
-				err = s.chains.Build(ctx, chain)
-			}
-			gone := errdefs.IsNotFound(err) || errors.Is(err, fs.ErrNotExist) // removed meanwhile
-			if err != nil && !gone && ctx.Err() == nil {
-				log.G(ctx).WithError(err).Errorf("build chain image of %q", name)
-			}
-		})
-	})
+	s.buildImage(ctx, name, delay)
 }
 
-func (s *Snapshotter) cancelBuild(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if t := s.builds[name]; t != nil {
-		t.Stop()
-		delete(s.builds, name)
-	}
-}
+// isGone tells an error of something that was removed meanwhile.
+func isGone(err error) bool { return errdefs.IsNotFound(err) || errors.Is(err, fs.ErrNotExist) }
 
 // pendingSnapshot is a committed snapshot whose directory is not yet ingested. The name can be taken
 // again by another one after a Remove, the id cannot.
@@ -299,7 +277,7 @@ func (s *Snapshotter) startIngest(p pendingSnapshot) *ingestJob {
 	}
 	j := &ingestJob{done: make(chan struct{})}
 	if s.closed {
-		j.err = fmt.Errorf("snapshotter is closed: %w", errdefs.ErrUnavailable)
+		j.err = lower.ErrClosed
 		close(j.done)
 		return j
 	}

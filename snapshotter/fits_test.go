@@ -18,7 +18,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// linkTar is a layer with a hard link to target, which is a file of the layer itself, but comes later, where later is set.
+// linkTar is a layer with a hard link to target, which is a file of the layer itself, but comes later, where later is
+// set.
 func linkTar(t *testing.T, target string, later bool, xattrs map[string]string) []byte {
 	t.Helper()
 	var buf bytes.Buffer

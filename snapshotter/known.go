@@ -165,7 +165,10 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 		}
 		return in, reasonBlob, true
 	}
-	in, err = s.layers.IngestBlob(ctx, blob)
+	in, err = s.ingestSoon(ctx, blob)
+	if errors.Is(err, errLate) {
+		return layer.Ingested{}, reasonLate, false
+	}
 	if err != nil {
 		if ctx.Err() == nil { // whoever unpacks it next says what is wrong
 			log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
@@ -280,7 +283,7 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 		s.release(labels)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
-	if err := s.makeDirs(id); err != nil {
+	if err := s.restoreDirs(id, below{}); err != nil {
 		return nil, errors.Join(fmt.Errorf("create snapshot %q: %w", key, err), s.Remove(context.WithoutCancel(ctx), key))
 	}
 	log.G(ctx).WithField("diffID", in.DiffID.Digest()).Debugf("staged %s from known layer %s", labels[labelRef], in.Layer)

@@ -447,8 +447,8 @@ func TestRemovalRaces(t *testing.T) {
 	}
 	s.wg.Wait()
 	s.layers.Wait()
-	if err := s.Cleanup(t.Context()); err != nil { // until then chain images keep their packs
-		t.Fatal(err)
+	if err := s.Cleanup(t.Context()); err != nil { // chain images keep the packs that they name
+		t.Error(err)
 	}
 	// Every hold was given back: nothing is left, and nothing was left dangling.
 	for _, pattern := range []string{"layers/*", "packs/*", "snapshots/*"} {

@@ -57,7 +57,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 // create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
 // parent stays while the chain image is built.
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (_ []mount.Mount, err error) {
-	extraction := isExtraction(key, labels)
+	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}
 	var id string
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
@@ -65,6 +65,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		return err
 	})
+	c.id = id
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
@@ -75,40 +76,57 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}()
 	s.step("prepare.recorded")
-	if kind == snapshots.KindActive {
-		if !extraction {
-			if err := s.checkRoom(); err != nil {
-				return nil, fmt.Errorf("create snapshot %q: %w", key, err)
-			}
+	if !c.view && !c.extraction {
+		if err := s.checkRoom(); err != nil {
+			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
-		if err := s.makeDirs(id); err != nil {
+	}
+	l, late, err := s.belowSoon(ctx, key, c)
+	if err != nil {
+		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
+	}
+	// Without its directories nobody can mount one that is late: Mounts makes them.
+	if !c.view && !late {
+		if err := s.restoreDirs(id, l); err != nil {
 			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 	}
 	s.step("prepare.made")
-	l, err := s.below(ctx, id, parent, extraction)
-	if err != nil {
-		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
-	}
-	if kind == snapshots.KindActive && l.chain && l.mounted {
-		if err := copyRoot(l.dir, s.upper(id)); err != nil {
-			return nil, fmt.Errorf("create snapshot %q: %w", key, err)
-		}
-	}
 	return s.mounts(kind, id, l)
 }
 
-// restoreDirs creates the directories of an active snapshot again. metadata.db is durable before them, so a power
-// cut may leave it without.
+// restoreDirs creates the directories of an active snapshot where they are missing: metadata.db is durable before
+// them, so a power cut may leave it without, and one whose chain image took long has none yet. The work directory,
+// without which nothing mounts, comes last.
 func (s *Snapshotter) restoreDirs(id string, l below) error {
+	s.restoring.Lock()
+	defer s.restoring.Unlock()
 	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	err := s.makeDirs(id)
+	err := s.makeDir(s.upper(id), 0o755)
 	if err == nil && l.chain && l.mounted {
 		err = copyRoot(l.dir, s.upper(id))
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return s.makeDir(s.work(id), 0o711)
+}
+
+// makeLate makes the directories of a snapshot that is committed without ever having been mounted.
+func (s *Snapshotter) makeLate(ctx context.Context, key, id string, active snapshots.Info) error {
+	if err := s.settled(ctx, key); err != nil {
+		return err
+	}
+	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := s.below(ctx, id, active.Parent, isExtraction(key, active.Labels))
+	if err != nil {
+		return err
+	}
+	return s.restoreDirs(id, l)
 }
 
 // checkRoom refuses a snapshot on a full disk. The kernel mounts an overlay read-only when it has no room for a directory of its
@@ -133,14 +151,12 @@ func (s *Snapshotter) checkRoom() error {
 	return nil // what else may be wrong is found by who needs it
 }
 
-// makeDirs creates what an overlay mount writes to.
-func (s *Snapshotter) makeDirs(id string) error {
-	for _, dir := range []string{s.upper(id), s.work(id)} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
+// makeDir creates a directory that an overlay mount writes to.
+func (s *Snapshotter) makeDir(dir string, mode os.FileMode) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
 	}
-	return errors.Join(os.Chmod(s.upper(id), 0o755), os.Chmod(s.work(id), 0o711))
+	return os.Chmod(dir, mode)
 }
 
 // below is what lies below a snapshot.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
@@ -75,15 +76,21 @@ type Snapshotter struct {
 
 	repairing sync.Mutex // held by who repairs layers
 	lost      lost
-	going     sync.Map // names below snapshots/ that are being removed
+	going     sync.Map   // names below snapshots/ that are being removed
+	restoring sync.Mutex // held by who makes an active snapshot's directories
+
+	patience time.Duration // see there
+	// merge is layers.Merge, but for tests.
+	merge func(context.Context, []content.LayerID) (*tree.Node, error)
 
 	mu sync.Mutex // guards what follows
 	// closed is set before the background work is waited for: none is started after.
 	closed bool
 	// ingests are the running ingests of pending snapshots, by id.
 	ingests map[string]*ingestJob
-	// builds are chain images about to be built in the background, by the snapshot's name.
-	builds map[string]*time.Timer
+	// jobs are what is about to be done, or being done, in the background for a snapshot, by its name: the building
+	// of its chain image.
+	jobs map[string]*buildJob
 	// applied is set once our diff service has been used: extraction mounts then need no parent.
 	applied bool
 	onMiss  func(ctx context.Context, namespace string, chain content.ChainID)
@@ -122,7 +129,9 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 }
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}), ingests: map[string]*ingestJob{}, builds: map[string]*time.Timer{}}
+	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}),
+		ingests: map[string]*ingestJob{}, jobs: map[string]*buildJob{}, patience: patience,
+	}
 	s.lost.s = s
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -327,9 +336,12 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
+	s.merge = s.layers.Merge
 	s.chains, err = lower.Open(ctx, lower.Options{
 		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
-		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers, Kernel: s.kernel, Step: s.step,
+		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers, Kernel: s.kernel,
+		Merge:      func(ctx context.Context, chain []content.LayerID) (*tree.Node, error) { return s.merge(ctx, chain) },
+		Background: s.background, Step: s.step,
 	})
 	if err != nil {
 		return err
@@ -461,6 +473,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, nil // a view, or one whose directory is about to be ingested
 	}
 	du, err := fs.DiskUsage(ctx, s.upper(id))
+	if errors.Is(err, os.ErrNotExist) {
+		return snapshots.Usage{}, nil // its directories are not made yet
+	}
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage of snapshot %q: %w", key, err)
 	}
@@ -522,14 +537,16 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 		return nil
 	}
 	s.ids.remove(id, key)
-	s.cancelBuild(key)
 	s.release(info.Labels)
-	if info.Kind != snapshots.KindCommitted {
-		s.unuse(ctx, id)
-		if err := s.layers.Unused(id); err != nil {
-			log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
+	ctx = context.WithoutCancel(ctx)
+	s.abandon(key, func(context.Context) {
+		if info.Kind != snapshots.KindCommitted {
+			s.unuse(ctx, id)
+			if err := s.layers.Unused(id); err != nil {
+				log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
+			}
 		}
-	}
+	})
 	return s.discard(ctx, id)
 }
 
@@ -574,13 +591,14 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 	return nil
 }
 
-// background runs fn unless the Snapshotter is being closed.
-func (s *Snapshotter) background(fn func(context.Context)) {
+// background runs fn, and reports so, unless the Snapshotter is being closed.
+func (s *Snapshotter) background(fn func(context.Context)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.closed {
 		s.wg.Go(func() { fn(s.ctx) })
 	}
+	return !s.closed
 }
 
 // Close waits for background work. It unmounts nothing, since containers go on. A
@@ -589,8 +607,8 @@ func (s *Snapshotter) Close() (err error) {
 	s.close.Do(func() {
 		s.mu.Lock()
 		s.closed = true
-		for _, t := range s.builds {
-			t.Stop()
+		for _, j := range s.jobs {
+			j.stop()
 		}
 		s.mu.Unlock()
 		s.cancel()

@@ -132,6 +132,9 @@ func (c collector) work(e emitter) {
 	}
 	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.Builds))
 	e.count("dedup_chain_build_seconds_total", "Time that building chain images took.", did.BuildTime.Seconds())
+	builds, ingests := c.sn.Builds(), c.sn.Layers().Stats().Running
+	running(e, "build", builds.Running, builds.Oldest, builds.Bytes)
+	running(e, "ingest", ingests.Count, ingests.Oldest, ingests.Bytes)
 	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
 		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))
@@ -144,10 +147,22 @@ func (c collector) work(e emitter) {
 	e.count("dedup_gc_errors_total", gcErrors, float64(stored.RemoveErrors), "what", "layer")
 	e.count("dedup_gc_errors_total", gcErrors, float64(did.RemoveErrors), "what", "snapshot")
 	e.count("dedup_gc_layers_total", "Layers that were removed because nothing named them any more.", float64(stored.RemovedLayers))
-	e.count("dedup_gc_objects_total", "Payloads that were removed because nothing named them any more.", float64(stored.Removed.Inodes))
-	e.count("dedup_gc_bytes_total", "What removed payloads had occupied.", float64(stored.Removed.Bytes))
+	e.count("dedup_gc_packs_total", "Packs that were removed because nothing named their payloads any more.", float64(stored.Removed.Inodes))
+	e.count("dedup_gc_bytes_total", "What removed packs had occupied.", float64(stored.Removed.Bytes))
 	e.gauge("dedup_swept_files", "Leftovers of an unclean stop that the last start removed.", float64(stored.Swept))
 	e.gauge("dedup_damaged_layers", "Layers that are out of service since their tree or an object is damaged: their images cannot be mounted (dedupctl fsck --repair).", float64(stored.Damaged))
+}
+
+// running is work at this moment.
+func running(e emitter, work string, count int, oldest time.Time, bytes int64) {
+	e.gauge("dedup_work_running", "Ingests that are running, and chain images that are being built or wait for memory.", float64(count), "work", work)
+	age := 0.0
+	if count > 0 {
+		age = time.Since(oldest).Seconds()
+	}
+	e.gauge("dedup_work_oldest_seconds", "How long the oldest of them has been running; 0 when there is none.", age, "work", work)
+	e.gauge("dedup_work_memory_bytes", "Memory of ingests: payloads on their way to the disk. Of builds: an estimate from the entries of their layers.",
+		float64(bytes), "work", work)
 }
 
 func collectIngests(e emitter, stored layer.Stats) {

@@ -37,7 +37,7 @@ import (
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
-const stopTimeout = 10 * time.Second
+const stopTimeout = 5 * time.Second
 
 // serve runs until ctx ends. All wiring is here.
 func serve(ctx context.Context, c Config) (err error) {

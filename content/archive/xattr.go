@@ -23,8 +23,8 @@ const (
 
 // Limits of one attribute and of all of one inode. The kernel's are 255 and 65536
 // bytes; a chain image counts a value's length in 16 bits and the
-// attributes of an inode in 2^16 words of 4 bytes. Hard links in layers above may add to them (content.MaxBelowXattrs), and so
-// does the chain image itself.
+// attributes of an inode in 2^16 words of 4 bytes. Hard links in layers above may add to them
+// (content.MaxBelowXattrs), and so does the chain image itself.
 const (
 	maxXattrName  = 255
 	maxXattrValue = 1<<16 - 1

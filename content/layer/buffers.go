@@ -196,3 +196,10 @@ func (b *buffers) serve() {
 		b.waiting = b.waiting[1:]
 	}
 }
+
+// bytes is how much is handed out.
+func (b *buffers) bytes() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return int64(b.handed)
+}

@@ -9,11 +9,11 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// Fits returns an error that wraps tree.ErrUnfit when a held layer cannot lie on the layers below it, which a chain's first
-// container would find out otherwise. Only a layer with hard links into lower ones has to be looked at: below, which returns
-// those layers, base first, is called for no other.
+// Fits returns an error that wraps tree.ErrUnfit when a held layer cannot lie on the layers below it, which a chain's
+// first container would find out otherwise. Only a layer with hard links into lower ones has to be looked at: below,
+// which returns those layers, base first, is called for no other.
 func (s *Store) Fits(ctx context.Context, id content.LayerID, below func() ([]content.LayerID, error)) error {
-	own, err := s.below(ctx, id)
+	own, err := belowOf(ctx, s, id)
 	if err != nil || own.Links == 0 {
 		return err
 	}
@@ -25,7 +25,7 @@ func (s *Store) Fits(ctx context.Context, id content.LayerID, below func() ([]co
 		if own.Xattrs == 0 {
 			break
 		}
-		b, err := s.below(ctx, lower)
+		b, err := belowOf(ctx, s, lower)
 		if err != nil {
 			return err
 		}
@@ -51,8 +51,8 @@ func (s *Store) Fits(ctx context.Context, id content.LayerID, below func() ([]co
 	return err
 }
 
-// below returns what of a layer depends on those below it. The tree of one that an older build stored is read, once.
-func (s *Store) below(ctx context.Context, id content.LayerID) (tree.Below, error) {
+// belowOf returns what of a layer depends on those below it. The tree of one that an older build stored is read, once.
+func belowOf(ctx context.Context, s *Store, id content.LayerID) (tree.Below, error) {
 	s.mu.RLock()
 	st := s.layers[id]
 	var known *tree.Below

@@ -29,6 +29,16 @@ func (f *flights) init() { f.byBlob = map[digest.Digest]*flight{} }
 // wait returns when no ingest is running.
 func (f *flights) wait() { f.wg.Wait() }
 
+// stop ends all ingests.
+func (f *flights) stop() {
+	f.mu.Lock()
+	for _, fl := range f.byBlob {
+		fl.cancel()
+	}
+	f.mu.Unlock()
+	f.wait()
+}
+
 // do runs ingest once for all callers of a digest that meet. share turns the one hold
 // of a result into as many as callers are left, possibly none.
 func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error), share func(Ingested, int)) (Ingested, error) {

@@ -84,7 +84,8 @@ func form(f content.Fidelity) content.Fidelity {
 }
 
 func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, error) {
-	clock := stages{last: time.Now()}
+	clock, end := s.counters.begin()
+	defer end()
 	src, err := b.Open(ctx)
 	if err != nil {
 		return Ingested{}, err
@@ -136,18 +137,19 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	if b.Digest != "" {
 		t.Blobs = append(t.Blobs, b.Digest)
 	}
-	in, err := s.finish(ss, entries, &t, &clock)
+	in, err := s.finish(ss, entries, &t, clock)
 	if err != nil {
 		return Ingested{}, err
 	}
-	s.counters.ingested(ofBlobs, in, st.size, &clock)
+	s.counters.ingested(ofBlobs, in, st.size, clock)
 	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size, "added": in.Added.Bytes}).Debug("ingested blob")
 	return in, nil
 }
 
 // IngestDir stores a directory as a layer and returns it, held, once durable.
 func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
-	clock := stages{last: time.Now()}
+	clock, end := s.counters.begin()
+	defer end()
 	mem, err := s.budget.share(ctx, false)
 	if err != nil {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, err))
@@ -165,11 +167,11 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil)))))
 	}
 	clock.mark(stageRead)
-	in, err := s.finish(ss, entries, nil, &clock)
+	in, err := s.finish(ss, entries, nil, clock)
 	if err != nil {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(err)))
 	}
-	s.counters.ingested(ofDirs, in, sizes(entries), &clock)
+	s.counters.ingested(ofDirs, in, sizes(entries), clock)
 	return in, nil
 }
 

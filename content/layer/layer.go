@@ -447,10 +447,22 @@ func (s *Store) Facts(id content.LayerID) (Facts, error) {
 	return f, nil
 }
 
+// Entries is how many entries the layers of a chain have.
+func (s *Store) Entries(chain []content.LayerID) (sum int64) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, id := range chain {
+		if st := s.layers[id]; st != nil {
+			sum += st.facts.Entries
+		}
+	}
+	return sum
+}
+
 // Merge reads the trees of a chain, base first, and merges them. The empty
 // chain is an empty root directory.
 func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	n, err := tree.MergeEach(ctx, s.readAhead(ctx, chain))
+	n, err := tree.MergeEach(ctx, readAhead(ctx, s, chain))
 	if err != nil {
 		return nil, fmt.Errorf("merge chain: %w", err)
 	}
@@ -458,7 +470,7 @@ func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node,
 }
 
 // readAhead reads the trees of a chain, each while the one below it is being used.
-func (s *Store) readAhead(ctx context.Context, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
+func readAhead(ctx context.Context, s *Store, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
 	type read struct {
 		entries []*content.Entry
 		err     error

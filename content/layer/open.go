@@ -286,7 +286,7 @@ func (s *Store) sweep(ctx context.Context) error {
 // Close waits for background work. Holds end with it.
 func (s *Store) Close() (err error) {
 	s.closed.Do(func() {
-		s.flights.wait()
+		s.flights.stop()
 		s.keeper.stop()
 		s.gc.Wait()
 		s.written.stop()

@@ -41,6 +41,17 @@ type Stats struct {
 	Damaged int64
 	// Packs are the files that hold payloads.
 	Packs object.Stats
+	// Running are the ingests at this moment.
+	Running Running
+}
+
+// Running is work that is being done.
+type Running struct {
+	Count int
+	// Oldest is when the one that runs longest began; zero when none runs.
+	Oldest time.Time
+	// Bytes are payloads in memory, on their way to the disk.
+	Bytes int64
 }
 
 // Ingests are those of one kind of source that came to an end.
@@ -91,11 +102,27 @@ func kindOf(err error) Failure {
 
 // counters are the Stats of a Store while they change.
 type counters struct {
-	mu sync.Mutex // guards s
+	mu sync.Mutex // guards what follows
 	s  Stats
+	// running is when each running ingest began.
+	running map[*stages]time.Time
+}
+
+// begin notes an ingest, until end is called.
+func (c *counters) begin() (clock *stages, end func()) {
+	clock = &stages{last: time.Now()}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.running[clock] = clock.last
+	return clock, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.running, clock)
+	}
 }
 
 func (c *counters) init() {
+	c.running = map[*stages]time.Time{}
 	c.s.Failed = map[Failure]int64{}
 	for _, k := range []Failure{FailedInvalid, FailedSpace, FailedIO, FailedResource, FailedCanceled, FailedOther} {
 		c.s.Failed[k] = 0
@@ -142,8 +169,15 @@ func (s *Store) Stats() (out Stats) {
 	s.counters.change(func(have *Stats) {
 		out = *have
 		out.Failed = maps.Clone(have.Failed)
+		out.Running.Count = len(s.counters.running)
+		for _, began := range s.counters.running {
+			if out.Running.Oldest.IsZero() || began.Before(out.Running.Oldest) {
+				out.Running.Oldest = began
+			}
+		}
 		out.Blobs.Stages, out.Dirs.Stages = maps.Clone(have.Blobs.Stages), maps.Clone(have.Dirs.Stages)
 	})
+	out.Running.Bytes = s.buffers.bytes()
 	out.Removed.Bytes, out.Removed.Inodes = s.objects.Freed()
 	out.Packs = s.objects.Stats()
 	s.mu.RLock()

@@ -11,8 +11,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// ErrUnfit is wrapped where a layer cannot lie on the layers below it. Of all that Merge refuses it is what a single layer
-// does not show: its hard links into lower layers.
+// ErrUnfit is wrapped where a layer cannot lie on the layers below it. Of all that Merge refuses it is what a single
+// layer does not show: its hard links into lower layers.
 var ErrUnfit = errors.New("layer does not fit the layers below it")
 
 func noTarget(link, target string) error {
@@ -62,8 +62,8 @@ func Links(path string, id content.LayerID) (links []Link, err error) {
 	return links, err
 }
 
-// CheckLinks returns an error that wraps ErrUnfit when a target is not there, or is a directory, in the layers below, the topmost first,
-// whose tree files open names. It reads no more of them than it takes to tell, and merges nothing.
+// CheckLinks returns an error that wraps ErrUnfit when a target is not there, or is a directory, in the layers below,
+// the topmost first, whose tree files open names. It reads no more of them than it takes to tell, and merges nothing.
 func CheckLinks(ctx context.Context, links []Link, below []content.LayerID, open func(content.LayerID) string) error {
 	for _, id := range below {
 		if len(links) == 0 {
@@ -116,7 +116,8 @@ func (s said) note(n *name) error {
 	return nil
 }
 
-// of tells whether the layer has a link's target; neither that nor an error means that the layers below it have to say.
+// of tells whether the layer has a link's target; neither that nor an error means that the layers below it have to
+// say.
 func (s said) of(l Link) (there bool, err error) {
 	if n := s[l.Target]; n != nil {
 		switch n.kind {

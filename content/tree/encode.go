@@ -196,8 +196,8 @@ var ErrDamaged = errors.New("damaged tree")
 
 var errMalformed = fmt.Errorf("%w: malformed", ErrDamaged)
 
-// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when a chain is
-// merged, keeps the block alive.
+// decodeBlock is how many entries share one allocation. An entry that lasts longer than the others of its layer, when
+// a chain is merged, keeps the block alive.
 const decodeBlock = 64
 
 // fields calls its argument for each field of a message, as eachField does.

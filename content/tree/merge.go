@@ -19,8 +19,8 @@ var emptyRoot = content.Entry{Kind: content.Dir, Mode: 0o755, Flags: content.Imp
 // overlay their directories, and returns what a container sees. Entries are
 // sorted by content.ComparePaths and are not changed; the result points to them. It ends early with ctx.
 //
-// It costs n log n in the entries of all layers, and one pass over the children of each directory in which a layer adds or
-// removes names.
+// It costs n log n in the entries of all layers, and one pass over the children of each directory in which a layer
+// adds or removes names.
 func Merge(ctx context.Context, layers ...[]*content.Entry) (*Node, error) {
 	return MergeEach(ctx, func(yield func([]*content.Entry, error) bool) {
 		for _, entries := range layers {
@@ -31,8 +31,8 @@ func Merge(ctx context.Context, layers ...[]*content.Entry) (*Node, error) {
 	})
 }
 
-// MergeEach is Merge for layers that are read one at a time, so that what upper layers replace does not stay in memory. An
-// error of layers ends it and is returned as it is.
+// MergeEach is Merge for layers that are read one at a time, so that what upper layers replace does not stay in
+// memory. An error of layers ends it and is returned as it is.
 func MergeEach(ctx context.Context, layers iter.Seq2[[]*content.Entry, error]) (*Node, error) {
 	m := newMerger(ctx)
 	i := 0
@@ -322,8 +322,8 @@ func (m *merger) put(l *level, name string, e *content.Entry, from inodes) (*Nod
 	return n, nil
 }
 
-// level is one directory on the path to the entry at hand. A layer's names come sorted, so the changes of one layer to a
-// directory are made in one pass over its children.
+// level is one directory on the path to the entry at hand. A layer's names come sorted, so the changes of one layer to
+// a directory are made in one pass over its children.
 type level struct {
 	path string
 	node *Node

@@ -103,7 +103,8 @@ func longWay(n int) [][]*content.Entry {
 	return [][]*content.Entry{sorted(base), over}
 }
 
-// Four times the names are at most six times the work, whatever the shape. Work that is counted does not depend on the machine.
+// Four times the names are at most six times the work, whatever the shape. Work that is counted does not depend on the
+// machine.
 func TestMergeIsNotQuadratic(t *testing.T) {
 	count := func(layers [][]*content.Entry) int {
 		m := newMerger(t.Context())
@@ -279,7 +280,8 @@ func TestMergeLinksOfLinks(t *testing.T) {
 	}
 }
 
-// Paths resolve as the kernel resolves them: 40 symlinks, never out of the root, and alike however often they are asked for.
+// Paths resolve as the kernel resolves them: 40 symlinks, never out of the root, and alike however often they are
+// asked for.
 func TestResolve(t *testing.T) {
 	entries := []*content.Entry{dir("", 0, 0), dir("d", 1, 0), dir("d/e", 1, 0), file("d/e/f", "f", 1), link("abs", "/d/e"), link("up", "d/../../../d"), link("loop", "loop2"),
 		link("loop2", "./loop"), link("dead", "d/none"), link("d/back", "../up/e"), link("twice", "abs/../back/f")}
@@ -311,8 +313,8 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-// What upper layers replace is not kept: forty layers over the same files take no more memory than four, though every layer
-// has one file of its own that stays.
+// What upper layers replace is not kept: forty layers over the same files take no more memory than four, though every
+// layer has one file of its own that stays.
 func TestMergeForgetsWhatIsReplaced(t *testing.T) {
 	const files = 2000
 	layer := func(i int) (content.LayerID, []byte) {

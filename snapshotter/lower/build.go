@@ -19,17 +19,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// Build makes sure that a chain's image exists.
-func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	return c.buildLocked(ctx, n, chain)
-}
-
 // isCurrent reports whether an image can be mounted as it is.
 func (c *Chains) isCurrent(n Name) bool {
 	im := c.known(n)
@@ -44,13 +33,13 @@ func (c *Chains) isCurrent(n Name) bool {
 	return true
 }
 
-// build is an image that is being built.
-type build struct {
+// watch is told which packs lose payloads while an image is being built over them.
+type watch struct {
 	moved, damaged map[content.PackID]bool
 }
 
 func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerID) (err error) {
-	if c.isCurrent(n) {
+	if _, mounted := c.mounted(n); mounted || c.isCurrent(n) {
 		return nil
 	}
 	release, err := c.opts.Layers.ReserveChain(ctx, chain)
@@ -59,19 +48,12 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	}
 	defer release()
 	start := time.Now()
-	root, err := c.opts.Layers.Merge(ctx, chain)
+	root, err := c.opts.Merge(ctx, chain)
 	if err != nil {
 		return fmt.Errorf("build chain image: %w", err)
 	}
-	b := &build{map[content.PackID]bool{}, map[content.PackID]bool{}}
-	c.mu.Lock()
-	c.builds[b] = true
-	c.mu.Unlock()
-	defer func() {
-		c.mu.Lock()
-		delete(c.builds, b)
-		c.mu.Unlock()
-	}()
+	w, end := c.watch()
+	defer end()
 	placed, err := c.opts.Layers.Places(ctx, objectsOf(root))
 	if err != nil {
 		return fmt.Errorf("build chain image: %w", err)
@@ -100,21 +82,42 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	}
 	held = false // now the image's file does
 	c.set(n, im)
-	c.settle(n, b)
+	c.settle(n, w)
 	c.change(func(s *Stats) {
 		s.Builds++
 		s.BuildTime += time.Since(start)
 	})
-	return nil
+	if !c.IsMounted(n) {
+		return nil
+	}
+	// The old one was of no use. The mounts of its packs stay until the chain is unmounted: who was told of them a moment ago may
+	// be about to mount.
+	if err := unmountAll(c.MountPoint(n)); err != nil {
+		return err
+	}
+	_, err = c.mountLocked(n)
+	return err
+}
+
+func (c *Chains) watch() (w *watch, end func()) {
+	w = &watch{map[content.PackID]bool{}, map[content.PackID]bool{}}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.watches[w] = true
+	return w, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.watches, w)
+	}
 }
 
 // settle notes what has moved while an image was being built.
-func (c *Chains) settle(n Name, b *build) {
+func (c *Chains) settle(n Name, w *watch) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, d := range c.images[n].devices {
-		c.images[n].moved = c.images[n].moved || b.moved[d.Pack]
-		c.images[n].damaged = c.images[n].damaged || b.damaged[d.Pack]
+		c.images[n].moved = c.images[n].moved || w.moved[d.Pack]
+		c.images[n].damaged = c.images[n].damaged || w.damaged[d.Pack]
 	}
 }
 
@@ -189,9 +192,9 @@ func objectsOf(root *tree.Node) (ids []content.ObjectID) {
 func (c *Chains) Moved(packs []content.PackID, damaged bool) (stale []Name) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for b := range c.builds {
+	for w := range c.watches {
 		for _, id := range packs {
-			b.moved[id], b.damaged[id] = true, b.damaged[id] || damaged
+			w.moved[id], w.damaged[id] = true, w.damaged[id] || damaged
 		}
 	}
 	for n, im := range c.images {

@@ -17,6 +17,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
 // Name names a chain image: the sha256 over its kind and the ids of its layers, base first.
@@ -58,13 +59,18 @@ type Options struct {
 	// Layers are what chains are made of.
 	Layers *layer.Store
 	Kernel Kernel
+	// Merge gives the tree of a chain; nil is that of Layers.
+	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
+	// Background runs fn, with a ctx that ends when the daemon stops, and reports whether it does.
+	Background func(fn func(context.Context)) bool
 	// Step names points at which a test may end the process; nil for none.
 	Step func(name string)
 }
 
 // Stats count what has been done since Open.
 type Stats struct {
-	// Builds are images that were built, and how long that took, one after the other. Rebuilt are those that did not mount.
+	// Builds are images that were built, and how long that took, one after the other. Rebuilt are those that did not
+	// mount.
 	Builds    int64
 	BuildTime time.Duration
 	Rebuilt   int64
@@ -92,8 +98,9 @@ type Chains struct {
 	// images are those on the disk.
 	images map[Name]*image
 	used   layer.Usage // their sum
-	// builds are told what moves while they go on.
-	builds map[*build]bool
+	// builds are the images that are being built for callers of Build, watches what moves meanwhile.
+	builds  map[Name]*build
+	watches map[*watch]bool
 	// users are the ids of active snapshots and views, by chain, and the way back.
 	users map[Name]map[string]bool
 	byID  map[string]Name
@@ -132,6 +139,9 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 			return nil, fmt.Errorf("create directory: %w", err)
 		}
 	}
+	if o.Merge == nil {
+		o.Merge = o.Layers.Merge
+	}
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
@@ -140,9 +150,9 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		packs:  packMounts{dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{}},
 		busy:   map[Name]chan struct{}{},
 		images: map[Name]*image{},
-		builds: map[*build]bool{},
-		users:  map[Name]map[string]bool{},
-		byID:   map[string]Name{},
+		builds: map[Name]*build{}, watches: map[*watch]bool{},
+		users: map[Name]map[string]bool{},
+		byID:  map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {

@@ -39,7 +39,7 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 		return err.Error(), nil
 	}
 	place := func(id content.ObjectID) (content.Place, bool) { at, ok := places[id]; return at, ok }
-	root, err := c.opts.Layers.Merge(ctx, chain)
+	root, err := c.opts.Merge(ctx, chain)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, layer.ErrDamaged) {
 		return "", nil // its snapshots were removed meanwhile, or it is its layers that are damaged
 	}
@@ -117,12 +117,5 @@ func (c *Chains) Rebuild(ctx context.Context, chain []content.LayerID) error {
 	if err := c.remove(n); err != nil {
 		return err
 	}
-	if err := c.buildLocked(ctx, n, chain); err != nil || !c.IsMounted(n) {
-		return err
-	}
-	if err := unmountAll(c.MountPoint(n)); err != nil {
-		return err
-	}
-	_, err = c.mountLocked(n)
-	return err
+	return c.buildLocked(ctx, n, chain)
 }

@@ -23,22 +23,34 @@ func (c *Chains) IsMounted(n Name) bool { return isErofs(c.MountPoint(n)) }
 // Ensure makes sure that a chain is mounted.
 func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) (below Below, err error) {
 	n := c.Name(chain)
+	if !c.isBuilding(n) {
+		done, err := c.acquire(ctx, n)
+		if err != nil {
+			return below, err
+		}
+		below, mounted := c.mounted(n)
+		if done(); mounted {
+			return below, nil
+		}
+	}
+	if err := c.Build(ctx, chain); err != nil {
+		return below, err
+	}
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return below, err
 	}
 	defer done()
-	if c.IsMounted(n) {
-		im := c.known(n)
-		if im != nil && im.whole && !im.damaged && (!im.shared || c.packs.areMounted(im.ids())) {
-			return c.below(n, im), nil
-		}
-		// The mount of packs stays until the chain is unmounted: who was told of them a moment ago may be about to mount.
-		if err := unmountAll(c.MountPoint(n)); err != nil {
-			return below, err
-		}
+	if below, mounted := c.mounted(n); mounted {
+		return below, nil
 	}
-	if err := c.buildLocked(ctx, n, chain); err != nil {
+	if err := c.buildLocked(ctx, n, chain); err != nil { // it may have been dropped again
+		return below, err
+	}
+	if below, mounted := c.mounted(n); mounted {
+		return below, nil
+	}
+	if err := unmountAll(c.MountPoint(n)); err != nil { // a pack may be mounted no more
 		return below, err
 	}
 	below, err = c.mountLocked(n)
@@ -63,6 +75,18 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) (below Bel
 		return below, err
 	}
 	return c.mountLocked(n)
+}
+
+// mounted tells what lies below who uses a chain, where it is mounted as it should be.
+func (c *Chains) mounted(n Name) (Below, bool) {
+	if !c.IsMounted(n) {
+		return Below{}, false
+	}
+	im := c.known(n)
+	if im == nil || !im.whole || im.damaged || im.shared && !c.packs.areMounted(im.ids()) {
+		return Below{}, false
+	}
+	return c.below(n, im), true
 }
 
 func (c *Chains) below(n Name, im *image) Below {

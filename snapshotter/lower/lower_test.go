@@ -112,6 +112,7 @@ func (l *lab) open(k Kernel) {
 	l.Chains, err = Open(l.t.Context(), Options{
 		Images: filepath.Join(root, "chains"), Staging: filepath.Join(root, "ingest"), Mounts: filepath.Join(l.dir, "chains"),
 		PackMounts: filepath.Join(l.dir, "p"), Layers: l.layers, Kernel: k,
+		Background: func(fn func(context.Context)) bool { l.drops.Go(func() { fn(context.Background()) }); return true },
 	})
 	if err != nil {
 		l.t.Fatal(err)
