@@ -18,7 +18,7 @@ func (s *soak) nothingLeft(t *testing.T) {
 	var left []string
 	eventually(t, "everything to be gone", func() bool {
 		left = nil
-		for _, pattern := range []string{"layers/*", "objects/*/*", "chains/*", "snapshots/*", "ingest/*", "probe-*"} {
+		for _, pattern := range []string{"layers/*", "packs/*", "chains/*", "snapshots/*", "ingest/*", "probe-*"} {
 			found, err := filepath.Glob(filepath.Join(s.n.DedupRoot(), pattern))
 			must(t, err)
 			left = append(left, found...)
