@@ -49,7 +49,7 @@ var shortages = []shortage{
 		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull}, // what the pull leaves for a moment may make room for the others
 	},
 	{
-		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 100) }, rest: func(w *world, t *testing.T) { w.fillInodes(t, 0) }, give: (*world).empty,
+		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 1) }, rest: func(w *world, t *testing.T) { w.fillInodes(t, 0) }, give: (*world).empty,
 		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull}, // what the pull leaves for a moment may make room for the others
 	},
 	{

@@ -203,6 +203,7 @@ type (
 		claimed *Usage
 		file    int64 // what the tree file occupies
 		ahead   bool  // ingested ahead, and not yet taken up
+		fresh   bool  // came in since Open, and no use of it has claimed anything yet
 		// counted: the layer's objects are counted as referenced. Those of a tree that could not be read are not.
 		counted bool
 		// damage is why the layer is out of service; nil for one that serves.

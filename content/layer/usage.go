@@ -59,7 +59,7 @@ func (s *Store) setClaim(id content.LayerID, u Usage) bool {
 	if st == nil || st.claimed != nil {
 		return false
 	}
-	st.claimed = &u
+	st.claimed, st.fresh = &u, false
 	s.claimed.Bytes += u.Bytes
 	s.claimed.Inodes += u.Inodes
 	return true
@@ -107,6 +107,12 @@ func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	}
 	part := float64(st.weight()) / float64(s.weight) / float64(st.holds)
 	rest := s.unclaimed(more)
+	// What has just come in, ahead of the snapshot that is going to claim it, is not for others to share.
+	for _, st := range s.layers {
+		if st.fresh {
+			rest.Bytes, rest.Inodes = max(0, rest.Bytes-st.facts.UsedBytes), max(0, rest.Inodes-st.facts.UsedInodes)
+		}
+	}
 	u.Bytes += int64(float64(rest.Bytes)*part + 0.5)
 	u.Inodes += int64(float64(rest.Inodes)*part + 0.5)
 	return u
