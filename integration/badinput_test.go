@@ -191,7 +191,7 @@ func leavesNothing(t *testing.T, n *node.Node) {
 	var left []string
 	for range 300 {
 		left = nil
-		for _, pattern := range []string{"dedup/objects/*/*", "dedup/layers/*", "dedup/chains/*", "dedup/snapshots/*", "dedup/ingest/*", "run/chains/*"} {
+		for _, pattern := range []string{"dedup/packs/*", "dedup/layers/*", "dedup/chains/*", "dedup/snapshots/*", "dedup/ingest/*", "run/chains/*", "run/p/*"} {
 			found, err := filepath.Glob(filepath.Join(n.Dir(), pattern))
 			must(t, err)
 			left = append(left, found...)

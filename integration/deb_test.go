@@ -60,7 +60,7 @@ ctr task exec --exec-id f one sh -c 'echo lives; cat /usr/bin/python3 > /dev/nul
 		t.Errorf("purging says %q", out)
 	}
 	run("ctr task delete --force one")
-	run("umount /run/containerd-dedup-grpc/chains/* ; rm -r /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc") // as it says
+	run("umount /run/containerd-dedup-grpc/chains/* /run/containerd-dedup-grpc/p/* ; rm -r /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc") // as it says
 	run(files + " > after")
 	if out := run("diff before after || true"); out != "" {
 		t.Errorf("the package leaves files:\n%s", out)

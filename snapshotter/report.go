@@ -10,6 +10,7 @@ import (
 type ChainReport struct {
 	Images int // on the disk
 	Mounts int
+	Packs  int         // packs that are mounted below shared images
 	Usage  layer.Usage // of the images; with their directory when it is measured
 }
 
@@ -27,7 +28,7 @@ func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, 
 			r.Mounts++
 		}
 	}
-	r.Usage = s.chains.Usage()
+	r.Usage, r.Packs = s.chains.Usage(), s.chains.PackMounts()
 	if measure {
 		r.Usage, err = layer.DiskUsage(ctx, s.path(dirChains))
 	}

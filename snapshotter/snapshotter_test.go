@@ -325,7 +325,8 @@ func TestRestartAndReboot(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if len(mountsBelow(t, root)) != 2 { // the chain image, and its pack
+	want := map[lower.PageCache]int{lower.PageCacheShared: 2, lower.PageCachePrivate: 1} // the chain image, and its pack
+	if len(mountsBelow(t, root)) != want[s.PageCache()] {
 		t.Errorf("a stop of the daemon unmounts what a container may need: %v", mountsBelow(t, root))
 	}
 	for _, loss := range []string{"nothing", "mounts", "chain images too"} {

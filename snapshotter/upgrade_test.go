@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -132,11 +133,17 @@ func freshStore(t *testing.T) (files map[string]string, layers []content.LayerID
 func TestUpgradeFromLayout3(t *testing.T) {
 	want, layers := freshStore(t)
 	steps := map[string]int{}
+	var mu sync.Mutex // guards steps: two workers come by
+	count := func(name string) {
+		mu.Lock()
+		defer mu.Unlock()
+		steps[name]++
+	}
 	for _, sameBoot := range []bool{true, false} {
 		t.Run(fmt.Sprintf("same boot %v", sameBoot), func(t *testing.T) {
 			root := formerStore(t, sameBoot)
 			old := objectPaths(t, root)
-			s, err := openPython(t, root, func(name string) { steps[name]++ })
+			s, err := openPython(t, root, count)
 			must(t, err)
 			isUpgraded(t, s, want, layers)
 			must(t, stop(s))

@@ -72,6 +72,7 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	} else {
 		e.gauge("dedup_chain_images", "Chain images on the disk.", float64(chains.Images))
 		e.gauge("dedup_chain_mounts", "Chain images that are mounted.", float64(chains.Mounts))
+		e.gauge("dedup_pack_mounts", "Packs that are mounted below shared chain images.", float64(chains.Packs))
 	}
 	c.holdings(e, chains.Usage)
 	c.snapshots(e)

@@ -38,13 +38,13 @@ func (n *node) lookAtKernel(context.Context) {
 	switch {
 	case f.Erofs != nil:
 		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
-			"EROFS cannot be mounted: %v", f.Erofs)
+			"EROFS images over packs cannot be mounted (Linux 5.16 or newer has them): %v", f.Erofs)
 	case f.Counted != nil:
 		n.add(Info, "kernel.erofs", "a kernel that does not count them (most do not)", "EROFS is mounted from loop devices, "+
 			"one for each image that runs: this kernel counts an EROFS file as a stacked file system, and a container could "+
 			"mount no overlay (%v)", f.Counted)
 	case f.Loop:
-		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs")
+		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs, and for each of its packs")
 	default:
 		n.ok("kernel.erofs", "EROFS is mounted straight from its files")
 	}
@@ -57,8 +57,8 @@ func (n *node) lookAtKernel(context.Context) {
 	switch {
 	case f.Erofs != nil || f.Upper != nil:
 	case f.DataOnly != nil:
-		n.add(Problem, "kernel.data-only", "a kernel of Linux 6.5 or newer (Debian 13, Ubuntu 24.04 and later have one)",
-			"overlayfs does not serve data-only lower layers: %v", f.DataOnly)
+		n.add(Info, "kernel.data-only", "a kernel of Linux 6.5 or newer (Debian 13, Ubuntu 24.04 and later have one)",
+			"overlayfs does not serve data-only lower layers (%v): page_cache is private, and only containers of one image share memory", f.DataOnly)
 	case f.Metacopy:
 		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, with metacopy=on")
 	default:
@@ -87,7 +87,7 @@ func (n *node) lookAtVerity(missing error) {
 		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, not by the read that meets it", missing)
 		return
 	}
-	n.ok("kernel.fs-verity", "the file system has fs-verity, and overlayfs compares it")
+	n.ok("kernel.fs-verity", "the file system has fs-verity")
 }
 
 func fileSystem(magic int64) string {

@@ -60,6 +60,13 @@ func (n *node) leaks(mounts []*mountinfo.Info) (leaked []leak, chains int) {
 				leaked = append(leaked, leak{m.Mountpoint, "a chain image is mounted that is no more"})
 			}
 			seen[m.Mountpoint] = true
+		case filepath.Dir(m.Mountpoint) == run+"/p" && m.FSType == "erofs":
+			if seen[m.Mountpoint] {
+				leaked = append(leaked, leak{m.Mountpoint, "a pack is mounted twice at one place"})
+			} else if !exists(filepath.Join(root, "packs", name+".erofs")) {
+				leaked = append(leaked, leak{m.Mountpoint, "a pack is mounted that is no more"})
+			}
+			seen[m.Mountpoint] = true
 		case m.FSType == "overlay":
 			upper := optionOf(m.VFSOptions, "upperdir")
 			if filepath.Dir(filepath.Dir(upper)) == root+"/snapshots" && !exists(upper) {
