@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sync/errgroup"
@@ -41,6 +42,8 @@ const (
 	moveLeast = 1 << 20
 	// moveWorkers read at a time: what lies in many small files waits for the disk.
 	moveWorkers = 8
+	// moveSay is how often the log tells how far it is.
+	moveSay = 10 * time.Second
 	// moveInMemory is the largest payload that is read whole.
 	moveInMemory = 1 << 20
 )
@@ -189,20 +192,22 @@ func (m *mover) move(ctx context.Context) error {
 	if err != nil || len(gone)+len(stay) == 0 {
 		return err
 	}
-	total := len(gone) + len(stay)
-	log.G(ctx).WithFields(log.Fields{"payloads": total, "kept": len(stay)}).
+	left := len(gone) + len(stay)
+	log.G(ctx).WithFields(log.Fields{"payloads": left, "kept": len(stay)}).
 		Info("upgrade: moving payloads from objects/ into packs; running containers go on")
-	for _, ids := range [][]content.ObjectID{gone, stay} {
-		for len(ids) > 0 {
-			if ids, err = m.next(ctx, ids, len(ids) <= len(stay)); err != nil {
-				break
+	said := time.Now()
+	for i, ids := range [][]content.ObjectID{gone, stay} {
+		for len(ids) > 0 && err == nil {
+			before := len(ids)
+			ids, err = m.next(ctx, ids, i == 1)
+			if left -= before - len(ids); time.Since(said) > moveSay {
+				log.G(ctx).WithField("left", left).Info("upgrade: moving payloads into packs")
+				said = time.Now()
 			}
-			total := len(gone) + len(stay)
-			log.G(ctx).Infof("upgrade: %d payloads of %d are left", min(total, len(ids)+len(stay)), total)
 		}
 		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 			log.G(ctx).WithError(err).Errorf("upgrade: no room to move %d payloads: layers that name them are out of service "+
-				"(remove images, or stop containers that were started before the upgrade)", len(ids))
+				"(remove images, or stop containers that were started before the upgrade)", left)
 			return nil
 		}
 		if err != nil {
