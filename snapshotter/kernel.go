@@ -7,8 +7,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
-// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may hold files without
-// bytes, and overlayfs refuses these, and the directories that they are in, without it: also a newer kernel has to go on with it.
+// fileMetacopy stands in the root since overlays were mounted with metacopy=on. Upper directories of that time may
+// hold files without bytes, and overlayfs refuses these, and the directories that they are in, without it: also a
+// newer kernel has to go on with it.
 const fileMetacopy = "metacopy"
 
 // probeKernel finds out how to mount overlays here.

@@ -19,12 +19,14 @@ type ociClient struct{ s *Snapshotter }
 
 func (c ociClient) SnapshotService(string) snapshots.Snapshotter { return c.s }
 
-// containerd looks users and groups up in a container's files without mounting them, also where the container has changed them.
+// containerd looks users and groups up in a container's files without mounting them, also where the container has
+// changed them.
 func TestContainerdFindsUsers(t *testing.T) {
 	s := open(t, t.TempDir())
 	passwd := strings.Repeat("filler:x:9:9::/:/bin/sh\n", 100) // so that it lies in a pack
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{
-		"etc/passwd": passwd + "alice:x:1001:1002::/:/bin/sh\n", "etc/group": strings.Repeat("filler:x:9:\n", 100) + "staff:x:50:alice\n",
+		"etc/passwd": passwd + "alice:x:1001:1002::/:/bin/sh\n",
+		"etc/group":  strings.Repeat("filler:x:9:\n", 100) + "staff:x:50:alice\n",
 	}), nil)
 	mounts, err := s.Prepare(t.Context(), "container", name)
 	if err != nil || len(mounts) != 1 {
@@ -32,14 +34,17 @@ func TestContainerdFindsUsers(t *testing.T) {
 	}
 	look := func(user string) (specs.User, error) {
 		spec := &oci.Spec{Process: &specs.Process{}, Linux: &specs.Linux{}}
-		err := oci.WithUser(user)(t.Context(), ociClient{s}, &containers.Container{Snapshotter: "dedup", SnapshotKey: "container"}, spec)
+		c := &containers.Container{Snapshotter: "dedup", SnapshotKey: "container"}
+		err := oci.WithUser(user)(t.Context(), ociClient{s}, c, spec)
 		return spec.Process.User, err
 	}
 	if u, err := look("alice"); err != nil || u.UID != 1001 || u.GID != 1002 {
 		t.Errorf("of the image: %+v, %v", u, err)
 	}
 	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
-		return errors.Join(os.WriteFile(filepath.Join(root, "etc/passwd"), []byte(passwd+"bob:x:7:8::/:/bin/sh\n"), 0o644), os.Remove(filepath.Join(root, "etc/group")))
+		etc := filepath.Join(root, "etc")
+		return errors.Join(os.WriteFile(filepath.Join(etc, "passwd"), []byte(passwd+"bob:x:7:8::/:/bin/sh\n"), 0o644),
+			os.Remove(filepath.Join(etc, "group")))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -65,7 +70,8 @@ func TestExactlyOneMount(t *testing.T) {
 		"view":              func(key string) ([]mount.Mount, error) { return s.View(ctx, key, name) },
 		"view, no parent":   func(key string) ([]mount.Mount, error) { return s.View(ctx, key, "") },
 		"extraction": func(key string) ([]mount.Mount, error) {
-			return s.Prepare(ctx, key, name, snapshots.WithLabels(map[string]string{labelRef: "sha256:" + strings.Repeat("0", 64)}))
+			labels := map[string]string{labelRef: "sha256:" + strings.Repeat("0", 64)}
+			return s.Prepare(ctx, key, name, snapshots.WithLabels(labels))
 		},
 	} {
 		first, err := do(key)

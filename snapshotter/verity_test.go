@@ -292,8 +292,8 @@ func TestVerityOnAndOff(t *testing.T) {
 	}
 }
 
-// writeInContainer changes the metadata of a file of the image in a container that lives on through all settings. Where metacopy
-// is on, its upper directory then holds a file without bytes.
+// writeInContainer changes the metadata of a file of the image in a container that lives on through all settings.
+// Where metacopy is on, its upper directory then holds a file without bytes.
 func writeInContainer(t *testing.T, s *Snapshotter, v lower.Verity, fresh bool, parent, file string) {
 	t.Helper()
 	var mounts []mount.Mount
@@ -318,7 +318,8 @@ func writeInContainer(t *testing.T, s *Snapshotter, v lower.Verity, fresh bool, 
 	}
 }
 
-// Damage from a time without fs-verity is not sealed: a payload is compared with its name before it is copied into a pack that has it.
+// Damage from a time without fs-verity is not sealed: a payload is compared with its name before it is copied into a
+// pack that has it.
 func TestVerityDoesNotSealDamage(t *testing.T) {
 	root := verityRoot(t)
 	s := openVerity(t, root, lower.VerityOff)
@@ -390,7 +391,8 @@ func TestVerityAfterRestore(t *testing.T) {
 	checkClean(t, s)
 }
 
-// A container's files are committed as they are, also where its upper directory holds files without bytes, and large ones.
+// A container's files are committed as they are, also where its upper directory holds files without bytes, and large
+// ones.
 func TestVerityCommit(t *testing.T) {
 	s := openVerity(t, verityRoot(t), lower.VerityOn)
 	text, large := strings.Repeat("text", 5000), strings.Repeat("large", 4<<20)

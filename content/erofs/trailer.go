@@ -24,7 +24,8 @@ type trailer struct {
 	table   int64 // where it begins, from meta on
 }
 
-// ReadTrailer reads it from a file of this many bytes. It does not look whether the rest of the file agrees: OpenPack does.
+// ReadTrailer reads it from a file of this many bytes. It does not look whether the rest of the file agrees: OpenPack
+// does.
 func ReadTrailer(r io.ReaderAt, size int64) (Trailer, error) {
 	t, err := readTrailer(r, size)
 	return t.Trailer, err

@@ -90,8 +90,8 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	if !c.IsMounted(n) {
 		return nil
 	}
-	// The old one was of no use. The mounts of its packs stay until the chain is unmounted: who was told of them a moment ago may
-	// be about to mount.
+	// The old one was of no use. The mounts of its packs stay until the chain is unmounted: who was told of them a
+	// moment ago may be about to mount.
 	if err := unmountAll(c.MountPoint(n)); err != nil {
 		return err
 	}
@@ -146,9 +146,11 @@ func (c *Chains) stage(ctx context.Context, root *tree.Node, placed *object.Plac
 	return f.Name(), err
 }
 
-// write writes a chain's image. It is a private one where a shared one cannot be: with more packs than fit a mount's options, or with
-// a file that is named like a pack.
-func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, place func(content.ObjectID) (content.Place, bool), packs []erofs.Device) error {
+// write writes a chain's image. It is a private one where a shared one cannot be: with more packs than fit a mount's
+// options, or with a file that is named like a pack.
+func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node,
+	place func(content.ObjectID) (content.Place, bool), packs []erofs.Device,
+) error {
 	w := bufio.NewWriterSize(to, 1<<20)
 	o := erofs.Options{Place: place, Packs: packs, Redirect: c.opts.Kernel.Shared && c.fits(len(packs))}
 	_, err := erofs.WriteChain(ctx, w, root, o)
@@ -187,8 +189,9 @@ func objectsOf(root *tree.Node) (ids []content.ObjectID) {
 	return ids
 }
 
-// Moved notes that packs have lost payloads to others, because they were damaged or merged, and returns the chains whose images name
-// them. Those go when they are not mounted any more (DropStale, Release); of damaged ones the next container gets a new one.
+// Moved notes that packs have lost payloads to others, because they were damaged or merged, and returns the chains
+// whose images name them. Those go when they are not mounted any more (DropStale, Release); of damaged ones the next
+// container gets a new one.
 func (c *Chains) Moved(packs []content.PackID, damaged bool) (stale []Name) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -27,8 +27,8 @@ type Name struct{ content.Sum }
 // ours: change it whenever erofs.WriteChain or tree.Merge change what they produce.
 const chainVersion = "chain image 2\n"
 
-// What follows the version in names of shared images, and of images with fs-verity. When a setting changes, all images of the other
-// kind are nobody's, and go.
+// What follows the version in names of shared images, and of images with fs-verity. When a setting changes, all
+// images of the other kind are nobody's, and go.
 const (
 	ofShared = "shared\n"
 	ofVerity = "fs-verity\n"
@@ -53,8 +53,8 @@ func (c *Chains) Name(chain []content.LayerID) (n Name) {
 
 // Options say where a cache lives and what it is made from.
 type Options struct {
-	// Images holds the images, Staging what is being written, on the same file system, and Mounts the mount points of images,
-	// PackMounts those of packs.
+	// Images holds the images, Staging what is being written, on the same file system, and Mounts the mount points of
+	// images, PackMounts those of packs.
 	Images, Staging, Mounts, PackMounts string
 	// Layers are what chains are made of.
 	Layers *layer.Store
@@ -133,7 +133,8 @@ const ImageSuffix = ".erofs"
 func Open(ctx context.Context, o Options) (*Chains, error) {
 	for _, dir := range []string{o.Images, o.Mounts, o.PackMounts} {
 		if strings.ContainsAny(dir, ",:\\") {
-			return nil, fmt.Errorf("%s has a comma, a colon or a backslash in its name, which mount options cannot say: choose another root or run_dir", dir)
+			return nil, fmt.Errorf("%s has a comma, a colon or a backslash in its name, which mount options cannot say: "+
+				"choose another root or run_dir", dir)
 		}
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("create directory: %w", err)
@@ -146,8 +147,10 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		o.Step = func(string) {}
 	}
 	c := &Chains{
-		opts:   o,
-		packs:  packMounts{dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{}},
+		opts: o,
+		packs: packMounts{
+			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
+		},
 		busy:   map[Name]chan struct{}{},
 		images: map[Name]*image{},
 		builds: map[Name]*build{}, watches: map[*watch]bool{},
@@ -166,8 +169,8 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 	return c, c.packs.clear()
 }
 
-// PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot be
-// read names none: Open removes it.
+// PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot
+// be read names none: Open removes it.
 func PacksOf(images string) (ids []content.PackID, err error) {
 	files, err := os.ReadDir(images)
 	if err != nil {

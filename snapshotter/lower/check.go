@@ -16,8 +16,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// Compare tells what is wrong with a chain image; "" when nothing is, or it is gone. It compares the image with the tables of its
-// packs, builds it once more over the same places, and compares the bytes: what shows another payload is found as well as a damaged inode.
+// Compare tells what is wrong with a chain image; "" when nothing is, or it is gone. It compares the image with the
+// tables of its packs, builds it once more over the same places, and compares the bytes: what shows another payload
+// is found as well as a damaged inode.
 func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (problem string, err error) {
 	done, err := c.acquire(ctx, n)
 	if err != nil {
@@ -61,9 +62,11 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 	return "", nil
 }
 
-// inspect checks the image of a chain as far as it and the tables of its packs tell. It returns the sum of its bytes, and where it
-// shows objects from: where an object is in two packs, only the image says which one it was built over.
-func (c *Chains) inspect(ctx context.Context, n Name, devices []erofs.Device) (sum content.Sum, places map[content.ObjectID]content.Place, err error) {
+// inspect checks the image of a chain as far as it and the tables of its packs tell. It returns the sum of its bytes,
+// and where it shows objects from: where an object is in two packs, only the image says which one it was built over.
+func (c *Chains) inspect(ctx context.Context, n Name, devices []erofs.Device) (
+	sum content.Sum, places map[content.ObjectID]content.Place, err error,
+) {
 	f, err := os.Open(c.Image(n))
 	if err != nil {
 		return sum, nil, err

@@ -11,7 +11,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// Below is what lies below a container: a mounted chain image, and the packs that it lies over, if it is a shared one.
+// Below is what lies below a container: a mounted chain image, and the packs that it lies over, if it is a shared
+// one.
 type Below struct {
 	Chain string
 	Packs []string

@@ -12,15 +12,15 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// loopLabel begins what a loop device says of itself when it is there for chain images to name, followed by the pack's id. One that a
-// pack is mounted from has another: a chain image cannot have it as well.
+// loopLabel begins what a loop device says of itself when it is there for chain images to name, followed by the
+// pack's id. One that a pack is mounted from has another: a chain image cannot have it as well.
 const loopLabel = "dedup pack "
 
 // loopTries bounds how often a free loop device is looked for: others may take it first.
 const loopTries = 100
 
-// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images. The kernel frees it when the last
-// mount that has it, and the file that is returned, are gone.
+// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images. The kernel frees
+// it when the last mount that has it, and the file that is returned, are gone.
 func packLoop(pack *os.File, id content.PackID) (*os.File, error) {
 	label := loopLabel + id.String()
 	l, err := findLoop(pack, label)
@@ -78,7 +78,8 @@ func findLoop(pack *os.File, label string) (*os.File, error) {
 		}
 		// Open, it stays what it is now.
 		info, err := unix.IoctlLoopGetStatus64(int(l.Fd()))
-		if err == nil && info.Inode == want.Ino && info.Device == want.Dev && unix.ByteSliceToString(info.File_name[:]) == label {
+		if err == nil && info.Inode == want.Ino && info.Device == want.Dev &&
+			unix.ByteSliceToString(info.File_name[:]) == label {
 			return l, nil
 		}
 		_ = l.Close()

@@ -52,12 +52,18 @@ func kinds(t *testing.T) map[string]Kernel {
 			continue
 		}
 		name := map[bool]string{false: "", true: " looped"}[loop]
-		all["private"+name] = Kernel{Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")}
+		all["private"+name] = kernel(f, false, loop)
 		if f.DataOnly == nil {
-			all["shared"+name] = Kernel{Shared: true, Metacopy: f.Metacopy, Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")}
+			all["shared"+name] = kernel(f, true, loop)
 		}
 	}
 	return all
+}
+
+func kernel(f Features, shared, loop bool) Kernel {
+	return Kernel{
+		Shared: shared, Metacopy: shared && f.Metacopy, Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for"),
+	}
 }
 
 func exists(path string) bool {
@@ -105,7 +111,9 @@ func (l *lab) open(k Kernel) {
 			})
 		}
 	}
-	l.layers, err = layer.Open(l.t.Context(), layer.Options{Root: root, Verity: k.NoVerity == nil, PacksMoved: moved, KeepUnnamed: true}, nil)
+	l.layers, err = layer.Open(l.t.Context(), layer.Options{
+		Root: root, Verity: k.NoVerity == nil, PacksMoved: moved, KeepUnnamed: true,
+	}, nil)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -218,24 +226,30 @@ func namesIn(t *testing.T, dir string) (names []string) {
 	return names
 }
 
-// A container's overlay, a read-only mount of it, and whoever opens the directories that its options name, see the same.
+// A container's overlay, a read-only mount of it, and whoever opens the directories that its options name, see the
+// same.
 func TestAllReadersSeeTheSame(t *testing.T) {
 	inAllKinds(t, func(t *testing.T, l *lab) {
-		base := l.ingest(map[string]string{"etc/passwd": text("old"), "keep": text("keep"), "gone": text("gone"), "dir/a": text("a"), "tiny": "tiny"})
+		base := l.ingest(map[string]string{
+			"etc/passwd": text("old"), "keep": text("keep"), "gone": text("gone"), "dir/a": text("a"), "tiny": "tiny",
+		})
 		top := l.ingest(map[string]string{"other": text("other")})
 		mounts := l.mounts(l.stack(l.ensure(base, top)))
 		if len(mounts) != 1 {
 			t.Fatal(mounts)
 		}
 		with(t, mounts, false, func(root string) {
-			for name, want := range map[string]string{"etc/passwd": text("old"), "keep": text("keep"), "tiny": "tiny", "other": text("other")} {
+			for name, want := range map[string]string{
+				"etc/passwd": text("old"), "keep": text("keep"), "tiny": "tiny", "other": text("other"),
+			} {
 				if got := readFile(t, root, name); got != want {
 					t.Errorf("%s: %.20q", name, got)
 				}
 			}
 			for _, err := range []error{
 				os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("new"), 0o644),
-				os.Remove(filepath.Join(root, "gone")), os.RemoveAll(filepath.Join(root, "dir")), os.Mkdir(filepath.Join(root, "dir"), 0o755),
+				os.Remove(filepath.Join(root, "gone")),
+				os.RemoveAll(filepath.Join(root, "dir")), os.Mkdir(filepath.Join(root, "dir"), 0o755),
 				os.Chmod(filepath.Join(root, "keep"), 0o600), os.WriteFile(filepath.Join(root, "dir/b"), nil, 0o644),
 			} {
 				if err != nil {
@@ -425,8 +439,8 @@ func TestMergedBelowMounts(t *testing.T) {
 	})
 }
 
-// A pack that is not what an image was built for is never mounted: what is whole in it is served from another one, and what is not
-// takes its layers out of service.
+// A pack that is not what an image was built for is never mounted: what is whole in it is served from another one,
+// and what is not takes its layers out of service.
 func TestOtherPacksAreRefused(t *testing.T) {
 	for _, row := range []struct {
 		name   string
@@ -517,7 +531,7 @@ func TestFileNamedLikeAPack(t *testing.T) {
 	if f.DataOnly != nil {
 		t.Skip(f.DataOnly)
 	}
-	l := newLab(t, Kernel{Shared: true, Metacopy: f.Metacopy, Loop: f.Loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")})
+	l := newLab(t, kernel(f, true, f.Loop))
 	one := l.ingest(map[string]string{"a": text("a")})
 	b := l.ensure(one)
 	name := filepath.Base(b.Packs[0])
@@ -537,7 +551,7 @@ func TestMorePacksThanOptionsHold(t *testing.T) {
 	if f.DataOnly != nil {
 		t.Skip(f.DataOnly)
 	}
-	l := newLab(t, Kernel{Shared: true, Metacopy: f.Metacopy, Loop: f.Loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for")})
+	l := newLab(t, kernel(f, true, f.Loop))
 	var chain []content.LayerID
 	for i := range 70 {
 		chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
@@ -565,9 +579,11 @@ func TestOverlayOptions(t *testing.T) {
 			[]string{"index=off", "redirect_dir=off,metacopy=off,xino=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
 		{"private after metacopy", Kernel{Metacopy: true}, private,
 			[]string{"index=off", "redirect_dir=on,metacopy=on", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
-		{"shared", Kernel{Shared: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u", "lowerdir=/c:/p/1:/p/2",
+		{"shared", Kernel{Shared: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u",
+			"lowerdir=/c:/p/1:/p/2",
 			"workdir=/w,redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1::/p/2"}},
-		{"shared with metacopy", Kernel{Shared: true, Metacopy: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u",
+		{"shared with metacopy", Kernel{Shared: true, Metacopy: true}, shared, []string{"index=off",
+			"redirect_dir=on,metacopy=on", "upperdir=/u",
 			"lowerdir=/c:/p/1:/p/2", "workdir=/w,redirect_dir=on,metacopy=on,lowerdir=/c::/p/1::/p/2"}},
 		{"shared view", Kernel{Shared: true}, Stack{Lower: []string{"/c"}, Packs: []string{"/p/1"}},
 			[]string{"index=off", "lowerdir=/c:/p/1", "redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1"}},

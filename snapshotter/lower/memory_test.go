@@ -31,7 +31,9 @@ func resident(t *testing.T, path string) (in, of int) {
 	defer func() { _ = unix.Munmap(mem) }()
 	page := os.Getpagesize()
 	vec := make([]byte, (len(mem)+page-1)/page)
-	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), uintptr(unsafe.Pointer(&vec[0]))); errno != 0 {
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)),
+		uintptr(unsafe.Pointer(&vec[0])))
+	if errno != 0 {
 		t.Fatal(errno)
 	}
 	for _, v := range vec {
@@ -57,8 +59,8 @@ func dropPages(t *testing.T, paths ...string) {
 	}
 }
 
-// What a container reads of a file is in memory for all images that have it (shared), or for the containers of its image (private), and
-// not a second time as pages of the pack's file.
+// What a container reads of a file is in memory for all images that have it (shared), or for the containers of its
+// image (private), and not a second time as pages of the pack's file.
 func TestEqualFilesInMemory(t *testing.T) {
 	inAllKinds(t, func(t *testing.T, l *lab) {
 		big := strings.Repeat("0123456789abcdef", 1<<18) // 4 MiB
@@ -72,7 +74,8 @@ func TestEqualFilesInMemory(t *testing.T) {
 			t.Cleanup(func() { _ = unix.Unmount(at, unix.MNT_DETACH) })
 			return at
 		}
-		reader, sibling, other := filepath.Join(start(one), "big"), filepath.Join(start(one), "big"), filepath.Join(start(two), "d/same")
+		reader, sibling := filepath.Join(start(one), "big"), filepath.Join(start(one), "big")
+		other := filepath.Join(start(two), "d/same")
 		pack := l.packs.path(l.known(l.Name([]content.LayerID{one})).devices[0].Pack)
 		l.layers.Packs().DropCache()
 		dropPages(t, reader, sibling, other, pack)

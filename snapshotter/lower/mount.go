@@ -107,8 +107,8 @@ func (e packError) Unwrap() error { return e.error }
 // errOther is wrapped when a pack's file is not the one that a chain image was built for.
 var errOther = errors.New("not the pack that the chain image was built for")
 
-// openPack opens a pack's file, and compares it with what a chain image says of it: with fs-verity its digest, else its length and the
-// sum in its trailer. A pack that was cut mounts all the same, and then every read fails.
+// openPack opens a pack's file, and compares it with what a chain image says of it: with fs-verity its digest, else
+// its length and the sum in its trailer. A pack that was cut mounts all the same, and then every read fails.
 func openPack(path string, d erofs.Device) (_ *os.File, err error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {

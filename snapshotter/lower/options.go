@@ -10,14 +10,15 @@ import (
 type Stack struct {
 	// Lower are the directories below, the topmost first.
 	Lower []string
-	// Packs are where the packs are mounted in which the last of Lower, a shared chain image, has its payloads; none for any other.
+	// Packs are where the packs are mounted in which the last of Lower, a shared chain image, has its payloads; none for
+	// any other.
 	Packs []string
 	// Upper and Work are there when the overlay can be written to.
 	Upper, Work string
 }
 
-// maxOptions is how long all options of a mount may be together. containerd rewrites longer ones (one page less 512 bytes), for which it takes
-// the first lowerdir= alone, and the kernel silently cuts what is longer than a page.
+// maxOptions is how long all options of a mount may be together. containerd rewrites longer ones (one page less 512
+// bytes), for which it takes the first lowerdir= alone, and the kernel silently cuts what is longer than a page.
 const maxOptions = 4096 - 512
 
 // ErrTooLong is wrapped when a stack's options do not fit a mount.
@@ -28,11 +29,13 @@ var ErrTooLong = errors.New("mount options are too long: use shorter paths for r
 // Over a shared chain image three kinds of readers find their way in them:
 //
 //   - The kernel takes the last lowerdir= there is: the image over its packs as data-only layers.
-//   - Programs that read options without mounting (containerd's fsview and applier, BuildKit, scanners) take the last option that
-//     begins with "lowerdir=": a list of directories, each of which can be opened. The image shows every byte by itself.
-//   - containerd and BuildKit make a mount read-only by leaving out what begins with "workdir=" or "upperdir=", and putting the upper
-//     directory before what begins with "lowerdir=". What is left is whole, too: packs that are layers like others, with metacopy=on,
-//     which harms nobody where nothing can be written. The image hides the packs' own directories by whiteouts.
+//   - Programs that read options without mounting (containerd's fsview and applier, BuildKit, scanners) take the last
+//     option that begins with "lowerdir=": a list of directories, each of which can be opened. The image shows every
+//     byte by itself.
+//   - containerd and BuildKit make a mount read-only by leaving out what begins with "workdir=" or "upperdir=", and
+//     putting the upper directory before what begins with "lowerdir=". What is left is whole, too: packs that are
+//     layers like others, with metacopy=on, which harms nobody where nothing can be written. The image hides the
+//     packs' own directories by whiteouts.
 //
 // BuildKit reads on only where each option is index=off or begins with one of the words above or "redirect_dir=".
 func (k Kernel) Overlay(s Stack) (options []string, err error) {
@@ -82,7 +85,8 @@ func (k Kernel) begin(second string) []string {
 	return []string{"index=off", second}
 }
 
-// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits, cannot tell apart.
+// xino=on would give image files numbers from 2^63 on, which programs that keep them in a double, or in 32 bits,
+// cannot tell apart.
 func (k Kernel) xino() string {
 	if k.Defaults.Xino {
 		return ",xino=off"

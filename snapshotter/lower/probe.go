@@ -55,9 +55,9 @@ const ProbePrefix = "probe-"
 // Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
 // distributions backport.
 type Features struct {
-	// Erofs, Upper and DataOnly tell why a chain image over a pack cannot be mounted and read, the file system cannot hold overlayfs's
-	// upper directories, or overlayfs does not serve data-only lower layers: nil when they can. Without EROFS nothing
-	// is said of DataOnly.
+	// Erofs, Upper and DataOnly tell why a chain image over a pack cannot be mounted and read, the file system cannot
+	// hold overlayfs's upper directories, or overlayfs does not serve data-only lower layers: nil when they can. Without
+	// EROFS nothing is said of DataOnly.
 	Erofs, Upper, DataOnly error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
 	Loop bool
@@ -76,8 +76,8 @@ type Features struct {
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
 func Examine(dir string) (Features, error) { return examine(dir, false, true) }
 
-// Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the kernel does
-// without.
+// Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the
+// kernel does without.
 func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, err error) {
 	f, err := examine(root, metacopy, false)
 	switch {
@@ -86,10 +86,12 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 	case errors.Is(errors.Join(f.Erofs, f.Upper, f.DataOnly), unix.ENOSPC):
 		return k, fmt.Errorf("probe: %w", errors.Join(f.Erofs, f.Upper, f.DataOnly))
 	case f.Erofs != nil:
-		return k, fmt.Errorf("the kernel does not mount EROFS images over packs (load it with `modprobe erofs`, or use Linux 5.16 or newer with CONFIG_EROFS_FS; "+
+		return k, fmt.Errorf("the kernel does not mount EROFS images over packs (load it with `modprobe erofs`, "+
+			"or use Linux 5.16 or newer with CONFIG_EROFS_FS; "+
 			"before Linux 6.12 loop devices are needed too): %w", f.Erofs)
 	case f.Upper != nil:
-		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories (use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", f.Upper)
+		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories "+
+			"(use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", f.Upper)
 	}
 	k = Kernel{Shared: f.DataOnly == nil, Metacopy: metacopy, Loop: f.Loop, Defaults: f.Defaults}
 	switch cache {
@@ -98,7 +100,8 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 		k.Shared = false
 	case PageCacheShared:
 		if f.DataOnly != nil {
-			return k, fmt.Errorf("page_cache is \"shared\", and overlayfs does not serve data-only lower layers (Linux 6.5 or newer has them; "+
+			return k, fmt.Errorf("page_cache is \"shared\", and overlayfs does not serve data-only lower layers "+
+				"(Linux 6.5 or newer has them; "+
 				"else set page_cache to \"private\", or leave it out): %w", f.DataOnly)
 		}
 	default:
@@ -111,7 +114,8 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 	return k, err
 }
 
-// examine mounts small chain images over a pack, in both flavours, writable, and reads them. With keep, metacopy=on stays.
+// examine mounts small chain images over a pack, in both flavours, writable, and reads them. With keep, metacopy=on
+// stays.
 func examine(parent string, keep, idmap bool) (f Features, err error) {
 	dir, err := os.MkdirTemp(parent, ProbePrefix)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// Verity says whether packs and chain images get fs-verity. Then chain images hold the digests of their packs, and none is mounted
-// over another file.
+// Verity says whether packs and chain images get fs-verity. Then chain images hold the digests of their packs, and
+// none is mounted over another file.
 type Verity string
 
 const (
@@ -21,7 +21,8 @@ const (
 	VerityOn Verity = "on"
 )
 
-// decide returns why there will be no fs-verity, nil when there will be; missing is what the kernel or the file system lacks.
+// decide returns why there will be no fs-verity, nil when there will be; missing is what the kernel or the file
+// system lacks.
 func (v Verity) decide(missing error) (no, err error) {
 	switch v {
 	case "", VerityOff:
@@ -30,7 +31,8 @@ func (v Verity) decide(missing error) (no, err error) {
 		return missing, nil
 	case VerityOn:
 		if missing != nil {
-			return missing, fmt.Errorf("fs-verity is asked for and does not work here (ext4 has it with the feature verity: `tune2fs -O verity` on its device; "+
+			return missing, fmt.Errorf("fs-verity is asked for and does not work here (ext4 has it with the feature "+
+				"verity: `tune2fs -O verity` on its device; "+
 				"else set verity to \"auto\" or \"off\"): %w", missing)
 		}
 		return nil, nil
@@ -38,8 +40,8 @@ func (v Verity) decide(missing error) (no, err error) {
 	return nil, fmt.Errorf("verity %q: want auto, on or off", string(v))
 }
 
-// isHashed reports whether an image has fs-verity, where it should. One that has not was copied here with the whole store, as
-// backups are. Built again, it has it.
+// isHashed reports whether an image has fs-verity, where it should. One that has not was copied here with the whole
+// store, as backups are. Built again, it has it.
 func (c *Chains) isHashed(n Name) bool {
 	if c.opts.Kernel.NoVerity != nil {
 		return true
