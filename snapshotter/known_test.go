@@ -554,6 +554,7 @@ func TestGivingUpAChainImage(t *testing.T) {
 	s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
 	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
 	s.cancelBuild(name)
+	s.wg.Wait() // what runs in the background looks at Step
 	building, goOn := make(chan bool), make(chan bool)
 	s.opts.Step = func(step string) {
 		if step == "chain.staged" {
