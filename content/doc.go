@@ -3,7 +3,7 @@
 // # The flow, one way
 //
 //	blob --decompress--> tar --archive--> entries --layer--> tree   (layers/)
-//	          |                              \-- payloads --> objects (objects/)
+//	          |                              \-- payloads --> objects (packs/)
 //	          \--sha256--> diffID
 //	trees of a chain --tree.Merge--> nodes --erofs--> chain image (chains/)
 //
@@ -14,27 +14,34 @@
 //   - chainID: OCI's identity of a stack of diffIDs.
 //   - entry: one normalised tar member.
 //   - object: the bytes of one regular file, stored once, named by their sha256.
+//   - pack: a file that holds the payloads of one ingest, or of a merge of packs.
 //   - tree: the sorted entries of one layer, whiteouts included.
 //   - layer: a tree plus the objects it names; named by the sha256 of its canonical encoding.
 //   - payload digest: sha256 of the canonical tree without mtime, uid and gid.
-//   - chain image: one read-only EROFS image with the merged metadata of a chain.
+//   - chain image: one read-only EROFS image with the merged metadata of a chain, which points into packs.
 //   - ingest: turning a tar or a directory into a layer.
 //
 // # Invariants
 //
 //   - A layer is visible only when its tree and all objects it names are durable.
-//   - An object is never written again once it is visible.
+//   - A pack is never changed once it is visible.
 //   - Nothing in content knows containerd's snapshotter API, gRPC or Prometheus.
 //
 // # On disk
 //
 //	<root>/
 //	  format                     layout version
+//	  lock                       held by the daemon that serves from here
+//	  running, clean             whether the last stop was clean, and up to when all is on the disk
+//	  damaged                    what is known to be damaged; only while something is
 //	  metadata.db                snapshots (owned by package snapshotter)
-//	  objects/<2 hex>/<62 hex>   payloads
+//	  packs/<13 hex>.erofs       payloads
+//	  objects/, former           what containers from before an upgrade still need; gone after it
 //	  layers/<64 hex>            trees
 //	  chains/<64 hex>.erofs      chain images; a cache
 //	  snapshots/<id>/{fs,work}   active snapshots
 //	  ingest/                    staging; emptied at start
+//	  empty/                     below containers without a parent
+//	  metacopy                   overlays have been mounted with metacopy=on
 //	  lost+found/<id>            active snapshots of which metadata.db had lost the record
 package content

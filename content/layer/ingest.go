@@ -411,7 +411,7 @@ func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size in
 			return false, fmt.Errorf("commit layer %s: %w", id, err)
 		}
 	}
-	st := &state{facts: facts, holds: 1, taken: 1, counted: true, ahead: ahead, fresh: true}
+	st := &state{facts: facts, holds: 1, taken: 1, counted: true, ahead: ahead, fresh: old == nil}
 	if old != nil {
 		counted = old.counted
 		st.holds, st.taken, st.claimed = old.holds+1, old.taken+1, old.claimed

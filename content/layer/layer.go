@@ -179,6 +179,8 @@ type Store struct {
 	weight int64
 	// claimed is what the claims of all layers add up to.
 	claimed Usage
+	// fresh is what fresh layers have added to the disk.
+	fresh Usage
 	// damaged is how many layers are out of service.
 	damaged int
 	// former is what running containers need from before an upgrade.
@@ -203,7 +205,7 @@ type (
 		claimed *Usage
 		file    int64 // what the tree file occupies
 		ahead   bool  // ingested ahead, and not yet taken up
-		fresh   bool  // came in since Open, and no use of it has claimed anything yet
+		fresh   bool  // it has just come in, and no use of it has claimed anything yet
 		// counted: the layer's objects are counted as referenced. Those of a tree that could not be read are not.
 		counted bool
 		// damage is why the layer is out of service; nil for one that serves.
@@ -232,6 +234,7 @@ func (s *Store) treePath(id content.LayerID) string { return s.path(dirLayers, i
 // insert adds a layer; size is its tree file's. Under mu, or before the store is shared.
 func (s *Store) insert(id content.LayerID, st *state, size int64) {
 	s.layers[id] = st
+	s.countFresh(st, 1)
 	s.weight += st.weight()
 	s.setFile(st, size)
 	if st.damage != nil {
@@ -249,6 +252,7 @@ func (s *Store) forget(id content.LayerID, st *state) {
 		s.hide(id, st)
 	}
 	delete(s.layers, id)
+	s.countFresh(st, -1)
 	s.weight -= st.weight()
 	s.setFile(st, 0)
 }

@@ -59,6 +59,7 @@ func (s *Store) setClaim(id content.LayerID, u Usage) bool {
 	if st == nil || st.claimed != nil {
 		return false
 	}
+	s.countFresh(st, -1)
 	st.claimed, st.fresh = &u, false
 	s.claimed.Bytes += u.Bytes
 	s.claimed.Inodes += u.Inodes
@@ -107,15 +108,19 @@ func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	}
 	part := float64(st.weight()) / float64(s.weight) / float64(st.holds)
 	rest := s.unclaimed(more)
-	// What has just come in, ahead of the snapshot that is going to claim it, is not for others to share.
-	for _, st := range s.layers {
-		if st.fresh {
-			rest.Bytes, rest.Inodes = max(0, rest.Bytes-st.facts.UsedBytes), max(0, rest.Inodes-st.facts.UsedInodes)
-		}
-	}
+	// What has just come in is for the snapshot to claim that it came in for, and not for others to share.
+	rest.Bytes, rest.Inodes = max(0, rest.Bytes-s.fresh.Bytes), max(0, rest.Inodes-s.fresh.Inodes)
 	u.Bytes += int64(float64(rest.Bytes)*part + 0.5)
 	u.Inodes += int64(float64(rest.Inodes)*part + 0.5)
 	return u
+}
+
+// countFresh counts a layer among the fresh ones, or takes it out, if it is one. Under mu.
+func (s *Store) countFresh(st *state, sign int64) {
+	if st.fresh {
+		s.fresh.Bytes += sign * st.facts.UsedBytes
+		s.fresh.Inodes += sign * st.facts.UsedInodes
+	}
 }
 
 // shrinkClaims has the claims of all uses together be no more than what is there: merging packs gives back space that had been
