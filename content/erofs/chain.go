@@ -58,8 +58,17 @@ type Options struct {
 	Redirect bool
 }
 
-// WriteChain is Write for an image over packs: files with payloads show them, wherever the image is mounted with its
-// packs.
+// WriteChain writes the image of root to w and returns its length in bytes. Files with payloads show them, wherever the
+// image is mounted with its packs.
+//
+// Nodes that share an Entry are one inode, except directories: each of those has
+// its own. WriteChain keeps some 100 bytes an entry in memory, and hands the image to w in
+// pieces of 256 KiB and more. An error about an entry names its path; nothing was
+// written then.
+//
+// Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
+// number, link target or size that EROFS or Linux cannot hold; an entry
+// that would steer overlayfs (see Invariants); a payload that is not where Options say.
 func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (int64, error) {
 	p, err := newPacks(o)
 	if err != nil {
@@ -98,7 +107,7 @@ func hidePacks(root *tree.Node, devices []Device) (*tree.Node, error) {
 	return &with, nil
 }
 
-// packs are the devices of an image that is being written; nil where it has none.
+// packs are the devices of an image that is being written.
 type packs struct {
 	Options
 	index map[content.PackID]uint16 // from 1
@@ -126,26 +135,13 @@ func newPacks(o Options) (*packs, error) {
 	return p, nil
 }
 
-func (p *packs) count() int {
-	if p == nil {
-		return 0
-	}
-	return len(p.Packs)
-}
-
 // end is where the superblock and what follows it ends.
 func (p *packs) end() int64 {
-	if p == nil {
-		return superOffset + superSize
-	}
 	return deviceTable + int64(len(p.Packs))*deviceSlot + packListLen + 8*int64(len(p.Packs))
 }
 
 // encode writes the device table and the list of packs of an image of this length.
 func (p *packs) encode(o *out, length int64) {
-	if p == nil {
-		return
-	}
 	b := o.at(deviceTable, p.end()-deviceTable)
 	flat := length / blockSize
 	for i, d := range p.Packs {
@@ -200,10 +196,6 @@ func (im *image) findPayloads() error {
 		if !dataless(in.node.Entry) {
 			continue
 		}
-		if im.packs == nil {
-			in.block = chunkNull
-			continue
-		}
 		if err := im.stopped(i); err != nil {
 			return err
 		}
@@ -219,11 +211,7 @@ func (im *image) findPayloads() error {
 // redirect is where overlayfs finds a payload; good until the next call.
 func (im *image) redirect(in *inode) []byte {
 	im.text = im.text[:0]
-	switch {
-	case !dataless(in.node.Entry):
-	case im.packs == nil:
-		im.text = append(append(im.text, '/'), in.node.Entry.Object.Path()...)
-	default:
+	if dataless(in.node.Entry) {
 		im.text = appendSlotName(append(im.text, im.packs.paths[in.device-1]...), in.number)
 	}
 	return im.text
@@ -233,11 +221,7 @@ func (im *image) redirect(in *inode) []byte {
 func (in *inode) encodeChunks(b []byte) {
 	for i := range in.chunks() {
 		le.PutUint16(b[i*chunkSize+2:], in.device)
-		block := in.block
-		if block != chunkNull {
-			block += uint32(i) << in.chunkShift()
-		}
-		le.PutUint32(b[i*chunkSize+4:], block)
+		le.PutUint32(b[i*chunkSize+4:], in.block+uint32(i)<<in.chunkShift())
 	}
 }
 

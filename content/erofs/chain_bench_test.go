@@ -82,7 +82,7 @@ func BenchmarkChain(b *testing.B) {
 					}
 				})
 				if err == nil {
-					_, err = Write(b.Context(), io.Discard, root)
+					_, err = WriteChain(b.Context(), io.Discard, root, options(root))
 				}
 				if err != nil {
 					b.Fatal(err)

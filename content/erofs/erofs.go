@@ -67,9 +67,7 @@
 //     that hide packs are written.
 //   - A pack is written once. Nothing in it moves or is punched out after Seal.
 //
-// It does not look at payloads, does not merge trees, and syncs nothing. Until stores have moved to packs, Write and
-// WriteVerity make chain images of another kind, in which files with payloads are holes, and redirects lead to
-// objects.
+// It does not look at payloads, does not merge trees, and syncs nothing.
 package erofs
 
 import (
@@ -82,7 +80,6 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 const (
@@ -116,34 +113,12 @@ type image struct {
 	refs   []int32
 	epoch  content.Time // the mtime of all compact inodes
 	shared sharedXattrs
-	ents   []dirent                             // scratch of dirents
-	text   []byte                               // scratch of redirect
-	digest func(content.ObjectID) verity.Digest // nil: files without data say nothing of it
-	packs  *packs                               // nil: files without data are holes
-	length int64                                // of the image in bytes; a multiple of blockSize
+	ents   []dirent // scratch of dirents
+	text   []byte   // scratch of redirect
+	packs  *packs
+	length int64 // of the image in bytes; a multiple of blockSize
 	// chunked: there are files with payloads.
 	chunked bool
-}
-
-// Write writes the image of root to w and returns its length in bytes.
-//
-// Nodes that share an Entry are one inode, except directories: each of those has
-// its own. Write keeps some 100 bytes an entry in memory, and hands the image to w in
-// pieces of 256 KiB and more. An error about an entry names its path; nothing was
-// written then.
-//
-// Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
-// number, link target or size that EROFS or Linux cannot hold; an entry
-// that would steer overlayfs (see Invariants).
-func Write(ctx context.Context, w io.Writer, root *tree.Node) (int64, error) {
-	return WriteVerity(ctx, w, root, nil)
-}
-
-// WriteVerity is Write with fs-verity's digest of each object in the xattr that leads to it: where overlayfs is
-// mounted with verity=on it opens no object that has another. digest is asked once for each inode without data.
-func WriteVerity(ctx context.Context, w io.Writer, root *tree.Node, digest func(content.ObjectID) verity.Digest) (int64, error) {
-	im := image{ctx: ctx, digest: digest, shared: sharedXattrs{digests: digest != nil, redirectLen: redirectLen}}
-	return im.write(w, root)
 }
 
 func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
@@ -245,9 +220,9 @@ func (im *image) encodeSuper(sb []byte) {
 	if im.chunked {
 		incompat |= incompatChunked
 	}
-	if im.packs.count() > 0 {
+	if len(im.packs.Packs) > 0 {
 		incompat |= incompatDevices
-		le.PutUint16(sb[superDevicesOff:], uint16(im.packs.count()))
+		le.PutUint16(sb[superDevicesOff:], uint16(len(im.packs.Packs)))
 		le.PutUint16(sb[superTableOff:], deviceTable/deviceSlot)
 	}
 	le.PutUint32(sb[superIncompatOff:], incompat)

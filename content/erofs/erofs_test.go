@@ -14,7 +14,6 @@ import (
 	"strings"
 	"testing"
 
-	goerofs "github.com/erofs/go-erofs"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -23,7 +22,7 @@ import (
 
 func TestRoundTripGoErofs(t *testing.T) {
 	root, _ := torture()
-	compare(t, wanted(root, nil), readGo(t, build(t, root)))
+	compare(t, wanted(root, nil), readGo(t, root))
 }
 
 // TestRoundTripSmallImages looks at the ends of images: one of few blocks, with the last
@@ -36,7 +35,7 @@ func TestRoundTripSmallImages(t *testing.T) {
 			nodes = append(nodes, leaf(fmt.Sprint(i), e))
 		}
 		root := dir("", nodes...)
-		compare(t, wanted(root, nil), readGo(t, build(t, root)))
+		compare(t, wanted(root, nil), readGo(t, root))
 	}
 }
 
@@ -47,7 +46,7 @@ func TestRoundTripRandom(t *testing.T) {
 	for range 20 {
 		o := make(objects)
 		root := dir("", randomNodes(rnd, o, 3, nil)...)
-		compare(t, wanted(root, nil), readGo(t, build(t, root)))
+		compare(t, wanted(root, nil), readGo(t, root))
 	}
 }
 
@@ -65,7 +64,7 @@ func randomNodes(rnd *rand.Rand, o objects, depth int, earlier []*content.Entry)
 		case 0:
 			e = symlink(string(text(1+rnd.IntN(maxTarget), rnd.Int())))
 		case 1:
-			e = hole(1 + rnd.Int64N(maxSize))
+			e = hole(1 + rnd.Int64N(maxHole))
 		case 2:
 			if len(earlier) > 0 {
 				names[name] = leaf(name, earlier[rnd.IntN(len(earlier))])
@@ -97,11 +96,7 @@ func TestManyLinks(t *testing.T) {
 	for i := range links {
 		names = append(names, leaf(fmt.Sprint(i), e))
 	}
-	img := build(t, dir("", names...))
-	fsys, err := goerofs.Open(bytes.NewReader(img))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fsys := openGo(t, dir("", names...))
 	for _, name := range []string{"0", "65535", "9"} {
 		s, err := statGo(fsys, name, firstNames[int64]{})
 		if err != nil {
@@ -121,11 +116,11 @@ func TestFsck(t *testing.T) {
 	full, _ := torture()
 	for name, root := range map[string]*tree.Node{"torture": full, "empty": dir("")} {
 		t.Run(name, func(t *testing.T) {
-			file := filepath.Join(t.TempDir(), "image.erofs")
-			if err := os.WriteFile(file, build(t, root), 0o600); err != nil {
-				t.Fatal(err)
+			args := []string{"-d3", writeTemp(t, "image.erofs", build(t, root))}
+			for _, p := range options(root).Packs {
+				args = append(args, "--device="+writeTemp(t, p.Pack.String(), nil))
 			}
-			out, err := exec.Command(fsck, "-d3", file).CombinedOutput()
+			out, err := exec.Command(fsck, args...).CombinedOutput()
 			if err != nil || !bytes.Contains(out, []byte("No errors found")) {
 				t.Fatalf("fsck.erofs: %v\n%s", err, out)
 			}
@@ -136,7 +131,7 @@ func TestFsck(t *testing.T) {
 func TestMount(t *testing.T) {
 	needRoot(t)
 	root, _ := torture()
-	mounted := mountImage(t, build(t, root))
+	mounted := mountImage(t, root)
 	hasData := func(s seen) bool { return s.Xattrs["trusted.overlay.redirect"] == "" }
 	compare(t, wanted(root, nil), readKernel(t, mounted, hasData))
 }
@@ -145,9 +140,10 @@ func TestMount(t *testing.T) {
 func TestMountOverlay(t *testing.T) {
 	needRoot(t)
 	root, o := torture()
-	store := t.TempDir()
+	store, places := t.TempDir(), options(root)
 	for id, data := range o {
-		file := filepath.Join(store, id.Path())
+		place, _ := places.Place(id)
+		file := filepath.Join(store, PackPath(place.Pack, place.N))
 		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -155,19 +151,7 @@ func TestMountOverlay(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	image, merged := mountImage(t, build(t, root)), t.TempDir()
-	lower := "lowerdir=" + image + "::" + store
-	err := unix.Mount("overlay", merged, "overlay", unix.MS_RDONLY, lower)
-	if errors.Is(err, unix.EINVAL) { // before 6.16
-		err = unix.Mount("overlay", merged, "overlay", unix.MS_RDONLY, lower+",metacopy=on")
-	}
-	if errors.Is(err, unix.EINVAL) {
-		t.Skip("overlayfs has no data-only lower layers: needs Linux 6.5")
-	}
-	if err != nil {
-		t.Fatalf("mount overlay: %v", err)
-	}
-	t.Cleanup(func() { unmount(t, merged) })
+	merged := mountOverlay(t, mountImage(t, root)+"::"+store)
 
 	want := wanted(root, o)
 	byPath := make(map[string]seen)
@@ -216,10 +200,10 @@ func TestSize(t *testing.T) {
 		make func(i int) *content.Entry
 		want int64 // bytes an inode
 	}{
-		{"object, common mtime", func(i int) *content.Entry { return hole(int64(i + 2000)) }, 160},
+		{"object, common mtime", func(i int) *content.Entry { return hole(int64(i + 2000)) }, 128},
 		{"object, own mtime", func(i int) *content.Entry {
 			return with(hole(int64(i+2000)), func(e *content.Entry) { e.Mtime.Sec += int64(i) })
-		}, 192},
+		}, 160},
 		{"device, large uid", func(int) *content.Entry {
 			return with(device(content.Block, 8, 1), func(e *content.Entry) { e.UID = 1 << 20 })
 		}, 64},
@@ -300,7 +284,7 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			var w bytes.Buffer
-			_, err := Write(t.Context(), &w, dir("", dir("some", leaf("where", row.entry))))
+			_, err := WriteChain(t.Context(), &w, dir("", dir("some", leaf("where", row.entry))), noPacks)
 			if err == nil || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(), `"/some/where"`) {
 				t.Errorf("got %v, want an error about %q at /some/where", err, row.want)
 			}
@@ -337,7 +321,7 @@ func TestRefusedTrees(t *testing.T) {
 		{"children of a fifo", dir("", deepFifo), "not a directory"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			if _, err := Write(t.Context(), &bytes.Buffer{}, row.root); err == nil || !strings.Contains(err.Error(), row.want) {
+			if _, err := WriteChain(t.Context(), &bytes.Buffer{}, row.root, noPacks); err == nil || !strings.Contains(err.Error(), row.want) {
 				t.Errorf("got %v, want an error about %q", err, row.want)
 			}
 		})
@@ -349,7 +333,7 @@ type fullDisk struct{}
 func (fullDisk) Write([]byte) (int, error) { return 0, unix.ENOSPC }
 
 func TestWriteError(t *testing.T) {
-	if _, err := Write(t.Context(), fullDisk{}, dir("")); !errors.Is(err, unix.ENOSPC) {
+	if _, err := WriteChain(t.Context(), fullDisk{}, dir(""), noPacks); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("got %v, want ENOSPC", err)
 	}
 }
@@ -366,7 +350,8 @@ func TestWriteStops(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(gone)
 	var b bytes.Buffer
-	if _, err := Write(ctx, &b, sitePackages(10_000)); !errors.Is(err, gone) || b.Len() > 0 {
+	packages := sitePackages(10_000)
+	if _, err := WriteChain(ctx, &b, packages, options(packages)); !errors.Is(err, gone) || b.Len() > 0 {
 		t.Error(b.Len(), err)
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	goerofs "github.com/erofs/go-erofs"
@@ -36,15 +35,44 @@ type seen struct {
 
 const dataMax = 8 << 10
 
+// somePack is the pack that all payloads of a test tree are said to lie in.
+const somePack content.PackID = 0x64f0a1b2c3
+
+// noPacks are the options of a tree without payloads.
+var noPacks = Options{Place: func(content.ObjectID) (content.Place, bool) { return content.Place{}, false }}
+
+// options have every payload of a tree in one pack, one behind the other by number. It is not there.
+func options(root *tree.Node) Options {
+	places := map[content.ObjectID]content.Place{}
+	var walk func(n *tree.Node)
+	walk = func(n *tree.Node) {
+		if e := n.Entry; e != nil && e.Kind == content.Regular && !e.Object.IsZero() {
+			if _, ok := places[e.Object]; !ok {
+				places[e.Object] = content.Place{Pack: somePack, N: uint32(len(places)), Block: 1, Size: e.Size}
+			}
+		}
+		for _, c := range n.Children {
+			walk(c)
+		}
+	}
+	walk(root)
+	o := Options{Redirect: true, Place: func(id content.ObjectID) (content.Place, bool) { p, ok := places[id]; return p, ok }}
+	if len(places) > 0 {
+		o.Packs = []Device{{Pack: somePack, Tag: strings.Repeat("0", tagLen), Blocks: 1<<32 - 1}}
+	}
+	return o
+}
+
 // wanted lists what the image of root must show; with objects, what an overlay of
 // it must show.
 func wanted(root *tree.Node, o objects) []seen {
 	var all []seen
+	places := options(root)
 	firsts := make(firstNames[*content.Entry])
 	links := make(map[string]uint64) // by SameAs
 	var walk func(path string, n *tree.Node)
 	walk = func(path string, n *tree.Node) {
-		s := wantedInode(path, n.Entry, o)
+		s := wantedInode(path, n.Entry, o, places)
 		if n.Entry.Kind == content.Dir {
 			links[path] = 2
 		} else {
@@ -60,6 +88,10 @@ func wanted(root *tree.Node, o objects) []seen {
 		}
 	}
 	walk("", root)
+	if o == nil && len(places.Packs) > 0 { // the whiteout that hides the pack
+		path := "/" + somePack.String()
+		all, links[path] = append(all, seen{Path: path, Mode: unix.S_IFCHR, Xattrs: map[string]string{}, SameAs: path}), 1
+	}
 	for i := range all {
 		all[i].Nlink = links[all[i].SameAs]
 	}
@@ -67,7 +99,7 @@ func wanted(root *tree.Node, o objects) []seen {
 }
 
 // wantedInode is what follows from an entry alone.
-func wantedInode(path string, e *content.Entry, o objects) seen {
+func wantedInode(path string, e *content.Entry, o objects, places Options) seen {
 	s := seen{
 		Path: path, Mode: e.Mode | uint32(modeType(e.Kind)), UID: e.UID, GID: e.GID, Major: e.Major, Minor: e.Minor,
 		Mtime: e.Mtime, Xattrs: make(map[string]string), Target: e.Target, Data: string(e.Data),
@@ -79,7 +111,8 @@ func wantedInode(path string, e *content.Entry, o objects) seen {
 	if e.Size > 0 && e.Data == nil {
 		if o == nil {
 			s.Xattrs["trusted.overlay.metacopy"] = ""
-			s.Xattrs["trusted.overlay.redirect"] = "/" + e.Object.Path()
+			place, _ := places.Place(e.Object)
+			s.Xattrs["trusted.overlay.redirect"] = PackPath(place.Pack, place.N)
 		}
 		data := o[e.Object]
 		s.Data = string(data[:min(len(data), dataMax)])
@@ -103,13 +136,24 @@ func (f firstNames[K]) of(inode K, path string) string {
 	return path
 }
 
-// readGo lists an image through go-erofs.
-func readGo(t *testing.T, img []byte) []seen {
+// openGo opens the image of a tree through go-erofs.
+func openGo(t *testing.T, root *tree.Node) fs.FS {
 	t.Helper()
-	fsys, err := goerofs.Open(bytes.NewReader(img))
+	var packs []goerofs.OpenOpt
+	for range options(root).Packs {
+		packs = append(packs, goerofs.WithExtraDevices(bytes.NewReader(nil)))
+	}
+	fsys, err := goerofs.Open(bytes.NewReader(build(t, root)), packs...)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return fsys
+}
+
+// readGo lists the image of a tree through go-erofs.
+func readGo(t *testing.T, root *tree.Node) []seen {
+	t.Helper()
+	fsys := openGo(t, root)
 	var all []seen
 	inodes := make(firstNames[int64])
 	var walk func(path string)
@@ -161,7 +205,7 @@ func statGo(fsys fs.FS, path string, inodes firstNames[int64]) (seen, error) {
 		data, err = fs.ReadFile(fsys, path)
 		s.Data = string(data)
 	case redirected:
-		want := []goerofs.DataRange{{Offset: -1, Size: st.Size}}
+		want := []goerofs.DataRange{{Device: 1, Offset: blockSize, Size: st.Size}}
 		if got := info.(interface{ DataRange() []goerofs.DataRange }).DataRange(); !slices.Equal(got, want) {
 			err = fmt.Errorf("%q: data ranges %v, want %v", path, got, want)
 		}
@@ -293,38 +337,32 @@ func compare(t *testing.T, want, got []seen) {
 func build(t testing.TB, root *tree.Node) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	n, err := Write(t.Context(), &b, root)
+	n, err := WriteChain(t.Context(), &b, root, options(root))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if n != int64(b.Len()) || n%blockSize != 0 {
-		t.Fatalf("Write says %d bytes, wrote %d", n, b.Len())
+		t.Fatalf("WriteChain says %d bytes, wrote %d", n, b.Len())
 	}
 	return b.Bytes()
 }
 
-// mountImage mounts an image straight from a file, as the snapshotter does.
-func mountImage(t *testing.T, img []byte) string {
+// mountImage mounts the image of a tree straight from a file, with an empty file for its pack.
+func mountImage(t *testing.T, root *tree.Node) string {
 	t.Helper()
-	file := filepath.Join(t.TempDir(), "image.erofs")
-	if err := os.WriteFile(file, img, 0o600); err != nil {
-		t.Fatal(err)
+	needRoot(t)
+	var packs []packed
+	for _, p := range options(root).Packs {
+		packs = append(packs, packed{path: writeTemp(t, p.Pack.String(), nil)})
 	}
-	dir := t.TempDir()
-	err := unix.Mount(file, dir, "erofs", unix.MS_RDONLY, "")
-	if err == syscall.ENOTBLK {
-		t.Skipf("cannot mount a file on the file system of %s: set TMPDIR to one on ext4 or XFS, with Linux 6.12 or newer", file)
-	}
-	if err != nil {
-		t.Fatalf("mount erofs: %v", err)
-	}
-	t.Cleanup(func() { unmount(t, dir) })
-	return dir
+	return mountErofs(t, "file", writeTemp(t, "image.erofs", build(t, root)), packs...)
 }
 
-func unmount(t *testing.T, dir string) {
-	if err := unix.Unmount(dir, 0); err != nil {
-		t.Errorf("unmount %s: %v", dir, err)
-		_ = unix.Unmount(dir, unix.MNT_DETACH)
+func writeTemp(t *testing.T, name string, data []byte) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
 	}
+	return file
 }

@@ -21,10 +21,8 @@ const (
 	maxChunkBits  = blockBits + maxChunkShift
 	maxChunks     = 128
 	chunkSize     = 8 // of an index entry
-	// chunkIndexes asks for 8-byte index entries. Those of 4 bytes would do, but
-	// some readers do not know a 4-byte null, and the slot rounding eats the gain.
+	// chunkIndexes asks for 8-byte index entries, which name a device.
 	chunkIndexes = 1 << 5
-	chunkNull    = math.MaxUint32
 )
 
 // inode is one inode of an image.
@@ -124,11 +122,7 @@ func (im *image) encodeInode(o *out, id int32) {
 	in.encodeHeader(b, uint32(id)+1)
 	b = b[in.headerSize():]
 	if in.xattrs > 0 {
-		var metacopy []byte
-		if im.digest != nil && dataless(e) {
-			metacopy = metacopyOf(im.digest(e.Object))
-		}
-		im.shared.encodeArea(b, e, metacopy, im.redirect(in))
+		im.shared.encodeArea(b, e, im.redirect(in))
 	}
 	switch in.layout {
 	case layoutChunk:

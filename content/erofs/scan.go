@@ -15,8 +15,8 @@ const (
 	maxTarget = 4095      // PATH_MAX with its NUL
 	maxMajor  = 1<<12 - 1 // the kernel keeps 12 and 20 bits
 	maxMinor  = 1<<20 - 1
-	// maxSize keeps the index of a hole at 1 KiB, so that a tar that claims 8 EiB
-	// cannot blow up the image. No object can be as large.
+	// maxSize keeps the index of a file at 1 KiB, so that a tar that claims 8 EiB
+	// cannot blow up the image. No pack can be as large.
 	maxSize = maxChunks << maxChunkBits
 )
 

@@ -28,6 +28,9 @@ func (o objects) file(data []byte) *content.Entry {
 	return e
 }
 
+// maxHole is the size of the largest payload that a pack can hold from its second block on.
+const maxHole = (math.MaxUint32 - 1) * blockSize
+
 // hole is a Regular of any size whose object does not exist.
 func hole(size int64) *content.Entry {
 	id := content.ObjectID{Sum: sha256.Sum256(binary.AppendVarint(nil, size))}
@@ -185,7 +188,7 @@ func tortureSizes(o objects) *tree.Node {
 	for _, n := range []int{1025, 4095, 4096, 4097, 12_288} {
 		nodes = append(nodes, leaf(fmt.Sprint("object-", n), o.file(text(n, n))))
 	}
-	for _, n := range []int64{1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << maxChunkBits, 1<<maxChunkBits + 1, maxSize} {
+	for _, n := range []int64{1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << maxChunkBits, 1<<maxChunkBits + 1, maxHole} {
 		nodes = append(nodes, leaf(fmt.Sprint("hole-", n), hole(n)))
 	}
 	return dir("sizes", nodes...)

@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 const (
@@ -22,10 +21,8 @@ const (
 
 	trustedIndex  = 4
 	overlayPrefix = "trusted.overlay."
-	// metacopyLen is the length of a metacopy's value with a digest.
-	metacopyLen  = 4 + len(content.Sum{})
-	metacopyName = "overlay.metacopy"
-	redirectName = "overlay.redirect"
+	metacopyName  = "overlay.metacopy"
+	redirectName  = "overlay.redirect"
 )
 
 // xattrPrefixes are the name spaces of the format; a name is stored as the
@@ -40,15 +37,6 @@ var xattrPrefixes = [...]struct {
 	{"system.posix_acl_default", 3, true},
 	{"trusted.", trustedIndex, false},
 	{"security.", 6, false},
-}
-
-// redirectLen is the length of every redirect: "/" and the object's path.
-var redirectLen = 1 + len(content.ObjectID{}.Path())
-
-// metacopyOf returns overlayfs's struct ovl_metacopy (linux/fs/overlayfs/overlayfs.h): version 0, its own length, no flags, fs-verity's
-// number for sha256, the digest. One without a digest may as well be empty.
-func metacopyOf(d verity.Digest) []byte {
-	return append([]byte{0, uint8(metacopyLen), 0, verity.SHA256}, d.Sum[:]...)
 }
 
 // splitXattr returns how a name is stored.
@@ -93,8 +81,6 @@ func xattrCount(area uint32) uint16 {
 type sharedXattrs struct {
 	byKey map[string]*sharedXattr
 	list  []*sharedXattr // in the order in which they were met
-	// digests: every metacopy has a value.
-	digests bool
 	// redirectLen is the length of every redirect; 0: overlayfs is not to find payloads elsewhere.
 	redirectLen int
 	key         []byte // scratch
@@ -192,11 +178,7 @@ func (s *sharedXattrs) split(e *content.Entry, shared func(*sharedXattr), own fu
 func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 	n := int64(xattrHeaderSize)
 	if dataless(e) && s.redirectLen > 0 {
-		value := 0
-		if s.digests {
-			value = metacopyLen
-		}
-		n += storedSize(len(metacopyName), value) + storedSize(len(redirectName), s.redirectLen)
+		n += storedSize(len(metacopyName), 0) + storedSize(len(redirectName), s.redirectLen)
 	}
 	s.split(e,
 		func(*sharedXattr) { n += xattrIDSize },
@@ -215,7 +197,7 @@ func (s *sharedXattrs) areaSize(e *content.Entry) (uint32, error) {
 
 // encodeArea writes an inode's xattr area at b[0]: the header with the count of
 // shared ids in its fifth byte, the ids, the inode's own xattrs.
-func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy, redirect []byte) {
+func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, redirect []byte) {
 	at := int64(xattrHeaderSize)
 	s.split(e,
 		func(x *sharedXattr) {
@@ -226,7 +208,7 @@ func (s *sharedXattrs) encodeArea(b []byte, e *content.Entry, metacopy, redirect
 		func(*content.Xattr) {})
 	if dataless(e) && s.redirectLen > 0 {
 		// Metacopy first: overlayfs asks for it before anything else.
-		at += put(b[at:], trustedIndex, metacopyName, metacopy)
+		at += put(b[at:], trustedIndex, metacopyName, nil)
 		at += put(b[at:], trustedIndex, redirectName, redirect)
 	}
 	s.split(e,

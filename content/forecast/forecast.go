@@ -178,12 +178,8 @@ func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain
 		return 0, fmt.Errorf("merge %d layers: %w", len(c), err)
 	}
 	used := map[content.PackID]bool{}
-	for _, entries := range layers {
-		for _, e := range entries {
-			if !e.Object.IsZero() {
-				used[stored.places[e.Object].Pack] = true
-			}
-		}
+	for _, id := range root.Objects() {
+		used[stored.places[id].Pack] = true
 	}
 	devices := slices.DeleteFunc(slices.Clone(stored.devices), func(d erofs.Device) bool { return !used[d.Pack] })
 	return erofs.WriteChain(ctx, io.Discard, root, erofs.Options{

@@ -155,18 +155,7 @@ func TestOf(t *testing.T) {
 // options are those of the image of a merged tree, as the snapshotter has them.
 func options(t *testing.T, s *layer.Store, root *tree.Node) erofs.Options {
 	t.Helper()
-	var ids []content.ObjectID
-	var walk func(n *tree.Node)
-	walk = func(n *tree.Node) {
-		if !n.Entry.Object.IsZero() {
-			ids = append(ids, n.Entry.Object)
-		}
-		for _, c := range n.Children {
-			walk(c)
-		}
-	}
-	walk(root)
-	placed, err := s.Places(t.Context(), ids)
+	placed, err := s.Places(t.Context(), root.Objects())
 	if err != nil {
 		t.Fatal(err)
 	}

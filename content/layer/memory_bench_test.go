@@ -3,6 +3,7 @@ package layer
 import (
 	"archive/tar"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -111,7 +112,13 @@ func BenchmarkMemory(b *testing.B) {
 					if err != nil {
 						b.Fatal(err)
 					}
-					if _, err := erofs.Write(b.Context(), io.Discard, root); err != nil {
+					placed, err := s.Places(b.Context(), root.Objects())
+					if err != nil {
+						b.Fatal(err)
+					}
+					_, err = erofs.WriteChain(b.Context(), io.Discard, root,
+						erofs.Options{Place: placed.Place, Packs: placed.Packs(), Redirect: true})
+					if err = errors.Join(err, placed.Release()); err != nil {
 						b.Fatal(err)
 					}
 				})

@@ -37,3 +37,20 @@ func (n *Node) child(name string) *Node {
 	}
 	return nil
 }
+
+// Objects returns the payloads of all files below a node, each once.
+func (n *Node) Objects() (ids []content.ObjectID) {
+	seen := map[content.ObjectID]bool{}
+	var walk func(*Node)
+	walk = func(n *Node) {
+		if id := n.Entry.Object; !id.IsZero() && !seen[id] {
+			seen[id] = true
+			ids = append(ids, id)
+		}
+		for _, child := range n.Children {
+			walk(child)
+		}
+	}
+	walk(n)
+	return ids
+}

@@ -54,7 +54,7 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	}
 	w, end := c.watch()
 	defer end()
-	placed, err := c.opts.Layers.Places(ctx, objectsOf(root))
+	placed, err := c.opts.Layers.Places(ctx, root.Objects())
 	if err != nil {
 		return fmt.Errorf("build chain image: %w", err)
 	}
@@ -170,23 +170,6 @@ func (c *Chains) fits(packs int) bool {
 	var n Name
 	rest := 2*len(c.MountPoint(n)) + 2*len(c.opts.Images) + 300
 	return rest+packs*2*(len(c.packs.at(0))+2) <= maxOptions
-}
-
-// objectsOf returns the objects below a node, each once.
-func objectsOf(root *tree.Node) (ids []content.ObjectID) {
-	seen := map[content.ObjectID]bool{}
-	var walk func(*tree.Node)
-	walk = func(n *tree.Node) {
-		if id := n.Entry.Object; !id.IsZero() && !seen[id] {
-			seen[id] = true
-			ids = append(ids, id)
-		}
-		for _, child := range n.Children {
-			walk(child)
-		}
-	}
-	walk(root)
-	return ids
 }
 
 // Moved notes that packs have lost payloads to others, because they were damaged or merged, and returns the chains

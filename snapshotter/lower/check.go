@@ -47,7 +47,7 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 	if err != nil {
 		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
 	}
-	for _, id := range objectsOf(root) {
+	for _, id := range root.Objects() {
 		if _, ok := place(id); !ok {
 			return fmt.Sprintf("it does not show object %s", id), nil
 		}
