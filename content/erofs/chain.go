@@ -58,17 +58,16 @@ type Options struct {
 	Redirect bool
 }
 
-// WriteChain writes the image of root to w and returns its length in bytes. Files with payloads show them, wherever the
-// image is mounted with its packs.
+// WriteChain writes the image of root to w and returns its length in bytes. Files with payloads show them, wherever
+// the image is mounted with its packs.
 //
-// Nodes that share an Entry are one inode, except directories: each of those has
-// its own. WriteChain keeps some 100 bytes an entry in memory, and hands the image to w in
-// pieces of 256 KiB and more. An error about an entry names its path; nothing was
-// written then.
+// Nodes that share an Entry are one inode, except directories: each of those has its own. WriteChain keeps some 100
+// bytes an entry in memory, and hands the image to w in pieces of 256 KiB and more. An error about an entry names its
+// path; nothing was written then.
 //
-// Errors are: an Entry that breaks its contract; a kind, name, xattr name, device
-// number, link target or size that EROFS or Linux cannot hold; an entry
-// that would steer overlayfs (see Invariants); a payload that is not where Options say.
+// Errors are: an Entry that breaks its contract; a kind, name, xattr name, device number, link target or size that
+// EROFS or Linux cannot hold; an entry that would steer overlayfs (see Invariants); a payload that is not where Options
+// say.
 func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (int64, error) {
 	p, err := newPacks(o)
 	if err != nil {

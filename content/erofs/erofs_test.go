@@ -321,7 +321,8 @@ func TestRefusedTrees(t *testing.T) {
 		{"children of a fifo", dir("", deepFifo), "not a directory"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			if _, err := WriteChain(t.Context(), &bytes.Buffer{}, row.root, noPacks); err == nil || !strings.Contains(err.Error(), row.want) {
+			_, err := WriteChain(t.Context(), &bytes.Buffer{}, row.root, noPacks)
+			if err == nil || !strings.Contains(err.Error(), row.want) {
 				t.Errorf("got %v, want an error about %q", err, row.want)
 			}
 		})

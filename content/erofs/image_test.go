@@ -56,7 +56,8 @@ func options(root *tree.Node) Options {
 		}
 	}
 	walk(root)
-	o := Options{Redirect: true, Place: func(id content.ObjectID) (content.Place, bool) { p, ok := places[id]; return p, ok }}
+	o := Options{Redirect: true}
+	o.Place = func(id content.ObjectID) (content.Place, bool) { p, ok := places[id]; return p, ok }
 	if len(places) > 0 {
 		o.Packs = []Device{{Pack: somePack, Tag: strings.Repeat("0", tagLen), Blocks: 1<<32 - 1}}
 	}

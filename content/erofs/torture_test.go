@@ -188,7 +188,9 @@ func tortureSizes(o objects) *tree.Node {
 	for _, n := range []int{1025, 4095, 4096, 4097, 12_288} {
 		nodes = append(nodes, leaf(fmt.Sprint("object-", n), o.file(text(n, n))))
 	}
-	for _, n := range []int64{1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << maxChunkBits, 1<<maxChunkBits + 1, maxHole} {
+	for _, n := range []int64{
+		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << maxChunkBits, 1<<maxChunkBits + 1, maxHole,
+	} {
 		nodes = append(nodes, leaf(fmt.Sprint("hole-", n), hole(n)))
 	}
 	return dir("sizes", nodes...)
