@@ -94,6 +94,7 @@ func (i imageLayers) has(f snapshotter.Finding) bool {
 		slices.ContainsFunc(f.Snapshots, i.ref.Keeps)
 }
 
+// imageLayers lists containerd's images.
 func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
 	images, _, err := s.opts.Catalog.Images(ctx)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"github.com/containerd/log"
 
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 )
 
 // Doctor is what only the daemon itself can see of its surroundings.
@@ -37,21 +36,13 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 
 // lostImages are those that containerd has unpacked here, and of which no layer is here.
 func (s *Server) lostImages(ctx context.Context) (lost []string, err error) {
-	images, _, err := s.opts.Catalog.Images(ctx)
+	images, err := s.imageLayers(ctx)
 	if err != nil {
 		return nil, err
 	}
-	refs := make([]snapshotter.ImageRef, len(images))
-	for i, img := range images {
-		refs[i] = snapshotter.ImageRef{Namespace: img.Namespace, Chains: img.Chains}
-	}
-	layers, err := s.sn.LayersOf(ctx, refs)
-	if err != nil {
-		return nil, err
-	}
-	for i, img := range images {
-		if len(layers[i]) == 0 && len(img.Names) > 0 {
-			lost = append(lost, img.Namespace+"/"+img.Names[0])
+	for _, img := range images {
+		if len(img.layers) == 0 && len(img.names.Names) > 0 {
+			lost = append(lost, img.names.Namespace+"/"+img.names.Names[0])
 		}
 	}
 	return lost, nil
