@@ -115,7 +115,7 @@ func TestIngestWhileArriving(t *testing.T) {
 // objectsAppear waits until something is stored.
 func objectsAppear(n *node.Node) bool {
 	for range 600 {
-		if found, _ := filepath.Glob(filepath.Join(n.DedupRoot(), "objects/*/*")); len(found) > 0 {
+		if packed(n) >= 100_000 {
 			return true
 		}
 		time.Sleep(50 * time.Millisecond)
@@ -129,7 +129,7 @@ func waitForNothing(t *testing.T, n *node.Node) {
 	var found []string
 	for range 400 {
 		found = nil
-		for _, pattern := range []string{"objects/*/*", "layers/*", "ingest/*"} {
+		for _, pattern := range []string{"packs/*", "layers/*", "ingest/*"} {
 			more, _ := filepath.Glob(filepath.Join(n.DedupRoot(), pattern))
 			found = append(found, more...)
 		}

@@ -134,8 +134,8 @@ func resident(t *testing.T, path string) (in, of int) {
 	return mincore(t, mem)
 }
 
-// dropCache takes a file out of the page cache, as far as it goes.
-func dropCache(t *testing.T, path string) {
+// dropFile takes a file out of the page cache, as far as it goes.
+func dropFile(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Open(path)
 	must(t, err)
@@ -167,7 +167,7 @@ func TestPageCacheIsShared(t *testing.T) {
 		"the other container":        filepath.Join(second, "d/b"),
 	}
 	for _, path := range paths {
-		dropCache(t, path)
+		dropFile(t, path)
 	}
 	for who, path := range paths {
 		if in, of := resident(t, path); in > of/10 {

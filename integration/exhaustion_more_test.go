@@ -26,7 +26,7 @@ func TestReadErrors(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
 			pack := payloadOf(t, n, w.marked).path
-			dropCache(t, pack)
+			dropCache(t, n)
 			w.disk.failMarked.Store(true)
 			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "md5sum", "/marked"); err == nil || !strings.Contains(err.Error(), "nput/output error") {
 				t.Errorf("reading what cannot be read: %q, %v", out, err)

@@ -2,9 +2,11 @@ package integration
 
 import (
 	"crypto/sha256"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -44,6 +46,46 @@ func payloads(t *testing.T, n *node.Node) (all []stored) {
 		}
 	}
 	return all
+}
+
+// packed tells how many bytes lie in packs, finished or not.
+func packed(n *node.Node) (sum int64) {
+	for _, pattern := range []string{"packs/*", "ingest/pack-*"} {
+		paths, _ := filepath.Glob(filepath.Join(n.DedupRoot(), pattern))
+		for _, path := range paths {
+			if fi, err := os.Stat(path); err == nil {
+				sum += fi.Size()
+			}
+		}
+	}
+	return sum
+}
+
+// dropCache takes all payloads out of the page cache, as far as nobody maps them: the packs, and what is mounted of them.
+func dropCache(t *testing.T, n *node.Node) {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(n.DedupRoot(), "packs/*.erofs"))
+	must(t, err)
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	must(t, err)
+	for line := range strings.Lines(string(mounts)) {
+		f := strings.Fields(line)
+		if f[2] != "erofs" || !strings.HasPrefix(f[1], n.DedupRoot()+"/") {
+			continue
+		}
+		err := filepath.WalkDir(f[1], func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				paths = append(paths, path)
+			}
+			return nil // an image that is not needed any more is unmounted meanwhile
+		})
+		must(t, err)
+	}
+	for _, path := range paths {
+		if _, err := os.Stat(path); err == nil {
+			dropFile(t, path)
+		}
+	}
 }
 
 // payloadOf finds the payload with these bytes.

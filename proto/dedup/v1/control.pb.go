@@ -718,6 +718,7 @@ type Image struct {
 	ExclusiveBytes  int64 `protobuf:"varint,9,opt,name=exclusive_bytes,json=exclusiveBytes,proto3" json:"exclusive_bytes,omitempty"`
 	ExclusiveInodes int64 `protobuf:"varint,10,opt,name=exclusive_inodes,json=exclusiveInodes,proto3" json:"exclusive_inodes,omitempty"`
 	// What goes from the disk when all its names are removed: the exclusive part, unless a container uses it.
+	// Payloads go with their pack, or when it is merged: until then a third of a pack, or a MiB, may be dead.
 	FreedBytes  int64 `protobuf:"varint,11,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
 	FreedInodes int64 `protobuf:"varint,12,opt,name=freed_inodes,json=freedInodes,proto3" json:"freed_inodes,omitempty"`
 	// What it needs in containerd's content store, and what of that goes with it.
