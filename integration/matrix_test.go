@@ -12,7 +12,6 @@ import (
 	"testing"
 	"text/tabwriter"
 
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -273,9 +272,7 @@ func forget(t *testing.T, n *node.Node, ctx context.Context, layers []*image.Lay
 			t.Fatal(err)
 		}
 	}
-	lease, err := n.Client().LeasesService().Create(ctx, leases.WithRandomID())
-	must(t, err)
-	must(t, n.Client().LeasesService().Delete(ctx, lease, leases.SynchronousDelete)) // collects garbage
+	collectGarbage(t, n)
 	for _, l := range layers {
 		if _, err := os.Stat(filepath.Join(n.Dir(), "c/io.containerd.content.v1.content/blobs/sha256", l.Hash.Hex)); !os.IsNotExist(err) {
 			t.Errorf("blob %s stays: %v", l.Hash, err)
