@@ -13,6 +13,8 @@ type Trailer struct {
 	Pack   content.PackID
 	Blocks uint32
 	Sum    content.Sum
+	// Metadata is where the inodes and names of its file system begin, in bytes, MetadataLen their length.
+	Metadata, MetadataLen int64
 }
 
 // trailer is all that it says.
@@ -42,6 +44,7 @@ func readTrailer(r io.ReaderAt, size int64) (t trailer, err error) {
 	t.Pack, t.Blocks = content.PackID(le.Uint64(b[16:])), le.Uint32(b[28:])
 	t.version, t.meta = le.Uint32(b[8:]), le.Uint32(b[24:])
 	t.slots, t.table = int64(le.Uint32(b[12:])), int64(le.Uint64(b[32:]))
+	t.Metadata, t.MetadataLen = int64(t.meta)*blockSize, t.table
 	copy(t.Sum[:], b[sumOffset:])
 	length := size - int64(t.meta)*blockSize
 	switch {

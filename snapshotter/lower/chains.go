@@ -101,6 +101,8 @@ type Chains struct {
 	// builds are the images that are being built for callers of Build, watches what moves meanwhile.
 	builds  map[Name]*build
 	watches map[*watch]bool
+	// aheads are the chains whose metadata is being read ahead.
+	aheads map[Name]bool
 	// users are the ids of active snapshots and views, by chain, and the way back.
 	users map[Name]map[string]bool
 	byID  map[string]Name
@@ -154,8 +156,9 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		busy:   map[Name]chan struct{}{},
 		images: map[Name]*image{},
 		builds: map[Name]*build{}, watches: map[*watch]bool{},
-		users: map[Name]map[string]bool{},
-		byID:  map[string]Name{},
+		aheads: map[Name]bool{},
+		users:  map[Name]map[string]bool{},
+		byID:   map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {

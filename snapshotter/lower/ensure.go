@@ -91,6 +91,7 @@ func (c *Chains) mounted(n Name) (Below, bool) {
 }
 
 func (c *Chains) below(n Name, im *image) Below {
+	c.readAhead(n, im)
 	b := Below{Chain: c.MountPoint(n)}
 	if im.shared {
 		for _, id := range im.ids() {
