@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"sync"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -14,55 +15,43 @@ import (
 // aheadMax bounds what is read ahead of one file, in bytes.
 const aheadMax = 16 << 20
 
-// readAhead has the kernel read the metadata of an image and of its packs, while a container is made. By itself it
-// reads a block when it needs it, and none behind it: on a cold node the first open of a file waits for several of
-// them, one after the other. The call returns at once. Loop devices have a cache of their own, which this would not
-// fill.
-func (c *Chains) readAhead(n Name, im *image) {
-	if im == nil || c.opts.Kernel.Loop || !c.beginAhead(n) {
+// ahead has the kernel read the metadata of an image and of its packs, while a container is made. By itself it reads
+// a block when it needs it, and none behind it: on a cold node the first open of a file waits for several of them, one
+// after the other.
+type ahead struct {
+	background func(fn func(context.Context)) bool // see Options
+
+	mu   sync.Mutex
+	busy map[Name]bool // those that are being read
+}
+
+// start reads the file of an image, and of packs their metadata. It returns at once.
+func (a *ahead) start(n Name, image string, packs []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.busy[n] {
 		return
 	}
-	started := c.opts.Background(func(ctx context.Context) {
-		defer c.endAhead(n)
-		if err := c.readMetadata(ctx, n, im); err != nil {
+	a.busy[n] = a.background(func(ctx context.Context) {
+		if err := readMetadata(ctx, image, packs); err != nil {
 			log.G(ctx).WithError(err).Debugf("chain image %s is not read ahead", n)
 		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.busy, n)
 	})
-	if !started {
-		c.endAhead(n)
-	}
 }
 
-// beginAhead reports whether nobody reads a chain's metadata ahead right now.
-func (c *Chains) beginAhead(n Name) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.aheads[n] {
-		return false
-	}
-	c.aheads[n] = true
-	return true
-}
-
-func (c *Chains) endAhead(n Name) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	delete(c.aheads, n)
-}
-
-func (c *Chains) readMetadata(ctx context.Context, n Name, im *image) error {
+func readMetadata(ctx context.Context, image string, packs []string) error {
 	whole := func(*os.File, int64) (first, length int64, err error) { return 0, aheadMax, nil }
-	if err := adviseFile(c.Image(n), whole); err != nil {
+	if err := adviseFile(image, whole); err != nil {
 		return err
 	}
-	if !im.shared { // who reads a private image reads no pack's metadata
-		return nil
-	}
-	for _, id := range im.ids() {
+	for _, pack := range packs {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err := adviseFile(c.packs.path(id), packMetadata); err != nil {
+		if err := adviseFile(pack, packMetadata); err != nil {
 			return err
 		}
 	}

@@ -90,6 +90,7 @@ type Stats struct {
 type Chains struct {
 	opts  Options
 	packs packMounts
+	ahead ahead
 
 	mu    sync.Mutex // guards what follows
 	stats Stats
@@ -101,8 +102,6 @@ type Chains struct {
 	// builds are the images that are being built for callers of Build, watches what moves meanwhile.
 	builds  map[Name]*build
 	watches map[*watch]bool
-	// aheads are the chains whose metadata is being read ahead.
-	aheads map[Name]bool
 	// users are the ids of active snapshots and views, by chain, and the way back.
 	users map[Name]map[string]bool
 	byID  map[string]Name
@@ -153,12 +152,12 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		packs: packMounts{
 			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
 		},
+		ahead:  ahead{background: o.Background, busy: map[Name]bool{}},
 		busy:   map[Name]chan struct{}{},
 		images: map[Name]*image{},
 		builds: map[Name]*build{}, watches: map[*watch]bool{},
-		aheads: map[Name]bool{},
-		users:  map[Name]map[string]bool{},
-		byID:   map[string]Name{},
+		users: map[Name]map[string]bool{},
+		byID:  map[string]Name{},
 	}
 	names, err := c.List()
 	if err != nil {

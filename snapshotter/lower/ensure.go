@@ -90,13 +90,18 @@ func (c *Chains) mounted(n Name) (Below, bool) {
 	return c.below(n, im), true
 }
 
+// below tells what lies below who uses a chain that is mounted, and has it read ahead.
 func (c *Chains) below(n Name, im *image) Below {
-	c.readAhead(n, im)
 	b := Below{Chain: c.MountPoint(n)}
-	if im.shared {
+	var files []string
+	if im.shared { // of a private image no pack's metadata is needed
 		for _, id := range im.ids() {
 			b.Packs = append(b.Packs, c.packs.at(id))
+			files = append(files, c.packs.path(id))
 		}
+	}
+	if !c.opts.Kernel.Loop { // the cache of a loop device is another
+		c.ahead.start(n, c.Image(n), files)
 	}
 	return b
 }
