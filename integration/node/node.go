@@ -298,7 +298,7 @@ func (n *Node) StopDaemon() error { return n.daemon.stop(unix.SIGTERM, 20*time.S
 // KillDaemon ends the dedup daemon with SIGKILL.
 func (n *Node) KillDaemon() error { return n.daemon.stop(unix.SIGKILL, 20*time.Second) }
 
-// Pids returns the processes whose CPU time is a pull's cost: containerd, and the
+// Pids returns the processes whose CPU time is a pull's cost: containerd first, and the
 // daemon when it runs.
 func (n *Node) Pids() []int {
 	var pids []int

@@ -107,6 +107,7 @@ type cost struct {
 	cpu     time.Duration // of containerd, the snapshotter and their children, flush included
 	serving time.Duration // CPU of the registries
 	peak    int64         // largest resident sets of containerd and the snapshotter, bytes
+	daemon  int64         // that of the snapshotter alone, 0 if it is part of containerd
 	used    rootfs.Used   // added to the snapshotter's directory
 	hasUsed bool
 	disk    rootfs.Used // added to the whole file system: content store and databases too
@@ -144,12 +145,15 @@ func (t *Trial) measure(registries []*Registry, fn func() error) (c cost, err er
 	if err != nil {
 		return c, err
 	}
-	for _, pid := range t.pids() {
+	for i, pid := range t.pids() {
 		peak, err := node.PeakMemory(pid)
 		if err != nil {
 			return c, err
 		}
 		c.peak += peak
+		if i > 0 { // the first is containerd
+			c.daemon += peak
+		}
 	}
 	c.cpu, c.serving = after.cpu-before.cpu, after.serving-before.serving
 	c.used, c.hasUsed = after.used.Sub(before.used), after.hasUsed
@@ -202,6 +206,9 @@ func (t *Trial) recordPull(scenario string, c cost) {
 	t.record(scenario, "CPU", "s", c.cpu.Seconds())
 	t.record(scenario, "CPU of the registry", "s", c.serving.Seconds())
 	t.record(scenario, "peak memory", "bytes", float64(c.peak))
+	if c.daemon > 0 {
+		t.record(scenario, "peak memory of the snapshotter alone", "bytes", float64(c.daemon))
+	}
 	t.recordUsed(scenario, c)
 }
 
