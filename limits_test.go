@@ -3,8 +3,6 @@ package dedup
 import (
 	"fmt"
 	"go/ast"
-	"go/constant"
-	"go/importer"
 	"go/parser"
 	"go/token"
 	"go/types"
@@ -20,8 +18,7 @@ import (
 func TestLimits(t *testing.T) {
 	text := readPage(t, "docs/limits.md")
 	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9,]+)( [KMGTP]iB)?[^|]* \\| `([a-z/]+)\\.(\\w+)` \\|").FindAllStringSubmatch(text, -1)
-	constants := constantsOf{fset: token.NewFileSet(), packages: map[string]*types.Package{}}
-	constants.std = importer.ForCompiler(constants.fset, "source", nil)
+	constants := newConstants()
 	for _, m := range rows {
 		want, err := strconv.ParseUint(strings.ReplaceAll(m[1], ",", ""), 10, 64)
 		if err != nil {
@@ -54,18 +51,18 @@ func (c *constantsOf) value(dir, name string) (uint64, error) {
 	if !ok {
 		return 0, fmt.Errorf("package %s has no constant %s", dir, name)
 	}
-	v, ok := constant.Uint64Val(constant.ToInt(k.Val()))
+	v, ok := number(k.Val())
 	if !ok {
 		return 0, fmt.Errorf("%s.%s is %s", dir, name, k.Val())
 	}
 	return v, nil
 }
 
-// Import implements types.Importer: packages of this module and math; of all others nothing is needed.
+// Import implements types.Importer: packages of this module, math and time; of all others nothing is needed.
 func (c *constantsOf) Import(path string) (*types.Package, error) {
 	dir, ours := strings.CutPrefix(path, module+"/")
 	switch {
-	case path == "math":
+	case path == "math", path == "time":
 		return c.std.Import(path)
 	case c.packages[path] != nil:
 		return c.packages[path], nil

@@ -33,8 +33,7 @@ type Options struct {
 	RunDir string
 	// Fidelity under which layers are ingested; "" is content.Python.
 	Fidelity content.Fidelity
-	// FetchedOnly turns hits in Prepare off: a known layer is served only to a pull that
-	// fetched its blob itself.
+	// FetchedOnly turns hits in Prepare off: a known layer is served only to a pull that fetched its blob itself.
 	FetchedOnly bool
 	// Durability, Reserve and Step are those of layer.Options.
 	Durability layer.Durability
@@ -237,7 +236,8 @@ func (s *Snapshotter) takeLock() (err error) {
 }
 
 // refused is what to do when metadata.db cannot be used.
-const refused = "nothing was removed; put the file back from a backup, or set another root and pull the images again"
+const refused = "nothing was removed; put the file back from a backup, or set another root and pull the images again " +
+	"(`dedupctl fsck` tells what else is damaged)"
 
 // checkMetadata creates metadata.db in a new store and refuses any other one without, or with a damaged one: it alone says which
 // layers and directories are in use, and an empty one would have all of them removed, what running containers wrote included.

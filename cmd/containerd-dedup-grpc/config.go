@@ -55,6 +55,8 @@ type Config struct {
 	LogLevel string `toml:"log_level"`
 	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
 	MetricsAddress string `toml:"metrics_address"`
+	// PprofAddress is where profiles of the daemon can be had, a loopback IP address and a port; "" for nowhere.
+	PprofAddress string `toml:"pprof_address"`
 }
 
 const (
@@ -108,7 +110,8 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, metrics_address)",
+			"durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, "+
+			"metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -169,6 +172,11 @@ func (c Config) validate() error {
 		// A name could lead elsewhere tomorrow, and no address would mean all of them.
 		if _, err := netip.ParseAddrPort(c.MetricsAddress); err != nil {
 			return fmt.Errorf("metrics_address = %q: want an IP address and a port, such as \"127.0.0.1:9741\"", c.MetricsAddress)
+		}
+	}
+	if c.PprofAddress != "" {
+		if err := checkPprofAddress(c.PprofAddress); err != nil {
+			return err
 		}
 	}
 	if err := log.SetLevel(c.LogLevel); err != nil {

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -15,43 +13,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 )
-
-// callErrors counts calls that failed. Neither label has a value that a client chooses.
-type callErrors struct{ *prometheus.CounterVec }
-
-func newCallErrors() callErrors {
-	return callErrors{prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "dedup_grpc_errors_total",
-		Help: "Calls that ended with an error, by method and gRPC code. A known layer in Prepare is none.",
-	}, []string{"method", "code"})}
-}
-
-func (c callErrors) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	resp, err := handler(ctx, req)
-	c.count(info.FullMethod, err)
-	return resp, err
-}
-
-func (c callErrors) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	err := handler(srv, stream)
-	c.count(info.FullMethod, err)
-	return err
-}
-
-func (c callErrors) count(method string, err error) {
-	name := method[strings.LastIndexByte(method, '/')+1:]
-	// This is how Prepare serves what is known.
-	if code := status.Code(err); err != nil && (name != "Prepare" || code != codes.AlreadyExists) {
-		c.WithLabelValues(name, code.String()).Inc()
-	}
-}
 
 // collector turns what the snapshotter says of itself into metrics at the moment of a scrape.
 type collector struct {
@@ -220,37 +185,24 @@ func (e emitter) broken(name string, err error) {
 	e.out <- prometheus.NewInvalidMetric(prometheus.NewDesc(name, "", nil, nil), err)
 }
 
-// serveMetrics answers on a loopback address until stop.
-func serveMetrics(ctx context.Context, address, root string, calls callErrors, sn *snapshotter.Snapshotter) (stop func(), err error) {
+// serveMetrics answers Prometheus until stop.
+func serveMetrics(
+	ctx context.Context, address, root string, calls calls, sn *snapshotter.Snapshotter,
+) (stop func(), err error) {
 	reg := prometheus.NewRegistry()
 	for _, c := range []prometheus.Collector{
-		calls, collector{sn, root},
+		calls.errors, calls.seconds, collector{sn, root},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	l, err := net.Listen("tcp", address)
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
+	stop, err = serveHTTP(ctx, address, &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: time.Minute})
 	if err != nil {
 		return nil, fmt.Errorf("metrics_address: %w", err)
 	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: time.Minute}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			log.G(ctx).WithError(err).Error("serve metrics")
-		}
-	}()
-	return func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-		defer cancel()
-		if err := server.Shutdown(ctx); err != nil {
-			log.G(ctx).WithError(err).Warn("stop metrics")
-		}
-		<-done
-	}, nil
+	return stop, nil
 }

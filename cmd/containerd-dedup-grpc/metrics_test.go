@@ -57,6 +57,9 @@ func TestMetrics(t *testing.T) {
 		`dedup_grpc_errors_total{code="NotFound",method="Stat"} 1`, "dedup_damaged_layers 0",
 		`dedup_work_running{work="build"} 0`, `dedup_work_running{work="ingest"} 0`, `dedup_work_oldest_seconds{work="build"} 0`,
 		`dedup_work_memory_bytes{work="ingest"} 0`,
+		`dedup_grpc_seconds_count{method="Prepare"} 3`, `dedup_grpc_seconds_count{method="Commit"} 2`,
+		`dedup_grpc_seconds_count{method="Mounts"} 0`, `dedup_grpc_seconds_count{method="Apply"} 0`,
+		`dedup_grpc_seconds_bucket{method="Commit",le="300"} 2`,
 		`dedup_fsck_findings{kind="object"} 0`, `dedup_fsck_findings{kind="orphan"} 1`,
 	} {
 		if !strings.Contains(scrape, "\n"+want+"\n") {
@@ -68,6 +71,9 @@ func TestMetrics(t *testing.T) {
 	}
 	if t.Failed() {
 		t.Log(scrape)
+	}
+	if resp, err := http.Get(url); err == nil {
+		t.Errorf("metrics are served after the stop: %s", resp.Status)
 	}
 	names := metricNames(scrape)
 	checkDocumented(t, names)

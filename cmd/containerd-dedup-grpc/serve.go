@@ -85,14 +85,12 @@ func serve(ctx context.Context, c Config) (err error) {
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	log.G(ctx).Infof("fs-verity: %s; page cache: %s", sn.VerityState(), sn.PageCache())
 
-	calls := newCallErrors()
-	if c.MetricsAddress != "" {
-		stop, err := serveMetrics(ctx, c.MetricsAddress, c.Root, calls, sn)
-		if err != nil {
-			return err
-		}
-		defer stop()
+	calls := newCalls()
+	stop, err := serveObservers(ctx, c, calls, sn)
+	if err != nil {
+		return err
 	}
+	defer stop()
 	server := grpc.NewServer(
 		grpc.ChainUnaryInterceptor(calls.unary, recoverUnary), grpc.ChainStreamInterceptor(calls.stream, recoverStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
@@ -121,6 +119,32 @@ func serve(ctx context.Context, c Config) (err error) {
 	defer timer.Stop()
 	server.GracefulStop()
 	return nil
+}
+
+// serveObservers answers with metrics and profiles, as far as they are asked for, until stop.
+func serveObservers(ctx context.Context, c Config, calls calls, sn *snapshotter.Snapshotter) (stop func(), err error) {
+	stops := []func(){}
+	stop = func() {
+		for _, s := range stops {
+			s()
+		}
+	}
+	if c.MetricsAddress != "" {
+		s, err := serveMetrics(ctx, c.MetricsAddress, c.Root, calls, sn)
+		if err != nil {
+			return nil, err
+		}
+		stops = append(stops, s)
+	}
+	if c.PprofAddress != "" {
+		s, err := servePprof(ctx, c.PprofAddress)
+		if err != nil {
+			stop()
+			return nil, err
+		}
+		stops = append(stops, s)
+	}
+	return stop, nil
 }
 
 func notify(ctx context.Context, state string) {

@@ -40,6 +40,8 @@ type ImageNames struct {
 
 // FsckReport is what `fsck --json` prints.
 type FsckReport struct {
+	// Offline: the daemon does not run. The store was read without it.
+	Offline  bool      `json:"offline,omitempty"`
 	Findings []Finding `json:"findings"`
 	// Damaged and Unused are how many of them still are.
 	Damaged int `json:"damaged"`
@@ -59,10 +61,12 @@ func fsckCommand() *cli.Command {
 			"damaged, which images that harms, and what nothing uses. Pulls and containers go on meanwhile; a damaged layer\n" +
 			"is out of service until it is whole again. --repair takes what is damaged from the blobs in containerd's content\n" +
 			"store, or fetches them again from the registry that the image came from, and removes what nothing uses.\n" +
+			"While the daemon does not run, fsck without --repair reads the store itself and changes nothing.\n" +
 			"Exit codes: 0 nothing is damaged (any more), 1 it did not work, 2 the command line is wrong, 3 there is damage.",
 		Flags: append(registryFlags(),
 			&cli.BoolFlag{Name: "repair", Usage: "heal what is damaged, remove what nothing uses"},
 			&cli.BoolFlag{Name: "no-fetch", Usage: "repair from what this node has alone"},
+			configFlag(),
 		),
 		Action: runFsck,
 	}
@@ -70,11 +74,21 @@ func fsckCommand() *cli.Command {
 
 func runFsck(c *cli.Context) error {
 	repair := c.Bool("repair")
-	found, err := check(c, &dedupv1.CheckRequest{Repair: repair})
+	var r FsckReport
+	var err error
+	down := daemonDown(c)
+	switch {
+	case down != nil && repair:
+		return fmt.Errorf("--repair needs the daemon (fsck alone does not): %w", down)
+	case down != nil:
+		r.Offline = true
+		r.Findings, err = offlineCheck(c)
+	default:
+		r.Findings, err = check(c, &dedupv1.CheckRequest{Repair: repair})
+	}
 	if err != nil {
 		return err
 	}
-	r := FsckReport{Findings: found}
 	if repair && !c.Bool("no-fetch") && r.fetchable() {
 		r.fetch(c)
 		known, err := check(c, &dedupv1.CheckRequest{Repair: true, KnownOnly: true})

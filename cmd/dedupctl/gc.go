@@ -8,11 +8,14 @@ import (
 	"github.com/urfave/cli/v2"
 
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 )
 
 // GCReport is what `gc --json` prints.
 type GCReport struct {
-	DryRun  bool      `json:"dry_run"`
+	DryRun bool `json:"dry_run"`
+	// Offline: the daemon does not run. The store was read without it.
+	Offline bool      `json:"offline,omitempty"`
 	Removed []Finding `json:"removed"`
 	Bytes   int64     `json:"bytes"`
 }
@@ -23,29 +26,49 @@ func gcCommand() *cli.Command {
 		Usage: "remove what nothing uses",
 		Description: "Layers and their objects go by themselves when the last image or container that uses them goes: remove images to\n" +
 			"free space. This removes what could not be removed then, after a crash or a full disk, and with --chain-images\n" +
-			"what is only kept to start the next container sooner.",
+			"what is only kept to start the next container sooner. While the daemon does not run, --dry-run reads the store\n" +
+			"itself.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "dry-run", Usage: "list what would go"},
 			&cli.BoolFlag{Name: "chain-images", Usage: "the chain images that no container uses now, too; they are built again when needed"},
+			configFlag(),
 		},
-		Action: func(c *cli.Context) error {
-			dry := c.Bool("dry-run")
-			stop := showProgress(c, func() string { return "looking for what nothing uses" })
-			r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.GCResponse, error) {
-				return client.GC(ctx, &dedupv1.GCRequest{DryRun: dry, ChainImages: c.Bool("chain-images")})
-			})
-			stop()
-			if err != nil {
-				return err
-			}
-			out := GCReport{DryRun: dry, Removed: []Finding{}}
-			for _, f := range r.GetRemoved() {
-				out.Removed = append(out.Removed, findingOf(f))
-				out.Bytes += f.GetBytes()
-			}
-			return print(c, out, writeGC)
-		},
+		Action: runGC,
 	}
+}
+
+func runGC(c *cli.Context) error {
+	out := GCReport{DryRun: c.Bool("dry-run"), Removed: []Finding{}}
+	down := daemonDown(c)
+	stop := showProgress(c, func() string { return "looking for what nothing uses" })
+	defer stop()
+	var err error
+	switch {
+	case down != nil && !out.DryRun:
+		return fmt.Errorf("gc needs the daemon (gc --dry-run does not): %w", down)
+	case down != nil:
+		out.Offline = true
+		out.Removed, err = offline(c, func(ctx context.Context, s *snapshotter.Offline) ([]snapshotter.Finding, error) {
+			return s.Unused(ctx, snapshotter.GCOptions{DryRun: true, Chains: c.Bool("chain-images")})
+		})
+	default:
+		out.Removed, err = ask(c, func(ctx context.Context, client dedupv1.ControlClient) ([]Finding, error) {
+			r, err := client.GC(ctx, &dedupv1.GCRequest{DryRun: out.DryRun, ChainImages: c.Bool("chain-images")})
+			list := []Finding{}
+			for _, f := range r.GetRemoved() {
+				list = append(list, findingOf(f))
+			}
+			return list, err
+		})
+	}
+	stop()
+	if err != nil {
+		return err
+	}
+	for _, f := range out.Removed {
+		out.Bytes += f.Bytes
+	}
+	return print(c, out, writeGC)
 }
 
 func writeGC(w io.Writer, r GCReport) {

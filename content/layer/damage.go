@@ -290,6 +290,9 @@ func (s *Store) loadDamaged() (l damagedList, err error) {
 }
 
 func (s *Store) saveDamaged(ctx context.Context) {
+	if s.opts.readOnly {
+		return
+	}
 	s.damagedMu.Lock()
 	defer s.damagedMu.Unlock()
 	var lines []string

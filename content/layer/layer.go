@@ -10,9 +10,8 @@
 //
 // # What is in memory
 //
-// diffID -> layer, blob -> layer, payload digest -> layers and the reference counts
-// of objects are read from the trees' headers at Open. There is no index on
-// disk that could be lost, or disagree with the trees.
+// diffID -> layer, blob -> layer, payload digest -> layers and the reference counts of objects are read from the
+// trees' headers at Open. There is no index on disk that could be lost, or disagree with the trees.
 //
 // # How it ends
 //
@@ -80,6 +79,7 @@ type Options struct {
 	Step func(name string)
 
 	moveBatch int64 // another one than the constant, for tests
+	readOnly  bool  // Look has opened it
 }
 
 // Blob is a compressed (or plain) layer tar to be ingested.

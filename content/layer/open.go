@@ -127,7 +127,7 @@ func (s *Store) openDirs() error {
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
 func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks,
+		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks, ReadOnly: s.opts.readOnly,
 		Sync: s.watch, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
 	return err
@@ -145,24 +145,29 @@ func (s *Store) closeFiles() {
 // suspectMargin is how much older than the mark a layer may be that a power cut could still have caught.
 const suspectMargin = 2 * time.Second
 
-// markRunning takes the mark of a clean stop away. After a stop that was not clean, and a reboot since, suspect is
-// the time from which on layers may not be whole; otherwise it is zero. It stays so until noteVerified.
-func (s *Store) markRunning() (suspect time.Time, err error) {
+// suspectSince is, after a stop that was not clean and a reboot since, the time from which on layers may not be
+// whole; otherwise it is zero.
+func suspectSince(s *Store) (suspect time.Time, err error) {
 	_, err = os.Stat(s.path(fileClean))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return suspect, err
+	}
+	boot := bootID()
+	last, err := os.ReadFile(s.path(fileRunning))
+	fi, serr := os.Stat(s.path(fileRunning))
+	if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
+		suspect = fi.ModTime().Add(-suspectMargin)
+	}
+	return suspect, nil
+}
+
+// markRunning takes the mark of a clean stop away. suspect is suspectSince's, and stays so until noteVerified.
+func (s *Store) markRunning() (suspect time.Time, err error) {
+	if suspect, err = suspectSince(s); err != nil {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
-	clean := err == nil
-	boot := bootID()
-	if !clean {
-		last, err := os.ReadFile(s.path(fileRunning))
-		fi, serr := os.Stat(s.path(fileRunning))
-		if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
-			suspect = fi.ModTime().Add(-suspectMargin)
-		}
-	}
 	if s.written.doubt.Store(!suspect.IsZero()); suspect.IsZero() {
-		if err := s.writeRunning(boot); err != nil {
+		if err := s.writeRunning(bootID()); err != nil {
 			return suspect, err
 		}
 	}
@@ -232,6 +237,9 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 			holds[id] = 1
 		}
 		if err != nil || holds[id] == 0 {
+			if s.opts.readOnly {
+				continue
+			}
 			if err := os.RemoveAll(s.path(dirLayers, d.Name())); err != nil {
 				return nil, fmt.Errorf("remove unused layer: %w", err)
 			}
@@ -286,6 +294,10 @@ func (s *Store) sweep(ctx context.Context) error {
 // Close waits for background work. Holds end with it.
 func (s *Store) Close() (err error) {
 	s.closed.Do(func() {
+		if s.opts.readOnly {
+			s.closeFiles()
+			return
+		}
 		s.flights.stop()
 		s.keeper.stop()
 		s.gc.Wait()

@@ -62,6 +62,8 @@ type Options struct {
 	// Held are packs that chain images name. Each is held once from Open on, as HoldPacks does, if it is there:
 	// Settle comes before others can do so.
 	Held []content.PackID
+	// ReadOnly: the directory is only looked at, and nothing in it changes.
+	ReadOnly bool
 	// Room is how many bytes merging may take now; nil for any.
 	Room func() int64
 	// Step is called by name where a crash would leave something else behind; may be nil.

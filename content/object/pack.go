@@ -70,8 +70,10 @@ func (p *pack) device() erofs.Device {
 // Open opens or creates the directory of packs. staging, on the same file system, takes those that are being written. Load, then
 // Settle have to follow before anything else. A pack that is damaged does not keep others from being served.
 func Open(dir, staging string, opts Options) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("create packs directory: %w", err)
+	if !opts.ReadOnly {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("create packs directory: %w", err)
+		}
 	}
 	s := &Store{
 		dir: dir, staging: staging, opts: opts,

@@ -10,6 +10,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"google.golang.org/grpc"
 )
 
@@ -58,10 +59,17 @@ func (s *Server) GC(ctx context.Context, req *dedupv1.GCRequest) (*dedupv1.GCRes
 
 // findings names the images that each finding harms.
 func (s *Server) findings(ctx context.Context, found []snapshotter.Finding) []*dedupv1.Finding {
+	return Findings(ctx, s.opts.Catalog, s.sn.LayersOf, found)
+}
+
+// Findings names the images that each finding harms. layersOf is that of the store.
+func Findings(
+	ctx context.Context, catalog *blobs.Catalog, layersOf layersOf, found []snapshotter.Finding,
+) []*dedupv1.Finding {
 	var images []imageLayers
 	if slices.ContainsFunc(found, snapshotter.Finding.Damaged) {
 		var err error
-		if images, err = s.imageLayers(ctx); err != nil {
+		if images, err = listImages(ctx, catalog, layersOf); err != nil {
 			log.G(ctx).WithError(err).Warn("which images have the damaged layers")
 		}
 	}
@@ -94,9 +102,16 @@ func (i imageLayers) has(f snapshotter.Finding) bool {
 		slices.ContainsFunc(f.Snapshots, i.ref.Keeps)
 }
 
+// layersOf returns the layers that each image keeps in a store.
+type layersOf = func(context.Context, []snapshotter.ImageRef) ([][]content.LayerID, error)
+
 // imageLayers lists containerd's images.
 func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
-	images, _, err := s.opts.Catalog.Images(ctx)
+	return listImages(ctx, s.opts.Catalog, s.sn.LayersOf)
+}
+
+func listImages(ctx context.Context, catalog *blobs.Catalog, layersOf layersOf) ([]imageLayers, error) {
+	images, _, err := catalog.Images(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +119,7 @@ func (s *Server) imageLayers(ctx context.Context) ([]imageLayers, error) {
 	for i, img := range images {
 		refs[i] = snapshotter.ImageRef{Namespace: img.Namespace, Chains: img.Chains}
 	}
-	layers, err := s.sn.LayersOf(ctx, refs)
+	layers, err := layersOf(ctx, refs)
 	if err != nil {
 		return nil, err
 	}

@@ -35,13 +35,16 @@ const (
 )
 
 // Name names the image of a chain.
-func (c *Chains) Name(chain []content.LayerID) (n Name) {
+func (c *Chains) Name(chain []content.LayerID) Name { return c.opts.Kernel.name(chain) }
+
+// name names the image that the kernel lets a chain have.
+func (k Kernel) name(chain []content.LayerID) (n Name) {
 	h := sha256.New()
 	h.Write([]byte(chainVersion))
-	if c.opts.Kernel.Shared {
+	if k.Shared {
 		h.Write([]byte(ofShared))
 	}
-	if c.opts.Kernel.NoVerity == nil {
+	if k.NoVerity == nil {
 		h.Write([]byte(ofVerity))
 	}
 	for _, id := range chain {
@@ -141,13 +144,27 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 			return nil, fmt.Errorf("create directory: %w", err)
 		}
 	}
+	c := newChains(o)
+	names, err := c.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
+		if err := c.load(ctx, n); err != nil {
+			return nil, err
+		}
+	}
+	return c, c.packs.clear()
+}
+
+func newChains(o Options) *Chains {
 	if o.Merge == nil {
 		o.Merge = o.Layers.Merge
 	}
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
-	c := &Chains{
+	return &Chains{
 		opts: o,
 		packs: packMounts{
 			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
@@ -159,16 +176,6 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 		users: map[Name]map[string]bool{},
 		byID:  map[string]Name{},
 	}
-	names, err := c.List()
-	if err != nil {
-		return nil, err
-	}
-	for _, n := range names {
-		if err := c.load(ctx, n); err != nil {
-			return nil, err
-		}
-	}
-	return c, c.packs.clear()
 }
 
 // PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot
@@ -399,7 +406,7 @@ func (c *Chains) List() ([]Name, error) {
 	var names []Name
 	for _, dir := range []string{c.opts.Images, c.opts.Mounts} {
 		files, err := os.ReadDir(dir)
-		if err != nil {
+		if err != nil && !isGone(err) {
 			return nil, fmt.Errorf("list chain images: %w", err)
 		}
 		for _, f := range files {
