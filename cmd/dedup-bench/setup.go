@@ -34,7 +34,7 @@ func runSetup(c *cli.Context) error {
 			p.sayf("not available: %v", err)
 		}
 	}
-	note(node.Require(c.Context, p.say, node.Runc, node.FsckErofs, node.Igzip))
+	note(node.Require(c.Context, p.say, node.Runc, node.Crun, node.FsckErofs, node.Igzip))
 	versions := c.StringSlice("containerd")
 	if len(versions) == 0 {
 		var err error

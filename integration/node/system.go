@@ -23,6 +23,7 @@ type Command struct{ Name, Packages string }
 // What the tests and the benchmark take from the distribution.
 var (
 	Runc        = Command{"runc", "runc"}
+	Crun        = Command{"crun", "crun"}
 	Debootstrap = Command{"debootstrap", "debootstrap debian-archive-keyring"}
 	FsckErofs   = Command{"fsck.erofs", "erofs-utils"}
 	Pip         = Command{"pip3", "python3-pip"}
