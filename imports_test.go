@@ -22,7 +22,7 @@ var layers = [][]string{
 	{"/content/forecast"},
 	{"/snapshotter/blobs", "/snapshotter/lower"},
 	{"/snapshotter"},
-	{"/snapshotter/apply", "/snapshotter/control"},
+	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control"},
 	{"/cmd/containerd-dedup-grpc", "/cmd/dedupctl"},
 }
 

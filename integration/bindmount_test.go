@@ -53,7 +53,9 @@ func TestImageAsARuntimesMount(t *testing.T) {
 
 // mountedByRuntime runs a container of the image base in which the runtime mounts the image ref, and returns what is
 // there.
-func mountedByRuntime(t *testing.T, n *node.Node, bin, snapshotter, base, ref string, readonly bool) (tree rootfs.Tree) {
+func mountedByRuntime(
+	t *testing.T, n *node.Node, bin, snapshotter, base, ref string, readonly bool,
+) (tree rootfs.Tree) {
 	t.Helper()
 	ctx := testContext(t)
 	chain, err := n.ChainID(ctx, ref)

@@ -165,7 +165,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 	}
 	var usage snapshots.Usage
-	labels := maps.Clone(base.Labels)
+	labels := withCompared(maps.Clone(base.Labels), active.Labels)
 	if applied {
 		labels = withPrivate(labels, active.Labels)
 		for _, l := range []string{labelUpdated, labelStaged} {

@@ -28,6 +28,8 @@ const (
 	labelUpdated = labelPrefix + "updated"
 	// labelClaim is what a snapshot, the first of its layer, claims of the disk: bytes and inodes.
 	labelClaim = labelPrefix + "claim"
+	// labelCompared is the layer of the tar that a comparison of the snapshot with another one gave.
+	labelCompared = labelPrefix + "compared"
 	// labelSeal is a checksum of all else that is stored of the snapshot.
 	labelSeal = labelPrefix + "seal"
 
@@ -35,6 +37,8 @@ const (
 	labelRef         = "containerd.io/snapshot.ref"
 	labelDiffID      = "containerd.io/snapshot/diff-id"
 	labelParentChain = "containerd.io/snapshot/parent-chain-id"
+	// labelUIDMapping says that the snapshot is for a container in a user namespace.
+	labelUIDMapping = "containerd.io/snapshot/uidmapping"
 	// labelCRIDigest is the layer's blob, from the clients that annotate it (CRI, nerdctl, moby).
 	labelCRIDigest = "containerd.io/snapshot/cri.layer-digest"
 )

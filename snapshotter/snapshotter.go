@@ -311,10 +311,8 @@ func (s *Snapshotter) refuseData(problem string) error {
 func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error) {
 	var live []content.LayerID
 	for _, sn := range stored.whole {
-		id, ok := layerOf(sn.Info)
-		if ok {
-			live = append(live, id)
-		} else if sn.Kind == snapshots.KindCommitted && sn.Labels[labelPending] == "" {
+		live = append(live, heldBy(sn.Info)...)
+		if _, ok := layerOf(sn.Info); !ok && sn.Kind == snapshots.KindCommitted && sn.Labels[labelPending] == "" {
 			return fmt.Errorf("read metadata.db: snapshot %q names no layer: %s", sn.Name, refused)
 		}
 		switch {
@@ -537,7 +535,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 		return nil
 	}
 	s.ids.remove(id, key)
-	s.release(info.Labels)
+	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {

@@ -32,6 +32,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/apply"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/compare"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
@@ -76,8 +77,7 @@ func serve(ctx context.Context, c Config) (err error) {
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
 		Reserve: reserve, MaxMemory: memory,
-		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
-		Blobs: found, Remind: catalog.Remind,
+		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched, Blobs: found, Remind: catalog.Remind,
 	})
 	if err != nil {
 		return err
@@ -97,7 +97,8 @@ func serve(ctx context.Context, c Config) (err error) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	applier := apply.New(sn, found)
 	defer applier.Close()
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, nil))
+	comparer := compare.New(sn, contentproxy.NewContentStore(conn))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, comparer))
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,

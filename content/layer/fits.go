@@ -78,3 +78,15 @@ func belowOf(ctx context.Context, s *Store, id content.LayerID) (tree.Below, err
 	}
 	return b, nil
 }
+
+// EachName calls fn for each entry of a held layer, in the order of its paths.
+func EachName(ctx context.Context, s *Store, id content.LayerID, fn func(string, content.Kind, content.Flags)) error {
+	err := tree.EachName(s.treePath(id), id, fn)
+	if isDamage(err) {
+		s.harm(ctx, id, Damage{Tree: err})
+	}
+	if err != nil {
+		return fmt.Errorf("read layer %s: %w", id, err)
+	}
+	return nil
+}

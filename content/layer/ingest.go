@@ -22,6 +22,9 @@ import (
 // caller whose ctx ends does not harm the others who wait. A blob that the store already
 // knows is not opened at all.
 func (s *Store) IngestBlob(ctx context.Context, b Blob) (Ingested, error) {
+	if b.Late != nil { // nobody else can be waiting for it
+		return ingestCounted(ctx, s, b)
+	}
 	if in, ok := s.LookupBlob(b.Digest); ok {
 		return in, nil
 	}
@@ -37,11 +40,7 @@ func (s *Store) ingestOnce(ctx context.Context, b Blob) (Ingested, error) {
 		if in, ok := s.LookupBlob(b.Digest); ok {
 			return in, nil
 		}
-		in, err := s.ingestBlob(ctx, b, goal{fidelity: s.fidelity})
-		if err != nil {
-			return Ingested{}, s.counters.failed(fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err)))
-		}
-		return in, nil
+		return ingestCounted(ctx, s, b)
 	}, func(in Ingested, callers int) {
 		for range callers - 1 {
 			s.Hold(in.Layer)
@@ -50,6 +49,14 @@ func (s *Store) ingestOnce(ctx context.Context, b Blob) (Ingested, error) {
 			s.Release(in.Layer)
 		}
 	})
+}
+
+func ingestCounted(ctx context.Context, s *Store, b Blob) (Ingested, error) {
+	in, err := s.ingestBlob(ctx, b, goal{fidelity: s.fidelity})
+	if err != nil {
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err)))
+	}
+	return in, nil
 }
 
 // LookupBlob finds the layer of a blob that was ingested under the store's fidelity and holds it.
@@ -128,6 +135,9 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 	}
 	if werr := ss.wait(); werr != nil {
 		err = werr
+	}
+	if b.Late != nil && err == nil {
+		b.Digest, err = b.Late()
 	}
 	if err != nil {
 		return Ingested{}, errors.Join(err, ss.end(nil))

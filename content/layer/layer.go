@@ -93,6 +93,8 @@ type Blob struct {
 	Ahead bool
 	// Arriving: it is not whole yet. What Open returns waits for more, and is a Verifier.
 	Arriving bool
+	// Late, of a blob that is being written, returns its digest once its tar has been read; an error ends the ingest.
+	Late func() (digest.Digest, error)
 }
 
 // Verifier is what a Blob is read from whose bytes nobody has compared with its digest before.
@@ -164,19 +166,16 @@ type Store struct {
 	leaked atomic.Bool
 	closed sync.Once
 
-	// factsMu serialises changes of a tree file's header.
-	factsMu sync.Mutex
-	// damagedMu serialises writing the list of what is damaged.
-	damagedMu sync.Mutex
+	factsMu   sync.Mutex // serialises changes of a tree file's header
+	damagedMu sync.Mutex // serialises writing the list of what is damaged
 
 	mu       sync.RWMutex // guards what follows, and renames and unlinks in layers/
 	layers   map[content.LayerID]*state
 	diffs    map[diffKey]content.LayerID
 	blobs    map[blobKey]tree.Tar
 	payloads map[content.PayloadDigest][]content.LayerID
-	// trees is what the tree files occupy, weight the sum of all layers'.
-	trees  Usage
-	weight int64
+	trees    Usage // what the tree files occupy
+	weight   int64 // the sum of all layers'
 	// claimed is what the claims of all layers add up to.
 	claimed Usage
 	// fresh is what fresh layers have added to the disk.

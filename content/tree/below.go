@@ -62,6 +62,14 @@ func Links(path string, id content.LayerID) (links []Link, err error) {
 	return links, err
 }
 
+// EachName calls fn for each entry of a layer, in order, without decoding more of its tree file than it is told.
+func EachName(path string, id content.LayerID, fn func(path string, kind content.Kind, flags content.Flags)) error {
+	return names(path, id, func(n *name) error {
+		fn(string(n.path), n.kind, n.flags)
+		return nil
+	})
+}
+
 // CheckLinks returns an error that wraps ErrUnfit when a target is not there, or is a directory, in the layers below,
 // the topmost first, whose tree files open names. It reads no more of them than it takes to tell, and merges nothing.
 func CheckLinks(ctx context.Context, links []Link, below []content.LayerID, open func(content.LayerID) string) error {

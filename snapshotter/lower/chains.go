@@ -5,8 +5,10 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -309,6 +311,18 @@ func (c *Chains) IsUsed(n Name) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.users[n]) > 0 || c.busy[n] != nil
+}
+
+// Users returns the ids of the snapshots that may be mounted over what has a mount point, none for any other directory.
+func Users(c *Chains, mountPoint string) (ids []string) {
+	sum, err := content.ParseSum(filepath.Base(mountPoint))
+	n := Name{sum}
+	if err != nil || c.MountPoint(n) != mountPoint {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Sorted(maps.Keys(c.users[n]))
 }
 
 // Release unmounts a chain that has no users. An image whose packs have lost payloads to others goes, too.

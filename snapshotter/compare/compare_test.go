@@ -1,0 +1,374 @@
+package compare
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	ctdcontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/containerd/v2/plugins/diff/walking"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+)
+
+// world is a snapshotter with a content store, and both differs.
+type world struct {
+	t       *testing.T
+	ctx     context.Context
+	root    string
+	s       *snapshotter.Snapshotter
+	store   ctdcontent.Store
+	ours    *Comparer
+	walking diff.Comparer
+	serial  int
+}
+
+func newWorld(t *testing.T, fidelity content.Fidelity, cache lower.PageCache) *world {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to mount")
+	}
+	ctx := namespaces.WithNamespace(t.Context(), "test")
+	w := &world{t: t, ctx: ctx, root: t.TempDir(), store: contentStore(t)}
+	w.open(fidelity, cache)
+	return w
+}
+
+func (w *world) open(fidelity content.Fidelity, cache lower.PageCache) {
+	w.t.Helper()
+	s, err := snapshotter.New(w.ctx, snapshotter.Options{
+		Root: w.root, RunDir: filepath.Join(w.root, "run"), Fidelity: fidelity, PageCache: cache,
+		Verity: lower.VerityOff, Durability: layer.Deferred,
+	})
+	w.must(err)
+	w.t.Cleanup(func() {
+		w.unmountChains()
+		if err := s.Close(); err != nil {
+			w.t.Error(err)
+		}
+	})
+	w.s, w.ours, w.walking = s, New(s, w.store), walking.NewWalkingDiff(w.store)
+}
+
+// unmountChains takes away what the daemon leaves mounted for clients.
+func (w *world) unmountChains() {
+	for _, pattern := range []string{"run/chains/*", "run/p/*"} {
+		points, err := filepath.Glob(filepath.Join(w.root, pattern))
+		w.must(err)
+		for _, p := range points {
+			if err := mount.UnmountAll(p, unix.MNT_DETACH); err != nil {
+				w.t.Error(err)
+			}
+		}
+	}
+}
+
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// contentStore is containerd's own, with namespaces.
+func contentStore(t *testing.T) ctdcontent.Store {
+	t.Helper()
+	dir := t.TempDir()
+	files, err := local.NewStore(filepath.Join(dir, "content"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	db, err := bbolt.Open(filepath.Join(dir, "meta.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = db.Close() })
+	return metadata.NewDB(db, files, nil).ContentStore()
+}
+
+// active makes a snapshot in which change has done its work.
+func (w *world) active(parent string, change func(root string)) (key string, mounts []mount.Mount) {
+	w.t.Helper()
+	w.serial++
+	key = fmt.Sprintf("active-%d", w.serial)
+	mounts, err := w.s.Prepare(w.ctx, key, parent)
+	w.must(err)
+	dir := w.t.TempDir()
+	w.must(mount.All(mounts, dir))
+	change(dir)
+	w.must(mount.UnmountAll(dir, 0))
+	return key, mounts
+}
+
+// commit makes a layer on parent.
+func (w *world) commit(parent string, change func(root string)) string {
+	w.t.Helper()
+	key, _ := w.active(parent, change)
+	name := "committed-" + key
+	w.must(w.s.Commit(w.ctx, name, key))
+	return name
+}
+
+func (w *world) view(parent string) []mount.Mount {
+	w.t.Helper()
+	w.serial++
+	mounts, err := w.s.View(w.ctx, fmt.Sprintf("view-%d", w.serial), parent)
+	w.must(err)
+	return mounts
+}
+
+// agree compares with both differs, which have to write the same bytes.
+func (w *world) agree(what string, lower, upper []mount.Mount, opts ...diff.Opt) ocispec.Descriptor {
+	w.t.Helper()
+	opts = append(opts, diff.WithMediaType(ocispec.MediaTypeImageLayer))
+	want, err := w.walking.Compare(w.ctx, lower, upper, opts...)
+	w.must(err)
+	got, err := w.ours.Compare(w.ctx, lower, upper, opts...)
+	w.must(err)
+	if got.Digest != want.Digest || got.Size != want.Size {
+		lines := difference(w.members(want), w.members(got))
+		w.t.Errorf("%s: another tar than the walking differ's:\n%s", what, strings.Join(lines, "\n"))
+	}
+	return got
+}
+
+func (w *world) members(desc ocispec.Descriptor) []string {
+	w.t.Helper()
+	data, err := ctdcontent.ReadBlob(w.ctx, w.store, desc)
+	w.must(err)
+	all, err := listTar(bytes.NewReader(data))
+	w.must(err)
+	return all
+}
+
+func difference(want, got []string) (lines []string) {
+	count := map[string]int{}
+	for _, m := range want {
+		count[m]++
+	}
+	for _, m := range got {
+		if count[m]--; count[m] < 0 {
+			lines = append(lines, "+ "+m)
+		}
+	}
+	for _, m := range want {
+		if count[m] > 0 {
+			lines = append(lines, "- "+m)
+		}
+	}
+	return append(lines, fmt.Sprintf("%d members, want %d", len(got), len(want)))
+}
+
+// settings are the ways in which layers are stored and mounted.
+func settings(t *testing.T, test func(t *testing.T, w *world)) {
+	for _, fidelity := range []content.Fidelity{content.Exact, content.Python} {
+		for _, cache := range []lower.PageCache{lower.PageCacheShared, lower.PageCachePrivate} {
+			t.Run(fmt.Sprintf("%s-%s", fidelity, cache), func(t *testing.T) {
+				test(t, newWorld(t, fidelity, cache))
+			})
+		}
+	}
+}
+
+// Both differs write the same bytes for each kind of change: between committed snapshots that are one layer apart, or
+// many, or none; of an active one; whatever the order of the sides.
+func TestSameBytesAsWalking(t *testing.T) {
+	settings(t, func(t *testing.T, w *world) {
+		base := w.commit("", plant)
+		first := w.commit(base, torture)
+		second := w.commit(first, tortureMore)
+		beside := w.commit(base, tortureMore)
+		_, changed := w.active(first, tortureMore)
+		none := []mount.Mount(nil)
+		for _, row := range []struct {
+			name         string
+			lower, upper []mount.Mount
+		}{
+			{"the base", none, w.view(base)},
+			{"the base over an empty view", w.view(""), w.view(base)},
+			{"one layer", w.view(base), w.view(first)},
+			{"another layer", w.view(first), w.view(second)},
+			{"two layers", w.view(base), w.view(second)},
+			{"all layers", none, w.view(second)},
+			{"nothing", w.view(second), w.view(second)},
+			{"the reverse", w.view(second), w.view(base)},
+			{"chains that part", w.view(second), w.view(beside)},
+			{"active", w.view(first), changed},
+			{"active over less than its parent", w.view(base), changed},
+			{"active over nothing", none, changed},
+		} {
+			w.agree(row.name, row.lower, row.upper)
+		}
+		w.agree("with an epoch", w.view(base), w.view(second), diff.WithSourceDateEpoch(&moment))
+	})
+}
+
+var moment = time.Unix(1_000_000_000, 0)
+
+// Layers that come as tars may link to what lies below them.
+func TestLowerLinks(t *testing.T) {
+	settings(t, func(t *testing.T, w *world) {
+		base := w.commit("", plant)
+		linked := w.apply(base, linksBelow(t))
+		w.agree("one layer", w.view(base), w.view(linked))
+		_, changed := w.active(linked, torture)
+		w.agree("active", w.view(base), changed)
+	})
+}
+
+// Random chains, random changes: the same bytes.
+func TestRandomChangesAsWalking(t *testing.T) {
+	w := newWorld(t, content.Python, lower.PageCacheShared)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	chain := []string{w.commit("", plant)}
+	for range 6 {
+		chain = append(chain, w.commit(chain[len(chain)-1], func(root string) { shuffle(t, r, root, 25) }))
+		_, changed := w.active(chain[len(chain)-1], func(root string) { shuffle(t, r, root, 25) })
+		w.agree("active", w.view(chain[len(chain)-1]), changed)
+		i, j := r.IntN(len(chain)), r.IntN(len(chain))
+		w.agree(fmt.Sprintf("layers %d and %d", i, j), w.view(chain[i]), w.view(chain[j]))
+		w.agree("the last layer", w.view(chain[len(chain)-2]), w.view(chain[len(chain)-1]))
+	}
+}
+
+// A layer that was written is known: nobody reads its blob again, for as long as what it was made from is there.
+func TestWrittenLayerIsKnown(t *testing.T) {
+	w := newWorld(t, content.Python, lower.PageCacheShared)
+	base := w.commit("", plant)
+	first := w.commit(base, torture)
+	for _, media := range []string{
+		ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd,
+	} {
+		desc, err := w.ours.Compare(w.ctx, w.view(base), w.view(first), diff.WithMediaType(media),
+			diff.WithLabels(map[string]string{"mine": media}), diff.WithReference("ref-"+media))
+		w.must(err)
+		again, err := w.ours.Compare(w.ctx, w.view(base), w.view(first), diff.WithMediaType(media))
+		w.must(err)
+		if again.Digest != desc.Digest || desc.MediaType != media {
+			t.Errorf("%s: %v, then %v", media, desc, again)
+		}
+		info, err := w.store.Info(w.ctx, desc.Digest)
+		w.must(err)
+		in, known := w.s.Layers().LookupBlob(desc.Digest)
+		if !known {
+			t.Fatalf("%s: the blob is not known", media)
+		}
+		w.s.Layers().Release(in.Layer)
+		diffID := in.DiffID.Digest().String()
+		if label := info.Labels["containerd.io/uncompressed"]; media != ocispec.MediaTypeImageLayer && label != diffID {
+			t.Errorf("%s: label %q, diffID %s", media, label, diffID)
+		}
+		if info.Labels["mine"] != media || info.Size != desc.Size {
+			t.Errorf("%s: %v of %v", media, info, desc)
+		}
+	}
+	desc, err := w.ours.Compare(w.ctx, w.view(base), w.view(first))
+	w.must(err)
+	if desc.MediaType != ocispec.MediaTypeImageLayerGzip {
+		t.Errorf("without a media type: %v", desc)
+	}
+	// What the blob gives, read as any other, is the layer that is known.
+	data, err := ctdcontent.ReadBlob(w.ctx, w.store, desc)
+	w.must(err)
+	in, _ := w.s.Layers().LookupBlob(desc.Digest)
+	fresh, err := w.s.Layers().IngestBlob(w.ctx, layer.Blob{Open: open(data), Late: late(desc.Digest)})
+	w.must(err)
+	if fresh.Layer != in.Layer || fresh.Outcome != layer.Same {
+		t.Errorf("the blob gives layer %s, known is %s", fresh.Layer, in.Layer)
+	}
+	w.s.Layers().Release(in.Layer)
+	w.s.Layers().Release(fresh.Layer)
+
+	// It survives a restart, and goes with its snapshot.
+	w.must(w.s.Close())
+	w.open(content.Python, lower.PageCacheShared)
+	if in, known := w.s.Layers().LookupBlob(desc.Digest); !known {
+		t.Error("not known after a restart")
+	} else {
+		w.s.Layers().Release(in.Layer)
+	}
+	for i := range w.serial {
+		_ = w.s.Remove(w.ctx, fmt.Sprintf("view-%d", i+1))
+	}
+	w.must(w.s.Remove(w.ctx, first))
+	w.s.Layers().Wait()
+	if _, known := w.s.Layers().LookupBlob(desc.Digest); known {
+		t.Error("known without its snapshot")
+	}
+}
+
+// What is not ours is the next differ's; so is what it can do and we cannot.
+func TestNotImplemented(t *testing.T) {
+	w := newWorld(t, content.Python, lower.PageCacheShared)
+	base := w.commit("", plant)
+	_, changed := w.active(base, torture)
+	mapped := []mount.Mount{{Type: "overlay", Options: append(slices.Clone(changed[0].Options), "uidmap=0:1:2")}}
+	plain := []mount.Mount{{Type: "bind", Source: t.TempDir(), Options: []string{"rbind", "ro"}}}
+	overlay := []mount.Mount{{Type: "overlay", Options: []string{"lowerdir=/a:/b"}}}
+	for _, row := range []struct {
+		name         string
+		lower, upper []mount.Mount
+		opt          diff.Opt
+	}{
+		{"another's bind", w.view(base), plain, diff.WithLabels(nil)},
+		{"another's lower", plain, w.view(base), diff.WithLabels(nil)},
+		{"another's overlay", w.view(base), overlay, diff.WithLabels(nil)},
+		{"another type", w.view(base), []mount.Mount{{Type: "ext4", Source: "/dev/x"}}, diff.WithLabels(nil)},
+		{"several", w.view(base), append(w.view(base), plain...), diff.WithLabels(nil)},
+		{"an active one below", changed, w.view(base), diff.WithLabels(nil)},
+		{"id-mapped", w.view(base), mapped, diff.WithLabels(nil)},
+		{"media type", w.view(base), changed, diff.WithMediaType("application/vnd.docker.image.rootfs.diff.tar.gzip")},
+	} {
+		if _, err := w.ours.Compare(w.ctx, row.lower, row.upper, row.opt); !errdefs.IsNotImplemented(err) {
+			t.Errorf("%s: %v", row.name, err)
+		}
+	}
+}
+
+// An error leaves nothing behind: no blob, no layer, no mounts.
+func TestFailedCompare(t *testing.T) {
+	w := newWorld(t, content.Python, lower.PageCacheShared)
+	base := w.commit("", plant)
+	lowerView, upperView := w.view(""), w.view(base)
+	failing := New(w.s, failingStore{w.store})
+	if _, err := failing.Compare(w.ctx, lowerView, upperView, diff.WithReference("mine")); !errors.Is(err, errFull) {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(w.ctx)
+	cancel()
+	if _, err := w.ours.Compare(ctx, lowerView, upperView); err == nil {
+		t.Error("no error")
+	}
+	w.s.Layers().Wait()
+	if all := w.s.Layers().List(); len(all) != 1 {
+		t.Errorf("%d layers", len(all))
+	}
+	if left, err := filepath.Glob(filepath.Join(w.root, "run/view-*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if _, err := w.ours.Compare(w.ctx, lowerView, upperView, diff.WithReference("mine")); err != nil {
+		t.Errorf("the next one: %v", err)
+	}
+}

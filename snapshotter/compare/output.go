@@ -1,0 +1,131 @@
+package compare
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+)
+
+// output is the layer that a comparison gives, on its way to two places: to the content store, compressed, and to the
+// layer store. What goes wrong in the second does not harm the first.
+type output struct {
+	ctx  context.Context
+	blob *bufio.Writer
+	as   compression.Compression
+	sum  digest.Digester
+
+	layers *layer.Store
+	out    *bufio.Writer // to the ingest
+	pipe   *io.PipeWriter
+	named  chan digest.Digest // of the blob, once it is written
+	done   chan struct{}      // closed when what follows is set
+	in     layer.Ingested
+	err    error
+}
+
+// How much goes to the ingest, and to containerd, at a time.
+const (
+	pipeSize = 128 << 10
+	blobSize = 1 << 20
+)
+
+func newOutput(ctx context.Context, layers *layer.Store, blob io.Writer, as compression.Compression) *output {
+	t := &output{
+		ctx: ctx, blob: bufio.NewWriterSize(blob, blobSize), as: as, sum: digest.SHA256.Digester(),
+		layers: layers, named: make(chan digest.Digest, 1), done: make(chan struct{}),
+	}
+	var from *io.PipeReader
+	from, t.pipe = io.Pipe()
+	t.out = bufio.NewWriterSize(t.pipe, pipeSize)
+	go func() {
+		defer close(t.done)
+		t.in, t.err = layers.IngestBlob(ctx, layer.Blob{
+			Open: func(context.Context) (io.ReadCloser, error) { return io.NopCloser(from), nil },
+			Late: func() (digest.Digest, error) {
+				if d := <-t.named; d != "" {
+					return d, nil
+				}
+				return "", errors.New("the blob was not written")
+			},
+		})
+		_, _ = io.Copy(io.Discard, from) // the blob has to go on
+	}()
+	return t
+}
+
+// write writes the changes.
+func (t *output) write(pair *snapshotter.Pair, where *names, epoch *time.Time) (err error) {
+	defer func() {
+		if ferr := t.blob.Flush(); err == nil && ferr != nil {
+			err = fmt.Errorf("write blob: %w", ferr)
+		}
+	}()
+	to := io.MultiWriter(t.sum.Hash(), t.out)
+	if t.as == compression.Uncompressed {
+		to = io.MultiWriter(t.blob, to)
+	} else {
+		compressed, err := compression.CompressStream(t.blob, t.as)
+		if err != nil {
+			return fmt.Errorf("compress layer: %w", err)
+		}
+		defer func() {
+			if cerr := compressed.Close(); err == nil && cerr != nil {
+				err = fmt.Errorf("compress layer: %w", cerr)
+			}
+		}()
+		to = io.MultiWriter(compressed, to)
+	}
+	var opts []archive.ChangeWriterOpt
+	if epoch != nil {
+		opts = append(opts, archive.WithModTimeUpperBound(*epoch))
+	}
+	w := archive.NewChangeWriter(to, pair.Upper, opts...)
+	c := &changes{ctx: t.ctx, lower: pair.Lower, upper: pair.Upper, tell: w.HandleChange}
+	if err := c.find("", true, where); err != nil {
+		return fmt.Errorf("write layer: %w", err)
+	}
+	if err := w.Close(); err != nil {
+		return fmt.Errorf("write layer: %w", err)
+	}
+	if err := t.out.Flush(); err != nil {
+		return fmt.Errorf("write layer: %w", err)
+	}
+	return t.pipe.Close()
+}
+
+func (t *output) diffID() digest.Digest { return t.sum.Digest() }
+
+// abandon ends the ingest.
+func (t *output) abandon(why error) error {
+	err := t.pipe.CloseWithError(why)
+	t.named <- ""
+	<-t.done
+	if t.err == nil {
+		t.layers.Release(t.in.Layer)
+	}
+	return err
+}
+
+// keep has the upper side's snapshot hold the layer. Without it a pull reads the blob.
+func (t *output) keep(pair *snapshotter.Pair, blob digest.Digest) {
+	t.named <- blob
+	<-t.done
+	err := t.err
+	if err == nil {
+		err = pair.Keep(t.ctx, t.in.Layer)
+	}
+	if err != nil {
+		log.G(t.ctx).WithError(err).Warnf("layer %s is not known yet: a pull of it reads its blob", blob)
+	}
+}
