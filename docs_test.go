@@ -104,3 +104,20 @@ func anchors(text string) map[string]bool {
 	}
 	return all
 }
+
+// The list of pages has each page, who reads it, and three questions.
+func TestDocsList(t *testing.T) {
+	text := readPage(t, "docs/index.md")
+	pages, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, page := range append(pages, "../ARCHITECTURE.md", "../CONTRIBUTING.md") {
+		link := "](" + strings.TrimPrefix(page, "docs/") + ") |"
+		_, row, listed := strings.Cut(text, link)
+		row, _, _ = strings.Cut(row, "\n")
+		if page != "docs/index.md" && (!listed || strings.Count(row, "?") != 3) {
+			t.Errorf("docs/index.md has no row with three questions for %s", page)
+		}
+	}
+}

@@ -206,7 +206,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 			s.advise(ctx)
 		}
 	} else if err := s.discard(ctx, id); err != nil {
-		s.countRemoveError()
+		s.counters.removeError()
 		log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
 	}
 	if extraction {

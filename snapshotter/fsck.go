@@ -69,7 +69,7 @@ func (s *Snapshotter) Check(ctx context.Context, opts CheckOptions) (found []Fin
 		opts.Progress = func(string, int64, int64) {}
 	}
 	if found, err = s.check(ctx, opts); err == nil {
-		s.countCheck(found)
+		s.counters.checked(found)
 	}
 	return found, err
 }

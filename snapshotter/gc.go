@@ -79,7 +79,7 @@ func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Find
 func (s *Snapshotter) pressure(ctx context.Context) {
 	found, err := s.GC(ctx, GCOptions{Chains: true})
 	if err != nil {
-		s.countRemoveError()
+		s.counters.removeError()
 	}
 	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
 }

@@ -556,7 +556,7 @@ func TestGivingUpAChainImage(t *testing.T) {
 	s.cancelBuild(name)
 	s.wg.Wait() // what runs in the background looks at Step
 	building, goOn := make(chan bool), make(chan bool)
-	s.opts.Step = func(step string) {
+	s.stepAt = func(step string) {
 		if step == "chain.staged" {
 			close(building)
 			<-goOn

@@ -32,9 +32,9 @@ type Offline struct {
 	began   time.Time // mtime of the mark that a daemon sets at its start
 }
 
-// OpenOffline opens the store below root. runDir is where the daemon has the mount points of chain images.
-func OpenOffline(ctx context.Context, root, runDir string) (_ *Offline, err error) {
-	o := &Offline{s: &Snapshotter{opts: Options{Root: root, RunDir: runDir}}}
+// OpenOffline opens the store below dir. runDir is where the daemon has the mount points of chain images.
+func OpenOffline(ctx context.Context, dir, runDir string) (_ *Offline, err error) {
+	o := &Offline{s: &Snapshotter{root: root{dir: dir, runDir: runDir}}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, o.Close())
@@ -42,14 +42,14 @@ func OpenOffline(ctx context.Context, root, runDir string) (_ *Offline, err erro
 	}()
 	version, err := os.ReadFile(o.s.path("format"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s holds no store", root)
+		return nil, fmt.Errorf("%s holds no store", dir)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read format: %w", err)
 	}
 	if v := strings.TrimSpace(string(version)); v != layoutVersion {
 		return nil, fmt.Errorf("%s has layout %q, and this build reads %q: a daemon that knows the layout upgrades it when "+
-			"it starts", root, v, layoutVersion)
+			"it starts", dir, v, layoutVersion)
 	}
 	o.began = o.mark()
 	if err := o.unserved(); err != nil {
@@ -74,7 +74,7 @@ func (o *Offline) unserved() error {
 	defer lock.Close()
 	err = unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB) // until lock is closed
 	if errors.Is(err, unix.EWOULDBLOCK) || err == nil && !o.mark().Equal(o.began) {
-		return fmt.Errorf("%s: %w", o.s.opts.Root, ErrServed)
+		return fmt.Errorf("%s: %w", o.s.dir, ErrServed)
 	}
 	return err
 }
@@ -141,7 +141,7 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 		return err
 	}
 	s := o.s
-	if s.layers, err = layer.Look(ctx, layer.Options{Root: s.opts.Root, HeldPacks: held}, live); err != nil {
+	if s.layers, err = layer.Look(ctx, layer.Options{Root: s.dir, HeldPacks: held}, live); err != nil {
 		return fmt.Errorf("open layers: %w", err)
 	}
 	var chains [][]content.LayerID
@@ -152,8 +152,8 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 		}
 	}
 	s.chains = lower.Look(lower.Options{
-		Images: s.path(dirChains), Mounts: filepath.Join(s.opts.RunDir, dirChains),
-		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers,
+		Images: s.path(dirChains), Mounts: filepath.Join(s.runDir, dirChains),
+		PackMounts: filepath.Join(s.runDir, dirPackMounts), Layers: s.layers,
 	}, chains)
 	for _, n := range nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {

@@ -129,36 +129,6 @@ func (s *Snapshotter) makeLate(ctx context.Context, key, id string, active snaps
 	return s.restoreDirs(id, l)
 }
 
-// checkRoom refuses a snapshot on a full disk. The kernel mounts an overlay read-only when it has no room for a directory of its
-// own, and the container fails far from here.
-func (s *Snapshotter) checkRoom() error {
-	const bytes, inodes = 64 << 10, 8
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.opts.Root, &st); err != nil {
-		return fmt.Errorf("free space of %s: %w", s.opts.Root, err)
-	}
-	if st.Bfree*uint64(st.Bsize) < bytes || st.Files > 0 && st.Ffree < inodes {
-		return fmt.Errorf("%s has %d bytes and %d inodes free: %w", s.opts.Root, st.Bfree*uint64(st.Bsize), st.Ffree, unix.ENOSPC)
-	}
-	// What a file system keeps for itself is free to statfs alone.
-	fd, err := unix.Open(s.path(dirSnapshots), unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
-	if err == nil {
-		err = errors.Join(unix.Fallocate(fd, 0, 0, bytes), unix.Close(fd))
-	}
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fmt.Errorf("%s has no %d bytes left: %w", s.opts.Root, bytes, err)
-	}
-	return nil // what else may be wrong is found by who needs it
-}
-
-// makeDir creates a directory that an overlay mount writes to.
-func (s *Snapshotter) makeDir(dir string, mode os.FileMode) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	return os.Chmod(dir, mode)
-}
-
 // below is what lies below a snapshot.
 type below struct {
 	dir string
@@ -229,9 +199,6 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	}
 	return s.mounts(info.Kind, id, l)
 }
-
-func (s *Snapshotter) upper(id string) string { return s.path(dirSnapshots, id, "fs") }
-func (s *Snapshotter) work(id string) string  { return s.path(dirSnapshots, id, "work") }
 
 // mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes only one read-only.
 // A view of one directory, which has nothing to overlay, is a bind.

@@ -56,8 +56,8 @@ type Options struct {
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
 type Snapshotter struct {
+	root
 	opts   Options
-	lock   *os.File
 	db     *metaDB
 	layers *layer.Store
 	chains *lower.Chains
@@ -128,7 +128,9 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 }
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}),
+	s := &Snapshotter{
+		root: root{dir: opts.Root, runDir: opts.RunDir, stepAt: opts.Step},
+		opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}),
 		ingests: map[string]*ingestJob{}, jobs: map[string]*buildJob{}, patience: patience,
 	}
 	s.lost.s = s
@@ -192,77 +194,6 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	return s, nil
 }
 
-// explain adds what to do to an error of the system that a client is about to get.
-func (s *Snapshotter) explain(err *error) { *err = layer.Explain(*err, s.opts.Root) }
-
-// step names a point at which a test may end the process.
-func (s *Snapshotter) step(name string) {
-	if s.opts.Step != nil {
-		s.opts.Step(name)
-	}
-}
-
-func (s *Snapshotter) path(elem ...string) string {
-	return filepath.Join(append([]string{s.opts.Root}, elem...)...)
-}
-
-// viewPrefix names temporary mount points in the run directory.
-const viewPrefix = "view-"
-
-// clearLeftovers unmounts and removes what a killed process left of its temporary mounts.
-func (s *Snapshotter) clearLeftovers() error {
-	old, err := filepath.Glob(s.path(lower.ProbePrefix + "*"))
-	views, verr := filepath.Glob(filepath.Join(s.opts.RunDir, viewPrefix+"*"))
-	errs := []error{err, verr}
-	for _, dir := range append(old, views...) {
-		mounted, _ := filepath.Glob(filepath.Join(dir, "*"))
-		for _, point := range append(mounted, dir) {
-			// What is no mount point says EINVAL.
-			_ = unix.Unmount(point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		}
-		errs = append(errs, os.RemoveAll(dir))
-	}
-	return errors.Join(errs...)
-}
-
-func (s *Snapshotter) takeLock() (err error) {
-	if s.lock, err = os.OpenFile(s.path("lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
-		return fmt.Errorf("lock root: %w", err)
-	}
-	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", s.opts.Root, err)
-	}
-	return nil
-}
-
-// refused is what to do when metadata.db cannot be used.
-const refused = "nothing was removed; put the file back from a backup, or set another root and pull the images again " +
-	"(`dedupctl fsck` tells what else is damaged)"
-
-// checkMetadata creates metadata.db in a new store and refuses any other one without, or with a damaged one: it alone says which
-// layers and directories are in use, and an empty one would have all of them removed, what running containers wrote included.
-func (s *Snapshotter) checkMetadata(ctx context.Context) error {
-	path := s.path("metadata.db")
-	data, err := os.ReadFile(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist), err == nil && len(data) == 0:
-		if err := s.refuseData("is missing or empty"); err != nil {
-			return err
-		}
-		return createMetadata(path)
-	case err != nil:
-		return fmt.Errorf("read metadata.db: %w", err)
-	}
-	back, err := checkBolt(data)
-	if err != nil {
-		return fmt.Errorf("%s is damaged: %w: %s", path, err, refused)
-	}
-	if back {
-		log.G(ctx).Warnf("%s is damaged: its last change is lost, and the one before counts", path)
-	}
-	return nil
-}
-
 // openMetadata opens what checkMetadata has found to be whole in structure. Damaged records are left alone: the snapshots that they
 // speak of do not work, others do.
 func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
@@ -282,7 +213,7 @@ func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
 	if err != nil || len(found) == 0 {
 		return err
 	}
-	s.countCheck(found)
+	s.counters.checked(found)
 	// Without its links storage would remove a parent before its children.
 	return s.db.update(ctx, func(ctx context.Context) error {
 		if !readRecords(ctx).complete() {
@@ -290,20 +221,6 @@ func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
 		}
 		return makeLinks(ctx)
 	})
-}
-
-// refuseData returns an error when the store holds data.
-func (s *Snapshotter) refuseData(problem string) error {
-	for _, dir := range []string{dirSnapshots, "layers"} {
-		files, err := os.ReadDir(s.path(dir))
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("look for snapshots: %w", err)
-		}
-		if len(files) > 0 {
-			return fmt.Errorf("%s %s, and %s holds data: %s", s.path("metadata.db"), problem, s.path(dir), refused)
-		}
-	}
-	return nil
 }
 
 // openStores opens the layers with the holds that snapshots have, and the chain images with
@@ -370,7 +287,7 @@ func (s *Snapshotter) packsMoved(packs []content.PackID, damaged bool) {
 	stale := s.chains.Moved(packs, damaged)
 	s.background(func(ctx context.Context) {
 		if err := s.chains.DropStale(ctx, stale); err != nil && ctx.Err() == nil {
-			s.countRemoveError()
+			s.counters.removeError()
 			log.G(ctx).WithError(err).Warn("chain images over old packs stay until the next cleanup")
 		}
 	})
@@ -554,7 +471,7 @@ func (s *Snapshotter) unuse(ctx context.Context, id string) {
 	n, orphaned, busy := s.chains.Unuse(id)
 	release := func(ctx context.Context) {
 		if err := s.chains.Release(ctx, n); err != nil {
-			s.countRemoveError()
+			s.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
 		}
 	}
@@ -582,7 +499,7 @@ func (s *Snapshotter) discard(ctx context.Context, id string) error {
 		defer s.going.Delete(filepath.Base(gone))
 		defer s.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
-			s.countRemoveError()
+			s.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
 		}
 	})

@@ -105,7 +105,7 @@ func (s *Snapshotter) Stats() (out Stats) {
 	return out
 }
 
-func (s *Snapshotter) countRemoveError() { s.counters.change(func(s *Stats) { s.RemoveErrors++ }) }
+func (c *counters) removeError() { c.change(func(s *Stats) { s.RemoveErrors++ }) }
 
 func noFindings() map[layer.FindingKind]int64 {
 	none := map[layer.FindingKind]int64{}
@@ -118,14 +118,14 @@ func noFindings() map[layer.FindingKind]int64 {
 	return none
 }
 
-func (s *Snapshotter) countCheck(found []Finding) {
+func (c *counters) checked(found []Finding) {
 	left := noFindings()
 	for _, f := range found {
 		if !f.Fixed {
 			left[f.Kind]++
 		}
 	}
-	s.counters.change(func(s *Stats) { s.Checked, s.Findings = time.Now(), left })
+	c.change(func(s *Stats) { s.Checked, s.Findings = time.Now(), left })
 }
 
 // countIngest counts a layer that came in by Apply or Commit.

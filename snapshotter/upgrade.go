@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 
@@ -28,23 +26,6 @@ var layouts = []struct {
 	{"4", (*Snapshotter).renewTrees},
 }
 
-// checkFormat returns the version of the layout; a new store gets today's.
-func (s *Snapshotter) checkFormat() (version string, err error) {
-	b, err := os.ReadFile(s.path("format"))
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return layoutVersion, s.noteFormat(layoutVersion)
-	case err != nil:
-		return "", fmt.Errorf("read format: %w", err)
-	}
-	version = strings.TrimSuffix(string(b), "\n")
-	if version != layoutVersion && indexLayout(version) < 0 {
-		return "", fmt.Errorf("%s says version %q, this build reads %q: use the build that wrote it, or set another root",
-			s.path("format"), strings.TrimSpace(version), layoutVersion)
-	}
-	return version, nil
-}
-
 func indexLayout(version string) int {
 	for i, l := range layouts {
 		if l.version == version {
@@ -52,10 +33,6 @@ func indexLayout(version string) int {
 		}
 	}
 	return -1
-}
-
-func (s *Snapshotter) noteFormat(version string) error {
-	return create(s.path("format"), func(path string) error { return os.WriteFile(path, []byte(version+"\n"), 0o600) })
 }
 
 // upgrade makes the layout today's, before anything is opened but the lock.

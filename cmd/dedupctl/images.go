@@ -49,7 +49,7 @@ func imagesCommand() *cli.Command {
 				none(c, "image", len(all))
 				return nil
 			}
-			return print(c, list, writeImages)
+			return print(c, list, func(w io.Writer, list []Image) { writeImagesBars(w, barsFor(c), list) })
 		},
 	}
 }
@@ -112,6 +112,19 @@ func imagesOf(list []*dedupv1.Image) []Image {
 	}
 	slices.SortStableFunc(out, func(a, b Image) int { return cmp.Compare(b.FreedBytes, a.FreedBytes) })
 	return out
+}
+
+// writeImagesBars is writeImages with a bar for what each image stores, where the terminal has room for it.
+func writeImagesBars(w io.Writer, b bars, list []Image) {
+	var whole int64
+	for _, i := range list {
+		whole = max(whole, i.StoredBytes)
+	}
+	rows := make([]barRow, 0, len(list))
+	for _, i := range list {
+		rows = append(rows, barRow{full: i.ExclusiveBytes, light: i.StoredBytes - i.ExclusiveBytes, whole: whole})
+	}
+	b.beside(w, b.full+" EXCLUSIVE "+b.light+" SHARED", rows, func(w io.Writer) { writeImages(w, list) })
 }
 
 func writeImages(w io.Writer, list []Image) {

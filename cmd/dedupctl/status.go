@@ -19,7 +19,10 @@ func statusCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return print(c, v, writeStatus)
+			return print(c, v, func(w io.Writer, s Status) {
+				writeStatus(w, s)
+				writeStatusBars(w, barsFor(c), s)
+			})
 		},
 	}
 }
@@ -65,6 +68,30 @@ func statusOf(r *dedupv1.StatusResponse) Status {
 		ChainImages: r.GetChainImages(), ChainMounts: r.GetChainMounts(),
 		Verity: r.GetVerity(),
 	}
+}
+
+// writeStatusBars compares what is stored with what it stands for, and shows how full the disk is.
+func writeStatusBars(w io.Writer, b bars, s Status) {
+	if b.width == 0 {
+		return
+	}
+	whole := max(s.LogicalBytes, s.StoredBytes)
+	used := max(s.TotalBytes-s.FreeBytes, 0)
+	stored := min(s.StoredBytes, used)
+	rows := []barRow{
+		{"logical", size(s.LogicalBytes), 0, s.LogicalBytes, whole},
+		{"stored", size(s.StoredBytes), s.StoredBytes, 0, whole},
+		{"disk", size(stored) + " of ours, " + size(used-stored) + " of others, " + size(s.FreeBytes) + " free",
+			stored, used - stored, s.TotalBytes},
+	}
+	if s.TotalInodes > 0 {
+		used := max(s.TotalInodes-s.FreeInodes, 0)
+		ours := min(s.StoredInodes, used)
+		rows = append(rows, barRow{"inodes", count(ours) + " of ours, " + count(used-ours) + " of others",
+			ours, used - ours, s.TotalInodes})
+	}
+	fmt.Fprintln(w)
+	b.write(w, rows)
 }
 
 func writeStatus(w io.Writer, s Status) {
