@@ -233,6 +233,9 @@ func (s *Snapshotter) advise(ctx context.Context) {
 // scheduleBuild builds the chain image of a committed snapshot: at once where it is known to be all of an
 // image, not at all where it is known to be a part, else soon, unless another layer is put on top of it before.
 func (s *Snapshotter) scheduleBuild(ctx context.Context, name string) {
+	if s.opts.Committed != nil {
+		s.opts.Committed()
+	}
 	delay := buildDelay
 	if chain, ok := chainOfName(name); ok && s.opts.Blobs != nil {
 		ns, _ := namespaces.Namespace(ctx)

@@ -49,9 +49,9 @@ type Options struct {
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
-	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot
-	// then. May be nil.
+	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then.
 	Remind func(ctx context.Context, chain content.ChainID) error
+	Committed func() // is called when a layer came in as a snapshot, and must not block; both may be nil
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.

@@ -36,6 +36,9 @@ type Config struct {
 	// Reuse is "known" (a known layer is served to whoever names its diffID, as containerd does
 	// with chainIDs) or "fetched" (only to a pull that has fetched the blob itself).
 	Reuse string `toml:"reuse"`
+	// Blobs is "keep" (containerd's content store keeps the blobs of all images) or "drop" (those of layers that are
+	// stored here go, unless something needs them).
+	Blobs string `toml:"blobs"`
 	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out within
 	// ten seconds; what a power cut catches is found at the next start and has to be fetched again).
 	Durability string `toml:"durability"`
@@ -63,6 +66,8 @@ const (
 	defaultConfigFile = "/etc/containerd-dedup-grpc/config.toml"
 	reuseKnown        = "known"
 	reuseFetched      = "fetched"
+	blobsKeep         = "keep"
+	blobsDrop         = "drop"
 )
 
 func defaultConfig() Config {
@@ -72,6 +77,7 @@ func defaultConfig() Config {
 		ContainerdAddress: "/run/containerd/containerd.sock",
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
+		Blobs:             blobsKeep,
 		Durability:        string(layer.Strict),
 		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
@@ -110,7 +116,7 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, "+
+			"blobs, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, "+
 			"metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
@@ -148,6 +154,9 @@ func (c Config) validate() error {
 	}
 	if c.Reuse != reuseKnown && c.Reuse != reuseFetched {
 		return fmt.Errorf("reuse = %q: want \"known\" or \"fetched\"", c.Reuse)
+	}
+	if c.Blobs != blobsKeep && c.Blobs != blobsDrop {
+		return fmt.Errorf("blobs = %q: want \"keep\" or \"drop\"", c.Blobs)
 	}
 	if d := layer.Durability(c.Durability); d != layer.Strict && d != layer.Deferred {
 		return fmt.Errorf("durability = %q: want \"strict\" or \"deferred\"", c.Durability)

@@ -16,6 +16,7 @@ func TestConfig(t *testing.T) {
 		{"unknown table", "[gc]\nx = 1\n", `unknown key "gc`},
 		{"bad fidelity", "fidelity = 'most'", `fidelity = "most": want "exact", "python" or "normalized"`},
 		{"bad reuse", "reuse = 'all'", `reuse = "all": want`},
+		{"bad blobs", "blobs = 'lose'", `blobs = "lose": want "keep" or "drop"`},
 		{"bad level", "log_level = 'loud'", `log_level = "loud": want`},
 		{"metrics without address", "metrics_address = ':9741'", "want an IP address"},
 		{"metrics by name", "metrics_address = 'localhost:9741'", "want an IP address"},

@@ -16,12 +16,14 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 // collector turns what the snapshotter says of itself into metrics at the moment of a scrape.
 type collector struct {
-	sn   *snapshotter.Snapshotter
-	root string
+	sn      *snapshotter.Snapshotter
+	trimmer *blobs.Trimmer
+	root    string
 }
 
 // Describe sends nothing: the collector is unchecked, and its names are checked by a test.
@@ -42,6 +44,12 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	c.holdings(e, chains.Usage)
 	c.snapshots(e)
 	c.work(e)
+	trimmed := c.trimmer.Totals()
+	e.count("dedup_trimmed_blobs_total", "Blobs that went from containerd's content store: their layers are stored here.",
+		float64(trimmed.Blobs))
+	e.count("dedup_trimmed_bytes_total", "What these blobs had occupied.", float64(trimmed.Bytes))
+	e.count("dedup_trim_errors_total", "Times that blobs could not be let go of; it is tried again.",
+		float64(trimmed.Errors))
 	collectIngests(e, c.sn.Layers().Stats())
 	c.disk(e)
 }
@@ -186,12 +194,10 @@ func (e emitter) broken(name string, err error) {
 }
 
 // serveMetrics answers Prometheus until stop.
-func serveMetrics(
-	ctx context.Context, address, root string, calls calls, sn *snapshotter.Snapshotter,
-) (stop func(), err error) {
+func serveMetrics(ctx context.Context, address string, calls calls, holds collector) (stop func(), err error) {
 	reg := prometheus.NewRegistry()
 	for _, c := range []prometheus.Collector{
-		calls.errors, calls.seconds, collector{sn, root},
+		calls.errors, calls.seconds, holds,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	} {
 		if err := reg.Register(c); err != nil {

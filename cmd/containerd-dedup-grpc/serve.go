@@ -60,33 +60,18 @@ func serve(ctx context.Context, c Config) (err error) {
 	catalog := blobs.NewCatalog(conn, c.Address)
 	found := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 
-	reserve, err := c.reserve()
-	if err != nil {
-		return err
-	}
-	memory, err := c.memory()
-	if err != nil {
-		return err
-	}
-	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
-	limitHeap(memory)
-	if c.Durability == string(layer.Deferred) {
-		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
-	}
-	sn, err := snapshotter.New(ctx, snapshotter.Options{
-		Root: c.Root, RunDir: c.RunDir,
-		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
-		Reserve: reserve, MaxMemory: memory,
-		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched, Blobs: found, Remind: catalog.Remind,
-	})
+	sn, trimmer, err := openStore(ctx, c, found, catalog)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	log.G(ctx).Infof("fs-verity: %s; page cache: %s", sn.VerityState(), sn.PageCache())
 
+	if c.Blobs == blobsDrop {
+		defer runUntilClosed(ctx, trimmer.Run)()
+	}
 	calls := newCalls()
-	stop, err := serveObservers(ctx, c, calls, sn)
+	stop, err := serveObservers(ctx, c, calls, collector{sn, trimmer, c.Root})
 	if err != nil {
 		return err
 	}
@@ -102,12 +87,12 @@ func serve(ctx context.Context, c Config) (err error) {
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
-		Catalog: catalog,
+		Catalog: catalog, Blobs: c.Blobs, Trimmer: trimmer,
 	}))
 
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(listener) }()
-	log.G(ctx).WithFields(log.Fields{"version": version, "root": c.Root, "address": c.Address, "fidelity": c.Fidelity, "reuse": c.Reuse}).Info("serving")
+	log.G(ctx).WithFields(log.Fields{"version": version, "root": c.Root, "address": c.Address, "fidelity": c.Fidelity, "reuse": c.Reuse, "blobs": c.Blobs}).Info("serving")
 	notify(ctx, daemon.SdNotifyReady)
 	select {
 	case err := <-done:
@@ -123,7 +108,7 @@ func serve(ctx context.Context, c Config) (err error) {
 }
 
 // serveObservers answers with metrics and profiles, as far as they are asked for, until stop.
-func serveObservers(ctx context.Context, c Config, calls calls, sn *snapshotter.Snapshotter) (stop func(), err error) {
+func serveObservers(ctx context.Context, c Config, calls calls, holds collector) (stop func(), err error) {
 	stops := []func(){}
 	stop = func() {
 		for _, s := range stops {
@@ -131,7 +116,7 @@ func serveObservers(ctx context.Context, c Config, calls calls, sn *snapshotter.
 		}
 	}
 	if c.MetricsAddress != "" {
-		s, err := serveMetrics(ctx, c.MetricsAddress, c.Root, calls, sn)
+		s, err := serveMetrics(ctx, c.MetricsAddress, calls, holds)
 		if err != nil {
 			return nil, err
 		}
@@ -146,6 +131,49 @@ func serveObservers(ctx context.Context, c Config, calls calls, sn *snapshotter.
 		stops = append(stops, s)
 	}
 	return stop, nil
+}
+
+// openStore opens what is served, and what lets go of blobs that it makes needless.
+func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs.Catalog) (
+	sn *snapshotter.Snapshotter, trimmer *blobs.Trimmer, err error,
+) {
+	reserve, err := c.reserve()
+	if err != nil {
+		return nil, nil, err
+	}
+	memory, err := c.memory()
+	if err != nil {
+		return nil, nil, err
+	}
+	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
+	limitHeap(memory)
+	if c.Durability == string(layer.Deferred) {
+		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
+	}
+	stored := func(ctx context.Context) (blobs.Stored, error) { return snapshotter.StoredLayers(ctx, sn) }
+	trimmer = blobs.NewTrimmer(catalog, found, stored, nil)
+	sn, err = snapshotter.New(ctx, snapshotter.Options{
+		Root: c.Root, RunDir: c.RunDir,
+		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
+		Reserve: reserve, MaxMemory: memory,
+		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
+		Blobs: found, Remind: catalog.Remind, Committed: trimmer.Committed,
+	})
+	return sn, trimmer, err
+}
+
+// runUntilClosed runs fn in the background; the returned function ends it and waits.
+func runUntilClosed(ctx context.Context, fn func(context.Context)) (closeIt func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		fn(ctx)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
 }
 
 func notify(ctx context.Context, state string) {

@@ -2,10 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -21,19 +21,29 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
 )
 
 const defaultContainerd = "/run/containerd/containerd.sock"
 
-// Completed is what `dedupctl complete --json` prints.
-type Completed struct {
-	Image   string          `json:"image"`
-	Fetched []CompletedBlob `json:"fetched"`
+// Completion is what `dedupctl complete --json` prints.
+type Completion struct {
+	Images  []Completed     `json:"images"`
+	Fetched []CompletedBlob `json:"fetched"` // of all images
 	// PresentBytes are those of the blobs that were there already.
 	PresentBytes int64 `json:"present_bytes"`
 	FetchedBytes int64 `json:"fetched_bytes"`
+}
+
+// Completed is one image.
+type Completed struct {
+	Image        string          `json:"image"`
+	Fetched      []CompletedBlob `json:"fetched"`
+	PresentBytes int64           `json:"present_bytes"`
+	FetchedBytes int64           `json:"fetched_bytes"`
+	Error        string          `json:"error,omitempty"`
 }
 
 // CompletedBlob is a blob that was missing.
@@ -46,13 +56,17 @@ type CompletedBlob struct {
 func completeCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "complete",
-		Usage:     "fetch the blobs that a pull left out because their layers were known",
-		ArgsUsage: "IMAGE",
-		Description: "A layer that the node knows is not downloaded, so its blob is missing where somebody wants the\n" +
-			"image as such: ctr image push, export, convert, or another snapshotter. This fetches what is missing from\n" +
-			"the registry that IMAGE names, checked by digest, and keeps it as long as the image. No layer is unpacked.",
+		Usage:     "fetch the blobs that a pull left out, or that were dropped since their layers are stored here",
+		ArgsUsage: "[IMAGE...]",
+		Description: "A layer that the node knows is not downloaded, and with blobs = \"drop\" no blob stays. They are\n" +
+			"missing where the image as such is wanted: ctr image push, export, convert, or another snapshotter.\n" +
+			"This fetches what is missing from the registry that IMAGE names, checked by digest, and keeps it as long\n" +
+			"as the image; with blobs = \"drop\" for an hour. No layer is unpacked.\n" +
+			"Without IMAGE: all images of the namespace.\n" +
+			"Exit code 1 also when an image could not be completed, after all others were; the output names it.",
 		Flags: append(registryFlags(),
-			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the image", Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the image",
+				Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.BoolFlag{Name: "all-platforms", Usage: "fetch what belongs to other platforms too"},
 		),
 		Action: runComplete,
@@ -70,26 +84,88 @@ func registryFlags() []cli.Flag {
 }
 
 func runComplete(c *cli.Context) error {
-	name := c.Args().First()
-	if c.NArg() != 1 {
-		return usageError{errors.New("complete: want one IMAGE, as `ctr images ls` shows it (see --help)")}
-	}
 	ctx := namespaces.WithNamespace(c.Context, c.String("namespace"))
 	ctd, err := dialContainerd(ctx, c.String("containerd-address"))
 	if err != nil {
 		return err
 	}
 	defer ctd.Close()
-	done, err := fetchMissing(ctx, c, ctd, name, false)
-	if err != nil {
+	names := c.Args().Slice()
+	if len(names) == 0 {
+		if names, err = namesOfImages(ctx, ctd); err != nil {
+			return err
+		}
+	}
+	all := Completion{Images: []Completed{}, Fetched: []CompletedBlob{}}
+	var first error
+	failed := 0
+	for _, name := range names {
+		done, err := fetchMissing(ctx, c, ctd, name, fetchOptions{})
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			done.Image, done.Error = name, err.Error()
+			if first == nil {
+				first = err
+			}
+			failed++
+		}
+		all.add(done)
+	}
+	if len(names) == 1 && first != nil {
+		return first
+	}
+	if err := print(c, all, printCompletion); err != nil {
 		return err
 	}
-	return print(c, done, printCompleted)
+	if first != nil {
+		return fmt.Errorf("complete: %d of %s not complete: the first because of: %w", failed,
+			plural(int64(len(names)), "image", "images"), first)
+	}
+	return nil
 }
 
-// fetchMissing fetches the blobs of an image, in the namespace of ctx, that are not in the content store. verify looks
-// whether those that are there are what their digests say, and fetches the others again.
-func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name string, verify bool) (Completed, error) {
+func (all *Completion) add(done Completed) {
+	if done.Fetched == nil {
+		done.Fetched = []CompletedBlob{}
+	}
+	all.Images = append(all.Images, done)
+	all.Fetched = append(all.Fetched, done.Fetched...)
+	all.PresentBytes += done.PresentBytes
+	all.FetchedBytes += done.FetchedBytes
+}
+
+// namesOfImages returns one name of each image of the namespace.
+func namesOfImages(ctx context.Context, ctd *client.Client) (names []string, err error) {
+	list, err := ctd.ImageService().List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list images: %w", err)
+	}
+	byTarget := map[digest.Digest][]string{}
+	for _, img := range list {
+		byTarget[img.Target.Digest] = append(byTarget[img.Target.Digest], img.Name)
+	}
+	for _, all := range byTarget {
+		slices.Sort(all)
+		names = append(names, nameOf(all))
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// fetchOptions say what fetchMissing fetches.
+type fetchOptions struct {
+	// verify looks whether blobs that are there are what their digests say, and fetches the others again.
+	verify bool
+	// chains are chainIDs: only the layers that end one of them are needed. None is all.
+	chains map[string]bool
+}
+
+// fetchMissing fetches the blobs of an image, in the namespace of ctx, that are not in the content store.
+func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name string, opts fetchOptions) (
+	Completed, error,
+) {
 	ns, _ := namespaces.Namespace(ctx)
 	img, err := ctd.ImageService().Get(ctx, name)
 	if errdefs.IsNotFound(err) {
@@ -98,12 +174,17 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	if err != nil {
 		return Completed{}, fmt.Errorf("look up image %s: %w", name, err)
 	}
-	if verify {
+	if opts.verify {
 		if err := dropDamaged(ctx, ctd, img); err != nil {
 			return Completed{}, fmt.Errorf("verify the blobs of %s: %w", name, err)
 		}
 	}
 	fetcher, err := resolver(c).Fetcher(ctx, name)
+	if err != nil {
+		return Completed{}, fmt.Errorf("registry of %s: %w", name, err)
+	}
+	// What a push or a repair needs later tells where it came from, as after a pull.
+	source, err := docker.AppendDistributionSourceLabel(ctd.ContentStore(), name)
 	if err != nil {
 		return Completed{}, fmt.Errorf("registry of %s: %w", name, err)
 	}
@@ -116,28 +197,66 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	if c.Bool("all-platforms") {
 		match = platforms.All
 	}
-	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, source: source,
+		result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+	if len(opts.chains) > 0 {
+		out.only = wantedBlobs(ctx, out.store, img.Target, match, opts.chains)
+	}
 	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " fetched" })
 	err = out.run(ctx, img, match)
 	stop()
 	if err != nil {
-		return Completed{}, fmt.Errorf("complete %s: %w%s", name, err, registryHint(err))
+		return out.result, fmt.Errorf("complete %s: %w%s", name, err, registryHint(err))
 	}
 	return out.result, nil
 }
 
-func printCompleted(w io.Writer, v Completed) {
-	if len(v.Fetched) == 0 {
-		fmt.Fprintf(w, "%s is complete: all of its %s are there.\n", v.Image, size(v.PresentBytes))
-		return
+// wantedBlobs returns the blobs of the layers that end one of chains; nil, which is all, where the image does not tell.
+func wantedBlobs(ctx context.Context, store content.Store, target ocispec.Descriptor, match platforms.MatchComparer,
+	chains map[string]bool,
+) map[digest.Digest]bool {
+	manifest, err := images.Manifest(ctx, store, target, match)
+	if err != nil {
+		return nil
 	}
-	table(w, func(w io.Writer) {
-		fmt.Fprintln(w, "BLOB\tSIZE\tTYPE")
-		for _, b := range v.Fetched {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
+	diffIDs, err := images.RootFS(ctx, store, manifest.Config)
+	if err != nil || len(diffIDs) != len(manifest.Layers) {
+		return nil
+	}
+	found := map[digest.Digest]bool{}
+	for i, chain := range identity.ChainIDs(diffIDs) {
+		if chains[chain.String()] {
+			found[manifest.Layers[i].Digest] = true
 		}
-	})
-	fmt.Fprintf(w, "\n%s of %s fetched, %s; %s were there.\n", plural(int64(len(v.Fetched)), "blob", "blobs"), v.Image, size(v.FetchedBytes), size(v.PresentBytes))
+	}
+	if len(found) == 0 {
+		return nil
+	}
+	return found
+}
+
+func printCompletion(w io.Writer, all Completion) {
+	for _, v := range all.Images {
+		switch {
+		case v.Error != "":
+			fmt.Fprintln(w, v.Error)
+		case len(v.Fetched) == 0:
+			fmt.Fprintf(w, "%s is complete: all of its %s are there.\n", v.Image, size(v.PresentBytes))
+		default:
+			table(w, func(w io.Writer) {
+				fmt.Fprintln(w, "BLOB\tSIZE\tTYPE")
+				for _, b := range v.Fetched {
+					fmt.Fprintf(w, "%s\t%s\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
+				}
+			})
+			fmt.Fprintf(w, "\n%s of %s fetched, %s; %s were there.\n", plural(int64(len(v.Fetched)), "blob", "blobs"), v.Image,
+				size(v.FetchedBytes), size(v.PresentBytes))
+		}
+	}
+	if len(all.Images) > 1 {
+		fmt.Fprintf(w, "\n%s, %s fetched, %s were there.\n", plural(int64(len(all.Images)), "image", "images"),
+			size(all.FetchedBytes), size(all.PresentBytes))
+	}
 }
 
 // dialContainerd connects, and says what to do where that fails.
@@ -177,6 +296,14 @@ func registryHint(err error) string {
 	switch text := err.Error(); {
 	case strings.Contains(text, "HTTP response to HTTPS client"):
 		return "\n  the registry speaks plain HTTP: --plain-http"
+	case strings.Contains(text, "unexpected commit digest"), strings.Contains(text, "unexpected commit size"),
+		strings.Contains(text, "failed size validation"):
+		return "\n  the registry serves other bytes than the image names; none of them were kept. Ask its operator,\n" +
+			"  or push the image there again from where it is complete"
+	case strings.Contains(text, "connection refused"), strings.Contains(text, "no such host"),
+		strings.Contains(text, "i/o timeout"):
+		return "\n  the registry cannot be reached: try again when it can, or name a mirror in a hosts.toml below\n" +
+			"  --hosts-dir. Containers of the image go on, and start as before"
 	case errdefs.IsUnauthorized(err), strings.Contains(text, "401"), strings.Contains(text, "403"):
 		return "\n  the registry wants to know who asks: --user USER, and the password in DEDUP_REGISTRY_PASSWORD"
 	case errdefs.IsNotFound(err):
@@ -189,6 +316,8 @@ func registryHint(err error) string {
 type completion struct {
 	store   content.Store
 	fetcher remotes.Fetcher
+	source  images.HandlerFunc     // notes on a blob which registry has it
+	only    map[digest.Digest]bool // layers' blobs that are wanted; nil is all
 
 	mu     sync.Mutex // guards result
 	result Completed
@@ -201,6 +330,9 @@ func (c *completion) run(ctx context.Context, img images.Image, match platforms.
 
 // fetch fetches one blob, unless it is there.
 func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	if c.only != nil && images.IsLayerType(desc.MediaType) && !c.only[desc.Digest] {
+		return nil, images.ErrSkipDesc
+	}
 	_, err := c.store.Info(ctx, desc.Digest)
 	if err == nil {
 		c.mu.Lock()
@@ -213,6 +345,9 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 	}
 	if _, err := remotes.FetchHandler(c.store, c.fetcher)(ctx, desc); err != nil {
 		return nil, fmt.Errorf("fetch blob %s (%s): %w", desc.Digest, size(desc.Size), err)
+	}
+	if _, err := c.source(ctx, desc); err != nil {
+		return nil, fmt.Errorf("note where blob %s is from: %w", desc.Digest, err)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -92,6 +92,7 @@ func askSelf(ctx context.Context, socket string) (*doctor.Self, error) {
 		Version: r.GetVersion(), Root: r.GetRoot(), RunDir: r.GetRunDir(), ContainerdAddress: r.GetContainerdAddress(),
 		ContainerdVersion: r.GetContainerdVersion(), ContainerdError: r.GetContainerdError(), IdleMounts: r.GetIdleMounts(),
 		Refuses: r.GetRefuses(), DamagedLayers: r.GetDamagedLayers(), LostImages: r.GetLostImages(),
+		Blobs: r.GetBlobs(), DroppableBlobs: r.GetDroppableBlobs(), DroppableBytes: r.GetDroppableBytes(),
 	}, nil
 }
 

@@ -197,6 +197,13 @@ func (r *FsckReport) fetch(c *cli.Context) {
 	}
 	defer ctd.Close()
 	seen := map[string]bool{}
+	// With blobs = "drop" an image lacks all of them: those of layers that are whole are not needed here.
+	chains := map[string]bool{}
+	for _, f := range r.Findings {
+		for _, name := range f.Snapshots {
+			chains[name[strings.LastIndexByte(name, '/')+1:]] = true
+		}
+	}
 	for _, f := range r.Findings {
 		if !f.Damaged || f.Fixed {
 			continue
@@ -208,7 +215,7 @@ func (r *FsckReport) fetch(c *cli.Context) {
 			}
 			seen[key] = true
 			ctx := namespaces.WithNamespace(c.Context, img.Namespace)
-			done, err := fetchMissing(ctx, c, ctd, nameOf(img.Names), true)
+			done, err := fetchMissing(ctx, c, ctd, nameOf(img.Names), fetchOptions{verify: true, chains: chains})
 			r.Fetched = append(r.Fetched, done.Fetched...)
 			if err != nil {
 				r.Problems = append(r.Problems, err.Error())

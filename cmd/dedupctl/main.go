@@ -73,6 +73,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			layersCommand(),
 			duplicatesCommand(),
 			analyzeCommand(),
+			trimCommand(),
 			completeCommand(),
 			migrateCommand(),
 			gcCommand(),

@@ -48,6 +48,7 @@ type Status struct {
 	ChainImages    int64  `json:"chain_images"`
 	ChainMounts    int64  `json:"chain_mounts"`
 	Verity         string `json:"verity"`
+	Blobs          string `json:"blobs"`
 }
 
 func askStatus(c *cli.Context, measure bool) (Status, error) {
@@ -66,7 +67,7 @@ func statusOf(r *dedupv1.StatusResponse) Status {
 		FreeBytes: r.GetFreeBytes(), TotalBytes: r.GetTotalBytes(),
 		FreeInodes: r.GetFreeInodes(), TotalInodes: r.GetTotalInodes(),
 		ChainImages: r.GetChainImages(), ChainMounts: r.GetChainMounts(),
-		Verity: r.GetVerity(),
+		Verity: r.GetVerity(), Blobs: r.GetBlobs(),
 	}
 }
 
@@ -108,6 +109,9 @@ func writeStatus(w io.Writer, s Status) {
 			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes), percent(s.FreeInodes, s.TotalInodes))
 		}
 		fmt.Fprintf(w, "fs-verity\t%s\n", s.Verity)
+		if s.Blobs != "" { // an older daemon does not say
+			fmt.Fprintf(w, "blobs\t%s\n", s.Blobs)
+		}
 		fmt.Fprintf(w, "chain images\t%s, %s mounted\n", count(s.ChainImages), count(s.ChainMounts))
 	})
 }

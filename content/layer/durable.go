@@ -158,3 +158,21 @@ func (w *written) stop() {
 	w.mu.Unlock()
 	w.wg.Wait()
 }
+
+// WriteOut returns once all layers that are visible by now are on the disk. Under Strict they are. It is an error while
+// an unclean stop leaves some in doubt, and after a write that failed, until the next start.
+func WriteOut(s *Store) error {
+	if s.written.doubt.Load() {
+		return fmt.Errorf("what an unclean stop may have damaged in %s is not yet verified", s.root)
+	}
+	if s.opts.Durability == Strict {
+		return nil
+	}
+	s.written.mu.Lock()
+	failed := s.written.failed
+	s.written.mu.Unlock()
+	if failed {
+		return fmt.Errorf("a write to %s failed: see `dedupctl fsck`, and restart the daemon", s.root)
+	}
+	return s.explain(s.Sync())
+}

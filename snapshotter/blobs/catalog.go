@@ -36,6 +36,7 @@ const (
 	labelSnapshot = "containerd.io/gc.ref.snapshot."
 	labelExpire   = "containerd.io/gc.expire"
 	labelFlat     = "containerd.io/gc.flat"
+	labelBack     = "containerd.io/gc.bref."
 )
 
 // Catalog lists images as containerd's garbage collector sees them: what each of them keeps from being removed.
@@ -87,32 +88,40 @@ var ErrNoPlugin = errors.New("containerd has no snapshot plugin with this socket
 
 // Images returns the images of all namespaces, sorted by namespace and name, and what else is kept.
 func (c *Catalog) Images(ctx context.Context) ([]Unpacked, []Leased, error) {
-	short, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	plugins, err := c.snapshotters(short)
+	graphs, err := c.graphs(ctx)
 	if err != nil {
-		return nil, nil, c.explain(ctx, short, err)
-	}
-	if len(plugins) == 0 {
-		return nil, nil, fmt.Errorf("%w: %s; see dedupctl config containerd", ErrNoPlugin, c.address)
-	}
-	spaces, err := c.namespaces.List(short, &namespacesapi.ListNamespacesRequest{})
-	if err != nil {
-		return nil, nil, c.explain(ctx, short, errgrpc.ToNative(err))
-	}
-	var graphs []*graph
-	for _, ns := range spaces.Namespaces {
-		g, err := c.read(ctx, ns.Name, plugins)
-		if err != nil {
-			return nil, nil, fmt.Errorf("images of namespace %s: %w", ns.Name, err)
-		}
-		graphs = append(graphs, g)
+		return nil, nil, err
 	}
 	var leased []Leased
 	for _, g := range graphs {
 		leased = append(leased, Leased{g.namespace, g.leasedChains()})
 	}
 	return unpacked(graphs), leased, nil
+}
+
+// graphs reads the labels of all namespaces.
+func (c *Catalog) graphs(ctx context.Context) (all []*graph, err error) {
+	short, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	plugins, err := c.snapshotters(short)
+	if err != nil {
+		return nil, c.explain(ctx, short, err)
+	}
+	if len(plugins) == 0 {
+		return nil, fmt.Errorf("%w: %s; see dedupctl config containerd", ErrNoPlugin, c.address)
+	}
+	spaces, err := c.namespaces.List(short, &namespacesapi.ListNamespacesRequest{})
+	if err != nil {
+		return nil, c.explain(ctx, short, errgrpc.ToNative(err))
+	}
+	for _, ns := range spaces.Namespaces {
+		g, err := c.read(ctx, ns.Name, plugins)
+		if err != nil {
+			return nil, fmt.Errorf("images of namespace %s: %w", ns.Name, err)
+		}
+		all = append(all, g)
+	}
+	return all, nil
 }
 
 func (c *Catalog) explain(ctx, short context.Context, err error) error {
@@ -167,6 +176,7 @@ func (c *Catalog) snapshotters(ctx context.Context) ([]string, error) {
 type graph struct {
 	namespace string
 	images    map[digest.Digest][]string // target -> names
+	marked    map[digest.Digest]bool     // targets of images that somebody marked to keep
 	blobs     map[digest.Digest]*node
 	leases    []lease
 }
@@ -179,15 +189,18 @@ type lease struct {
 }
 
 type node struct {
+	ctdcontent.Info
 	size   int64
 	root   bool // stays by itself
 	refs   []digest.Digest
 	chains []content.ChainID
+	others []string // snapshotters beside ours that have unpacked it
 }
 
 func (c *Catalog) read(ctx context.Context, namespace string, plugins []string) (*graph, error) {
 	ctx = namespaces.WithNamespace(ctx, namespace)
-	g := &graph{namespace: namespace, images: map[digest.Digest][]string{}, blobs: map[digest.Digest]*node{}}
+	g := &graph{namespace: namespace, images: map[digest.Digest][]string{}, marked: map[digest.Digest]bool{},
+		blobs: map[digest.Digest]*node{}}
 	list, err := c.images.List(ctx, &imagesapi.ListImagesRequest{})
 	if err != nil {
 		return nil, errgrpc.ToNative(err)
@@ -195,6 +208,9 @@ func (c *Catalog) read(ctx context.Context, namespace string, plugins []string) 
 	for _, img := range list.Images {
 		target := digest.Digest(img.GetTarget().GetDigest())
 		g.images[target] = append(g.images[target], img.Name)
+		if img.Labels[LabelBlobs] == keepBlobs {
+			g.marked[target] = true
+		}
 	}
 	err = c.content.Walk(ctx, func(info ctdcontent.Info) error {
 		g.blobs[info.Digest] = readNode(info, plugins)
@@ -263,6 +279,19 @@ func (g *graph) leased(l lease) (found []digest.Digest) {
 	return found
 }
 
+// kept returns what stays without any image, one list for each thing that keeps it.
+func (g *graph) kept() (lists [][]digest.Digest) {
+	for d, n := range g.blobs {
+		if n.root {
+			lists = append(lists, g.reach(d))
+		}
+	}
+	for _, l := range g.leases {
+		lists = append(lists, g.leased(l))
+	}
+	return lists
+}
+
 func (g *graph) leasedChains() (chains []content.ChainID) {
 	for _, l := range g.leases {
 		chains = append(chains, l.chains...)
@@ -277,22 +306,30 @@ func (g *graph) leasedChains() (chains []content.ChainID) {
 }
 
 func readNode(info ctdcontent.Info, plugins []string) *node {
-	n := &node{size: content.Blocks(info.Size)}
+	n := &node{Info: info, size: content.Blocks(info.Size)}
 	for key, value := range info.Labels {
 		rest, isRef := strings.CutPrefix(key, labelContent)
 		name, isSnapshot := strings.CutPrefix(key, labelSnapshot)
 		switch {
-		case key == labelRoot:
+		case key == labelRoot, strings.HasPrefix(key, labelBack):
 			n.root = true
+		case key == labelExpire:
+			until, err := time.Parse(time.RFC3339, value)
+			n.root = n.root || err == nil && until.After(time.Now())
 		case isRef && (rest == "" || rest[0] == '.' || rest[0] == '/'):
 			n.refs = append(n.refs, digest.Digest(value))
 		case isSnapshot:
 			name, _, _ = strings.Cut(name, "/")
-			if sum, err := content.ParseSum(value); err == nil && slices.Contains(plugins, name) {
+			sum, err := content.ParseSum(value)
+			switch ours := slices.Contains(plugins, name); {
+			case !ours && !slices.Contains(n.others, name):
+				n.others = append(n.others, name)
+			case ours && err == nil:
 				n.chains = append(n.chains, content.ChainID{Sum: sum})
 			}
 		}
 	}
+	slices.Sort(n.others)
 	return n
 }
 
@@ -333,15 +370,8 @@ func unpacked(graphs []*graph) []Unpacked {
 				list, reached = append(list, u), append(reached, blobs)
 			}
 		}
-		for d, n := range g.blobs {
-			if n.root {
-				for _, d := range g.reach(d) {
-					leads[d]++
-				}
-			}
-		}
-		for _, l := range g.leases {
-			for _, d := range g.leased(l) {
+		for _, found := range g.kept() {
+			for _, d := range found {
 				leads[d]++
 			}
 		}

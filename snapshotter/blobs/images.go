@@ -33,6 +33,7 @@ const (
 // Image is one manifest with its config.
 type Image struct {
 	Manifest digest.Digest
+	Config   digest.Digest
 	Layers   []ocispec.Descriptor // base first
 	DiffIDs  []content.DiffID     // of Layers
 	Chains   []content.ChainID    // of Layers
@@ -103,6 +104,26 @@ func (s *Store) DiffID(ctx context.Context, chain content.ChainID) (d content.Di
 		d, ok = found[0].image.DiffIDs[found[0].i], true
 	}
 	return d, ok, err
+}
+
+// Images returns all images of the caller's namespace, also those that are not unpacked.
+func (s *Store) Images(ctx context.Context) (list []*Image, err error) {
+	_, ns, err := outgoing(ctx)
+	if err != nil {
+		return nil, err
+	}
+	im := s.imagesOf(ns)
+	if err := s.refresh(ctx, im); err != nil {
+		return nil, fmt.Errorf("images of namespace %s: %w", ns, err)
+	}
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	for _, img := range im.byManifest {
+		if img != nil {
+			list = append(list, img)
+		}
+	}
+	return list, nil
 }
 
 // Below returns an image of the caller's namespace that has a chain, with the place of the layer that ends it.
@@ -262,7 +283,7 @@ func (s *Store) read(ctx context.Context, info ctdcontent.Info) (*Image, error) 
 	if err := s.decode(ctx, configInfo, &config); err != nil {
 		return nil, err
 	}
-	img := &Image{Manifest: info.Digest, Layers: manifest.Layers}
+	img := &Image{Manifest: info.Digest, Config: manifest.Config.Digest, Layers: manifest.Layers}
 	if len(config.RootFS.DiffIDs) != len(img.Layers) {
 		return nil, fmt.Errorf("%d layers and %d diffIDs: %w", len(img.Layers), len(config.RootFS.DiffIDs), errSenseless)
 	}

@@ -1,5 +1,5 @@
 // Package control serves the control API (proto/dedup/v1/control.proto): what an operator
-// asks the running daemon. Check and GC aside, it changes nothing. Who may connect is the socket's
+// asks the running daemon. Check, GC and Trim aside, it changes nothing. Who may connect is the socket's
 // mode: root alone. No answer holds the content of an image's files.
 package control
 
@@ -29,6 +29,9 @@ type Options struct {
 	ContainerdAddress string
 	// Catalog lists the images of the containerd that calls.
 	Catalog *blobs.Catalog
+	// Blobs is the key of that name, Trimmer what lets go of them.
+	Blobs   string
+	Trimmer *blobs.Trimmer
 }
 
 // Server is a dedupv1.ControlServer.
@@ -48,7 +51,7 @@ func New(sn *snapshotter.Snapshotter, opts Options) *Server {
 func (s *Server) Status(ctx context.Context, req *dedupv1.StatusRequest) (*dedupv1.StatusResponse, error) {
 	resp := &dedupv1.StatusResponse{
 		Version: s.opts.Version, Root: s.opts.Root, Fidelity: s.opts.Fidelity, Reuse: s.opts.Reuse,
-		Objects: int64(s.sn.Layers().Objects()), Verity: s.sn.VerityState(),
+		Objects: int64(s.sn.Layers().Objects()), Verity: s.sn.VerityState(), Blobs: s.opts.Blobs,
 	}
 	addTotals(resp, s.sn.Layers().List())
 	chains, err := s.sn.Chains(ctx, req.GetMeasure())

@@ -6,6 +6,7 @@ import (
 	"github.com/containerd/log"
 
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 // Doctor is what only the daemon itself can see of its surroundings.
@@ -17,7 +18,7 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 	resp := &dedupv1.DoctorResponse{
 		Version: s.opts.Version, Root: s.opts.Root, RunDir: s.opts.RunDir, ContainerdAddress: s.opts.ContainerdAddress,
 		OverlayOptions: s.sn.OverlayOptions(), IdleMounts: idle,
-		DamagedLayers: int64(len(s.sn.Layers().Damaged())),
+		DamagedLayers: int64(len(s.sn.Layers().Damaged())), Blobs: s.opts.Blobs,
 	}
 	if err := s.sn.Layers().Room(); err != nil {
 		resp.Refuses = err.Error()
@@ -30,6 +31,14 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 	}
 	if resp.LostImages, err = s.lostImages(ctx); err != nil {
 		log.G(ctx).WithError(err).Debug("look for images that are lost")
+	}
+	if s.opts.Trimmer == nil {
+		return resp, nil
+	}
+	if plan, err := s.opts.Trimmer.Plan(ctx, blobs.TrimOptions{}); err != nil {
+		log.G(ctx).WithError(err).Debug("look for blobs that could go")
+	} else {
+		resp.DroppableBlobs, resp.DroppableBytes = int64(plan.Blobs), plan.Bytes
 	}
 	return resp, nil
 }

@@ -103,7 +103,9 @@ type StatusResponse struct {
 	ChainImages int64 `protobuf:"varint,17,opt,name=chain_images,json=chainImages,proto3" json:"chain_images,omitempty"`
 	ChainMounts int64 `protobuf:"varint,18,opt,name=chain_mounts,json=chainMounts,proto3" json:"chain_mounts,omitempty"`
 	// Whether objects and chain images have fs-verity: "on", or "off: " and why.
-	Verity        string `protobuf:"bytes,19,opt,name=verity,proto3" json:"verity,omitempty"`
+	Verity string `protobuf:"bytes,19,opt,name=verity,proto3" json:"verity,omitempty"`
+	// "keep" or "drop".
+	Blobs         string `protobuf:"bytes,20,opt,name=blobs,proto3" json:"blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -267,6 +269,13 @@ func (x *StatusResponse) GetChainMounts() int64 {
 func (x *StatusResponse) GetVerity() string {
 	if x != nil {
 		return x.Verity
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetBlobs() string {
+	if x != nil {
+		return x.Blobs
 	}
 	return ""
 }
@@ -1515,6 +1524,252 @@ func (x *GCResponse) GetRemoved() []*Finding {
 	return nil
 }
 
+type TrimRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// List what would go.
+	DryRun bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// Of one containerd namespace; "" is all.
+	Namespace string `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// Names of images; none is all.
+	Images []string `protobuf:"bytes,3,rep,name=images,proto3" json:"images,omitempty"`
+	// Of the named images also blobs that no registry is known to have.
+	LastCopy      bool `protobuf:"varint,4,opt,name=last_copy,json=lastCopy,proto3" json:"last_copy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimRequest) Reset() {
+	*x = TrimRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimRequest) ProtoMessage() {}
+
+func (x *TrimRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimRequest.ProtoReflect.Descriptor instead.
+func (*TrimRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *TrimRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *TrimRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *TrimRequest) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *TrimRequest) GetLastCopy() bool {
+	if x != nil {
+		return x.LastCopy
+	}
+	return false
+}
+
+type TrimResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By namespace and name. Images without blobs are not in it, unless they were named.
+	Images []*TrimmedImage `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	// What went from the disk, or would: each blob once, and only those that no other image keeps.
+	FreedBlobs    int64 `protobuf:"varint,2,opt,name=freed_blobs,json=freedBlobs,proto3" json:"freed_blobs,omitempty"`
+	FreedBytes    int64 `protobuf:"varint,3,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimResponse) Reset() {
+	*x = TrimResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimResponse) ProtoMessage() {}
+
+func (x *TrimResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimResponse.ProtoReflect.Descriptor instead.
+func (*TrimResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *TrimResponse) GetImages() []*TrimmedImage {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *TrimResponse) GetFreedBlobs() int64 {
+	if x != nil {
+		return x.FreedBlobs
+	}
+	return 0
+}
+
+func (x *TrimResponse) GetFreedBytes() int64 {
+	if x != nil {
+		return x.FreedBytes
+	}
+	return 0
+}
+
+// One manifest of a containerd namespace.
+type TrimmedImage struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Names     []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	// "sha256:<hex>"
+	Manifest string `protobuf:"bytes,3,opt,name=manifest,proto3" json:"manifest,omitempty"`
+	Layers   int64  `protobuf:"varint,4,opt,name=layers,proto3" json:"layers,omitempty"`
+	// The blobs that the image lets go. Other images may keep them.
+	Blobs     int64 `protobuf:"varint,5,opt,name=blobs,proto3" json:"blobs,omitempty"`
+	BlobBytes int64 `protobuf:"varint,6,opt,name=blob_bytes,json=blobBytes,proto3" json:"blob_bytes,omitempty"`
+	// The blobs that it keeps, and why the first of them stays.
+	KeptBlobs     int64  `protobuf:"varint,7,opt,name=kept_blobs,json=keptBlobs,proto3" json:"kept_blobs,omitempty"`
+	KeptBytes     int64  `protobuf:"varint,8,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
+	Kept          string `protobuf:"bytes,9,opt,name=kept,proto3" json:"kept,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrimmedImage) Reset() {
+	*x = TrimmedImage{}
+	mi := &file_dedup_v1_control_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrimmedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrimmedImage) ProtoMessage() {}
+
+func (x *TrimmedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrimmedImage.ProtoReflect.Descriptor instead.
+func (*TrimmedImage) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *TrimmedImage) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *TrimmedImage) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *TrimmedImage) GetManifest() string {
+	if x != nil {
+		return x.Manifest
+	}
+	return ""
+}
+
+func (x *TrimmedImage) GetLayers() int64 {
+	if x != nil {
+		return x.Layers
+	}
+	return 0
+}
+
+func (x *TrimmedImage) GetBlobs() int64 {
+	if x != nil {
+		return x.Blobs
+	}
+	return 0
+}
+
+func (x *TrimmedImage) GetBlobBytes() int64 {
+	if x != nil {
+		return x.BlobBytes
+	}
+	return 0
+}
+
+func (x *TrimmedImage) GetKeptBlobs() int64 {
+	if x != nil {
+		return x.KeptBlobs
+	}
+	return 0
+}
+
+func (x *TrimmedImage) GetKeptBytes() int64 {
+	if x != nil {
+		return x.KeptBytes
+	}
+	return 0
+}
+
+func (x *TrimmedImage) GetKept() string {
+	if x != nil {
+		return x.Kept
+	}
+	return ""
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1523,7 +1778,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	mi := &file_dedup_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1535,7 +1790,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dedup_v1_control_proto_msgTypes[21]
+	mi := &file_dedup_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1548,7 +1803,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_dedup_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 type DoctorResponse struct {
@@ -1569,14 +1824,19 @@ type DoctorResponse struct {
 	// Layers that are known to be damaged, and out of service.
 	DamagedLayers int64 `protobuf:"varint,10,opt,name=damaged_layers,json=damagedLayers,proto3" json:"damaged_layers,omitempty"`
 	// Images whose files containerd takes to be here, and that are not: the root was lost, or is another one.
-	LostImages    []string `protobuf:"bytes,11,rep,name=lost_images,json=lostImages,proto3" json:"lost_images,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	LostImages []string `protobuf:"bytes,11,rep,name=lost_images,json=lostImages,proto3" json:"lost_images,omitempty"`
+	// "keep" or "drop".
+	Blobs string `protobuf:"bytes,12,opt,name=blobs,proto3" json:"blobs,omitempty"`
+	// What Trim would free now.
+	DroppableBytes int64 `protobuf:"varint,13,opt,name=droppable_bytes,json=droppableBytes,proto3" json:"droppable_bytes,omitempty"`
+	DroppableBlobs int64 `protobuf:"varint,14,opt,name=droppable_blobs,json=droppableBlobs,proto3" json:"droppable_blobs,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	mi := &file_dedup_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1588,7 +1848,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dedup_v1_control_proto_msgTypes[22]
+	mi := &file_dedup_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1601,7 +1861,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_dedup_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DoctorResponse) GetVersion() string {
@@ -1681,13 +1941,34 @@ func (x *DoctorResponse) GetLostImages() []string {
 	return nil
 }
 
+func (x *DoctorResponse) GetBlobs() string {
+	if x != nil {
+		return x.Blobs
+	}
+	return ""
+}
+
+func (x *DoctorResponse) GetDroppableBytes() int64 {
+	if x != nil {
+		return x.DroppableBytes
+	}
+	return 0
+}
+
+func (x *DoctorResponse) GetDroppableBlobs() int64 {
+	if x != nil {
+		return x.DroppableBlobs
+	}
+	return 0
+}
+
 var File_dedup_v1_control_proto protoreflect.FileDescriptor
 
 const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"\x16dedup/v1/control.proto\x12\bdedup.v1\")\n" +
 	"\rStatusRequest\x12\x18\n" +
-	"\ameasure\x18\x01 \x01(\bR\ameasure\"\xc9\x04\n" +
+	"\ameasure\x18\x01 \x01(\bR\ameasure\"\xdf\x04\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1a\n" +
@@ -1711,7 +1992,8 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\ftotal_inodes\x18\x10 \x01(\x03R\vtotalInodes\x12!\n" +
 	"\fchain_images\x18\x11 \x01(\x03R\vchainImages\x12!\n" +
 	"\fchain_mounts\x18\x12 \x01(\x03R\vchainMounts\x12\x16\n" +
-	"\x06verity\x18\x13 \x01(\tR\x06verity\"\x0f\n" +
+	"\x06verity\x18\x13 \x01(\tR\x06verity\x12\x14\n" +
+	"\x05blobs\x18\x14 \x01(\tR\x05blobs\"\x0f\n" +
 	"\rLayersRequest\"9\n" +
 	"\x0eLayersResponse\x12'\n" +
 	"\x06layers\x18\x01 \x03(\v2\x0f.dedup.v1.LayerR\x06layers\"\x8c\x02\n" +
@@ -1802,8 +2084,32 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
 	"\n" +
 	"GCResponse\x12+\n" +
-	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\x0f\n" +
-	"\rDoctorRequest\"\x8c\x03\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"y\n" +
+	"\vTrimRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x16\n" +
+	"\x06images\x18\x03 \x03(\tR\x06images\x12\x1b\n" +
+	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\"\x80\x01\n" +
+	"\fTrimResponse\x12.\n" +
+	"\x06images\x18\x01 \x03(\v2\x16.dedup.v1.TrimmedImageR\x06images\x12\x1f\n" +
+	"\vfreed_blobs\x18\x02 \x01(\x03R\n" +
+	"freedBlobs\x12\x1f\n" +
+	"\vfreed_bytes\x18\x03 \x01(\x03R\n" +
+	"freedBytes\"\xfd\x01\n" +
+	"\fTrimmedImage\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\x12\x1a\n" +
+	"\bmanifest\x18\x03 \x01(\tR\bmanifest\x12\x16\n" +
+	"\x06layers\x18\x04 \x01(\x03R\x06layers\x12\x14\n" +
+	"\x05blobs\x18\x05 \x01(\x03R\x05blobs\x12\x1d\n" +
+	"\n" +
+	"blob_bytes\x18\x06 \x01(\x03R\tblobBytes\x12\x1d\n" +
+	"\n" +
+	"kept_blobs\x18\a \x01(\x03R\tkeptBlobs\x12\x1d\n" +
+	"\n" +
+	"kept_bytes\x18\b \x01(\x03R\tkeptBytes\x12\x12\n" +
+	"\x04kept\x18\t \x01(\tR\x04kept\"\x0f\n" +
+	"\rDoctorRequest\"\xf4\x03\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x17\n" +
@@ -1818,7 +2124,10 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\x0edamaged_layers\x18\n" +
 	" \x01(\x03R\rdamagedLayers\x12\x1f\n" +
 	"\vlost_images\x18\v \x03(\tR\n" +
-	"lostImages2\xed\x03\n" +
+	"lostImages\x12\x14\n" +
+	"\x05blobs\x18\f \x01(\tR\x05blobs\x12'\n" +
+	"\x0fdroppable_bytes\x18\r \x01(\x03R\x0edroppableBytes\x12'\n" +
+	"\x0fdroppable_blobs\x18\x0e \x01(\x03R\x0edroppableBlobs2\xa4\x04\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +
@@ -1827,7 +2136,8 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponse\x12:\n" +
 	"\x05Check\x12\x16.dedup.v1.CheckRequest\x1a\x17.dedup.v1.CheckResponse0\x01\x12/\n" +
-	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponse\x12;\n" +
+	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponse\x125\n" +
+	"\x04Trim\x12\x15.dedup.v1.TrimRequest\x1a\x16.dedup.v1.TrimResponse\x12;\n" +
 	"\x06Doctor\x12\x17.dedup.v1.DoctorRequest\x1a\x18.dedup.v1.DoctorResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
 
 var (
@@ -1842,7 +2152,7 @@ func file_dedup_v1_control_proto_rawDescGZIP() []byte {
 	return file_dedup_v1_control_proto_rawDescData
 }
 
-var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_dedup_v1_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: dedup.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: dedup.v1.StatusResponse
@@ -1865,8 +2175,11 @@ var file_dedup_v1_control_proto_goTypes = []any{
 	(*ImageNames)(nil),         // 18: dedup.v1.ImageNames
 	(*GCRequest)(nil),          // 19: dedup.v1.GCRequest
 	(*GCResponse)(nil),         // 20: dedup.v1.GCResponse
-	(*DoctorRequest)(nil),      // 21: dedup.v1.DoctorRequest
-	(*DoctorResponse)(nil),     // 22: dedup.v1.DoctorResponse
+	(*TrimRequest)(nil),        // 21: dedup.v1.TrimRequest
+	(*TrimResponse)(nil),       // 22: dedup.v1.TrimResponse
+	(*TrimmedImage)(nil),       // 23: dedup.v1.TrimmedImage
+	(*DoctorRequest)(nil),      // 24: dedup.v1.DoctorRequest
+	(*DoctorResponse)(nil),     // 25: dedup.v1.DoctorResponse
 }
 var file_dedup_v1_control_proto_depIdxs = []int32{
 	4,  // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
@@ -1880,27 +2193,30 @@ var file_dedup_v1_control_proto_depIdxs = []int32{
 	17, // 8: dedup.v1.CheckResponse.finding:type_name -> dedup.v1.Finding
 	18, // 9: dedup.v1.Finding.images:type_name -> dedup.v1.ImageNames
 	17, // 10: dedup.v1.GCResponse.removed:type_name -> dedup.v1.Finding
-	0,  // 11: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
-	2,  // 12: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
-	5,  // 13: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
-	8,  // 14: dedup.v1.Control.Images:input_type -> dedup.v1.ImagesRequest
-	11, // 15: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
-	14, // 16: dedup.v1.Control.Check:input_type -> dedup.v1.CheckRequest
-	19, // 17: dedup.v1.Control.GC:input_type -> dedup.v1.GCRequest
-	21, // 18: dedup.v1.Control.Doctor:input_type -> dedup.v1.DoctorRequest
-	1,  // 19: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
-	3,  // 20: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
-	6,  // 21: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
-	9,  // 22: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
-	12, // 23: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
-	15, // 24: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
-	20, // 25: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
-	22, // 26: dedup.v1.Control.Doctor:output_type -> dedup.v1.DoctorResponse
-	19, // [19:27] is the sub-list for method output_type
-	11, // [11:19] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	23, // 11: dedup.v1.TrimResponse.images:type_name -> dedup.v1.TrimmedImage
+	0,  // 12: dedup.v1.Control.Status:input_type -> dedup.v1.StatusRequest
+	2,  // 13: dedup.v1.Control.Layers:input_type -> dedup.v1.LayersRequest
+	5,  // 14: dedup.v1.Control.Equal:input_type -> dedup.v1.EqualRequest
+	8,  // 15: dedup.v1.Control.Images:input_type -> dedup.v1.ImagesRequest
+	11, // 16: dedup.v1.Control.Duplicates:input_type -> dedup.v1.DuplicatesRequest
+	14, // 17: dedup.v1.Control.Check:input_type -> dedup.v1.CheckRequest
+	19, // 18: dedup.v1.Control.GC:input_type -> dedup.v1.GCRequest
+	21, // 19: dedup.v1.Control.Trim:input_type -> dedup.v1.TrimRequest
+	24, // 20: dedup.v1.Control.Doctor:input_type -> dedup.v1.DoctorRequest
+	1,  // 21: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
+	3,  // 22: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
+	6,  // 23: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
+	9,  // 24: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
+	12, // 25: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
+	15, // 26: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
+	20, // 27: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
+	22, // 28: dedup.v1.Control.Trim:output_type -> dedup.v1.TrimResponse
+	25, // 29: dedup.v1.Control.Doctor:output_type -> dedup.v1.DoctorResponse
+	21, // [21:30] is the sub-list for method output_type
+	12, // [12:21] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_dedup_v1_control_proto_init() }
@@ -1918,7 +2234,7 @@ func file_dedup_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dedup_v1_control_proto_rawDesc), len(file_dedup_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

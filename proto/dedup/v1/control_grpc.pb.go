@@ -32,6 +32,7 @@ const (
 	Control_Duplicates_FullMethodName = "/dedup.v1.Control/Duplicates"
 	Control_Check_FullMethodName      = "/dedup.v1.Control/Check"
 	Control_GC_FullMethodName         = "/dedup.v1.Control/GC"
+	Control_Trim_FullMethodName       = "/dedup.v1.Control/Trim"
 	Control_Doctor_FullMethodName     = "/dedup.v1.Control/Doctor"
 )
 
@@ -55,6 +56,8 @@ type ControlClient interface {
 	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
 	// be removed then.
 	GC(ctx context.Context, in *GCRequest, opts ...grpc.CallOption) (*GCResponse, error)
+	// Trim has containerd remove the blobs of layers that are stored here, unless something needs them.
+	Trim(ctx context.Context, in *TrimRequest, opts ...grpc.CallOption) (*TrimResponse, error)
 	// Doctor is what only the daemon itself can see of its surroundings.
 	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
 }
@@ -146,6 +149,16 @@ func (c *controlClient) GC(ctx context.Context, in *GCRequest, opts ...grpc.Call
 	return out, nil
 }
 
+func (c *controlClient) Trim(ctx context.Context, in *TrimRequest, opts ...grpc.CallOption) (*TrimResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrimResponse)
+	err := c.cc.Invoke(ctx, Control_Trim_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlClient) Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DoctorResponse)
@@ -176,6 +189,8 @@ type ControlServer interface {
 	// GC removes what nothing uses. Layers go by themselves with the last snapshot that uses them; this is for what could not
 	// be removed then.
 	GC(context.Context, *GCRequest) (*GCResponse, error)
+	// Trim has containerd remove the blobs of layers that are stored here, unless something needs them.
+	Trim(context.Context, *TrimRequest) (*TrimResponse, error)
 	// Doctor is what only the daemon itself can see of its surroundings.
 	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
 	mustEmbedUnimplementedControlServer()
@@ -208,6 +223,9 @@ func (UnimplementedControlServer) Check(*CheckRequest, grpc.ServerStreamingServe
 }
 func (UnimplementedControlServer) GC(context.Context, *GCRequest) (*GCResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GC not implemented")
+}
+func (UnimplementedControlServer) Trim(context.Context, *TrimRequest) (*TrimResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Trim not implemented")
 }
 func (UnimplementedControlServer) Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Doctor not implemented")
@@ -352,6 +370,24 @@ func _Control_GC_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_Trim_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TrimRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).Trim(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_Trim_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).Trim(ctx, req.(*TrimRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Control_Doctor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DoctorRequest)
 	if err := dec(in); err != nil {
@@ -400,6 +436,10 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GC",
 			Handler:    _Control_GC_Handler,
+		},
+		{
+			MethodName: "Trim",
+			Handler:    _Control_Trim_Handler,
 		},
 		{
 			MethodName: "Doctor",

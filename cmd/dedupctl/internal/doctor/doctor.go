@@ -46,6 +46,9 @@ type Self struct {
 	IdleMounts, LostImages                   []string
 	Refuses                                  string
 	DamagedLayers                            int64
+	// Blobs is the key of that name; what is droppable has its layers stored here.
+	Blobs                          string
+	DroppableBlobs, DroppableBytes int64
 }
 
 // Options tell where to look.
@@ -157,6 +160,12 @@ func (n *node) lookAtStore() {
 			"Containers of before have lost what they wrote: remove them. "+
 			"If the disk of root is not mounted: stop the daemon, mount it, and start the daemon again",
 			"containerd takes the files of %d images to be here, and they are not: %s", len(lost), some(lost))
+	}
+	if blobs := n.self.DroppableBlobs; blobs > 0 && n.self.Blobs == "keep" {
+		n.add(Info, "daemon.blobs", "dedupctl trim removes them, and blobs = \"drop\" in the daemon's config always; "+
+			"docs/blobs.md tells who misses them",
+			"%d blobs in containerd's content store, %.1f MB, are of layers that are stored here: no container needs them",
+			blobs, float64(n.self.DroppableBytes)/1e6)
 	}
 	if n.self.Refuses != "" {
 		n.add(Problem, "daemon.reserve", "dedupctl images tells what removing each image frees; dedupctl gc --chain-images; or a smaller reserve_space or reserve_inodes",

@@ -1,0 +1,488 @@
+package blobs
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
+	ctdcontent "github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+)
+
+const (
+	// LabelBlobs with the value "keep", on an image or on the blob of its manifest or index, keeps the image's blobs.
+	LabelBlobs = "dedup-snapshotter.io/blobs"
+	keepBlobs  = "keep"
+	// inUse is why blobs stay that a lease holds: of a pull or a build that goes on, say.
+	inUse = "in use: a lease holds it"
+	// labelSource is what clients put on a blob that a registry has: the host and the repository follow.
+	labelSource = "containerd.io/distribution.source."
+)
+
+const (
+	// settleFor is how long the daemon leaves the blobs of a pull alone after its end.
+	settleFor = 10 * time.Second
+	// wantedFor is how long it leaves alone what was fetched although its layer was there: somebody wants the blob itself.
+	wantedFor = time.Hour
+	// pullSlack is how much later than the last layer a blob of the same pull may come.
+	pullSlack = 30 * time.Second
+	// lookAgain is when the daemon looks again at what somebody uses right now.
+	lookAgain = 30 * time.Second
+	// collectTimeout bounds one garbage collection of containerd's.
+	collectTimeout = 5 * time.Minute
+)
+
+// Stored tells of a layer, by the chainID that it ends in a namespace and its diffID, since when the store has it whole
+// and on the disk; else an error that says why the layer needs its blob.
+type Stored func(namespace string, chain content.ChainID, d content.DiffID) (since time.Time, err error)
+
+// Trimmer lets go of blobs that no container needs: those of layers that the store holds. It takes the references off
+// the manifests by which containerd's garbage collector keeps them, and asks for a collection. What anything else
+// refers to stays, and so does what a lease holds: of two who want a blob, the one who keeps it wins.
+//
+// A plan comes first, then its execution. A kill leaves references off, and blobs that the next collection removes.
+type Trimmer struct {
+	catalog *Catalog
+	store   *Store
+	stored  func(context.Context) (Stored, error)
+	step    func(string)
+
+	executing sync.Mutex // one at a time
+	kick      chan struct{}
+
+	mu     sync.Mutex // guards what follows
+	totals TrimTotals
+}
+
+// TrimTotals are what a Trimmer has let go of since the start, and how often it could not.
+type TrimTotals struct {
+	Blobs, Bytes, Errors int64
+}
+
+// TrimOptions say what Plan looks at.
+type TrimOptions struct {
+	Namespace string   // "" is all
+	Images    []string // names; none is all
+	// LastCopy: of the named images, also blobs that no registry is known to have.
+	LastCopy bool
+	// Settled leaves alone what came a moment ago, what was fetched for its own sake, and what is being read.
+	Settled bool
+}
+
+// TrimImage is one manifest of a namespace with blobs in the content store, or named in the options.
+type TrimImage struct {
+	Namespace string
+	Names     []string // sorted
+	Manifest  digest.Digest
+	Layers    int
+	// Blobs and Bytes are the blobs that the image lets go; other images may still keep one.
+	Blobs int
+	Bytes int64
+	// KeptBlobs and KeptBytes are those that it keeps, and Kept says why, of the first.
+	KeptBlobs int
+	KeptBytes int64
+	Kept      string
+
+	refs  map[string]string // labels of the manifest that go, with their values
+	image *Image
+	again time.Time // when to look again; zero for never
+}
+
+// TrimPlan is what would be let go of, or was.
+type TrimPlan struct {
+	Images []TrimImage // by namespace and name
+	// Blobs and Bytes go from the disk: nothing in any namespace keeps them then.
+	Blobs int
+	Bytes int64
+
+	going map[digest.Digest]int64
+	again time.Time
+}
+
+// NewTrimmer lets go of what stored says the store can do without. step may be nil; a test ends the process there.
+func NewTrimmer(c *Catalog, s *Store, stored func(context.Context) (Stored, error), step func(string)) *Trimmer {
+	if step == nil {
+		step = func(string) {}
+	}
+	return &Trimmer{catalog: c, store: s, stored: stored, step: step, kick: make(chan struct{}, 1)}
+}
+
+// Totals returns what has gone since the start.
+func (t *Trimmer) Totals() TrimTotals {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.totals
+}
+
+// Plan finds what can be let go of. It changes nothing.
+func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
+	graphs, err := t.catalog.graphs(ctx)
+	if err != nil {
+		return plan, err
+	}
+	stored, err := t.stored(ctx)
+	if err != nil {
+		return plan, err
+	}
+	p := planning{opts: opts, stored: stored, now: time.Now()}
+	if opts.Settled {
+		p.reading = t.catalog.beingRead(ctx, t.store)
+	}
+	missing := slices.Clone(opts.Images)
+	for _, g := range graphs {
+		if opts.Namespace != "" && opts.Namespace != g.namespace {
+			continue
+		}
+		found, err := t.store.Images(namespaces.WithNamespace(ctx, g.namespace))
+		if err != nil {
+			return plan, err
+		}
+		for _, i := range p.look(g, found) {
+			missing = slices.DeleteFunc(missing, func(name string) bool { return slices.Contains(i.Names, name) })
+			plan.Images = append(plan.Images, i)
+			if !i.again.IsZero() && (plan.again.IsZero() || i.again.Before(plan.again)) {
+				plan.again = i.again
+			}
+		}
+	}
+	if len(missing) > 0 {
+		return plan, fmt.Errorf("no image %q whose manifest is in containerd's content store: %w", missing[0],
+			errdefs.ErrNotFound)
+	}
+	slices.SortFunc(plan.Images, func(a, b TrimImage) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), slices.Compare(a.Names, b.Names),
+			cmp.Compare(a.Manifest, b.Manifest))
+	})
+	plan.count(graphs)
+	return plan, nil
+}
+
+// count finds what nothing keeps any more once the references are gone.
+func (p *TrimPlan) count(graphs []*graph) {
+	before := alive(graphs)
+	for _, i := range p.Images {
+		for _, g := range graphs {
+			if n := g.blobs[i.Manifest]; g.namespace == i.Namespace && n != nil {
+				n.refs = slices.DeleteFunc(slices.Clone(n.refs), func(d digest.Digest) bool {
+					return slices.Contains(slices.Collect(maps.Values(i.refs)), d.String())
+				})
+			}
+		}
+	}
+	after := alive(graphs)
+	p.going = map[digest.Digest]int64{}
+	for d, size := range before {
+		if _, stays := after[d]; !stays {
+			p.going[d] = size
+			p.Blobs, p.Bytes = p.Blobs+1, p.Bytes+size
+		}
+	}
+}
+
+// alive returns the blobs that something keeps, with what they occupy.
+func alive(graphs []*graph) map[digest.Digest]int64 {
+	all := map[digest.Digest]int64{}
+	for _, g := range graphs {
+		lists := g.kept()
+		for target := range g.images {
+			lists = append(lists, g.reach(target))
+		}
+		for _, list := range lists {
+			for _, d := range list {
+				all[d] = g.blobs[d].size
+			}
+		}
+	}
+	return all
+}
+
+// planning looks at the images of one namespace after the other.
+type planning struct {
+	opts    TrimOptions
+	stored  Stored
+	reading map[digest.Digest]bool
+	now     time.Time
+}
+
+func (p planning) look(g *graph, found []*Image) (list []TrimImage) {
+	names, marked, leased := map[digest.Digest][]string{}, map[digest.Digest]bool{}, map[digest.Digest]bool{}
+	for target, all := range g.images {
+		for _, d := range g.reach(target) {
+			names[d] = append(names[d], all...)
+			marked[d] = marked[d] || g.marked[target] || g.blobs[target].Labels[LabelBlobs] == keepBlobs
+		}
+	}
+	for _, l := range g.leases {
+		for _, d := range g.leased(l) {
+			leased[d] = true
+		}
+	}
+	for _, img := range found {
+		m, named := g.blobs[img.Manifest], names[img.Manifest]
+		wanted := func(name string) bool { return slices.Contains(p.opts.Images, name) }
+		if m == nil || len(named) == 0 || len(p.opts.Images) > 0 && !slices.ContainsFunc(named, wanted) {
+			continue
+		}
+		slices.Sort(named)
+		i := TrimImage{Namespace: g.namespace, Names: slices.Compact(named), Manifest: img.Manifest, Layers: len(img.Layers),
+			refs: map[string]string{}, image: img}
+		var whole string
+		switch config := g.blobs[img.Config]; {
+		case config == nil || !slices.Contains(config.chains, img.Chains[len(img.Chains)-1]):
+			whole = "not unpacked by dedup"
+		case marked[img.Manifest] || m.Labels[LabelBlobs] == keepBlobs:
+			whole = "marked: label " + LabelBlobs + "=" + keepBlobs
+		case len(config.others) > 0:
+			whole = "unpacked by " + strings.Join(config.others, ", ") + " too"
+		case leased[img.Manifest]:
+			whole, i.again = inUse, p.now.Add(lookAgain)
+		}
+		p.blobs(g, m, &i, whole, leased)
+		if i.Blobs+i.KeptBlobs > 0 || len(p.opts.Images) > 0 {
+			list = append(list, i)
+		}
+	}
+	return list
+}
+
+// blobs decides on each blob of an image. whole is why all stay, or ""; those that are leased stay by themselves.
+func (p planning) blobs(g *graph, manifest *node, i *TrimImage, whole string, leased map[digest.Digest]bool) {
+	seen := map[digest.Digest]bool{}
+	var since, newest time.Time
+	var going []*node
+	newest = manifest.UpdatedAt
+	for at, desc := range i.image.Layers {
+		n := g.blobs[desc.Digest]
+		if n == nil || seen[desc.Digest] || !slices.Contains(manifest.refs, desc.Digest) {
+			continue // it is not there, or nothing of this image keeps it
+		}
+		seen[desc.Digest] = true
+		from, why := p.layer(g.namespace, i.image, at, n)
+		if leased[desc.Digest] {
+			why, i.again = inUse, p.now.Add(lookAgain)
+		}
+		if why = cmp.Or(whole, why); why != "" {
+			i.KeptBlobs, i.KeptBytes, i.Kept = i.KeptBlobs+1, i.KeptBytes+n.size, cmp.Or(i.Kept, why)
+			continue
+		}
+		going = append(going, n)
+		since, newest = later(since, from), later(newest, n.CreatedAt)
+	}
+	last := len(i.image.Chains) - 1
+	if top, err := p.stored(g.namespace, i.image.Chains[last], i.image.DiffIDs[last]); err == nil {
+		since = later(since, top)
+	}
+	why := p.unsettled(i, going, since, newest)
+	for _, n := range going {
+		if why != "" {
+			i.KeptBlobs, i.KeptBytes, i.Kept = i.KeptBlobs+1, i.KeptBytes+n.size, cmp.Or(i.Kept, why)
+			continue
+		}
+		i.Blobs, i.Bytes = i.Blobs+1, i.Bytes+n.size
+		for key, value := range manifest.Labels {
+			if strings.HasPrefix(key, labelContent) && value == n.Digest.String() {
+				i.refs[key] = value
+			}
+		}
+	}
+}
+
+// layer says since when the store has a layer, and why its blob stays; "" when it need not.
+func (p planning) layer(namespace string, img *Image, at int, blob *node) (since time.Time, why string) {
+	if !archive.KnownMediaType(img.Layers[at].MediaType) {
+		return since, "of a type that dedup does not unpack"
+	}
+	since, err := p.stored(namespace, img.Chains[at], img.DiffIDs[at])
+	if err != nil {
+		return since, err.Error()
+	}
+	fromRegistry := false
+	for key := range blob.Labels {
+		fromRegistry = fromRegistry || strings.HasPrefix(key, labelSource)
+	}
+	if !fromRegistry && !(p.opts.LastCopy && len(p.opts.Images) > 0) {
+		return since, "the last copy: no registry is known to have it"
+	}
+	return since, ""
+}
+
+// unsettled says why the daemon does not yet let go of blobs, whose layers were all there at since.
+func (p planning) unsettled(i *TrimImage, going []*node, since, newest time.Time) string {
+	if !p.opts.Settled || len(going) == 0 {
+		return ""
+	}
+	if slices.ContainsFunc(going, func(n *node) bool { return p.reading[n.Digest] }) {
+		i.again = p.now.Add(lookAgain)
+		return "in use: it is being read"
+	}
+	ready, why := later(since, newest).Add(settleFor), "it came a moment ago"
+	if newest.After(since.Add(pullSlack)) {
+		ready, why = newest.Add(wantedFor), "it was fetched for its own sake within the last hour"
+	}
+	if p.now.Before(ready) {
+		i.again = ready
+		return why
+	}
+	return ""
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// Execute lets go of what a plan has found, and waits until containerd has collected it. What has changed since the
+// plan counts: blobs of a layer that is not whole any more, or that a client has leased meanwhile, stay. It returns
+// what has gone.
+func (t *Trimmer) Execute(ctx context.Context, plan TrimPlan) (done TrimPlan, err error) {
+	t.executing.Lock()
+	defer t.executing.Unlock()
+	defer func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.totals.Blobs, t.totals.Bytes = t.totals.Blobs+int64(done.Blobs), t.totals.Bytes+done.Bytes
+		if err != nil {
+			t.totals.Errors++
+		}
+	}()
+	var released []*TrimImage
+	for at := range plan.Images {
+		i := &plan.Images[at]
+		if len(i.refs) == 0 {
+			continue
+		}
+		ok, err := t.setRefs(ctx, i, false)
+		if err != nil {
+			return done, err
+		}
+		if ok {
+			released = append(released, i)
+			t.step("trim.released")
+		}
+	}
+	if len(released) == 0 {
+		return TrimPlan{Images: plan.Images}, nil
+	}
+	if err := t.restore(ctx, released); err != nil {
+		return done, err
+	}
+	if err := t.Collect(ctx, released[0].Namespace); err != nil {
+		return done, err
+	}
+	t.step("trim.collected")
+	return t.gone(ctx, plan)
+}
+
+// restore puts references back where the blobs turn out to be needed after all.
+func (t *Trimmer) restore(ctx context.Context, released []*TrimImage) error {
+	graphs, err := t.catalog.graphs(ctx)
+	var stored Stored
+	if err == nil {
+		stored, err = t.stored(ctx)
+	}
+	for _, i := range released {
+		why := err
+		if why == nil {
+			why = i.needed(graphs, stored)
+		}
+		if why == nil {
+			continue
+		}
+		if _, rerr := t.setRefs(ctx, i, true); rerr != nil {
+			return errors.Join(err, rerr)
+		}
+		i.KeptBlobs, i.KeptBytes, i.Kept = i.KeptBlobs+i.Blobs, i.KeptBytes+i.Bytes, why.Error()
+		i.Blobs, i.Bytes = 0, 0
+	}
+	return err
+}
+
+// needed says why an image needs its blobs after all.
+func (i *TrimImage) needed(graphs []*graph, stored Stored) error {
+	for at := range i.image.Layers {
+		if !slices.Contains(slices.Collect(maps.Values(i.refs)), i.image.Layers[at].Digest.String()) {
+			continue
+		}
+		if _, err := stored(i.Namespace, i.image.Chains[at], i.image.DiffIDs[at]); err != nil {
+			return err
+		}
+	}
+	for _, g := range graphs {
+		if g.namespace != i.Namespace {
+			continue
+		}
+		for _, l := range g.leases {
+			if slices.Contains(g.leased(l), i.Manifest) {
+				return errors.New(inUse)
+			}
+		}
+	}
+	return nil
+}
+
+// setRefs takes the references off, or puts them back. ok is false when there is no such manifest any more.
+func (t *Trimmer) setRefs(ctx context.Context, i *TrimImage, back bool) (ok bool, err error) {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, i.Namespace), answerTimeout)
+	defer cancel()
+	info := ctdcontent.Info{Digest: i.Manifest, Labels: map[string]string{}}
+	var fields []string
+	for key, value := range i.refs {
+		if !back {
+			value = "" // which removes it
+		}
+		info.Labels[key] = value
+		fields = append(fields, "labels."+key)
+	}
+	if _, err := t.catalog.content.Update(ctx, info, fields...); err != nil && !errdefs.IsNotFound(err) {
+		return false, fmt.Errorf("references of manifest %s in namespace %s: %w", i.Manifest, i.Namespace, err)
+	} else if err != nil {
+		return false, nil
+	}
+	return true, nil
+}
+
+// Collect has containerd collect garbage, in all namespaces, and waits for it.
+func (t *Trimmer) Collect(ctx context.Context, namespace string) error {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, namespace), collectTimeout)
+	defer cancel()
+	id := fmt.Sprintf("dedup-trim-%d", time.Now().UnixNano())
+	l, err := t.catalog.leases.Create(ctx, &leasesapi.CreateRequest{ID: id})
+	if err == nil {
+		_, err = t.catalog.leases.Delete(ctx, &leasesapi.DeleteRequest{ID: l.Lease.ID, Sync: true})
+	}
+	if err != nil {
+		return fmt.Errorf("have containerd collect garbage: %w", errgrpc.ToNative(err))
+	}
+	return nil
+}
+
+// gone leaves in a plan what is not there any more.
+func (t *Trimmer) gone(ctx context.Context, plan TrimPlan) (TrimPlan, error) {
+	graphs, err := t.catalog.graphs(ctx)
+	if err != nil {
+		return TrimPlan{}, err
+	}
+	plan.Blobs, plan.Bytes = 0, 0
+	for d, size := range plan.going {
+		if slices.ContainsFunc(graphs, func(g *graph) bool { return g.blobs[d] != nil }) {
+			continue // somebody has come to need it
+		}
+		plan.Blobs, plan.Bytes = plan.Blobs+1, plan.Bytes+size
+	}
+	return plan, nil
+}
