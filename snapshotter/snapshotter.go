@@ -50,7 +50,7 @@ type Options struct {
 	// known are served in Prepare.
 	Blobs *blobs.Store
 	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then.
-	Remind func(ctx context.Context, chain content.ChainID) error
+	Remind    func(ctx context.Context, chain content.ChainID) error
 	Committed func() // is called when a layer came in as a snapshot, and must not block; both may be nil
 }
 
