@@ -13,7 +13,6 @@ import (
 	"sync/atomic"
 
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -224,17 +223,6 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 	return findings, err
 }
 
-func (s *Store) uncounted() bool {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, st := range s.layers {
-		if !st.counted {
-			return true
-		}
-	}
-	return false
-}
-
 // RemoveOrphans removes every file that nothing names, and tells what it removed. Others may use the store meanwhile.
 func (s *Store) RemoveOrphans(ctx context.Context) ([]Finding, error) {
 	found, err := s.orphans(ctx, true)
@@ -273,16 +261,4 @@ func (s *Store) Repair(ctx context.Context, id content.LayerID, b Blob) error {
 		}
 	}
 	return fmt.Errorf("repair layer %s from blob %s: %w", id, b.Digest, s.explain(err))
-}
-
-// Blobs returns the digests of the blobs that a layer was ingested from.
-func (s *Store) Blobs(id content.LayerID) (blobs []digest.Digest) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if st := s.layers[id]; st != nil {
-		for _, t := range st.facts.Tars {
-			blobs = append(blobs, t.Blobs...)
-		}
-	}
-	return blobs
 }

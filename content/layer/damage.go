@@ -49,34 +49,6 @@ func isDamage(err error) bool {
 		errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EISDIR)
 }
 
-// InService returns an error that wraps ErrDamaged for the first layer that is damaged.
-func (s *Store) InService(chain ...content.LayerID) error {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, id := range chain {
-		switch st := s.layers[id]; {
-		case st == nil:
-			return fmt.Errorf("layer %s: %w", id, fs.ErrNotExist)
-		case st.damage != nil:
-			return fmt.Errorf("%w: %s: %w (`dedupctl fsck --repair` heals what can be had again; otherwise remove the image and pull it again)", ErrDamaged, id, *st.damage)
-		}
-	}
-	return nil
-}
-
-// Damaged returns the layers that are out of service, and why.
-func (s *Store) Damaged() map[content.LayerID]Damage {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	out := map[content.LayerID]Damage{}
-	for id, st := range s.layers {
-		if st.damage != nil {
-			out[id] = *st.damage
-		}
-	}
-	return out
-}
-
 // harm takes a layer out of service.
 func (s *Store) harm(ctx context.Context, id content.LayerID, d Damage) {
 	s.mu.Lock()
@@ -85,32 +57,6 @@ func (s *Store) harm(ctx context.Context, id content.LayerID, d Damage) {
 	if changed {
 		s.saveDamaged(ctx)
 	}
-}
-
-func (s *Store) harmLocked(ctx context.Context, id content.LayerID, d Damage) (changed bool) {
-	st := s.layers[id]
-	if st == nil {
-		return false // removed meanwhile
-	}
-	if st.damage == nil {
-		s.hide(id, st)
-		s.damaged++
-		log.G(ctx).WithError(d).Errorf("layer %s is damaged and out of service", id)
-		st.damage = &d
-		return true
-	}
-	merged := *st.damage
-	if merged.Tree == nil {
-		merged.Tree = d.Tree
-	}
-	for _, o := range d.Objects {
-		if !slices.Contains(merged.Objects, o) {
-			merged.Objects = append(merged.Objects[:len(merged.Objects):len(merged.Objects)], o)
-		}
-	}
-	changed = (merged.Tree != nil) != (st.damage.Tree != nil) || len(merged.Objects) != len(st.damage.Objects)
-	st.damage = &merged
-	return changed
 }
 
 // assess looks at what an earlier run found damaged and at layers that may not be whole, before anything is served.

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
@@ -57,22 +56,6 @@ func ingestCounted(ctx context.Context, s *Store, b Blob) (Ingested, error) {
 		return Ingested{}, s.counters.failed(fmt.Errorf("ingest blob %s: %w", b.Digest, s.explain(err)))
 	}
 	return in, nil
-}
-
-// LookupBlob finds the layer of a blob that was ingested under the store's fidelity and holds it.
-func (s *Store) LookupBlob(blob digest.Digest) (Ingested, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	t, ok := s.blobs[blobKey{s.fidelity, blob}]
-	if !ok {
-		return Ingested{}, false
-	}
-	id, ok := s.diffs[diffKey{t.Fidelity, t.DiffID}]
-	if !ok {
-		return Ingested{}, false
-	}
-	s.layers[id].hold()
-	return Ingested{Layer: id, DiffID: t.DiffID, TarSize: t.Size}, true
 }
 
 // goal is what an ingest is to give.

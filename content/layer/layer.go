@@ -30,11 +30,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"iter"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -146,13 +143,12 @@ type Facts struct {
 // keeps the layer alive until Release; holds are counted, in memory. Safe for
 // concurrent use.
 type Store struct {
-	root     string
-	rootFd   int
-	opts     Options
-	fidelity content.Fidelity
-	objects  *object.Store
-	room     room
-	written  written
+	root    string
+	rootFd  int
+	opts    Options
+	objects *object.Store
+	room    room
+	written written
 	// buffers hold payloads on their way to the disk, parked those that wait for something else of their layer.
 	buffers, parked buffers
 	budget          *budget
@@ -169,19 +165,9 @@ type Store struct {
 	factsMu   sync.Mutex // serialises changes of a tree file's header
 	damagedMu sync.Mutex // serialises writing the list of what is damaged
 
-	mu       sync.RWMutex // guards what follows, and renames and unlinks in layers/
-	layers   map[content.LayerID]*state
-	diffs    map[diffKey]content.LayerID
-	blobs    map[blobKey]tree.Tar
-	payloads map[content.PayloadDigest][]content.LayerID
-	trees    Usage // what the tree files occupy
-	weight   int64 // the sum of all layers'
-	// claimed is what the claims of all layers add up to.
-	claimed Usage
-	// fresh is what fresh layers have added to the disk.
-	fresh Usage
-	// damaged is how many layers are out of service.
-	damaged int
+	catalog
+	// The catalog's mu guards what follows, too.
+
 	// former is what running containers need from before an upgrade.
 	former keptFormer
 }
@@ -243,52 +229,6 @@ func (s *Store) insert(id content.LayerID, st *state, size int64) {
 	s.show(id, st)
 }
 
-// forget takes a layer out of the store, but for its claim. Under mu.
-func (s *Store) forget(id content.LayerID, st *state) {
-	if st.damage != nil {
-		s.damaged--
-	} else {
-		s.hide(id, st)
-	}
-	delete(s.layers, id)
-	s.countFresh(st, -1)
-	s.weight -= st.weight()
-	s.setFile(st, 0)
-}
-
-// show lets a layer be found. Under mu.
-func (s *Store) show(id content.LayerID, st *state) {
-	s.payloads[st.facts.Payload] = append(s.payloads[st.facts.Payload], id)
-	for _, t := range st.facts.Tars {
-		s.insertTar(id, t)
-	}
-}
-
-// hide is the reverse of show. Under mu.
-func (s *Store) hide(id content.LayerID, st *state) {
-	for _, t := range st.facts.Tars {
-		key := diffKey{t.Fidelity, t.DiffID}
-		if s.diffs[key] != id {
-			continue // came in again as another layer meanwhile
-		}
-		delete(s.diffs, key)
-		for _, b := range t.Blobs {
-			delete(s.blobs, blobKey{t.Fidelity, b})
-		}
-	}
-	same := slices.DeleteFunc(slices.Clone(s.payloads[st.facts.Payload]), func(o content.LayerID) bool { return o == id })
-	if s.payloads[st.facts.Payload] = same; len(same) == 0 {
-		delete(s.payloads, st.facts.Payload)
-	}
-}
-
-func (s *Store) insertTar(id content.LayerID, t tree.Tar) {
-	s.diffs[diffKey{t.Fidelity, t.DiffID}] = id
-	for _, b := range t.Blobs {
-		s.blobs[blobKey{t.Fidelity, b}] = t
-	}
-}
-
 // Wait waits until what has been released by now is removed.
 func (s *Store) Wait() { s.gc.Wait() }
 
@@ -306,44 +246,6 @@ func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Pla
 
 // Packs are the files that hold payloads. Chain images hold those that they name.
 func (s *Store) Packs() *object.Store { return s.objects }
-
-// Lookup finds the layer of a diffID under the store's fidelity and holds it.
-func (s *Store) Lookup(d content.DiffID) (content.LayerID, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	id, ok := s.diffs[diffKey{s.fidelity, d}]
-	if ok {
-		s.layers[id].hold()
-	}
-	return id, ok
-}
-
-// Infer finds the known diffID for which parent.Chain(diffID) == chain.
-func (s *Store) Infer(parent, chain content.ChainID) (content.DiffID, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if parent.IsZero() {
-		d := content.DiffID(chain)
-		_, ok := s.diffs[diffKey{s.fidelity, d}]
-		return d, ok
-	}
-	leads := parent.Leads(chain)
-	for k := range s.diffs {
-		if k.fidelity == s.fidelity && leads(k.diffID) {
-			return k.diffID, true
-		}
-	}
-	return content.DiffID{}, false
-}
-
-// Hold adds a hold to a layer that the caller already holds.
-func (s *Store) Hold(id content.LayerID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if st := s.layers[id]; st != nil {
-		st.hold()
-	}
-}
 
 func (st *state) hold() { st.holds, st.taken = st.holds+1, st.taken+1 }
 
@@ -416,102 +318,4 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 		return nil, nil
 	}
 	return objects, nil
-}
-
-// Taken returns how often a layer has been held since it came in or the store was opened, 0 for one
-// that is not there. Who has held it from the start learns that somebody else has taken it up.
-func (s *Store) Taken(id content.LayerID) int {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if st := s.layers[id]; st != nil {
-		return st.taken
-	}
-	return 0
-}
-
-// Facts returns what is known of a layer.
-func (s *Store) Facts(id content.LayerID) (Facts, error) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	st := s.layers[id]
-	if st == nil {
-		return Facts{}, fmt.Errorf("layer %s: %w", id, fs.ErrNotExist)
-	}
-	f := Facts{
-		ID:       id,
-		Fidelity: st.facts.Fidelity,
-		Payload:  st.facts.Payload,
-		Entries:  st.facts.Entries,
-		Bytes:    st.facts.Bytes,
-		Usage:    Usage{Bytes: st.facts.UsedBytes, Inodes: st.facts.UsedInodes},
-	}
-	for _, t := range st.facts.Tars {
-		f.DiffIDs = append(f.DiffIDs, t.DiffID)
-	}
-	return f, nil
-}
-
-// Entries is how many entries the layers of a chain have.
-func (s *Store) Entries(chain []content.LayerID) (sum int64) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	for _, id := range chain {
-		if st := s.layers[id]; st != nil {
-			sum += st.facts.Entries
-		}
-	}
-	return sum
-}
-
-// Merge reads the trees of a chain, base first, and merges them. The empty
-// chain is an empty root directory.
-func (s *Store) Merge(ctx context.Context, chain []content.LayerID) (*tree.Node, error) {
-	n, err := tree.MergeEach(ctx, readAhead(ctx, s, chain))
-	if err != nil {
-		return nil, fmt.Errorf("merge chain: %w", err)
-	}
-	return n, nil
-}
-
-// readAhead reads the trees of a chain, each while the one below it is being used.
-func readAhead(ctx context.Context, s *Store, chain []content.LayerID) iter.Seq2[[]*content.Entry, error] {
-	type read struct {
-		entries []*content.Entry
-		err     error
-	}
-	start := func(id content.LayerID) <-chan read {
-		done := make(chan read, 1)
-		go func() {
-			_, entries, err := tree.Read(s.treePath(id), id)
-			if isDamage(err) {
-				s.harm(ctx, id, Damage{Tree: err})
-			}
-			if err != nil {
-				err = fmt.Errorf("read layer %s: %w", id, err)
-			}
-			done <- read{entries, err}
-		}()
-		return done
-	}
-	return func(yield func([]*content.Entry, error) bool) {
-		var next <-chan read
-		defer func() {
-			if next != nil {
-				<-next // it may have to say that the tree is damaged
-			}
-		}()
-		for i, id := range chain {
-			if next == nil {
-				next = start(id)
-			}
-			this := <-next
-			next = nil
-			if i+1 < len(chain) {
-				next = start(chain[i+1])
-			}
-			if !yield(this.entries, this.err) {
-				return
-			}
-		}
-	}
 }

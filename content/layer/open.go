@@ -83,12 +83,14 @@ func newStore(opts Options) (*Store, error) {
 		root:     opts.Root,
 		rootFd:   -1,
 		opts:     opts,
-		fidelity: opts.Fidelity,
 		distinct: distinctMax,
-		layers:   map[content.LayerID]*state{},
-		diffs:    map[diffKey]content.LayerID{},
-		blobs:    map[blobKey]tree.Tar{},
-		payloads: map[content.PayloadDigest][]content.LayerID{},
+		catalog: catalog{
+			fidelity: opts.Fidelity,
+			layers:   map[content.LayerID]*state{},
+			diffs:    map[diffKey]content.LayerID{},
+			blobs:    map[blobKey]tree.Tar{},
+			payloads: map[content.PayloadDigest][]content.LayerID{},
+		},
 	}
 	s.budget = newBudget(opts.MaxMemory, func() {
 		s.buffers.trim()

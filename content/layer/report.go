@@ -25,33 +25,6 @@ type Listed struct {
 	File int64
 }
 
-// List returns all layers, sorted by id. The holds are a look at one moment, and
-// nothing is held for the caller.
-func (s *Store) List() []Listed {
-	s.mu.RLock()
-	list := make([]Listed, 0, len(s.layers))
-	for id, st := range s.layers {
-		l := Listed{Holds: st.holds, File: st.file, Facts: Facts{
-			ID:       id,
-			Fidelity: st.facts.Fidelity,
-			Payload:  st.facts.Payload,
-			Entries:  st.facts.Entries,
-			Bytes:    st.facts.Bytes,
-			Usage:    Usage{Bytes: st.facts.UsedBytes, Inodes: st.facts.UsedInodes},
-		}}
-		for _, t := range st.facts.Tars {
-			// One tar stands there once for every fidelity it came in under.
-			if !slices.Contains(l.DiffIDs, t.DiffID) {
-				l.DiffIDs = append(l.DiffIDs, t.DiffID)
-			}
-		}
-		list = append(list, l)
-	}
-	s.mu.RUnlock()
-	slices.SortFunc(list, func(a, b Listed) int { return bytes.Compare(a.ID.Sum[:], b.ID.Sum[:]) })
-	return list
-}
-
 // EqualGroups returns the sets of two or more layers in list that have one payload digest, which
 // are equal but for mtime, uid and gid: most bytes first, each set in list's order.
 func EqualGroups(list []Listed) [][]Listed {

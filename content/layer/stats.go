@@ -9,7 +9,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
@@ -184,17 +183,4 @@ func (s *Store) Stats() (out Stats) {
 	out.Damaged = int64(s.damaged)
 	s.mu.RUnlock()
 	return out
-}
-
-// TakeAhead reports whether a layer was ingested ahead of its turn (Blob.Ahead) and has not been asked about before:
-// whoever uses it first is the one that it was ingested for.
-func (s *Store) TakeAhead(id content.LayerID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.layers[id]
-	if st == nil || !st.ahead {
-		return false
-	}
-	st.ahead = false
-	return true
 }

@@ -11,19 +11,6 @@ import "github.com/dedup-snapshotter/dedup-snapshotter/content"
 // weight is a layer's part in the division; an empty one still has a tree.
 func (st *state) weight() int64 { return st.facts.Bytes + content.BlockSize }
 
-// setFile notes the size of a layer's tree file, 0 for one that is gone. Under mu.
-func (s *Store) setFile(st *state, size int64) {
-	for _, sign := range []int64{-1, 1} {
-		if sign > 0 {
-			st.file = content.Blocks(size)
-		}
-		if st.file > 0 {
-			s.trees.Bytes += sign * st.file
-			s.trees.Inodes += sign
-		}
-	}
-}
-
 // Used returns what objects and trees occupy. It looks at no file: sizes are rounded up to blocks of 4 KiB.
 func (s *Store) Used() Usage {
 	s.mu.RLock()
@@ -47,49 +34,12 @@ func (s *Store) Claim(id content.LayerID, more Usage) (u Usage, ok bool) {
 	return u, s.setClaim(id, u)
 }
 
-// Reclaim restores what Claim returned in an earlier process.
-func (s *Store) Reclaim(id content.LayerID, u Usage) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.setClaim(id, u)
-}
-
-func (s *Store) setClaim(id content.LayerID, u Usage) bool {
-	st := s.layers[id]
-	if st == nil || st.claimed != nil {
-		return false
-	}
-	s.countFresh(st, -1)
-	st.claimed, st.fresh = &u, false
-	s.claimed.Bytes += u.Bytes
-	s.claimed.Inodes += u.Inodes
-	return true
-}
-
 // unclaimed is called under mu.
 func (s *Store) unclaimed(more Usage) Usage {
 	all := s.used()
 	return Usage{
 		Bytes:  max(0, all.Bytes+more.Bytes-s.claimed.Bytes),
 		Inodes: max(0, all.Inodes+more.Inodes-s.claimed.Inodes),
-	}
-}
-
-// Unclaim gives a claim up.
-func (s *Store) Unclaim(id content.LayerID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if st := s.layers[id]; st != nil {
-		s.unclaim(st)
-	}
-}
-
-// unclaim is Unclaim under mu.
-func (s *Store) unclaim(st *state) {
-	if st.claimed != nil {
-		s.claimed.Bytes -= st.claimed.Bytes
-		s.claimed.Inodes -= st.claimed.Inodes
-		st.claimed = nil
 	}
 }
 
@@ -113,14 +63,6 @@ func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	u.Bytes += int64(float64(rest.Bytes)*part + 0.5)
 	u.Inodes += int64(float64(rest.Inodes)*part + 0.5)
 	return u
-}
-
-// countFresh counts a layer among the fresh ones, or takes it out, if it is one. Under mu.
-func (s *Store) countFresh(st *state, sign int64) {
-	if st.fresh {
-		s.fresh.Bytes += sign * st.facts.UsedBytes
-		s.fresh.Inodes += sign * st.facts.UsedInodes
-	}
 }
 
 // shrinkClaims has the claims of all uses together be no more than what is there: merging packs gives back space that had been

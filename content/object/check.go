@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -80,79 +79,6 @@ func (s *Store) at(id content.ObjectID, fn func(*pack, extent) error) error {
 			return err // the store is closed
 		}
 	}
-}
-
-// SetBad notes that objects are bad, for as long as something names them and nobody puts the right bytes.
-func (s *Store) SetBad(ids ...content.ObjectID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, id := range ids {
-		if s.refs[id].count > 0 {
-			s.bad[id] = struct{}{}
-		}
-	}
-}
-
-// IsBad reports whether an object is known to be bad.
-func (s *Store) IsBad(id content.ObjectID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, bad := s.bad[id]
-	return bad
-}
-
-// Has reports whether anything names an object.
-func (s *Store) Has(id content.ObjectID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.refs[id].count > 0
-}
-
-// Bad returns the objects that are known to be bad.
-func (s *Store) Bad() (ids []content.ObjectID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for id := range s.bad {
-		ids = append(ids, id)
-	}
-	return ids
-}
-
-// AnyBad reports whether any object is known to be bad.
-func (s *Store) AnyBad() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.bad) > 0
-}
-
-// IDs returns all objects, in the order in which they lie on the disk.
-func (s *Store) IDs() []content.ObjectID {
-	type placed struct {
-		id    content.ObjectID
-		pack  content.PackID
-		block uint32
-	}
-	s.mu.Lock()
-	all := make([]placed, 0, len(s.refs))
-	for id, r := range s.refs {
-		p := placed{id: id}
-		if r.pack != nil {
-			p.pack, p.block = r.pack.id, r.pack.slots[r.n].block
-		}
-		all = append(all, p)
-	}
-	s.mu.Unlock()
-	slices.SortFunc(all, func(a, b placed) int {
-		if a.pack != b.pack {
-			return int(int64(a.pack) - int64(b.pack))
-		}
-		return int(int64(a.block) - int64(b.block))
-	})
-	ids := make([]content.ObjectID, len(all))
-	for i, p := range all {
-		ids[i] = p.id
-	}
-	return ids
 }
 
 // Where describes an object's place for a message: the file, and what is wrong with it as far as a look at the file tells.

@@ -277,22 +277,6 @@ func copyObject(ctx context.Context, w *erofs.PackWriter, m copied, x extent) (n
 
 const copyBuffer = 1 << 20
 
-// objectsOf lists the objects of packs: in the order of ids, and in each as they lie.
-func (s *Store) objectsOf(ids []content.PackID) (list []copied) {
-	s.mu.Lock()
-	for id, r := range s.refs {
-		if _, bad := s.bad[id]; r.pack != nil && r.count > 0 && !bad && slices.Contains(ids, r.pack.id) {
-			list = append(list, copied{id: id, from: r.pack, old: r.n})
-		}
-	}
-	s.mu.Unlock()
-	slices.SortFunc(list, func(a, b copied) int {
-		return cmp.Or(cmp.Compare(slices.Index(ids, a.from.id), slices.Index(ids, b.from.id)),
-			cmp.Compare(a.from.slots[a.old].block, b.from.slots[b.old].block))
-	})
-	return list
-}
-
 // switchOver makes a new pack the place of the objects that have been copied into it.
 func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
 	s.mu.Lock()

@@ -78,10 +78,9 @@ type Store struct {
 	// merging is held by who merges.
 	merging sync.Mutex
 
-	mu   sync.Mutex // guards what follows
-	refs map[content.ObjectID]ref
-	// bad are those of refs that have no place, or other bytes there.
-	bad   map[content.ObjectID]struct{}
+	index
+	// What follows is guarded by the index's mu.
+
 	packs map[content.PackID]*pack
 	// sealing packs have their names already, but are not among packs yet.
 	sealing map[content.PackID]struct{}
@@ -94,13 +93,6 @@ type Store struct {
 	merged   int64
 	dirBytes int64
 	packMax  int64 // but for tests the constant
-}
-
-// ref is an object: how often it is named, and its place.
-type ref struct {
-	count uint32
-	n     uint32
-	pack  *pack // nil: no pack has it
 }
 
 // Counts are bytes on the disk, rounded up to blocks, and files.
@@ -161,13 +153,6 @@ func (s *Store) MeasureDirectories() {
 	}
 }
 
-// Len returns how many objects there are.
-func (s *Store) Len() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.refs)
-}
-
 // Load adds references to objects of a durable layer, between Open and Settle. Later it is for a layer whose tree
 // could not be read then; it reads the packs' tables again, since what nothing named was forgotten.
 func (s *Store) Load(ids []content.ObjectID) {
@@ -181,19 +166,6 @@ func (s *Store) Load(ids []content.ObjectID) {
 	}
 	if unknown && s.settled {
 		s.find(ids)
-	}
-}
-
-// take adds references. Under mu.
-func (s *Store) take(id content.ObjectID, n uint32) {
-	r, known := s.refs[id]
-	if r.count == 0 && r.pack != nil {
-		r.pack.revive(r.n)
-	}
-	r.count += n
-	s.refs[id] = r
-	if !known {
-		s.bad[id] = struct{}{}
 	}
 }
 
@@ -215,34 +187,6 @@ func (s *Store) Unref(id content.ObjectID, n uint32) error {
 	drop := s.droppable(r.pack)
 	s.mu.Unlock()
 	return s.remove(drop)
-}
-
-// hit takes a reference to an object that is stored and not bad.
-func (s *Store) hit(id content.ObjectID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	r := s.refs[id]
-	if _, bad := s.bad[id]; bad || r.pack == nil || r.count == 0 {
-		return false
-	}
-	r.count++
-	s.refs[id] = r
-	return true
-}
-
-// Place tells where an object lies.
-func (s *Store) Place(id content.ObjectID) (content.Place, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.place(id)
-}
-
-func (s *Store) place(id content.ObjectID) (content.Place, bool) {
-	r := s.refs[id]
-	if r.pack == nil || r.count == 0 {
-		return content.Place{}, false
-	}
-	return r.pack.place(r.n), true
 }
 
 // Close closes the store; packs stay as they are.

@@ -76,8 +76,7 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 		}
 	}
 	s := &Store{
-		dir: dir, staging: staging, opts: opts,
-		refs: map[content.ObjectID]ref{}, bad: map[content.ObjectID]struct{}{},
+		dir: dir, staging: staging, opts: opts, index: newIndex(),
 		packs: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{}, packMax: packMax,
 	}
 	names, err := os.ReadDir(dir)

@@ -262,24 +262,6 @@ func (s *Store) emptied(packs map[*pack]bool) (held []content.PackID, drops []*p
 	return held, drops
 }
 
-// install gives an object a place, and references. A place that is not bad counts for more than the new one. It returns the pack
-// that has lost a bad object. Under mu.
-func (s *Store) install(id content.ObjectID, count uint32, p *pack, n uint32) (lost *pack) {
-	r := s.refs[id]
-	_, bad := s.bad[id]
-	if r.pack == nil || bad || r.count == 0 {
-		if lost = r.pack; lost != nil && r.count > 0 {
-			lost.die(r.n)
-		}
-		r.pack, r.n = p, n
-		p.revive(n)
-		delete(s.bad, id)
-	}
-	r.count += count
-	s.refs[id] = r
-	return lost
-}
-
 func (s *Store) tellMoved(packs []content.PackID, damaged bool) {
 	if len(packs) > 0 && s.opts.Moved != nil {
 		s.opts.Moved(packs, damaged)

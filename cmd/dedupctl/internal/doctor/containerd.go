@@ -218,7 +218,7 @@ func (n *node) lookAtDiffPlugin(c *containerd) {
 
 func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	order := ctdconfig.Strings(c.Plugin(ctdconfig.DiffService)["default"])
-	ours := slices.IndexFunc(order, func(name string) bool { return n.isOurs(c, name) })
+	ours := slices.IndexFunc(order, func(name string) bool { return leadsTo(c, name, n.Address) })
 	walking := slices.Index(order, "walking")
 	switch {
 	case ours < 0:
@@ -230,10 +230,10 @@ func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	}
 }
 
-// isOurs tells whether a proxy plugin leads to the daemon.
-func (n *node) isOurs(c *ctdconfig.Config, name string) bool {
-	address, _ := c.Proxy(name)["address"].(string)
-	return address != "" && filepath.Clean(address) == filepath.Clean(n.Address)
+// leadsTo tells whether a proxy plugin leads to an address.
+func leadsTo(c *ctdconfig.Config, name, address string) bool {
+	to, _ := c.Proxy(name)["address"].(string)
+	return to != "" && filepath.Clean(to) == filepath.Clean(address)
 }
 
 func (n *node) lookAtUnpackConfig(c *ctdconfig.Config) {
@@ -242,7 +242,7 @@ func (n *node) lookAtUnpackConfig(c *ctdconfig.Config) {
 	for _, e := range entries {
 		snapshotter, _ := e["snapshotter"].(string)
 		differ, _ := e["differ"].(string)
-		if n.isOurs(c, snapshotter) {
+		if leadsTo(c, snapshotter, n.Address) {
 			differs = differ
 			if differ == "" {
 				differs = "the default"
@@ -253,7 +253,7 @@ func (n *node) lookAtUnpackConfig(c *ctdconfig.Config) {
 	switch {
 	case differs == "":
 		n.add(Warning, "containerd.unpack-config", install, "unpack_config of the transfer service has no entry for dedup: ctr image pull --snapshotter dedup (2.x) finds nobody to unpack")
-	case !n.isOurs(c, differs):
+	case !leadsTo(c, differs, n.Address):
 		n.add(Warning, "containerd.unpack-config", install, "unpack_config unpacks for dedup with %s: every layer is written out as plain files first", differs)
 	case !others:
 		n.add(Warning, "containerd.unpack-config", install, "unpack_config has no entry for overlayfs, since it replaces the built-in list: ctr image pull without --snapshotter finds nobody to unpack")
@@ -267,7 +267,7 @@ func (n *node) lookAtCRI(c *ctdconfig.Config) {
 	if old, ok := c.Plugin("io.containerd.grpc.v1.cri")["containerd"].(map[string]any); ok && name == "" {
 		name, _ = old["snapshotter"].(string)
 	}
-	if n.isOurs(c, name) {
+	if leadsTo(c, name, n.Address) {
 		n.ok("containerd.cri", "the kubelet's images come through dedup")
 		return
 	}
