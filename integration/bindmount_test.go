@@ -53,9 +53,7 @@ func TestImageAsARuntimesMount(t *testing.T) {
 
 // mountedByRuntime runs a container of the image base in which the runtime mounts the image ref, and returns what is
 // there.
-func mountedByRuntime(
-	t *testing.T, n *node.Node, bin, snapshotter, base, ref string, readonly bool,
-) (tree rootfs.Tree) {
+func mountedByRuntime(t *testing.T, n *node.Node, bin, snapshotter, base, ref string, ro bool) (tree rootfs.Tree) {
 	t.Helper()
 	ctx := testContext(t)
 	chain, err := n.ChainID(ctx, ref)
@@ -65,14 +63,14 @@ func mountedByRuntime(
 	must(t, err)
 	defer func() { must(t, done(context.WithoutCancel(ctx))) }()
 	create := sn.Prepare
-	if readonly {
+	if ro {
 		create = sn.View
 	}
 	mounts, err := create(ctx, key, chain)
 	must(t, err)
 	defer func() { must(t, sn.Remove(context.WithoutCancel(ctx), key)) }()
 	err = n.Active(ctx, snapshotter, base, func(root string) error {
-		return runBundle(ctx, bin, root, asSpec(mounts, "/mnt", readonly), func(root string) (err error) {
+		return runBundle(ctx, bin, root, asSpec(mounts, "/mnt", ro), func(root string) (err error) {
 			tree, err = rootfs.Dump(filepath.Join(root, "mnt"))
 			return err
 		})

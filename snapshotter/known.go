@@ -287,13 +287,13 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 		return nil, errors.Join(fmt.Errorf("create snapshot %q: %w", key, err), s.Remove(context.WithoutCancel(ctx), key))
 	}
 	log.G(ctx).WithField("diffID", in.DiffID.Digest()).Debugf("staged %s from known layer %s", labels[labelRef], in.Layer)
-	return s.stagedMounts(id)
+	return s.stagedMounts(ctx, id)
 }
 
 // stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
 // fetches the blob, still finds its way to our diff service.
-func (s *Snapshotter) stagedMounts(id string) ([]mount.Mount, error) {
-	mounts, err := s.mounts(snapshots.KindActive, id, below{dir: s.path(dirEmpty)})
+func (s *Snapshotter) stagedMounts(ctx context.Context, id string) ([]mount.Mount, error) {
+	mounts, err := s.mounts(ctx, snapshots.KindActive, id, below{dir: s.path(dirEmpty)})
 	mounts[0].Options = append(mounts[0].Options, "ro")
 	return mounts, err
 }

@@ -99,7 +99,7 @@ func sideOf(ctx context.Context, s *Snapshotter, mounts []mount.Mount) (side, er
 	if len(mounts) > 1 {
 		return side{}, foreign("several mounts")
 	}
-	top := mounts[0].Source
+	top := lower.ImageOf(mounts[0].Source)
 	switch mounts[0].Type {
 	case "bind", "rbind":
 	case "overlay":

@@ -92,7 +92,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	s.step("prepare.made")
-	return s.mounts(kind, id, l)
+	return s.mounts(ctx, kind, id, l)
 }
 
 // restoreDirs creates the directories of an active snapshot where they are missing: metadata.db is durable before
@@ -186,7 +186,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 		return nil, fmt.Errorf("mounts of snapshot %q: it is committed: %w", key, errdefs.ErrFailedPrecondition)
 	}
 	if info.Labels[labelStaged] != "" {
-		return s.stagedMounts(id)
+		return s.stagedMounts(ctx, id)
 	}
 	l, err := s.below(ctx, id, info.Parent, isExtraction(key, info.Labels))
 	if err != nil {
@@ -197,20 +197,23 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 			return nil, fmt.Errorf("mounts of snapshot %q: %w", key, err)
 		}
 	}
-	return s.mounts(info.Kind, id, l)
+	return s.mounts(ctx, info.Kind, id, l)
 }
 
-// mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes only one read-only.
-// A view of one directory, which has nothing to overlay, is a bind.
-func (s *Snapshotter) mounts(kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
-	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs}
+// mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes
+// only one read-only. A view is a bind of one directory, which nobody needs to understand: BuildKit takes options out
+// of an overlay, and fails where there are some that it does not know.
+func (s *Snapshotter) mounts(ctx context.Context, kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
 	if kind == snapshots.KindView {
-		if len(l.packs) == 0 {
-			return []mount.Mount{{Type: "bind", Source: l.dir, Options: []string{"ro", "rbind"}}}, nil
+		dir, err := l.dir, error(nil)
+		if len(l.packs) > 0 {
+			if dir, err = lower.View(ctx, s.chains, l.dir); err != nil {
+				return nil, err
+			}
 		}
-	} else {
-		stack.Upper, stack.Work = s.upper(id), s.work(id)
+		return []mount.Mount{{Type: "bind", Source: dir, Options: []string{"ro", "rbind"}}}, nil
 	}
+	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs, Upper: s.upper(id), Work: s.work(id)}
 	options, err := s.kernel.Overlay(stack)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
 }

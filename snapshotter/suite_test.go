@@ -54,7 +54,8 @@ func stop(s *Snapshotter) error {
 	err := s.Close()
 	names, lerr := s.chains.List()
 	for _, n := range names {
-		lerr = errors.Join(lerr, mount.UnmountAll(s.chains.MountPoint(n), 0))
+		at := s.chains.MountPoint(n)
+		lerr = errors.Join(lerr, mount.UnmountAll(at+".view", 0), mount.UnmountAll(at, 0))
 	}
 	packs, gerr := filepath.Glob(filepath.Join(s.opts.RunDir, dirPackMounts, "*"))
 	for _, path := range packs {

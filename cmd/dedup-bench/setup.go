@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -46,8 +47,12 @@ func runSetup(c *cli.Context) error {
 		_, err := node.Build(c.Context, version, p.say)
 		note(err)
 	}
-	_, err := node.BuildCrane(c.Context, p.say)
-	note(err)
+	for _, build := range []func(context.Context, func(string)) (string, error){
+		node.BuildCrane, node.BuildBuildKit, node.BuildNerdctl,
+	} {
+		_, err := build(c.Context, p.say)
+		note(err)
+	}
 	if c.Bool("inputs") && os.Geteuid() == 0 {
 		_, err := demoImages(c.Context, p)
 		note(err)

@@ -62,6 +62,19 @@ func BuildDockerd(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "dockerd"), err
 }
 
+// BuildBuildKit returns the directory of buildkitd and buildctl, built like Build does (three minutes).
+func BuildBuildKit(ctx context.Context, say func(string)) (string, error) {
+	return buildModule(ctx, "buildkit", say, "-X github.com/moby/buildkit/version.Version=v0.34.2",
+		"github.com/moby/buildkit/cmd/buildkitd", "github.com/moby/buildkit/cmd/buildctl")
+}
+
+// BuildNerdctl returns the path of nerdctl, built like Build does (two minutes).
+func BuildNerdctl(ctx context.Context, say func(string)) (string, error) {
+	dir, err := buildModule(ctx, "nerdctl", say, "-X github.com/containerd/nerdctl/v2/pkg/version.Version=v2.3.5",
+		"github.com/containerd/nerdctl/v2/cmd/nerdctl")
+	return filepath.Join(dir, "nerdctl"), err
+}
+
 // BuildPromtool returns the path of Prometheus's promtool, built like Build does, but without service discovery, which
 // is most of it. It still takes a few minutes.
 func BuildPromtool(ctx context.Context, say func(string)) (string, error) {

@@ -109,6 +109,9 @@ func (c *Chains) below(n Name, im *image) Below {
 // mountLocked mounts an image, and below it, if it is a shared one, its packs.
 func (c *Chains) mountLocked(n Name) (below Below, err error) {
 	im := c.known(n)
+	if err := unmountView(c, n); err != nil { // it shows the image that was here before
+		return below, err
+	}
 	if err := os.MkdirAll(c.MountPoint(n), 0o700); err != nil {
 		return below, fmt.Errorf("create mount point: %w", err)
 	}
@@ -128,7 +131,7 @@ func (c *Chains) mountLocked(n Name) (below Below, err error) {
 }
 
 func (c *Chains) unmount(n Name) error {
-	err := unmountAll(c.MountPoint(n))
+	err := errors.Join(unmountView(c, n), unmountAll(c.MountPoint(n)))
 	c.opts.Step("chain.unmounted")
 	return errors.Join(err, c.packs.unmount(n))
 }

@@ -278,6 +278,10 @@ func TestAllReadersSeeTheSame(t *testing.T) {
 		ro := slices.Clone(mounts)
 		ro[0].Options = append(slices.Clone(ro[0].Options), "ro")
 		with(t, ro, false, look)
+		if k := l.opts.Kernel; !k.Shared || !k.Metacopy {
+			with(t, asBuildKit(mounts, false), false, look)
+			with(t, asBuildKit(mounts, true), false, look)
+		}
 		// As containerd's fsview and applier do: the last option that begins so.
 		var listed []string
 		for _, o := range mounts[0].Options {
@@ -304,8 +308,12 @@ func TestViewOfPacks(t *testing.T) {
 			t.Skip("a bind mount is a view of a private image")
 		}
 		mounts := l.mounts(Stack{Lower: []string{b.Chain}, Packs: b.Packs})
-		for _, readOnly := range []bool{false, true} {
-			with(t, mounts, readOnly, func(root string) {
+		forms := [][]mount.Mount{mounts, asBuildKit(mounts, true)}
+		if l.opts.Kernel.Metacopy {
+			forms = forms[:1]
+		}
+		for i, readOnly := range []bool{false, true, true}[:len(forms)+1] {
+			with(t, forms[i/2], readOnly, func(root string) {
 				if got := readFile(t, root, "a") + readFile(t, root, "b/c"); got != text("a")+text("c") {
 					t.Errorf("%d bytes", len(got))
 				}
@@ -562,40 +570,5 @@ func TestMorePacksThanOptionsHold(t *testing.T) {
 	}
 	if got := readFile(t, b.Chain, "f69"); got != text("69") {
 		t.Errorf("%.20q", got)
-	}
-}
-
-func TestOverlayOptions(t *testing.T) {
-	shared := Stack{Lower: []string{"/c"}, Packs: []string{"/p/1", "/p/2"}, Upper: "/u", Work: "/w"}
-	private := Stack{Lower: []string{"/c"}, Upper: "/u", Work: "/w"}
-	for _, row := range []struct {
-		name string
-		k    Kernel
-		s    Stack
-		want []string
-	}{
-		{"private", Kernel{}, private, []string{"index=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
-		{"private, other defaults", Kernel{Defaults: Defaults{Xino: true, Metacopy: true}}, private,
-			[]string{"index=off", "redirect_dir=off,metacopy=off,xino=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
-		{"private after metacopy", Kernel{Metacopy: true}, private,
-			[]string{"index=off", "redirect_dir=on,metacopy=on", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
-		{"shared", Kernel{Shared: true}, shared, []string{"index=off", "redirect_dir=on,metacopy=on", "upperdir=/u",
-			"lowerdir=/c:/p/1:/p/2",
-			"workdir=/w,redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1::/p/2"}},
-		{"shared with metacopy", Kernel{Shared: true, Metacopy: true}, shared, []string{"index=off",
-			"redirect_dir=on,metacopy=on", "upperdir=/u",
-			"lowerdir=/c:/p/1:/p/2", "workdir=/w,redirect_dir=on,metacopy=on,lowerdir=/c::/p/1::/p/2"}},
-		{"shared view", Kernel{Shared: true}, Stack{Lower: []string{"/c"}, Packs: []string{"/p/1"}},
-			[]string{"index=off", "lowerdir=/c:/p/1", "redirect_dir=follow,metacopy=off,lowerdir=/c::/p/1"}},
-	} {
-		got, err := row.k.Overlay(row.s)
-		if err != nil || !slices.Equal(got, row.want) {
-			t.Errorf("%s: %q, %v", row.name, got, err)
-		}
-	}
-	long := shared
-	long.Packs = slices.Repeat([]string{"/" + strings.Repeat("p", 100)}, 20)
-	if _, err := (Kernel{}).Overlay(long); !errors.Is(err, ErrTooLong) {
-		t.Error(err)
 	}
 }

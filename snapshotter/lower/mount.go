@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -23,9 +24,18 @@ func isErofs(path string) bool {
 	return unix.Statfs(path, &st) == nil && int64(st.Type) == erofsMagic
 }
 
-// unmountAll unmounts what is mounted at a path, and removes the path. Who has it mounted elsewhere keeps it.
-func unmountAll(path string) error {
-	for isErofs(path) {
+// isOther reports whether a path is on another file system than the directory that it is in.
+func isOther(path string) bool {
+	var st, above unix.Stat_t
+	return unix.Lstat(path, &st) == nil && unix.Lstat(filepath.Dir(path), &above) == nil && st.Dev != above.Dev
+}
+
+// unmountAll unmounts the images that are mounted at a path, and removes the path. Who has them mounted elsewhere keeps
+// them.
+func unmountAll(path string) error { return unmountEach(path, isErofs) }
+
+func unmountEach(path string, mounted func(string) bool) error {
+	for mounted(path) {
 		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}

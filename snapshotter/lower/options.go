@@ -26,18 +26,18 @@ var ErrTooLong = errors.New("mount options are too long: use shorter paths for r
 
 // Overlay returns the options of an overlay mount. It alone says what they look like.
 //
-// Over a shared chain image three kinds of readers find their way in them:
+// Over a shared chain image these readers find their way in them:
 //
 //   - The kernel takes the last lowerdir= there is: the image over its packs as data-only layers.
-//   - Programs that read options without mounting (containerd's fsview and applier, BuildKit, scanners) take the last
-//     option that begins with "lowerdir=": a list of directories, each of which can be opened. The image shows every
-//     byte by itself.
+//   - Programs that read options without mounting (containerd's fsview and applier, scanners) take the last option that
+//     begins with "lowerdir=": the image, which shows every byte by itself.
 //   - containerd and BuildKit make a mount read-only by leaving out what begins with "workdir=" or "upperdir=", and
-//     putting the upper directory before what begins with "lowerdir=". What is left is whole, too: packs that are
-//     layers like others, with metacopy=on, which harms nobody where nothing can be written. The image hides the
-//     packs' own directories by whiteouts.
-//
-// BuildKit reads on only where each option is index=off or begins with one of the words above or "redirect_dir=".
+//     putting the upper directory before what begins with "lowerdir=". So an option that they leave as it is says what
+//     the kernel has to mount then, the upper directory included; in a mount that can be written, the one with the
+//     working directory comes after it.
+//   - BuildKit leaves out what begins with "redirect_dir=" and adds redirect_dir=off at the end. Nothing that is needed
+//     begins so, and data-only layers do not need redirect_dir where they do not need metacopy=on. Where they do
+//     (before Linux 6.16) the kernel refuses the two together, and BuildKit needs page_cache = "private".
 func (k Kernel) Overlay(s Stack) (options []string, err error) {
 	defer func() {
 		if n := length(options); err == nil && n > maxOptions {
@@ -52,12 +52,13 @@ func (k Kernel) Overlay(s Stack) (options []string, err error) {
 		}
 		return append(options, lower), nil
 	}
-	listed := lower + ":" + strings.Join(s.Packs, ":")
-	full := k.overPacks() + "," + lower + "::" + strings.Join(s.Packs, "::")
+	data := "::" + strings.Join(s.Packs, "::")
+	over := func(lower string) string { return k.overPacks() + ",lowerdir=" + lower + data }
+	chain := strings.Join(s.Lower, ":")
 	if s.Upper == "" {
-		return append(k.begin(""), listed, full), nil
+		return append(k.begin(""), lower, over(chain)), nil
 	}
-	return append(k.begin(metacopyOn+k.xino()), "upperdir="+s.Upper, listed, "workdir="+s.Work+","+full), nil
+	return append(k.begin(""), "upperdir="+s.Upper, lower, over(s.Upper+":"+chain), "workdir="+s.Work+","+over(chain)), nil
 }
 
 // Options returns what a container's overlay gets beside directories.
@@ -106,10 +107,10 @@ func (k Kernel) alone() string {
 	return "redirect_dir=off,metacopy=off" + k.xino()
 }
 
-// overPacks is what an overlay over packs needs.
+// overPacks is what an overlay over packs needs. It must not begin with "redirect_dir=".
 func (k Kernel) overPacks() string {
 	if k.Metacopy {
-		return metacopyOn + k.xino()
+		return "metacopy=on,redirect_dir=on" + k.xino()
 	}
-	return "redirect_dir=follow,metacopy=off" + k.xino()
+	return "metacopy=off,redirect_dir=follow" + k.xino()
 }
