@@ -109,6 +109,7 @@ RUN rm /fifo /copied/a && mv /made /moved && cat /moved/etc/passwd > /dev/null
 `, m.base)})
 }
 
+// pip compiles in a temporary directory, whose random name would be in the bytecode.
 func (m *buildMatrix) pip() {
 	set, err := inputs.Open(nil)
 	must(m.T, err)
@@ -117,7 +118,9 @@ func (m *buildMatrix) pip() {
 	m.build("pip", 3, map[string]string{"Dockerfile": fmt.Sprintf(`
 FROM %[1]s AS build
 RUN --mount=type=bind,from=wheels,target=/mnt python3 /mnt/%[2]s install --quiet --no-index --no-cache-dir --no-deps \
-    --break-system-packages --root-user-action ignore --find-links /mnt/wheels --target /app django asgiref sqlparse
+    --break-system-packages --root-user-action ignore --find-links /mnt/wheels --target /app \
+    --no-compile django asgiref sqlparse && \
+    python3 -m compileall -q /app
 FROM %[1]s
 COPY --from=build /app /app
 RUN PYTHONPATH=/app python3 -c 'import django.db.models; print(django.__version__)' > /version
