@@ -76,6 +76,12 @@ test: setup gcc ## vet and all tests; those that need root or a kernel feature s
 	fi
 	$(GO) test -timeout $(TIMEOUT) ./...
 
+# One test at a time: each builds.
+.PHONY: test-clients
+test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (root; builds dockerd, some ten minutes)
+	DEDUP_CLIENTS=1 DEDUP_LONG=1 $(GO) test -v -parallel 1 -timeout 40m \
+		-run '^(TestBuildKit|TestBuildKitMatrix|TestNerdctl|TestDocker|TestImageAsARuntimesMount)$$' ./integration
+
 .PHONY: test-vm
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (200 MB of downloads, some ten minutes)
 	DEDUP_VM=1 $(GO) test -v -timeout 70m ./integration/vm

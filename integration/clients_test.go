@@ -2,10 +2,10 @@ package integration
 
 import (
 	"archive/tar"
+	"compress/gzip"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -25,7 +25,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// besides are the two snapshotters whose results a client compares.
+// beside are the two snapshotters whose results a client compares.
 var beside = []string{"overlayfs", node.Snapshotter}
 
 // needClients skips a test that is part of `make test-clients` only.
@@ -168,11 +168,5 @@ func contextDir(t *testing.T, files map[string]string) string {
 	return dir
 }
 
-// asJSON is a value that a client has printed as JSON.
-func asJSON[T any](t *testing.T, text string) (value T) {
-	t.Helper()
-	if err := json.Unmarshal([]byte(text), &value); err != nil {
-		t.Fatalf("%v: %s", err, text)
-	}
-	return value
-}
+// gunzip opens what is gzip, and fails for anything else.
+func gunzip(r io.Reader) (io.Reader, error) { return gzip.NewReader(r) }
