@@ -20,7 +20,7 @@
 //
 // # Invariants
 //
-//   - Every stored layer label holds one hold in the layer store.
+//   - Every stored label that names a layer (layer, compared) holds one hold in the layer store.
 //   - Labels below dedup-snapshotter.io/ are ours: clients can neither set nor clear them.
 //   - No lock is held while a directory is ingested or a chain image is built.
 //   - The state is on the disk alone: a restart loses nothing, and unmounts nothing.

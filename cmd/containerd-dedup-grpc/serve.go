@@ -12,10 +12,12 @@ import (
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
+	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	leasesproxy "github.com/containerd/containerd/v2/core/leases/proxy"
 	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -82,8 +84,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	applier := apply.New(sn, found)
 	defer applier.Close()
-	comparer := compare.New(sn, contentproxy.NewContentStore(conn))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, comparer))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, newComparer(sn, conn)))
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
@@ -174,6 +175,11 @@ func runUntilClosed(ctx context.Context, fn func(context.Context)) (closeIt func
 		cancel()
 		<-done
 	}
+}
+
+func newComparer(sn *snapshotter.Snapshotter, conn *grpc.ClientConn) *compare.Comparer {
+	leases := leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(conn))
+	return compare.New(sn, contentproxy.NewContentStore(conn), leases)
 }
 
 func notify(ctx context.Context, state string) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"time"
 
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
@@ -27,15 +28,16 @@ import (
 type Comparer struct {
 	snapshots *snapshotter.Snapshotter
 	store     ctdcontent.Store
+	leases    leases.Manager
 }
 
 // New returns a comparer for the mounts of s that writes to the content store of the containerd that calls.
-func New(s *snapshotter.Snapshotter, store ctdcontent.Store) *Comparer {
-	return &Comparer{snapshots: s, store: store}
+func New(s *snapshotter.Snapshotter, store ctdcontent.Store, l leases.Manager) *Comparer {
+	return &Comparer{snapshots: s, store: store, leases: l}
 }
 
-// Compare writes what upper adds to lower to the content store. What is not ours to serve is ErrNotImplemented, so that
-// containerd asks its next differ: other mounts, other media types.
+// Compare writes what upper adds to lower to the content store. What is not ours to serve is ErrNotImplemented, so
+// that containerd asks its next differ: other mounts, other media types.
 func (c *Comparer) Compare(
 	ctx context.Context, lower, upper []mount.Mount, opts ...diff.Opt,
 ) (ocispec.Descriptor, error) {
@@ -52,14 +54,22 @@ func (c *Comparer) Compare(
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if ctx, err = outgoing(ctx); err != nil {
+	ns, err := namespaces.NamespaceRequired(ctx)
+	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
+	ctx = namespaces.WithNamespace(ctx, ns)
 	pair, err := snapshotter.OpenPair(ctx, c.snapshots, lower, upper)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	desc, err := c.compare(ctx, pair, config, compressor)
+	ctx, release, err := c.leased(ctx)
+	var desc ocispec.Descriptor
+	if err == nil {
+		if desc, err = c.compare(ctx, pair, config, compressor); err != nil {
+			err = errors.Join(err, release())
+		}
+	}
 	if cerr := pair.Close(); cerr != nil {
 		log.G(ctx).WithError(cerr).Warn("what was mounted to compare snapshots stays mounted until the next start")
 	}
@@ -85,18 +95,22 @@ func compressorOf(config *diff.Config) (compression.Compression, error) {
 	return 0, fmt.Errorf("dedup-diff does not write media type %q: %w", config.MediaType, errdefs.ErrNotImplemented)
 }
 
-// outgoing is a ctx for calls to containerd for the caller: in its namespace, and under its lease, without which
-// containerd's garbage collection could remove the blob before the caller has it.
-func outgoing(ctx context.Context) (context.Context, error) {
-	ns, err := namespaces.NamespaceRequired(ctx)
+// leaseTime is how long containerd keeps a blob for a caller whose lease it did not pass on. As soon as the caller knows
+// the blob, it refers to it from a manifest or under its lease.
+const leaseTime = 15 * time.Minute
+
+// leased puts what is written under the caller's lease. containerd passes it on when it calls by itself, and loses that
+// of a client: such a blob gets a lease of its own, or the next garbage collection would remove it. release ends that.
+func (c *Comparer) leased(ctx context.Context) (_ context.Context, release func() error, err error) {
+	if id, ok := leases.FromContext(ctx); ok {
+		return leases.WithLease(ctx, id), func() error { return nil }, nil
+	}
+	l, err := c.leases.Create(ctx, leases.WithID("dedup-compare-"+rand.Text()), leases.WithExpiration(leaseTime))
 	if err != nil {
-		return ctx, err
+		return ctx, nil, fmt.Errorf("lease for a layer: %w", err)
 	}
-	ctx = namespaces.WithNamespace(ctx, ns)
-	if lease, ok := leases.FromContext(ctx); ok {
-		ctx = leases.WithLease(ctx, lease)
-	}
-	return ctx, nil
+	own := leases.WithLease(ctx, l.ID)
+	return own, func() error { return c.leases.Delete(context.WithoutCancel(ctx), l) }, nil
 }
 
 func (c *Comparer) compare(
@@ -180,7 +194,9 @@ func commit(
 }
 
 // describe returns the descriptor of a blob, and makes sure of its label: it may have been there before.
-func (c *Comparer) describe(ctx context.Context, desc ocispec.Descriptor, diffID string) (ocispec.Descriptor, error) {
+func (c *Comparer) describe(
+	ctx context.Context, desc ocispec.Descriptor, diffID string,
+) (ocispec.Descriptor, error) {
 	info, err := c.store.Info(ctx, desc.Digest)
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("blob %s: %w", desc.Digest, err)
