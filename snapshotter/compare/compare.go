@@ -95,8 +95,8 @@ func compressorOf(config *diff.Config) (compression.Compression, error) {
 	return 0, fmt.Errorf("dedup-diff does not write media type %q: %w", config.MediaType, errdefs.ErrNotImplemented)
 }
 
-// leaseTime is how long containerd keeps a blob for a caller whose lease it did not pass on. As soon as the caller knows
-// the blob, it refers to it from a manifest or under its lease.
+// leaseTime is how long containerd keeps a blob for a caller whose lease it did not pass on. Once the caller knows the
+// blob, it refers to it from a manifest or under its lease.
 const leaseTime = 15 * time.Minute
 
 // leased puts what is written under the caller's lease. containerd passes it on when it calls by itself, and loses that

@@ -50,6 +50,7 @@ func mainGroups() []group {
 		{[]string{"cold", "rebuild", "known", "delete"}, 9, preparePulls},
 		{[]string{"start", "read", "restart"}, 8, prepareUse},
 		{[]string{"layers100"}, 6, prepareLayers},
+		{[]string{"commit"}, 30, prepareCommit},
 		{[]string{"fleet"}, 15, prepareFleet},
 		{[]string{"python"}, 25, preparePython},
 		{[]string{"memory"}, 6, prepareMemory},
