@@ -139,11 +139,11 @@ func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[con
 	return out
 }
 
-// snapshotsOf returns the names of the committed snapshots that stand for any of the layers, sorted.
+// snapshotsOf returns the names of the snapshots that hold any of the layers, sorted.
 func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
 	stored, err := s.db.records(ctx)
 	for _, sn := range stored.whole {
-		if id, ok := layerOf(sn.Info); ok && slices.Contains(layers, id) {
+		if slices.ContainsFunc(heldBy(sn.Info), func(id content.LayerID) bool { return slices.Contains(layers, id) }) {
 			names = append(names, sn.Name)
 		}
 	}

@@ -126,9 +126,7 @@ func (o *Offline) openMetadata(ctx context.Context) (stored records, err error) 
 func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 	var live []content.LayerID
 	for _, sn := range stored.whole {
-		if id, ok := layerOf(sn.Info); ok {
-			live = append(live, id)
-		}
+		live = append(live, heldBy(sn.Info)...)
 	}
 	unsure := o.refused != "" || !stored.complete()
 	if unsure { // as the daemon keeps them, whatever may use them

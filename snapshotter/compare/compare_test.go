@@ -303,8 +303,14 @@ func TestWrittenLayerIsKnown(t *testing.T) {
 	w.s.Layers().Release(in.Layer)
 	w.s.Layers().Release(fresh.Layer)
 
-	// It survives a restart, and goes with its snapshot.
+	// Nothing takes it for a stray; it survives a restart, and goes with its snapshot.
 	w.must(w.s.Close())
+	o, err := snapshotter.OpenOffline(w.ctx, w.root, filepath.Join(w.root, "run"))
+	w.must(err)
+	if found, err := o.Unused(w.ctx, snapshotter.GCOptions{DryRun: true}); err != nil || len(found) > 0 {
+		t.Errorf("strays: %v, %v", found, err)
+	}
+	w.must(o.Close())
 	w.open(content.Python, lower.PageCacheShared)
 	if in, known := w.s.Layers().LookupBlob(desc.Digest); !known {
 		t.Error("not known after a restart")
