@@ -128,7 +128,9 @@ func take(
 		sn: n.Client().SnapshotService(snapshotter), begun: time.Now().Truncate(time.Second),
 	}
 	s.key = node.NewID("step")
-	mounts, err := s.sn.Prepare(ctx, s.key, base)
+	_, err = s.sn.Prepare(ctx, s.key, base)
+	must(t, err)
+	mounts, err := s.sn.Mounts(ctx, s.key) // it waits for a chain image that takes long
 	must(t, err)
 	must(t, n.WithMounts(mounts, change))
 	return s

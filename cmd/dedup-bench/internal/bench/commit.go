@@ -87,7 +87,11 @@ func (t *Trial) layersOf(what string, fn func() error) error {
 // container makes a writable snapshot in which change has done its work.
 func (t *Trial) container(ctx context.Context, parent string, change func(root string) error) (key string, err error) {
 	key = node.NewID("changed")
-	mounts, err := t.Client().SnapshotService(t.Subject.Snapshotter).Prepare(ctx, key, parent)
+	sn := t.Client().SnapshotService(t.Subject.Snapshotter)
+	if _, err := sn.Prepare(ctx, key, parent); err != nil {
+		return "", fmt.Errorf("make a snapshot: %w", err)
+	}
+	mounts, err := sn.Mounts(ctx, key) // as clients do: Prepare may answer before all is there
 	if err != nil {
 		return "", fmt.Errorf("make a snapshot: %w", err)
 	}
