@@ -143,6 +143,7 @@ func TestPythonTellsSourcesApart(t *testing.T) {
 		{"symlink to the directory", "rm -r v1; ln -s v2 v1", "v1"},
 		{"hard link", "ln -f v2/m.py v1/m.py", "v1"},
 		{"symlink of __pycache__", "rm -r v2/__pycache__; ln -s ../v1/__pycache__ v2/__pycache__", "v2"},
+		{"compileall", "cp -a v2/m.py v1/m.py; chroot .. python3 -m compileall /app/v1 | grep -q ^Compiling", "v1"},
 		{"symlink of a compiled file", "cd v2/__pycache__; ln -sf ../../v1/__pycache__/*.pyc .", "v2"},
 	}
 	for _, snapshotter := range []string{node.Snapshotter, "overlayfs"} {

@@ -164,7 +164,8 @@ func (c collector) disk(e emitter) {
 		return
 	}
 	e.gauge("dedup_root_free_bytes", "Free space of the file system of root, without what is reserved.", float64(st.Bavail)*float64(st.Frsize))
-	e.gauge("dedup_root_size_bytes", "Size of the file system of root.", float64(st.Blocks)*float64(st.Frsize))
+	e.gauge("dedup_root_size_bytes", "Size of the file system of root, without what is reserved.",
+		float64(st.Blocks-st.Bfree+st.Bavail)*float64(st.Frsize))
 	e.gauge("dedup_root_free_inodes", "Free inodes of the file system of root.", float64(st.Ffree))
 	e.gauge("dedup_root_size_inodes", "Inodes of the file system of root.", float64(st.Files))
 }

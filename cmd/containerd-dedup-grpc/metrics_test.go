@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,7 @@ import (
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -64,6 +66,18 @@ func TestMetrics(t *testing.T) {
 	} {
 		if !strings.Contains(scrape, "\n"+want+"\n") {
 			t.Errorf("no %s", want)
+		}
+	}
+	// Free and used have one base, which is that of dedupctl status: what is reserved for root is neither.
+	var st unix.Statfs_t
+	if err := unix.Statfs(c.Root, &st); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(scrape, "\n") {
+		text, ok := strings.CutPrefix(line, "dedup_root_size_bytes ")
+		size, err := strconv.ParseFloat(text, 64)
+		if ok && (err != nil || size > float64(st.Blocks-st.Bfree+st.Bavail)*float64(st.Frsize)*1.001) {
+			t.Errorf("%s, of %d blocks with %d reserved", line, st.Blocks, st.Bfree-st.Bavail)
 		}
 	}
 	if err := stop(); err != nil {

@@ -35,6 +35,11 @@ func (n *node) lookAtKernel(context.Context) {
 		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v", n.place(), err)
 		return
 	}
+	n.sayKernel(f)
+}
+
+// sayKernel says what a kernel with these features can do.
+func (n *node) sayKernel(f lower.Features) {
 	switch {
 	case f.Erofs != nil:
 		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
