@@ -21,7 +21,8 @@ func ownedImage(t *testing.T, name string) []*image.Layer {
 		return e
 	}
 	return []*image.Layer{busybox(t), layer(t,
-		own(image.Dir("app"), 1, 2), own(image.File("app/owned", "owned"), 7, 8), own(image.File("app/high", "high"), 65534, 65535),
+		own(image.Dir("app"), 1, 2), own(image.File("app/owned", "owned"), 7, 8),
+		own(image.File("app/high", "high"), 65534, 65535),
 		own(payload(name, "app/file", 9000), 3, 4), own(image.Symlink("app/link", "file"), 5, 6), image.Dir("etc"),
 		image.File("etc/passwd", "root:x:0:0::/:/bin/sh\nsomeone:x:1234:1235::/:/bin/sh\n"),
 		image.File("etc/group", "root:x:0:\nsome:x:1235:\n"),
@@ -101,7 +102,8 @@ func TestManyMappings(t *testing.T) {
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
 	ctx := testContext(t)
 	reachable(t, n)
-	ref := push(t, r, "mappings:1", append(ownedImage(t, "mappings"), layer(t, payload("mappings", "app/large", 8<<20)))...)
+	layers := append(ownedImage(t, "mappings"), layer(t, payload("mappings", "app/large", 8<<20)))
+	ref := push(t, r, "mappings:1", layers...)
 	grown := map[string]rootfs.Used{}
 	for snapshotter, dir := range map[string]string{
 		"overlayfs":      filepath.Join(n.Dir(), "c", "io.containerd.snapshotter.v1.overlayfs"),
@@ -141,7 +143,8 @@ func TestManyMappings(t *testing.T) {
 			must(t, err)
 		}
 	}
-	t.Logf("%d more containers with mappings of their own: overlayfs %+v, dedup %+v", containers, grown["overlayfs"], grown[node.Snapshotter])
+	t.Logf("%d more containers with mappings of their own: overlayfs %+v, dedup %+v",
+		containers, grown["overlayfs"], grown[node.Snapshotter])
 	if grown[node.Snapshotter].Bytes > grown["overlayfs"].Bytes+containers*4096 {
 		t.Errorf("dedup grew by %+v, overlayfs by %+v", grown[node.Snapshotter], grown["overlayfs"])
 	}

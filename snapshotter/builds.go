@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -172,6 +173,11 @@ type creation struct {
 	id, parent       string
 	extraction, view bool
 	ids              idMap // how owners are mapped
+}
+
+// recreation is what create was asked for when it made a stored snapshot.
+func recreation(id, key string, info snapshots.Info) creation {
+	return creation{id: id, parent: info.Parent, extraction: isExtraction(key, info.Labels), ids: idMapOf(info)}
 }
 
 // lateHold is how long an ingest that Prepare did not wait for is kept going, and its layer kept, until Apply comes

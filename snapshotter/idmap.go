@@ -169,6 +169,15 @@ func isRemapped(name, parent string, uids, gids []idRange) bool {
 		last(name) == fmt.Sprintf("%s-%d-%d", last(parent), uids[0].Outside, gids[0].Outside)
 }
 
+// use notes that a stored container or view lies on a chain image. Once one in a user namespace was here, images for
+// such ones are built ahead, too.
+func use(s *Snapshotter, n *snapshotNode) {
+	s.chains.Use(n.parent.below(n.flavour), n.id)
+	if n.flavour == lower.Mapped {
+		s.mapped.Store(true)
+	}
+}
+
 // linkTo makes a symbolic link, in place of one that leads elsewhere.
 func linkTo(target, link string) error {
 	target, err := filepath.Abs(target)

@@ -51,7 +51,8 @@ func TestIsRemapped(t *testing.T) {
 	if isRemapped(other, "k8s.io/3/"+parent, uids, gids) {
 		t.Error("another name is taken for a remapped one")
 	}
-	sum := sha256.Sum256([]byte(`{"Parent":"` + parent + `","IDMap":{"UidMap":[{"containerID":0,"hostID":100000,"size":65536}],` +
+	sum := sha256.Sum256([]byte(`{"Parent":"` + parent + `","IDMap":{` +
+		`"UidMap":[{"containerID":0,"hostID":100000,"size":65536}],` +
 		`"GidMap":[{"containerID":0,"hostID":200000,"size":65536}]}}`))
 	if !isRemapped("k8s.io/7/sha256:"+hex.EncodeToString(sum[:]), "k8s.io/3/"+parent, uids, gids) {
 		t.Error("containerd 2's name is not known")
@@ -61,6 +62,39 @@ func TestIsRemapped(t *testing.T) {
 	}
 	if isRemapped("k8s.io/7/"+parent, "", uids, gids) {
 		t.Error("a base layer is taken for a remapped one")
+	}
+}
+
+// looksMapped mounts what base of TestMappedOwners has, and looks at owners.
+func looksMapped(t *testing.T, mounts []mount.Mount) {
+	t.Helper()
+	owner := func(path string) (uint32, uint32) {
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Uid, st.Gid
+	}
+	if len(mounts) != 1 {
+		t.Fatalf("%d mounts", len(mounts))
+	}
+	at := t.TempDir()
+	if err := mount.All(mounts, at); err != nil {
+		t.Fatalf("%v: %v", mounts, err)
+	}
+	defer func() {
+		if err := mount.UnmountAll(at, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	if u, g := owner(at); u != 100000 || g != 200000 {
+		t.Errorf("the root belongs to %d:%d", u, g)
+	}
+	if u, g := owner(filepath.Join(at, "owned")); u != 100007 || g != 200008 {
+		t.Errorf("a file belongs to %d:%d", u, g)
+	}
+	if got, err := os.ReadFile(filepath.Join(at, "owned")); err != nil || string(got) != "owned" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
 
@@ -80,7 +114,8 @@ func TestMappedOwners(t *testing.T) {
 	}
 	upper, _ := s.upperOf(mounts)
 	owned := filepath.Join(upper, "owned")
-	if err := errors.Join(os.WriteFile(owned, []byte("owned"), 0o640), os.Chown(owned, 7, 8), s.Commit(ctx, "base", "made")); err != nil {
+	err = errors.Join(os.WriteFile(owned, []byte("owned"), 0o640), os.Chown(owned, 7, 8), s.Commit(ctx, "base", "made"))
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -90,50 +125,19 @@ func TestMappedOwners(t *testing.T) {
 			}
 		}
 	})
-	owner := func(path string) (uint32, uint32) {
-		var st unix.Stat_t
-		if err := unix.Lstat(path, &st); err != nil {
-			t.Fatal(err)
-		}
-		return st.Uid, st.Gid
-	}
-	look := func(mounts []mount.Mount) {
-		t.Helper()
-		if len(mounts) != 1 {
-			t.Fatalf("%d mounts", len(mounts))
-		}
-		at := t.TempDir()
-		if err := mount.All(mounts, at); err != nil {
-			t.Fatalf("%v: %v", mounts, err)
-		}
-		defer func() {
-			if err := mount.UnmountAll(at, 0); err != nil {
-				t.Error(err)
-			}
-		}()
-		if u, g := owner(at); u != 100000 || g != 200000 {
-			t.Errorf("the root belongs to %d:%d", u, g)
-		}
-		if u, g := owner(filepath.Join(at, "owned")); u != 100007 || g != 200008 {
-			t.Errorf("a file belongs to %d:%d", u, g)
-		}
-		if got, err := os.ReadFile(filepath.Join(at, "owned")); err != nil || string(got) != "owned" {
-			t.Errorf("%q, %v", got, err)
-		}
-	}
 	ids := mapping("0:100000:65536", "0:200000:65536")
 	for _, key := range []string{"one", "two"} {
 		mounts, err := s.Prepare(ctx, key, "base", ids)
 		if err != nil {
 			t.Fatal(err)
 		}
-		look(mounts)
+		looksMapped(t, mounts)
 	}
 	view, err := s.View(ctx, "view", "base", ids)
 	if err != nil {
 		t.Fatal(err)
 	}
-	look(view)
+	looksMapped(t, view)
 	// A client's change of its labels changes nothing.
 	if _, err := s.Update(ctx, snapshots.Info{Name: "one", Labels: map[string]string{}}, "labels"); err != nil {
 		t.Fatal(err)
@@ -142,7 +146,7 @@ func TestMappedOwners(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	look(mounts)
+	looksMapped(t, mounts)
 	if _, err := s.Prepare(ctx, "bad", "base", mapping("0:100000:65536", "rubbish")); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("rubbish: %v", err)
 	}
@@ -152,7 +156,8 @@ func TestMappedOwners(t *testing.T) {
 		t.Errorf("an extraction is mapped: %v, %v", layer, err)
 	}
 	s.kernel.NoIDMap = errors.New("too old")
-	if _, err := s.Prepare(ctx, "no", "base", ids); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remap-ids") {
+	_, err = s.Prepare(ctx, "no", "base", ids)
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remap-ids") {
 		t.Errorf("a kernel that cannot: %v", err)
 	}
 }

@@ -129,7 +129,7 @@ func (s *Snapshotter) makeLate(ctx context.Context, key, id string, active snaps
 	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	l, err := s.below(ctx, creation{id: id, parent: active.Parent, extraction: isExtraction(key, active.Labels), ids: idMapOf(active)})
+	l, err := s.below(ctx, recreation(id, key, active))
 	if err != nil {
 		return err
 	}
@@ -201,7 +201,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	if info.Labels[labelStaged] != "" {
 		return s.stagedMounts(id)
 	}
-	l, err := s.below(ctx, creation{id: id, parent: info.Parent, extraction: isExtraction(key, info.Labels), ids: idMapOf(info)})
+	l, err := s.below(ctx, recreation(id, key, info))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}

@@ -66,9 +66,7 @@ type Snapshotter struct {
 	refs   *index // snapshot.ref -> names of committed snapshots
 	ids    *index // id -> key of an active snapshot
 
-	// mapped is set once a container in a user namespace was here: images for such ones are then built ahead, too.
-	mapped atomic.Bool
-
+	mapped   atomic.Bool // see use
 	counters *counters
 	opened   chan struct{} // closed once chains is there
 
@@ -166,9 +164,6 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	// An empty lower layer shows its own mode where a container has no parent.
 	if err := os.Chmod(s.path(dirEmpty), 0o755); err != nil {
 		return nil, err
-	}
-	if err := linkTo(filepath.Join(opts.RunDir, dirChains), s.path(linkMounts)); err != nil {
-		return nil, fmt.Errorf("link to where chain images are mounted: %w", err)
 	}
 	if err := s.clearLeftovers(); err != nil {
 		return nil, err
@@ -277,10 +272,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	for _, n := range stored.graph(s.chains.Name).nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
-			s.chains.Use(n.parent.below(n.flavour), n.id)
-			if n.flavour == lower.Mapped {
-				s.mapped.Store(true)
-			}
+			use(s, n)
 		}
 	}
 	return nil

@@ -169,7 +169,9 @@ func (p snippet) render() (string, error) {
 // The unpack_config of config.toml replaces containerd's built-in one, which has overlayfs alone:
 // without repeating that, a plain `ctr image pull` finds nobody to unpack. The first entry
 // serves who asks for no snapshotter.
-var snippetTemplate = template.Must(template.New("").Funcs(template.FuncMap{"quote": tomlString, "join": strings.Join}).Parse(
+var snippetTemplate = template.Must(template.New("").Funcs(template.FuncMap{
+	"quote": tomlString, "join": strings.Join,
+}).Parse(
 	`# For containerd {{.Containerd}}: merge into /etc/containerd/config.toml, then restart containerd.
 version = {{.Version}}
 
@@ -182,7 +184,7 @@ version = {{.Version}}
   # rebase allows max_concurrent_unpacks > 1. Only for containerd 2.4 and newer: older ones would fetch what is known.
 {{- end}}
 {{- if .Maps}}
-  # remap-ids: pods with hostUsers: false share an image's files. Only where "dedupctl doctor" finds kernel.id-mapped ok.
+  # remap-ids: pods with hostUsers: false share files. Only where "dedupctl doctor" finds kernel.id-mapped ok.
 {{- end}}
 {{- with .Capabilities}}
   capabilities = [{{join . ", "}}]

@@ -43,7 +43,7 @@ func (n *Node) containerdConfig() ([]byte, error) {
 			"type": "snapshot", "address": n.DedupAddress(),
 			"exports": table{"root": n.DedupRoot()},
 		}
-		if list := n.capabilities(); len(list) > 0 {
+		if list := capabilities(n); len(list) > 0 {
 			proxies[Snapshotter].(table)["capabilities"] = list
 		}
 		if !n.opts.NoDiffer {
@@ -121,7 +121,7 @@ func staging(version string) bool {
 }
 
 // capabilities are what the version of containerd may expect of the snapshotter.
-func (n *Node) capabilities() (list []string) {
+func capabilities(n *Node) (list []string) {
 	if staging(n.tools.Version) {
 		list = append(list, "rebase")
 	}

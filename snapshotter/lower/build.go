@@ -154,7 +154,8 @@ func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavo
 	place func(content.ObjectID) (content.Place, bool), packs []erofs.Device,
 ) error {
 	w := bufio.NewWriterSize(to, 1<<20)
-	o := erofs.Options{Place: place, Packs: packs, Redirect: c.opts.Kernel.Shared && flavour == Plain && c.fits(len(packs))}
+	shared := c.opts.Kernel.Shared && flavour == Plain && c.fits(len(packs))
+	o := erofs.Options{Place: place, Packs: packs, Redirect: shared}
 	_, err := erofs.WriteChain(ctx, w, root, o)
 	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
 		log.G(ctx).WithError(err).Warn("a chain image shares no memory with others")

@@ -42,8 +42,8 @@ var ErrTooLong = errors.New("mount options are too long: use shorter paths for r
 //
 // Owners are mapped by containerd, for which it clones the mount of the directory in which the lower one lies, and maps
 // that. The lower one is said to lie in itself ("/."), so that this is the mount of the image and no other. Before 2.3
-// it also does so for a mount that is made read-only, when the upper directory is a lower one, too: then it maps what is
-// above both. So Lower has to be given by a symbolic link that lies beside the upper directories, and the image is
+// it also does so for a mount that is made read-only, when the upper directory is a lower one, too: then it maps what
+// is above both. So Lower has to be given by a symbolic link that lies beside the upper directories, and the image is
 // found, not mapped; that is enough to look up users.
 //
 // BuildKit reads on only where each option is index=off or begins with one of the words above or "redirect_dir=".

@@ -211,7 +211,8 @@ func (n *node) lookAtSnapshotPlugin(c *containerd) {
 		switch {
 		case maps && !mapper:
 			n.add(Problem, "containerd.remap-ids", install,
-				"capability \"remap-ids\" with containerd %s, which maps no owners: pods in user namespaces do not start", c.version)
+				"capability \"remap-ids\" with containerd %s, which maps no owners: pods in user namespaces do not start",
+				c.version)
 		case maps && !n.idMapped:
 			n.add(Problem, "containerd.remap-ids", install,
 				"capability \"remap-ids\" on a kernel that cannot (kernel.id-mapped): pods in user namespaces do not start")
