@@ -129,7 +129,7 @@ func doctorIsContent(t *testing.T, n *node.Node) {
 		"kernel.erofs", "kernel.upper", "kernel.data-only", "kernel.nested", "kernel.id-mapped", "kernel.fs-verity",
 		"disk.type", "disk.space", "disk.inodes", "disk.inode-ratio", "disk.d_type", "disk.reflink",
 		"containerd.version", "containerd.mount-namespace", "containerd.reached", "containerd.config", "containerd.snapshotter", "containerd.exports-root",
-		"containerd.capabilities", "containerd.differ", "containerd.differ-order", "containerd.unpack-config", "containerd.cri", "mounts.leaked",
+		"containerd.capabilities", "containerd.remap-ids", "containerd.differ", "containerd.differ-order", "containerd.unpack-config", "containerd.cri", "mounts.leaked",
 	} {
 		if !slices.ContainsFunc(list, func(f found) bool { return f.Check == check }) {
 			t.Errorf("%s was not looked at", check)
@@ -250,7 +250,7 @@ func TestDoctorOldContainerd(t *testing.T) {
 	path := filepath.Join(n.Dir(), "containerd.toml")
 	b, err := os.ReadFile(path)
 	must(t, err)
-	text := strings.Replace(string(b), "[proxy_plugins.dedup]\n", "[proxy_plugins.dedup]\ncapabilities = ['rebase']\n", 1)
+	text := strings.Replace(string(b), "capabilities = ['remap-ids']", "capabilities = ['rebase', 'remap-ids']", 1)
 	text = strings.Replace(text, "root = '"+n.DedupRoot()+"'", "root = '/elsewhere'", 1)
 	must(t, os.WriteFile(path, []byte(text), 0o600))
 	must(t, n.RestartContainerd(testContext(t)))

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -123,7 +124,10 @@ func (s *Snapshotter) buildImage(ctx context.Context, name string, delay time.Du
 	s.startJob(ctx, name, delay, func(ctx context.Context) error {
 		chain, err := s.resolve(ctx, name)
 		if err == nil {
-			err = s.chains.Build(ctx, chain)
+			err = s.chains.Build(ctx, chain, lower.Plain)
+		}
+		if err == nil && s.mapped.Load() {
+			err = s.chains.Build(ctx, chain, lower.Mapped)
 		}
 		if err != nil && !isGone(err) && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Errorf("build chain image of %q", name)
@@ -137,12 +141,12 @@ func (s *Snapshotter) buildImage(ctx context.Context, name string, delay time.Du
 // it. A view and an extraction wait as long as it takes: clients use what they are told at once, and do not ask again.
 func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l below, late bool, err error) {
 	if c.extraction || c.view || c.parent == "" {
-		l, err = s.below(ctx, c.id, c.parent, c.extraction)
+		l, err = s.below(ctx, c)
 		return l, false, err
 	}
 	var found below
 	j := s.startJob(ctx, key, 0, func(ctx context.Context) (err error) {
-		found, err = s.below(ctx, c.id, c.parent, false)
+		found, err = s.below(ctx, c)
 		return err
 	})
 	if j == nil {
@@ -158,7 +162,7 @@ func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l 
 	case <-timer.C:
 	}
 	log.G(ctx).Infof("what lies below snapshot %q is not there yet: Mounts waits for it", key)
-	return below{dir: s.path(dirAbsent), chain: true}, true, nil
+	return below{dir: s.path(dirAbsent), chain: true, ids: c.ids}, true, nil
 }
 
 // dirAbsent is never there, so that nothing mounts over it.
@@ -168,6 +172,12 @@ const dirAbsent = "not-built-yet"
 type creation struct {
 	id, parent       string
 	extraction, view bool
+	ids              idMap // how owners are mapped
+}
+
+// recreation is what create was asked for when it made a stored snapshot.
+func recreation(id, key string, info snapshots.Info) creation {
+	return creation{id: id, parent: info.Parent, extraction: isExtraction(key, info.Labels), ids: idMapOf(info)}
 }
 
 // lateHold is how long an ingest that Prepare did not wait for is kept going, and its layer kept, until Apply comes

@@ -163,7 +163,7 @@ func TestBuildStopsWhenNobodyWaits(t *testing.T) {
 	for range 2 {
 		one, cancel := context.WithCancel(ctx)
 		cancels = append(cancels, cancel)
-		go func() { gone <- s.chains.Build(one, chain) }()
+		go func() { gone <- s.chains.Build(one, chain, lower.Plain) }()
 	}
 	<-g.started
 	eventually(t, "both wait", func() bool {
@@ -179,7 +179,7 @@ func TestBuildStopsWhenNobodyWaits(t *testing.T) {
 	}
 	eventually(t, "the build stops", func() bool { return g.cancelled.Load() == 1 })
 	close(g.goOn)
-	if err := s.chains.Build(ctx, chain); err != nil || g.begun.Load() != 2 {
+	if err := s.chains.Build(ctx, chain, lower.Plain); err != nil || g.begun.Load() != 2 {
 		t.Errorf("the next one: %v, after %d merges", err, g.begun.Load())
 	}
 }
@@ -197,7 +197,7 @@ func TestBuildStopsWithItsSnapshot(t *testing.T) {
 	eventually(t, "the build stops", func() bool { return g.cancelled.Load() == 1 })
 	s.wg.Wait()
 	chain, err := s.resolve(ctx, name)
-	if err != nil || s.chains.IsUsed(s.chains.Name(chain)) || s.Builds().Running > 0 {
+	if err != nil || s.chains.IsUsed(s.chains.Name(chain, lower.Plain)) || s.Builds().Running > 0 {
 		t.Errorf("still used, or in work: %+v, %v", s.Builds(), err)
 	}
 }

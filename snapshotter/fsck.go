@@ -160,7 +160,9 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 	chains := map[lower.Name][]content.LayerID{}
 	for _, n := range stored.graph(s.chains.Name).nodes {
 		if n.whole {
-			chains[n.chain], _ = n.layers()
+			for _, name := range n.names() {
+				chains[name], _ = n.layers()
+			}
 		}
 	}
 	var names []lower.Name
@@ -184,7 +186,7 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 			return found, err
 		}
 		if opts.Repair {
-			if err := s.chains.Rebuild(ctx, chains[n]); err != nil {
+			if err := s.chains.Rebuild(ctx, n, chains[n]); err != nil {
 				return found, fmt.Errorf("repair chain image %s: %w", n, err)
 			}
 			f.Fixed, f.Hint = true, "containers that run keep the old one until they are started again"

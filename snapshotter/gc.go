@@ -260,7 +260,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 			n = n.parent
 		}
 		if n != nil && n.whole {
-			chainsUsed[n.chain] = true
+			chainsUsed[n.chain], chainsUsed[n.mapped] = true, true
 		}
 	}
 	for _, d := range dirs {

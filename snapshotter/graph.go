@@ -17,14 +17,17 @@ type snapshotNode struct {
 	kind   snapshots.Kind
 	place  chainPlace
 	// layer is zero when the directory is not yet ingested: the snapshot is pending.
-	layer  content.LayerID
-	chain  lower.Name // of a committed one's layers
-	whole  bool       // it has a chain: none of its layers is pending
-	images int        // how many images lead to it
+	layer content.LayerID
+	// chain and mapped name the chain images of a committed one's layers.
+	chain, mapped lower.Name
+	whole         bool // it has a chain: none of its layers is pending
+	images        int  // how many images lead to it
 	// foreign: something that is no image needs it. used: a container, a view or a lease keeps it.
 	foreign, used bool
 	// users are the containers and views directly on it.
 	users int
+	// flavour is that of the chain image that a container or a view lies on.
+	flavour lower.Flavour
 }
 
 type chainPlace struct {
@@ -39,12 +42,12 @@ type snapshotGraph struct {
 }
 
 // graph links the snapshots with each other, and with their chain images.
-func (r records) graph(name func([]content.LayerID) lower.Name) *snapshotGraph {
+func (r records) graph(name func([]content.LayerID, lower.Flavour) lower.Name) *snapshotGraph {
 	g := &snapshotGraph{byPlace: map[chainPlace][]*snapshotNode{}}
 	byName := map[string]*snapshotNode{}
 	parents := map[*snapshotNode]string{}
 	for _, sn := range r.whole {
-		n := &snapshotNode{id: sn.id, kind: sn.Kind}
+		n := &snapshotNode{id: sn.id, kind: sn.Kind, flavour: flavourOf(sn.Info)}
 		n.layer, _ = layerOf(sn.Info)
 		if chain, ok := chainOfName(sn.Name); ok && n.kind == snapshots.KindCommitted {
 			n.place = chainPlace{sn.Labels[labelNamespace], chain}
@@ -63,10 +66,26 @@ func (r records) graph(name func([]content.LayerID) lower.Name) *snapshotGraph {
 	return g
 }
 
-func (n *snapshotNode) setChain(name func([]content.LayerID) lower.Name) {
+func (n *snapshotNode) setChain(name func([]content.LayerID, lower.Flavour) lower.Name) {
 	if chain, ok := n.layers(); ok {
-		n.chain, n.whole = name(chain), true
+		n.chain, n.mapped, n.whole = name(chain, lower.Plain), name(chain, lower.Mapped), true
 	}
+}
+
+// names are the chain images of a committed snapshot's layers.
+func (n *snapshotNode) names() []lower.Name {
+	if n.mapped == n.chain {
+		return []lower.Name{n.chain}
+	}
+	return []lower.Name{n.chain, n.mapped}
+}
+
+// below names the chain image that a container or a view on n lies on.
+func (n *snapshotNode) below(f lower.Flavour) lower.Name {
+	if f == lower.Mapped {
+		return n.mapped
+	}
+	return n.chain
 }
 
 // layers returns the layers of a committed snapshot and all below it, base first, when all are there.

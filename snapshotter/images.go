@@ -207,37 +207,45 @@ func (r *imagesReport) addChains(size func(lower.Name) (int64, bool)) {
 	for i := range r.images {
 		own := map[lower.Name]bool{}
 		for _, n := range r.images[i].snapshots {
-			if bytes, ok := size(n.chain); ok && n.whole && !own[n.chain] {
-				own[n.chain] = true
-				owners[n.chain] = owner{i, i}
-				add(&r.images[i].usage.Stored, layer.Usage{Bytes: bytes, Inodes: 1})
+			for _, name := range n.names() {
+				if bytes, ok := size(name); ok && n.whole && !own[name] {
+					own[name] = true
+					owners[name] = owner{i, i}
+					add(&r.images[i].usage.Stored, layer.Usage{Bytes: bytes, Inodes: 1})
+				}
 			}
 		}
 	}
 	for _, n := range r.graph.nodes {
-		o, ok := owners[n.chain]
-		if !ok || n.kind != snapshots.KindCommitted {
-			continue
+		for _, name := range n.names() {
+			o, ok := owners[name]
+			if !ok || n.kind != snapshots.KindCommitted {
+				continue
+			}
+			if !n.alone() {
+				o.exclusive = -1
+			}
+			if !n.alone() || n.used {
+				o.freed = -1
+			}
+			owners[name] = o
 		}
-		if !n.alone() {
-			o.exclusive = -1
-		}
-		if !n.alone() || n.used {
-			o.freed = -1
-		}
-		owners[n.chain] = o
 	}
 	// Two images with one chain each have a snapshot of it, in different namespaces.
 	for i := range r.images {
 		for _, n := range r.images[i].snapshots {
-			if o, ok := owners[n.chain]; ok && n.alone() {
+			for _, name := range n.names() {
+				o, ok := owners[name]
+				if !ok || !n.alone() {
+					continue
+				}
 				if o.exclusive != i {
 					o.exclusive = -1
 				}
 				if o.freed != i {
 					o.freed = -1
 				}
-				owners[n.chain] = o
+				owners[name] = o
 			}
 		}
 	}

@@ -2,7 +2,9 @@ package snapshotter
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
@@ -14,6 +16,9 @@ const fileMetacopy = "metacopy"
 
 // probeKernel finds out how to mount overlays here.
 func (s *Snapshotter) probeKernel() error {
+	if err := linkTo(filepath.Join(s.opts.RunDir, dirChains), s.path(linkMounts)); err != nil {
+		return fmt.Errorf("link to where chain images are mounted: %w", err)
+	}
 	uppers, err := os.ReadDir(s.path(dirSnapshots))
 	if err != nil {
 		return err

@@ -143,7 +143,7 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 		return fmt.Errorf("open layers: %w", err)
 	}
 	var chains [][]content.LayerID
-	nodes := stored.graph(func([]content.LayerID) lower.Name { return lower.Name{} }).nodes
+	nodes := stored.graph(func([]content.LayerID, lower.Flavour) lower.Name { return lower.Name{} }).nodes
 	for _, n := range nodes {
 		if chain, ok := n.layers(); ok {
 			chains = append(chains, chain)
@@ -156,7 +156,7 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 	for _, n := range nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
 			if chain, ok := n.parent.layers(); ok {
-				s.chains.Use(s.chains.Name(chain), n.id)
+				s.chains.Use(s.chains.Name(chain, n.flavour), n.id)
 			}
 		}
 	}

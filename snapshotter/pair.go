@@ -174,7 +174,7 @@ func sideOfSnapshot(
 	}
 	if top != s.upper(id) {
 		return side{snapshot: info.Parent, parent: info.Parent, chain: found.chain},
-			info.Parent != "" && s.chains.MountPoint(s.chains.Name(found.chain)) == top, nil
+			info.Parent != "" && s.chains.MountPoint(s.chains.Name(found.chain, lower.Plain)) == top, nil
 	}
 	if _, applied := layerOf(info); applied || info.Kind != snapshots.KindActive || info.Labels[labelUIDMapping] != "" {
 		return side{}, false, nil
@@ -196,7 +196,7 @@ func (p *Pair) mountChain(ctx context.Context, of side) (dir string, packs []str
 		p.s.unuse(context.WithoutCancel(ctx), use)
 		return nil
 	})
-	l, err := p.s.below(ctx, use, of.parent, false)
+	l, err := p.s.below(ctx, creation{id: use, parent: of.parent})
 	return l.dir, l.packs, err
 }
 

@@ -60,6 +60,13 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}
 	var id string
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
+		if c.ids, err = (idMapper{s.kernel.NoIDMap}).maps(ctx, key, parent, labels); err != nil {
+			return err
+		}
+		if c.ids != (idMap{}) {
+			labels[labelIDMap] = c.ids.uids + " " + c.ids.gids
+			s.mapped.Store(true)
+		}
 		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
 			s.ids.add(id, key)
 		}
@@ -105,8 +112,8 @@ func (s *Snapshotter) restoreDirs(id string, l below) error {
 		return err
 	}
 	err := s.makeDir(s.upper(id), 0o755)
-	if err == nil && l.chain && l.mounted {
-		err = copyRoot(l.dir, s.upper(id))
+	if err == nil && (l.chain && l.mounted || l.ids != (idMap{})) {
+		err = copyRoot(l.dir, s.upper(id), l.ids)
 	}
 	if err != nil {
 		return err
@@ -122,7 +129,7 @@ func (s *Snapshotter) makeLate(ctx context.Context, key, id string, active snaps
 	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	l, err := s.below(ctx, id, active.Parent, isExtraction(key, active.Labels))
+	l, err := s.below(ctx, recreation(id, key, active))
 	if err != nil {
 		return err
 	}
@@ -139,30 +146,36 @@ type below struct {
 	mounted bool
 	// packs are where the packs are mounted over which it lies.
 	packs []string
+	// ids are how containerd is to map owners.
+	ids idMap
 }
 
-func (s *Snapshotter) below(ctx context.Context, id, parent string, extraction bool) (below, error) {
-	if parent == "" {
-		return below{dir: s.path(dirEmpty)}, nil
+func (s *Snapshotter) below(ctx context.Context, c creation) (below, error) {
+	if c.parent == "" {
+		return below{dir: s.path(dirEmpty), ids: c.ids}, nil
 	}
-	chain, err := s.resolve(ctx, parent)
+	chain, err := s.resolve(ctx, c.parent)
 	if err != nil {
 		return below{}, err
 	}
-	name := s.chains.Name(chain)
-	l := below{dir: s.chains.MountPoint(name), chain: true}
-	if extraction && s.usesApply() {
+	flavour := lower.Flavour(c.ids != idMap{})
+	name := s.chains.Name(chain, flavour)
+	l := below{dir: s.chains.MountPoint(name), chain: true, ids: c.ids}
+	if flavour == lower.Mapped {
+		l.dir = s.path(linkMounts, name.Hex())
+	}
+	if c.extraction && s.usesApply() {
 		return l, nil
 	}
 	if err := s.healthy(ctx, chain); err != nil {
 		return below{}, err
 	}
-	s.chains.Use(name, id)
+	s.chains.Use(name, c.id)
 	l.mounted = true
-	have, err := s.chains.Ensure(ctx, chain)
+	have, err := s.chains.Ensure(ctx, chain, flavour)
 	if errors.Is(err, layer.ErrDamaged) { // found out only now
 		if err = s.healthy(ctx, chain); err == nil {
-			have, err = s.chains.Ensure(ctx, chain)
+			have, err = s.chains.Ensure(ctx, chain, flavour)
 		}
 	}
 	l.packs = have.Packs
@@ -188,7 +201,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	if info.Labels[labelStaged] != "" {
 		return s.stagedMounts(ctx, id)
 	}
-	l, err := s.below(ctx, id, info.Parent, isExtraction(key, info.Labels))
+	l, err := s.below(ctx, recreation(id, key, info))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
 	}
@@ -204,6 +217,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 // only one read-only. A view is a bind of one directory, which nobody needs to understand: BuildKit takes options out
 // of an overlay, and fails where there are some that it does not know.
 func (s *Snapshotter) mounts(ctx context.Context, kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
+	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs, UIDs: l.ids.uids, GIDs: l.ids.gids}
 	if kind == snapshots.KindView {
 		dir, err := l.dir, error(nil)
 		if len(l.packs) > 0 {
@@ -211,22 +225,26 @@ func (s *Snapshotter) mounts(ctx context.Context, kind snapshots.Kind, id string
 				return nil, err
 			}
 		}
-		return []mount.Mount{{Type: "bind", Source: dir, Options: []string{"ro", "rbind"}}}, nil
+		return []mount.Mount{{Type: "bind", Source: dir, Options: lower.Bind(stack)}}, nil
 	}
-	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs, Upper: s.upper(id), Work: s.work(id)}
+	stack.Upper, stack.Work = s.upper(id), s.work(id)
 	options, err := s.kernel.Overlay(stack)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
 }
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.
-func copyRoot(from, to string) error {
+func copyRoot(from, to string, ids idMap) error {
 	var st unix.Stat_t
 	if err := unix.Stat(from, &st); err != nil {
 		return fmt.Errorf("root of chain image: %w", err)
 	}
+	uid, gid, err := ids.owner(st.Uid, st.Gid)
+	if err != nil {
+		return err
+	}
 	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec}}
 	return errors.Join(
-		unix.Chown(to, int(st.Uid), int(st.Gid)),
+		unix.Chown(to, uid, gid),
 		unix.Chmod(to, st.Mode&0o7777),
 		copyXattrs(from, to),
 		unix.UtimesNanoAt(unix.AT_FDCWD, to, times, 0),

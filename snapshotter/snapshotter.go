@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -65,6 +66,7 @@ type Snapshotter struct {
 	refs   *index // snapshot.ref -> names of committed snapshots
 	ids    *index // id -> key of an active snapshot
 
+	mapped   atomic.Bool // see use
 	counters *counters
 	opened   chan struct{} // closed once chains is there
 
@@ -270,7 +272,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	for _, n := range stored.graph(s.chains.Name).nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
-			s.chains.Use(n.parent.chain, n.id)
+			use(s, n)
 		}
 	}
 	return nil

@@ -13,6 +13,8 @@ import (
 	"github.com/urfave/cli/v2"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/doctor"
 )
 
 // versionTimeout bounds the question for containerd's version, which is answered from memory.
@@ -94,6 +96,7 @@ func containerdSnippet(c *cli.Context) (p snippet, err error) {
 			p.Root = s.Root
 		}
 	}
+	p.Maps = p.Version > 2 && doctor.MapsIDs(p.Root) == nil
 	return p, nil
 }
 
@@ -140,6 +143,19 @@ type snippet struct {
 	CRI        bool
 	// Staging: unpacking layers side by side goes together with serving known ones.
 	Staging bool
+	// Maps: containerd maps the owners of files for containers in user namespaces, and the kernel can.
+	Maps bool
+}
+
+// Capabilities are what containerd may expect of the snapshotter.
+func (p snippet) Capabilities() (list []string) {
+	if p.Staging {
+		list = append(list, tomlString("rebase"))
+	}
+	if p.Maps {
+		list = append(list, tomlString("remap-ids"))
+	}
+	return list
 }
 
 func (p snippet) render() (string, error) {
@@ -153,7 +169,9 @@ func (p snippet) render() (string, error) {
 // The unpack_config of config.toml replaces containerd's built-in one, which has overlayfs alone:
 // without repeating that, a plain `ctr image pull` finds nobody to unpack. The first entry
 // serves who asks for no snapshotter.
-var snippetTemplate = template.Must(template.New("").Funcs(template.FuncMap{"quote": tomlString}).Parse(
+var snippetTemplate = template.Must(template.New("").Funcs(template.FuncMap{
+	"quote": tomlString, "join": strings.Join,
+}).Parse(
 	`# For containerd {{.Containerd}}: merge into /etc/containerd/config.toml, then restart containerd.
 version = {{.Version}}
 
@@ -163,8 +181,13 @@ version = {{.Version}}
   # Where the kubelet measures the image file system.
   exports = { root = {{quote .Root}} }
 {{- if .Staging}}
-  # Allows max_concurrent_unpacks > 1. Only for containerd 2.4 and newer: older ones would fetch what is known.
-  capabilities = ["rebase"]
+  # rebase allows max_concurrent_unpacks > 1. Only for containerd 2.4 and newer: older ones would fetch what is known.
+{{- end}}
+{{- if .Maps}}
+  # remap-ids: pods with hostUsers: false share files. Only where "dedupctl doctor" finds kernel.id-mapped ok.
+{{- end}}
+{{- with .Capabilities}}
+  capabilities = [{{join . ", "}}]
 {{- end}}
 
 [proxy_plugins.dedup-diff]

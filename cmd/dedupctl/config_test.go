@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/doctor"
 )
 
 // dedupctl runs the program in this process.
@@ -71,8 +73,15 @@ func TestContainerdConfig(t *testing.T) {
 				}},
 			}
 			proxy := values{"type": "snapshot", "address": socket, "exports": values{"root": root}}
+			var capabilities []any
 			if row.name == "2.4" {
-				proxy["capabilities"] = []any{"rebase"}
+				capabilities = append(capabilities, "rebase")
+			}
+			if row.want["version"] != int64(2) && doctor.MapsIDs("/") == nil {
+				capabilities = append(capabilities, "remap-ids")
+			}
+			if capabilities != nil {
+				proxy["capabilities"] = capabilities
 			}
 			want := values{
 				"version": row.want["version"],

@@ -43,8 +43,8 @@ func (n *Node) containerdConfig() ([]byte, error) {
 			"type": "snapshot", "address": n.DedupAddress(),
 			"exports": table{"root": n.DedupRoot()},
 		}
-		if staging(n.tools.Version) {
-			proxies[Snapshotter].(table)["capabilities"] = []string{"rebase"}
+		if list := capabilities(n); len(list) > 0 {
+			proxies[Snapshotter].(table)["capabilities"] = list
 		}
 		if !n.opts.NoDiffer {
 			proxies[Differ] = table{"type": "diff", "address": n.DedupAddress()}
@@ -118,6 +118,17 @@ func staging(version string) bool {
 	var major, minor int
 	_, err := fmt.Sscanf(version, "%d.%d", &major, &minor)
 	return err == nil && (major > 2 || major == 2 && minor >= 4)
+}
+
+// capabilities are what the version of containerd may expect of the snapshotter.
+func capabilities(n *Node) (list []string) {
+	if staging(n.tools.Version) {
+		list = append(list, "rebase")
+	}
+	if !n.opts.NoRemapIDs && !strings.HasPrefix(n.tools.Version, "1.") {
+		list = append(list, "remap-ids")
+	}
+	return list
 }
 
 // differs is the order in which containerd asks differs to apply or compare.

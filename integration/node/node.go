@@ -31,6 +31,8 @@ type Options struct {
 	NoDedup bool
 	// NoDiffer leaves only the dedup differ out.
 	NoDiffer bool
+	// NoRemapIDs leaves out the capability to map owners, as a node has it that was set up before that was there.
+	NoRemapIDs bool
 	// Proxies are further proxy snapshotters: name -> path of the socket.
 	Proxies map[string]string
 	// CRI switches containerd's CRI plugin on.

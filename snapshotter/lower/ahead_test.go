@@ -23,7 +23,7 @@ func TestMetadataIsReadAhead(t *testing.T) {
 		one := l.ingest(files)
 		l.ensure(one)
 		l.drops.Wait()
-		n := l.Name([]content.LayerID{one})
+		n := l.Name([]content.LayerID{one}, Plain)
 		image, pack := l.Image(n), l.packs.path(l.known(n).ids()[0])
 		dropPages(t, image, pack)
 		l.ensure(one)

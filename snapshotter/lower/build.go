@@ -64,7 +64,7 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 			err = errors.Join(err, placed.Release())
 		}
 	}()
-	path, err := c.stage(ctx, root, placed)
+	path, err := c.stage(ctx, n, chain, root, placed)
 	if err != nil {
 		return fmt.Errorf("build chain image: %w", err)
 	}
@@ -122,7 +122,9 @@ func (c *Chains) settle(n Name, w *watch) {
 }
 
 // stage writes a chain's image under another name.
-func (c *Chains) stage(ctx context.Context, root *tree.Node, placed *object.Placed) (path string, err error) {
+func (c *Chains) stage(ctx context.Context, n Name, chain []content.LayerID, root *tree.Node, placed *object.Placed) (
+	path string, err error,
+) {
 	f, err := os.CreateTemp(c.opts.Staging, "chain-")
 	if err != nil {
 		return "", err
@@ -132,7 +134,7 @@ func (c *Chains) stage(ctx context.Context, root *tree.Node, placed *object.Plac
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	err = c.write(ctx, f, root, placed.Place, placed.Packs())
+	err = c.write(ctx, f, root, Flavour(n != c.Name(chain, Plain)), placed.Place, placed.Packs())
 	// A torn image would mount and show wrong metadata, so its bytes come before its name.
 	if err == nil {
 		err = f.Sync()
@@ -147,12 +149,13 @@ func (c *Chains) stage(ctx context.Context, root *tree.Node, placed *object.Plac
 }
 
 // write writes a chain's image. It is a private one where a shared one cannot be: with more packs than fit a mount's
-// options, or with a file that is named like a pack.
-func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node,
+// options, with a file that is named like a pack, or when it is for mapped owners.
+func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavour Flavour,
 	place func(content.ObjectID) (content.Place, bool), packs []erofs.Device,
 ) error {
 	w := bufio.NewWriterSize(to, 1<<20)
-	o := erofs.Options{Place: place, Packs: packs, Redirect: c.opts.Kernel.Shared && c.fits(len(packs))}
+	shared := c.opts.Kernel.Shared && flavour == Plain && c.fits(len(packs))
+	o := erofs.Options{Place: place, Packs: packs, Redirect: shared}
 	_, err := erofs.WriteChain(ctx, w, root, o)
 	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
 		log.G(ctx).WithError(err).Warn("a chain image shares no memory with others")

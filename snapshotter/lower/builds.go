@@ -27,8 +27,8 @@ type build struct {
 
 // Build makes sure that a chain's image exists. Callers that want the same one at the same time share the work, which
 // ends when all of them have gone.
-func (c *Chains) Build(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
+func (c *Chains) Build(ctx context.Context, chain []content.LayerID, f Flavour) error {
+	n := c.Name(chain, f)
 	c.mu.Lock()
 	b := c.builds[n]
 	if b == nil {

@@ -36,14 +36,25 @@ const (
 	ofVerity = "fs-verity\n"
 )
 
-// Name names the image of a chain.
-func (c *Chains) Name(chain []content.LayerID) Name { return c.opts.Kernel.name(chain) }
+// Flavour says what an image is mounted under.
+type Flavour bool
+
+const (
+	// Plain: a container that sees the owners of the image.
+	Plain Flavour = false
+	// Mapped: one in a user namespace, whose owners containerd maps. It maps directories alone, and data-only layers
+	// are none to it, so the image is a private one.
+	Mapped Flavour = true
+)
+
+// Name names the image of a chain. Where all images are private, both flavours are one.
+func (c *Chains) Name(chain []content.LayerID, f Flavour) Name { return c.opts.Kernel.name(chain, f) }
 
 // name names the image that the kernel lets a chain have.
-func (k Kernel) name(chain []content.LayerID) (n Name) {
+func (k Kernel) name(chain []content.LayerID, f Flavour) (n Name) {
 	h := sha256.New()
 	h.Write([]byte(chainVersion))
-	if k.Shared {
+	if k.Shared && f == Plain {
 		h.Write([]byte(ofShared))
 	}
 	if k.NoVerity == nil {

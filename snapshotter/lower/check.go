@@ -53,7 +53,7 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 		}
 	}
 	h := sha256.New()
-	if err := c.write(ctx, h, root, place, im.devices); err != nil {
+	if err := c.write(ctx, h, root, Flavour(n != c.Name(chain, Plain)), place, im.devices); err != nil {
 		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
 	}
 	if want := content.Sum(h.Sum(nil)); want != have {
@@ -109,9 +109,8 @@ func (c *Chains) openPack(d erofs.Device) (*erofs.Pack, error) {
 	return pack, nil
 }
 
-// Rebuild builds a chain image anew and mounts that where the old one is mounted.
-func (c *Chains) Rebuild(ctx context.Context, chain []content.LayerID) error {
-	n := c.Name(chain)
+// Rebuild builds the image of a chain anew and mounts that where the old one is mounted.
+func (c *Chains) Rebuild(ctx context.Context, n Name, chain []content.LayerID) error {
 	done, err := c.acquire(ctx, n)
 	if err != nil {
 		return err

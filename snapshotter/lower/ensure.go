@@ -22,8 +22,8 @@ type Below struct {
 func (c *Chains) IsMounted(n Name) bool { return isErofs(c.MountPoint(n)) }
 
 // Ensure makes sure that a chain is mounted.
-func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) (below Below, err error) {
-	n := c.Name(chain)
+func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID, f Flavour) (below Below, err error) {
+	n := c.Name(chain, f)
 	if !c.isBuilding(n) {
 		done, err := c.acquire(ctx, n)
 		if err != nil {
@@ -34,7 +34,7 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID) (below Bel
 			return below, nil
 		}
 	}
-	if err := c.Build(ctx, chain); err != nil {
+	if err := c.Build(ctx, chain, f); err != nil {
 		return below, err
 	}
 	done, err := c.acquire(ctx, n)

@@ -18,7 +18,7 @@ func Look(o Options, chains [][]content.LayerID) *Chains {
 	for _, k := range []Kernel{{Shared: true, NoVerity: errOff}, {Shared: true}, {NoVerity: errOff}, {}} {
 		found := 0
 		for _, chain := range chains {
-			if _, err := os.Lstat(filepath.Join(o.Images, k.name(chain).Hex()+ImageSuffix)); err == nil {
+			if _, err := os.Lstat(filepath.Join(o.Images, k.name(chain, Plain).Hex()+ImageSuffix)); err == nil {
 				found++
 			}
 		}

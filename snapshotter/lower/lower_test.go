@@ -168,7 +168,7 @@ func (l *lab) ingest(files map[string]string) content.LayerID {
 
 func (l *lab) ensure(chain ...content.LayerID) Below {
 	l.t.Helper()
-	b, err := l.Ensure(l.t.Context(), chain)
+	b, err := l.Ensure(l.t.Context(), chain, Plain)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -333,8 +333,8 @@ func TestPacksFollowImages(t *testing.T) {
 	inAllKinds(t, func(t *testing.T, l *lab) {
 		one, two := l.ingest(map[string]string{"a": text("a")}), l.ingest(map[string]string{"b": text("b")})
 		ctx := t.Context()
-		l.Use(l.Name([]content.LayerID{one}), "1")
-		l.Use(l.Name([]content.LayerID{one, two}), "2")
+		l.Use(l.Name([]content.LayerID{one}, Plain), "1")
+		l.Use(l.Name([]content.LayerID{one, two}, Plain), "2")
 		first, second := l.ensure(one), l.ensure(one, two)
 		packs := 0
 		if l.opts.Kernel.Shared {
@@ -392,7 +392,7 @@ func TestReopenedWithMounts(t *testing.T) {
 			t.Errorf("%d packs are mounted", got)
 		}
 		// As after a reboot, when the image is there and nothing is mounted.
-		if err := l.unmount(l.Name([]content.LayerID{one})); err != nil {
+		if err := l.unmount(l.Name([]content.LayerID{one}, Plain)); err != nil {
 			t.Fatal(err)
 		}
 		with(t, l.mounts(l.stack(l.ensure(one))), false, func(root string) {
@@ -410,7 +410,7 @@ func TestMergedBelowMounts(t *testing.T) {
 		for i := range 9 {
 			chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
 		}
-		n := l.Name(chain)
+		n := l.Name(chain, Plain)
 		l.Use(n, "1")
 		before := l.ensure(chain...)
 		container := l.mounts(l.stack(before))
@@ -464,8 +464,8 @@ func TestOtherPacksAreRefused(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			inAllKinds(t, func(t *testing.T, l *lab) {
 				one := l.ingest(map[string]string{"a": text("a"), "b": text("b")})
-				n := l.Name([]content.LayerID{one})
-				if err := l.Build(t.Context(), []content.LayerID{one}); err != nil {
+				n := l.Name([]content.LayerID{one}, Plain)
+				if err := l.Build(t.Context(), []content.LayerID{one}, Plain); err != nil {
 					t.Fatal(err)
 				}
 				path := l.packs.path(l.known(n).devices[0].Pack)
@@ -476,7 +476,7 @@ func TestOtherPacksAreRefused(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				below, err := l.Ensure(t.Context(), []content.LayerID{one})
+				below, err := l.Ensure(t.Context(), []content.LayerID{one}, Plain)
 				if row.served {
 					if err != nil || readFile(t, below.Chain, "a") != text("a") {
 						t.Errorf("%+v, %v", below, err)
@@ -499,10 +499,10 @@ func TestOtherPacksAreRefused(t *testing.T) {
 func TestCompareFindsDamage(t *testing.T) {
 	inAllKinds(t, func(t *testing.T, l *lab) {
 		chain := []content.LayerID{l.ingest(map[string]string{"a": text("a"), "b": text("b"), "tiny": "tiny"})}
-		if err := l.Build(t.Context(), chain); err != nil {
+		if err := l.Build(t.Context(), chain, Plain); err != nil {
 			t.Fatal(err)
 		}
-		n := l.Name(chain)
+		n := l.Name(chain, Plain)
 		whole, err := os.ReadFile(l.Image(n))
 		if err != nil {
 			t.Fatal(err)

@@ -15,6 +15,9 @@ type Stack struct {
 	Packs []string
 	// Upper and Work are there when the overlay can be written to.
 	Upper, Work string
+	// UIDs and GIDs are how containerd maps owners, as its labels have it; "" for not at all. Then Lower is one directory,
+	// the root of a file system, and there are no Packs.
+	UIDs, GIDs string
 }
 
 // maxOptions is how long all options of a mount may be together. containerd rewrites longer ones (one page less 512
@@ -38,6 +41,12 @@ var ErrTooLong = errors.New("mount options are too long: use shorter paths for r
 //   - BuildKit leaves out what begins with "redirect_dir=" and adds redirect_dir=off at the end. Nothing that is needed
 //     begins so, and data-only layers do not need redirect_dir where they do not need metacopy=on. Where they do
 //     (before Linux 6.16) the kernel refuses the two together, and BuildKit needs page_cache = "private".
+//
+// Owners are mapped by containerd, for which it clones the mount of the directory in which the lower one lies, and maps
+// that. The lower one is said to lie in itself ("/."), so that this is the mount of the image and no other. Before 2.3
+// it also does so for a mount that is made read-only, when the upper directory is a lower one, too: then it maps what
+// is above both. So Lower has to be given by a symbolic link that lies beside the upper directories, and the image is
+// found, not mapped; that is enough to look up users.
 func (k Kernel) Overlay(s Stack) (options []string, err error) {
 	defer func() {
 		if n := length(options); err == nil && n > maxOptions {
@@ -45,6 +54,11 @@ func (k Kernel) Overlay(s Stack) (options []string, err error) {
 		}
 	}()
 	lower := "lowerdir=" + strings.Join(s.Lower, ":")
+	if s.UIDs != "" {
+		k.Metacopy = false // such an upper directory has never been under anything but a private image
+		options = append(k.begin(k.alone()), "workdir="+s.Work, "upperdir="+s.Upper, lower+"/.")
+		return append(options, mapping(s)...), nil
+	}
 	if len(s.Packs) == 0 {
 		options = k.begin(k.alone())
 		if s.Upper != "" {
@@ -60,6 +74,16 @@ func (k Kernel) Overlay(s Stack) (options []string, err error) {
 	}
 	return append(k.begin(""), "upperdir="+s.Upper, lower, over(s.Upper+":"+chain), "workdir="+s.Work+","+over(chain)), nil
 }
+
+// Bind returns the options of a read-only view of one directory.
+func Bind(s Stack) []string {
+	if s.UIDs != "" {
+		return append(mapping(s), "rbind") // containerd does not map a bind mount with "ro"; an image is that by itself
+	}
+	return []string{"ro", "rbind"}
+}
+
+func mapping(s Stack) []string { return []string{"uidmap=" + s.UIDs, "gidmap=" + s.GIDs} }
 
 // Options returns what a container's overlay gets beside directories.
 func (k Kernel) Options() []string {

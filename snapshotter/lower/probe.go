@@ -42,6 +42,8 @@ type Kernel struct {
 	Loop bool
 	// NoVerity tells why packs and chain images have no fs-verity; nil when they have.
 	NoVerity error
+	// NoIDMap tells why owners cannot be mapped; nil when they can.
+	NoIDMap error
 	// Defaults are what overlayfs has on where a mount does not speak of it.
 	Defaults Defaults
 }
@@ -69,17 +71,18 @@ type Features struct {
 	// Metacopy says that data-only lower layers need metacopy=on (Linux 6.5 to 6.15).
 	Metacopy bool
 	Defaults Defaults
-	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why packs cannot have fs-verity.
+	// IDMapped tells why no overlay can be mounted over the ID-mapped mount of a chain image, Verity why packs cannot
+	// have fs-verity.
 	IDMapped, Verity error
 }
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
-func Examine(dir string) (Features, error) { return examine(dir, false, true) }
+func Examine(dir string) (Features, error) { return examine(dir, false) }
 
 // Probe examines the root and says what the daemon cannot do without. With metacopy, metacopy=on stays where the
 // kernel does without.
 func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, err error) {
-	f, err := examine(root, metacopy, false)
+	f, err := examine(root, metacopy)
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
@@ -93,7 +96,9 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 		return k, fmt.Errorf("the file system cannot hold overlayfs's upper directories "+
 			"(use ext4, or XFS with ftype=1, not overlayfs, NFS or FUSE): %w", f.Upper)
 	}
-	k = Kernel{Shared: f.DataOnly == nil, Metacopy: metacopy, Loop: f.Loop, Defaults: f.Defaults}
+	k = Kernel{
+		Shared: f.DataOnly == nil, Metacopy: metacopy, Loop: f.Loop, Defaults: f.Defaults, NoIDMap: f.IDMapped,
+	}
 	switch cache {
 	case PageCacheAuto:
 	case PageCachePrivate:
@@ -116,7 +121,7 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 
 // examine mounts small chain images over a pack, in both flavours, writable, and reads them. With keep, metacopy=on
 // stays.
-func examine(parent string, keep, idmap bool) (f Features, err error) {
+func examine(parent string, keep bool) (f Features, err error) {
 	dir, err := os.MkdirTemp(parent, ProbePrefix)
 	if err != nil {
 		return f, err
@@ -145,9 +150,7 @@ func examine(parent string, keep, idmap bool) (f Features, err error) {
 		return f, err
 	}
 	f.DataOnly = p.tryShared(&f, keep)
-	if idmap {
-		f.IDMapped = p.tryIDMap(image)
-	}
+	f.IDMapped = p.tryIDMap(image, f.Defaults)
 	return f, nil
 }
 
@@ -305,8 +308,11 @@ func (p *prober) tryNested(image string) (err error) {
 	return os.WriteFile(filepath.Join(lower, "new"), nil, 0o600)
 }
 
-func (p *prober) tryIDMap(image string) (err error) {
-	users, err := mount.GetUsernsFD("0:100000:65536", "0:100000:65536")
+// tryIDMap mounts an overlay over an image as containerd does for a container in a user namespace.
+func (p *prober) tryIDMap(image string, d Defaults) (err error) {
+	const root = 100000
+	ids := fmt.Sprintf("0:%d:65536", root)
+	users, err := mount.GetUsernsFD(ids, ids)
 	if err != nil {
 		return err
 	}
@@ -318,7 +324,27 @@ func (p *prober) tryIDMap(image string) (err error) {
 	if err := mount.IDMapMount(image, target, int(users.Fd())); err != nil {
 		return err
 	}
-	return unix.Unmount(target, unix.MNT_DETACH)
+	defer func() { err = errors.Join(err, unix.Unmount(target, unix.MNT_DETACH)) }()
+	s, merged, err := p.stack(Stack{Lower: []string{target}})
+	if err != nil {
+		return err
+	}
+	options, err := Kernel{Defaults: d}.Overlay(s)
+	if err != nil {
+		return err
+	}
+	if err := unix.Mount("overlay", merged, "overlay", 0, strings.Join(options, ",")); err != nil {
+		return fmt.Errorf("mount an overlay over an ID-mapped mount: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Unmount(merged, unix.MNT_DETACH)) }()
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(merged, "file"), &st); err != nil {
+		return err
+	}
+	if st.Uid != root || st.Gid != root {
+		return fmt.Errorf("an overlay over an ID-mapped mount shows owner %d:%d, want %d", st.Uid, st.Gid, root)
+	}
+	return p.check(merged)
 }
 
 // overlayDefault tells whether overlayfs has an option on where a mount does not speak of it.

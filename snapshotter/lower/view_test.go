@@ -33,7 +33,7 @@ func TestView(t *testing.T) {
 			}
 			at = dir
 		}
-		if err := l.Release(t.Context(), l.Name([]content.LayerID{layer})); err != nil {
+		if err := l.Release(t.Context(), l.Name([]content.LayerID{layer}, Plain)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := os.Stat(at); !errors.Is(err, os.ErrNotExist) {

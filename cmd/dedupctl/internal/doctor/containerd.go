@@ -103,10 +103,13 @@ func (n *node) lookAtVersion(c *containerd) {
 }
 
 // staging tells whether containerd wants the capability "rebase" (2.4); older ones would fetch what is known.
-func staging(version string) bool {
-	var major, minor int
-	_, err := fmt.Sscanf(strings.TrimPrefix(version, "v"), "%d.%d", &major, &minor)
-	return err == nil && (major > 2 || major == 2 && minor >= 4)
+func staging(version string) bool { return since(version, 2, 4) }
+
+// since tells whether a version is this one or newer.
+func since(version string, major, minor int) bool {
+	var have, part int
+	_, err := fmt.Sscanf(strings.TrimPrefix(version, "v"), "%d.%d", &have, &part)
+	return err == nil && (have > major || have == major && part >= minor)
 }
 
 // lookAtNamespaces: containerd has to see what the daemon mounts.
@@ -203,6 +206,21 @@ func (n *node) lookAtSnapshotPlugin(c *containerd) {
 			n.add(Info, "containerd.capabilities", install, "no capability \"rebase\": containerd cannot unpack layers side by side (max_concurrent_unpacks)")
 		default:
 			n.ok("containerd.capabilities", "capabilities fit containerd %s", c.version)
+		}
+		maps, mapper := slices.Contains(p.GetCapabilities(), "remap-ids"), since(c.version, 2, 0)
+		switch {
+		case maps && !mapper:
+			n.add(Problem, "containerd.remap-ids", install,
+				"capability \"remap-ids\" with containerd %s, which maps no owners: pods in user namespaces do not start",
+				c.version)
+		case maps && !n.idMapped:
+			n.add(Problem, "containerd.remap-ids", install,
+				"capability \"remap-ids\" on a kernel that cannot (kernel.id-mapped): pods in user namespaces do not start")
+		case !maps && mapper && n.idMapped:
+			n.add(Warning, "containerd.remap-ids", install,
+				"no capability \"remap-ids\": containerd copies all files for each pod in a user namespace (hostUsers: false)")
+		default:
+			n.ok("containerd.remap-ids", "user namespaces are served as containerd %s and the kernel can", c.version)
 		}
 	}
 }

@@ -91,6 +91,7 @@ type node struct {
 	self     *Self
 	daemon   ctdconfig.Process // zero when it does not run
 	findings []Finding
+	idMapped bool // lookAtKernel found that owners can be mapped
 }
 
 // Examine looks at everything. It needs root's rights.

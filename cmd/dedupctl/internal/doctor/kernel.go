@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,6 +27,15 @@ func (n *node) place() string {
 			return dir
 		}
 	}
+}
+
+// MapsIDs tells why the owners of files in root cannot be mapped for user namespaces here; nil when they can. It needs
+// root.
+func MapsIDs(root string) error {
+	n := node{}
+	n.Settings.Root = root
+	f, err := lower.Examine(n.place())
+	return errors.Join(err, f.Erofs, f.Upper, f.IDMapped)
 }
 
 // lookAtKernel tries out mounts as the daemon makes them.
@@ -79,11 +89,14 @@ func (n *node) sayKernel(f lower.Features) {
 	}
 	if f.Erofs == nil {
 		if f.IDMapped != nil {
-			n.add(Info, "kernel.id-mapped", "", "chain images cannot be ID-mapped (%v): containers in user namespaces get a copy of their files, as now", f.IDMapped)
+			n.add(Info, "kernel.id-mapped", "Linux 5.19 or newer",
+				"overlays over ID-mapped chain images do not work (%v): containerd copies all files for each container "+
+					"in a user namespace", f.IDMapped)
 		} else {
-			n.ok("kernel.id-mapped", "mounts of chain images can be ID-mapped")
+			n.ok("kernel.id-mapped", "overlays over ID-mapped chain images work: user namespaces need no copies")
 		}
 	}
+	n.idMapped = f.Erofs == nil && f.Upper == nil && f.IDMapped == nil
 	n.lookAtVerity(f.Verity)
 }
 
