@@ -69,8 +69,21 @@ type Features struct {
 	// Metacopy says that data-only lower layers need metacopy=on (Linux 6.5 to 6.15).
 	Metacopy bool
 	Defaults Defaults
-	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why packs cannot have fs-verity.
-	IDMapped, Verity error
+	// IDMapped tells why the chain image's mount cannot be ID-mapped, Verity why packs cannot have fs-verity, Punch why
+	// no holes can be made in them.
+	IDMapped, Verity, Punch error
+}
+
+// Mode names what follows for chain images: what containers share in memory, and where EROFS is mounted from.
+func (f Features) Mode() string {
+	cache, from := PageCachePrivate, "file"
+	if f.DataOnly == nil {
+		cache = PageCacheShared
+	}
+	if f.Loop {
+		from = "loop"
+	}
+	return fmt.Sprintf("%s, %s", cache, from)
 }
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
@@ -124,7 +137,7 @@ func examine(parent string, keep, idmap bool) (f Features, err error) {
 	p := prober{dir: dir, payload: []byte(strings.Repeat("served from a pack", 100))}
 	defer func() { err = errors.Join(err, p.close()) }()
 	f.Defaults = Defaults{overlayDefault("xino_auto"), overlayDefault("metacopy"), overlayDefault("redirect_dir")}
-	f.Verity = verity.Probe(dir)
+	f.Verity, f.Punch = verity.Probe(dir), p.tryPunch()
 	if err := p.write(); err != nil {
 		return f, err
 	}
@@ -210,6 +223,19 @@ func (p *prober) write() error {
 		}
 	}
 	return nil
+}
+
+// tryPunch makes a hole in a file.
+func (p *prober) tryPunch() error {
+	f, err := os.Create(p.path("punched"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(make([]byte, 2*content.BlockSize)); err != nil {
+		return err
+	}
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, content.BlockSize)
 }
 
 // needsLoop tells whether the kernel mounts EROFS from devices alone.

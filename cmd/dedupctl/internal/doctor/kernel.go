@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -80,6 +81,37 @@ func (n *node) lookAtKernel(context.Context) {
 		}
 	}
 	n.lookAtVerity(f.Verity)
+	if f.Punch != nil {
+		n.add(Info, "kernel.hole-punching", "", "the file system of root makes no holes in files (%v): room that an "+
+			"ingest reserved in vain in a pack comes back when packs are merged", f.Punch)
+	} else {
+		n.ok("kernel.hole-punching", "the file system of root makes holes in files")
+	}
+	n.sayMode(f)
+}
+
+// sayMode says what follows from what was found, and what a newer kernel would add.
+func (n *node) sayMode(f lower.Features) {
+	if f.Erofs != nil || f.Upper != nil {
+		n.add(Problem, "kernel.mode", "mend what the other findings name", "no mode: this node cannot serve images")
+		return
+	}
+	var newer []string
+	if f.DataOnly != nil {
+		newer = append(newer, "6.5: memory shared among images")
+	}
+	if f.Loop && f.Counted == nil {
+		newer = append(newer, "6.12: no loop devices")
+	}
+	if f.DataOnly == nil && f.Metacopy {
+		newer = append(newer, "6.16: data-only lower layers without metacopy")
+	}
+	if len(newer) == 0 {
+		n.ok("kernel.mode", "mode: %s. A newer kernel would add nothing", f.Mode())
+		return
+	}
+	n.add(Info, "kernel.mode", "", "mode: %s (unless page_cache says otherwise). A newer kernel would add, with Linux %s",
+		f.Mode(), strings.Join(newer, "; with Linux "))
 }
 
 func (n *node) lookAtVerity(missing error) {
