@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
@@ -93,7 +95,7 @@ func TestKernelNode(t *testing.T) {
 }
 
 // Many images and containers at a time: loop devices are shared where there are any, and everything is back after
-// removal, also where the daemon was killed meanwhile.
+// removal, also where the daemon was killed meanwhile. On a tmpfs every kernel needs loop devices.
 func TestManyImages(t *testing.T) {
 	images, containers := 6, 3
 	if scale := os.Getenv("DEDUP_SCALE"); scale != "" {
@@ -101,10 +103,27 @@ func TestManyImages(t *testing.T) {
 			t.Fatalf("DEDUP_SCALE=%s: want images,containers", scale)
 		}
 	}
-	n, r := startDedup(t, node.Options{}), startRegistry(t)
-	base := busybox(t)
+	for _, row := range []struct{ name, cache string }{{"disk", ""}, {"tmpfs", "shared"}, {"tmpfs", "private"}} {
+		t.Run(strings.TrimSpace(row.name+" "+row.cache), func(t *testing.T) { manyImages(t, row.name, row.cache, images, containers) })
+	}
+}
+
+func manyImages(t *testing.T, disk, cache string, images, containers int) {
+	opts := node.Options{Daemon: map[string]any{}}
+	if cache != "" {
+		opts.Daemon["page_cache"] = cache
+	}
+	if disk == "tmpfs" {
+		opts.Parent = onTmpfs(t)
+	}
+	n, r := startNode(t, opts), startRegistry(t)
 	f, err := lower.Examine(n.DedupRoot())
 	must(t, err)
+	if cache == "shared" && f.DataOnly != nil {
+		t.Skip(f.DataOnly)
+	}
+	must(t, n.StartDaemon(testContext(t)))
+	base := busybox(t)
 	var refs []string
 	for i := range images {
 		refs = append(refs, push(t, r, fmt.Sprint("many:", i), base, layer(t, payload(fmt.Sprint("many", i), "file", 20000))))
@@ -119,18 +138,12 @@ func TestManyImages(t *testing.T) {
 	}
 	each := time.Since(start) / time.Duration(max(1, containers))
 	devices := loopDevices(t, n.Dir())
-	t.Logf("row: scale=%d images, %d containers, mode %s: %d EROFS mounts, %d loop devices, %d ms a start", images, containers,
-		f.Mode(), erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
+	t.Logf("row: scale=%d images, %d containers on %s, mode %s (page_cache %q): %d EROFS mounts, %d loop devices, %d ms a start",
+		images, containers, disk, f.Mode(), cache, erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
 	if f.Loop == (len(devices) == 0) {
 		t.Errorf("loop devices: %q", devices)
 	}
-	once := map[string]int{}
-	for _, d := range devices {
-		// A pack may have two: one for chain images, one that it is mounted from itself.
-		if once[d]++; once[d] > 2 || once[d] > 1 && f.DataOnly != nil {
-			t.Errorf("%d loop devices over %s", once[d], d)
-		}
-	}
+	sharedOnly(t, devices, f.DataOnly == nil && cache != "private")
 	must(t, n.KillDaemon())
 	must(t, n.StartDaemon(testContext(t)))
 	if after := loopDevices(t, n.Dir()); len(after) != len(devices) {
@@ -150,4 +163,36 @@ func TestManyImages(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
+}
+
+// sharedOnly fails the test if a file has more loop devices than it needs: a pack that is mounted has one for chain
+// images, and one of its own.
+func sharedOnly(t *testing.T, devices []string, mountedPacks bool) {
+	t.Helper()
+	most := 1
+	if mountedPacks {
+		most = 2
+	}
+	count := map[string]int{}
+	for _, d := range devices {
+		if count[d]++; count[d] == most+1 {
+			t.Errorf("more than %d loop devices over %s", most, d)
+		}
+	}
+}
+
+// onTmpfs mounts a tmpfs, from whose files no kernel mounts EROFS.
+func onTmpfs(t *testing.T) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts")
+	}
+	dir := t.TempDir()
+	must(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=2g"))
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount the tmpfs: %v", err)
+		}
+	})
+	return dir
 }
