@@ -80,6 +80,10 @@ test: setup gcc ## vet and all tests; those that need root or a kernel feature s
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (200 MB of downloads, some ten minutes)
 	DEDUP_VM=1 $(GO) test -v -timeout 70m ./integration/vm
 
+.PHONY: test-kernels
+test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, an hour)
+	DEDUP_VM=1 $(GO) test -v -timeout 5h -run '^(TestKernels|TestSwitchKernels)$$' ./integration/vm | tee /dev/stderr | grep 'table: '
+
 .PHONY: lint
 lint: ## gofmt, vet, staticcheck, dead code, the tree's limits, and govulncheck where its database can be reached
 	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \
