@@ -99,7 +99,7 @@ func TestKernels(t *testing.T) {
 			itest := filepath.Join(t.TempDir(), "itest")
 			build(t, itest, "test", "-c", "./integration")
 			opts.Files["repo/integration/itest"] = itest
-			opts.Script = "export DEDUP_CACHE=/cache DEDUP_SCALE=" + os.Getenv("DEDUP_SCALE") + "\nset -e\n" +
+			opts.Script = "export DEDUP_SLOW=1 DEDUP_CACHE=/cache DEDUP_SCALE=" + os.Getenv("DEDUP_SCALE") + "\nset -e\n" +
 				"mkdir -p /tmp /var/tmp; cd /repo/integration\necho \"row: kernel=$(uname -r)\"\n" +
 				"/repo/bin/dedupctl doctor | grep -A1 kernel || true\n./itest -test.v -test.run '^TestKernelNode$'\n"
 			if row.mode != "refused" {
