@@ -104,7 +104,9 @@ func TestManyImages(t *testing.T) {
 		}
 	}
 	for _, row := range []struct{ name, cache string }{{"disk", ""}, {"tmpfs", "shared"}, {"tmpfs", "private"}} {
-		t.Run(strings.TrimSpace(row.name+" "+row.cache), func(t *testing.T) { manyImages(t, row.name, row.cache, images, containers) })
+		t.Run(strings.TrimSpace(row.name+" "+row.cache), func(t *testing.T) {
+			manyImages(t, row.name, row.cache, images, containers)
+		})
 	}
 }
 
@@ -126,7 +128,8 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 	base := busybox(t)
 	var refs []string
 	for i := range images {
-		refs = append(refs, push(t, r, fmt.Sprint("many:", i), base, layer(t, payload(fmt.Sprint("many", i), "file", 20000))))
+		own := layer(t, payload(fmt.Sprint("many", i), "file", 20000))
+		refs = append(refs, push(t, r, fmt.Sprint("many:", i), base, own))
 		pull(t, n, node.Snapshotter, refs[i])
 	}
 	var ids []string
@@ -138,8 +141,8 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 	}
 	each := time.Since(start) / time.Duration(max(1, containers))
 	devices := loopDevices(t, n.Dir())
-	t.Logf("row: scale=%d images, %d containers on %s, mode %s (page_cache %q): %d EROFS mounts, %d loop devices, %d ms a start",
-		images, containers, disk, f.Mode(), cache, erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
+	t.Logf("row: scale=%d images, %d containers on %s, mode %s (page_cache %q): "+
+		"%d EROFS mounts, %d loop devices, %d ms a start", images, containers, disk, f.Mode(), cache, erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
 	if f.Loop == (len(devices) == 0) {
 		t.Errorf("loop devices: %q", devices)
 	}

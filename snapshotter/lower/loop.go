@@ -65,7 +65,8 @@ func explainLoop(id content.PackID, err error) error {
 			"(give the daemon the host's /dev, which is a devtmpfs): %w", id, err)
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EEXIST), errors.Is(err, unix.ENOMEM):
 		// It is not about room on the disk, and must not look so.
-		return fmt.Errorf("loop device for pack %s: this machine has no more of them (losetup -a lists who has them): %v", id, err)
+		return fmt.Errorf("loop device for pack %s: this machine has no more of them "+
+			"(losetup -a lists who has them): %v", id, err)
 	}
 	return fmt.Errorf("loop device for pack %s: %w", id, err)
 }

@@ -80,18 +80,18 @@ func (n *node) lookAtKernel(context.Context) {
 			n.ok("kernel.id-mapped", "mounts of chain images can be ID-mapped")
 		}
 	}
-	n.lookAtVerity(f.Verity)
+	lookAtVerity(n, f.Verity)
 	if f.Punch != nil {
 		n.add(Info, "kernel.hole-punching", "", "the file system of root makes no holes in files (%v): room that an "+
 			"ingest reserved in vain in a pack comes back when packs are merged", f.Punch)
 	} else {
 		n.ok("kernel.hole-punching", "the file system of root makes holes in files")
 	}
-	n.sayMode(f)
+	sayMode(n, f)
 }
 
 // sayMode says what follows from what was found, and what a newer kernel would add.
-func (n *node) sayMode(f lower.Features) {
+func sayMode(n *node, f lower.Features) {
 	if f.Erofs != nil || f.Upper != nil {
 		n.add(Problem, "kernel.mode", "mend what the other findings name", "no mode: this node cannot serve images")
 		return
@@ -114,7 +114,7 @@ func (n *node) sayMode(f lower.Features) {
 		f.Mode(), strings.Join(newer, "; with Linux "))
 }
 
-func (n *node) lookAtVerity(missing error) {
+func lookAtVerity(n *node, missing error) {
 	if missing != nil {
 		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, not by the read that meets it", missing)
 		return
