@@ -142,7 +142,8 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 	each := time.Since(start) / time.Duration(max(1, containers))
 	devices := loopDevices(t, n.Dir())
 	t.Logf("row: scale=%d images, %d containers on %s, mode %s (page_cache %q): "+
-		"%d EROFS mounts, %d loop devices, %d ms a start", images, containers, disk, f.Mode(), cache, erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
+		"%d EROFS mounts, %d loop devices, %d ms a start", images, containers, disk,
+		f.Mode(), cache, erofsMounts(t, n.Dir()), len(devices), each.Milliseconds())
 	if f.Loop == (len(devices) == 0) {
 		t.Errorf("loop devices: %q", devices)
 	}
