@@ -91,6 +91,10 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 test-kubelet: setup ## a real kubelet on containerd with dedup (builds Kubernetes' kubelet once, ten minutes)
 	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
 
+.PHONY: test-kernels
+test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, an hour)
+	DEDUP_VM=1 $(GO) test -v -timeout 5h -run '^(TestKernels|TestSwitchKernels)$$' ./integration/vm | tee /dev/stderr | grep 'table: '
+
 .PHONY: lint
 lint: ## gofmt, vet, staticcheck, dead code, the tree's limits, and govulncheck where its database can be reached
 	@unformatted=$$(gofmt -l $$(git ls-files --cached --others --exclude-standard '*.go' | grep -v '\.pb\.go$$')); \

@@ -201,7 +201,7 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	if err := n.recordPid("containerd.pid", p.pid()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience(30*time.Second))
 	defer cancel()
 	return p.waitReady(ctx, n.dialContainerd)
 }
@@ -260,7 +260,7 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 	if err := n.recordPid("dedup.pid", p.pid()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience(30*time.Second))
 	defer cancel()
 	return p.waitReady(ctx, func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", n.DedupAddress())
@@ -343,4 +343,12 @@ func (n *Node) Close() error {
 	}
 	errs = append(errs, destroy(n.dir))
 	return errors.Join(errs...)
+}
+
+// patience is longer on an emulated machine, as DEDUP_SLOW says.
+func patience(d time.Duration) time.Duration {
+	if os.Getenv("DEDUP_SLOW") != "" {
+		return 10 * d
+	}
+	return d
 }

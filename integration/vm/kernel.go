@@ -16,6 +16,7 @@ import (
 
 // Suites of Debian whose kernels run.
 const (
+	Bullseye = "bullseye" // Debian 11, Linux 5.10
 	Bookworm = "bookworm" // Debian 12, Linux 6.1
 	Trixie   = "trixie"   // Debian 13, Linux 6.12
 	Sid      = "sid"      // unstable: about the newest Linux, another one every week

@@ -47,8 +47,12 @@ type Options struct {
 	Dir    string
 	Kernel Kernel
 	FS     FS // of the disk
-	// Files are put on the disk: name -> file here.
+	// Files are put on the disk: path -> file here.
 	Files map[string]string
+	// Disk is one that MakeDisk has made, for runs that go on with what an earlier one left; else one is made.
+	Disk string
+	// Root: the disk becomes the root directory, as containers need it (pivot_root does not leave an initramfs).
+	Root bool
 	// Script is what busybox's shell runs there, with the disk as its directory.
 	Script string
 	// Output gets what the machine prints, as it comes; may be nil.
@@ -70,9 +74,11 @@ func Run(ctx context.Context, opts Options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	disk, err := makeDisk(ctx, opts)
-	if err != nil {
-		return "", err
+	disk := opts.Disk
+	if disk == "" {
+		if disk, err = MakeDisk(ctx, opts); err != nil {
+			return "", err
+		}
 	}
 	bin, err := node.LookPath(qemu.Name)
 	if err != nil {
@@ -126,7 +132,14 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}
-	for name, data := range map[string]string{"bin/busybox": string(program), "init": initScript, "modules/order": strings.Join(order, "\n") + "\n", "modules/fs": string(opts.FS)} {
+	files := map[string]string{
+		"bin/busybox": string(program), "init": initScript, "script": opts.Script,
+		"modules/order": strings.Join(order, "\n") + "\n", "modules/fs": string(opts.FS),
+	}
+	if opts.Root {
+		files["modules/root"] = ""
+	}
+	for name, data := range files {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(data), 0o755); err != nil {
 			return "", fmt.Errorf("make initrd: %w", err)
 		}
@@ -139,19 +152,17 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	return file, nil
 }
 
-// makeDisk makes the file system with the files and the script.
-func makeDisk(ctx context.Context, opts Options) (string, error) {
+// MakeDisk makes the file system with the files, in opts.Dir.
+func MakeDisk(ctx context.Context, opts Options) (string, error) {
 	from, file := filepath.Join(opts.Dir, "files"), filepath.Join(opts.Dir, "disk.img")
 	if err := os.MkdirAll(from, 0o755); err != nil {
 		return "", fmt.Errorf("make disk: %w", err)
 	}
 	for name, path := range opts.Files {
-		if err := os.Link(path, filepath.Join(from, name)); err != nil {
+		to := filepath.Join(from, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), link(path, to)); err != nil {
 			return "", fmt.Errorf("make disk: %w", err)
 		}
-	}
-	if err := os.WriteFile(filepath.Join(from, "script"), []byte(opts.Script), 0o755); err != nil {
-		return "", fmt.Errorf("make disk: %w", err)
 	}
 	f, err := os.Create(file)
 	if err == nil {
@@ -172,4 +183,17 @@ func makeDisk(ctx context.Context, opts Options) (string, error) {
 		return "", fmt.Errorf("make disk: %w\n%s", err, out)
 	}
 	return file, nil
+}
+
+// link makes a hard link, or a copy where the file is on another file system.
+func link(from, to string) error {
+	err := os.Link(from, to)
+	if !errors.Is(err, unix.EXDEV) {
+		return err
+	}
+	data, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, data, 0o755)
 }

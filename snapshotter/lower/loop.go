@@ -35,11 +35,11 @@ func packLoop(pack *os.File, id content.PackID) (*os.File, error) {
 	for range loopTries {
 		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
 		if err != nil {
-			return nil, fmt.Errorf("loop device for pack %s: %w", id, err)
+			return nil, explainLoop(id, err)
 		}
 		l, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDONLY, 0)
 		if err != nil {
-			return nil, fmt.Errorf("loop device for pack %s: %w", id, err)
+			return nil, explainLoop(id, err)
 		}
 		// Direct: the device's own pages are enough. The kernel does without where the file system cannot.
 		config := unix.LoopConfig{Fd: uint32(pack.Fd()), Size: content.BlockSize}
@@ -55,6 +55,20 @@ func packLoop(pack *os.File, id content.PackID) (*os.File, error) {
 		}
 	}
 	return nil, fmt.Errorf("loop device for pack %s: others take every free one", id)
+}
+
+// explainLoop says what to do where no loop device is to be had.
+func explainLoop(id content.PackID, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("loop device for pack %s: /dev shows no more of them "+
+			"(give the daemon the host's /dev, which is a devtmpfs): %w", id, err)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EEXIST), errors.Is(err, unix.ENOMEM):
+		// It is not about room on the disk, and must not look so.
+		return fmt.Errorf("loop device for pack %s: this machine has no more of them "+
+			"(losetup -a lists who has them): %v", id, err)
+	}
+	return fmt.Errorf("loop device for pack %s: %w", id, err)
 }
 
 // findLoop returns the loop device with a label over an open file, or nil.

@@ -72,8 +72,20 @@ type Features struct {
 	Metacopy bool
 	Defaults Defaults
 	// IDMapped tells why no overlay can be mounted over the ID-mapped mount of a chain image, Verity why packs cannot
-	// have fs-verity.
-	IDMapped, Verity error
+	// have fs-verity, Punch why no holes can be made in them.
+	IDMapped, Verity, Punch error
+}
+
+// Mode names what follows for chain images: what containers share in memory, and where EROFS is mounted from.
+func (f Features) Mode() string {
+	cache, from := PageCachePrivate, "file"
+	if f.DataOnly == nil {
+		cache = PageCacheShared
+	}
+	if f.Loop {
+		from = "loop"
+	}
+	return fmt.Sprintf("%s, %s", cache, from)
 }
 
 // Examine tries out what the daemon needs, in a private directory below dir, which it removes.
@@ -129,7 +141,7 @@ func examine(parent string, keep bool) (f Features, err error) {
 	p := prober{dir: dir, payload: []byte(strings.Repeat("served from a pack", 100))}
 	defer func() { err = errors.Join(err, p.close()) }()
 	f.Defaults = Defaults{overlayDefault("xino_auto"), overlayDefault("metacopy"), overlayDefault("redirect_dir")}
-	f.Verity = verity.Probe(dir)
+	f.Verity, f.Punch = verity.Probe(dir), p.tryPunch()
 	if err := p.write(); err != nil {
 		return f, err
 	}
@@ -213,6 +225,19 @@ func (p *prober) write() error {
 		}
 	}
 	return nil
+}
+
+// tryPunch makes a hole in a file.
+func (p *prober) tryPunch() error {
+	f, err := os.Create(p.path("punched"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(make([]byte, 2*content.BlockSize)); err != nil {
+		return err
+	}
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, content.BlockSize)
 }
 
 // needsLoop tells whether the kernel mounts EROFS from devices alone.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -97,10 +98,41 @@ func (n *node) sayKernel(f lower.Features) {
 		}
 	}
 	n.idMapped = f.Erofs == nil && f.Upper == nil && f.IDMapped == nil
-	n.lookAtVerity(f.Verity)
+	lookAtVerity(n, f.Verity)
+	if f.Punch != nil {
+		n.add(Info, "kernel.hole-punching", "", "the file system of root makes no holes in files (%v): room that an "+
+			"ingest reserved in vain in a pack comes back when packs are merged", f.Punch)
+	} else {
+		n.ok("kernel.hole-punching", "the file system of root makes holes in files")
+	}
+	sayMode(n, f)
 }
 
-func (n *node) lookAtVerity(missing error) {
+// sayMode says what follows from what was found, and what a newer kernel would add.
+func sayMode(n *node, f lower.Features) {
+	if f.Erofs != nil || f.Upper != nil {
+		n.add(Problem, "kernel.mode", "mend what the other findings name", "no mode: this node cannot serve images")
+		return
+	}
+	var newer []string
+	if f.DataOnly != nil {
+		newer = append(newer, "6.5: memory shared among images")
+	}
+	if f.Loop && f.Counted == nil {
+		newer = append(newer, "6.12: no loop devices")
+	}
+	if f.DataOnly == nil && f.Metacopy {
+		newer = append(newer, "6.16: data-only lower layers without metacopy")
+	}
+	if len(newer) == 0 {
+		n.ok("kernel.mode", "mode: %s. A newer kernel would add nothing", f.Mode())
+		return
+	}
+	n.add(Info, "kernel.mode", "", "mode: %s (unless page_cache says otherwise). A newer kernel would add, with Linux %s",
+		f.Mode(), strings.Join(newer, "; with Linux "))
+}
+
+func lookAtVerity(n *node, missing error) {
 	if missing != nil {
 		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, not by the read that meets it", missing)
 		return
