@@ -40,6 +40,7 @@
 //	  layers/<64 hex>            trees
 //	  chains/<64 hex>.erofs      chain images; a cache
 //	  snapshots/<id>/{fs,work}   active snapshots
+//	  mounts                     a symbolic link to where chain images are mounted, for mapped containers
 //	  ingest/                    staging; emptied at start
 //	  empty/                     below containers without a parent
 //	  metacopy                   overlays have been mounted with metacopy=on

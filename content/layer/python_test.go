@@ -315,7 +315,9 @@ func TestPythonNeverRunsStaleCode(t *testing.T) {
 			if ran == want && was != wanted {
 				better++
 			}
-			if ran != want && was == wanted {
+			// What runs under overlayfs, too, is no news: where all files have one time, rsync leaves an old source alone
+			// there, and its code runs; here it copies the new one, beside bytecode that has the same time.
+			if ran != want && was == wanted && ran != was {
 				t.Errorf("round %d, %s: %s runs %q, and is %q", round, what, source, ran, want)
 			}
 		}
@@ -327,8 +329,7 @@ func TestPythonNeverRunsStaleCode(t *testing.T) {
 				if _, dir := e[strings.TrimSuffix(to, "/")]; !ok || !dir || from == to {
 					continue
 				}
-				// An image whose bytecode is stale where it lies runs stale code wherever it is copied to.
-				if ran, want := p.imports(from+module, cached(from+module)); ran != want {
+				if stale(t, e, p, from+module) || stale(t, e, p, to+module) {
 					continue
 				}
 				replace(e, from, to, module)
@@ -357,6 +358,17 @@ func TestPythonNeverRunsStaleCode(t *testing.T) {
 	if compared < 1000 || better == 0 {
 		t.Error("the worlds are too poor to show anything")
 	}
+}
+
+// stale tells whether an image runs stale code by itself: nothing follows from what a copy of it runs. It is an error
+// where only Python's timestamps are at fault.
+func stale(t *testing.T, e, p world, source string) bool {
+	ran, want := p.imports(source, cached(source))
+	was, wanted := e.imports(source, cached(source))
+	if ran != want && was == wanted {
+		t.Errorf("%s runs %q, and is %q", source, ran, want)
+	}
+	return was != wanted
 }
 
 func each(fn func(from, to, module string)) {

@@ -18,7 +18,8 @@ func TestStackingIsTold(t *testing.T) {
 		severity Severity
 		says     string
 	}{
-		{"counted", lower.Features{Loop: true, Counted: full}, "kernel.erofs", Info, "this kernel counts an EROFS file as a stacked file system"},
+		{"counted", lower.Features{Loop: true, Counted: full}, "kernel.erofs", Info,
+			"this kernel counts an EROFS file as a stacked file system"},
 		{"counted, and mended", lower.Features{Loop: true, Counted: full}, "kernel.nested", OK, "Docker in Docker"},
 		{"not counted", lower.Features{}, "kernel.erofs", OK, "straight from its files"},
 		{"no nesting", lower.Features{Nested: full}, "kernel.nested", Warning, full.Error()},
