@@ -73,17 +73,17 @@ func TestUnitTests(t *testing.T) {
 	packages := []string{"content/verity", "content/object", "content/layer", "snapshotter"}
 	built := t.TempDir()
 	for _, row := range []struct {
-		suite         string
-		fs            FS
-		tests, option string
+		suite string
+		fs    FS
+		tests string
 	}{
-		{Trixie, Ext4, ".", "verity=on"},
-		{Sid, Ext4, "Enable|Verity|TestRestart|TestPut", "verity=require"},
-		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut", "verity=on"},
+		{Trixie, Ext4, "."},
+		{Sid, Ext4, "Enable|Verity|TestRestart|TestPut"},
+		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut"},
 	} {
 		t.Run(fmt.Sprintf("%s on %s", row.suite, row.fs), func(t *testing.T) {
 			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: row.fs, Files: map[string]string{}, Script: "set -e\nuname -r\n"}
-			ran := []string{"TestEnable", "TestVerityRefusesOtherBytes", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"}
+			ran := []string{"TestEnable", "TestVerityRefusesOtherPacks", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"}
 			if row.fs == Ext4 {
 				opts.Script += "export DEDUP_TEST_DISK=/dev/vda\n"
 				ran = append(ran, "TestVerityRefusesFlippedBits")
@@ -101,9 +101,6 @@ func TestUnitTests(t *testing.T) {
 			out, err := Run(ctx, opts)
 			if err != nil {
 				t.Fatalf("%v\n%s", err, out)
-			}
-			if !strings.Contains(out, "overlay with "+row.option) {
-				t.Errorf("overlays were not mounted with %s", row.option)
 			}
 			for _, name := range ran {
 				if !strings.Contains(out, "\n--- PASS: "+name+" ") {
