@@ -86,9 +86,6 @@ func (b *BuildKit) Address() string { return "unix://" + filepath.Join(b.dir, "b
 // LogPath is the file with its output.
 func (b *BuildKit) LogPath() string { return b.node.LogPath(filepath.Base(b.dir)) }
 
-// Tools is the directory of buildkitd and buildctl.
-func (b *BuildKit) Tools() string { return b.tools }
-
 // Ctl runs buildctl and returns its standard output. Its progress goes to standard error.
 func (b *BuildKit) Ctl(ctx context.Context, args ...string) (string, error) {
 	out, _, err := b.ctl(ctx, args...)
@@ -115,9 +112,6 @@ func (b *BuildKit) Build(ctx context.Context, dir string, flags ...string) (prog
 	_, progress, err = b.ctl(ctx, args...)
 	return progress, err
 }
-
-// Pid of buildkitd.
-func (b *BuildKit) Pid() int { return b.process.pid() }
 
 // Close ends buildkitd; what it has in containerd stays.
 func (b *BuildKit) Close() error { return b.process.stop(unix.SIGTERM, 20*time.Second) }

@@ -82,9 +82,6 @@ func (k *Kubelet) path(name string) string { return filepath.Join(k.node.dir, "k
 // Manifests is the directory of the pods' manifests.
 func (k *Kubelet) Manifests() string { return k.path("manifests") }
 
-// Logs is the directory of the containers' logs.
-func (k *Kubelet) Logs() string { return k.path("logs") }
-
 // URL is that of a path of its server, which has a certificate of its own making.
 func (k *Kubelet) URL(path string) string { return fmt.Sprintf("https://127.0.0.1:%d%s", k.port, path) }
 
