@@ -109,6 +109,10 @@ func (c collector) work(e emitter) {
 	builds, ingests := c.sn.Builds(), c.sn.Layers().Stats().Running
 	running(e, "build", builds.Running, builds.Oldest, builds.Bytes)
 	running(e, "ingest", ingests.Count, ingests.Oldest, ingests.Bytes)
+	kept, most := layer.Memory(c.sn.Layers())
+	const memory = "What max_memory bounds: entries, inline data and zstd windows of ingests and builds."
+	e.gauge("dedup_memory_bytes", memory, float64(kept), "state", "kept")
+	e.gauge("dedup_memory_bytes", memory, float64(most), "state", "max")
 	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
 		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))

@@ -36,6 +36,7 @@ type budget struct {
 
 	mu     sync.Mutex // guards what follows
 	active int
+	kept   int64       // by all shares
 	timer  *time.Timer // runs while nothing does
 	closed bool
 }
@@ -95,6 +96,7 @@ func (s *share) keep(bytes int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.kept += bytes
+	s.b.count(bytes)
 	switch {
 	case s.kept <= s.b.smallShare():
 		return nil
@@ -114,6 +116,21 @@ func (s *share) keep(bytes int64) error {
 	}
 }
 
+// count adds to what all keep, or takes from it.
+func (b *budget) count(bytes int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.kept += bytes
+}
+
+// Memory returns what ingests and chain builds keep at this moment of what they may keep (max_memory), in bytes.
+func Memory(s *Store) (used, most int64) {
+	b := s.budget
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.kept, b.max
+}
+
 func (b *budget) refuse() error {
 	return fmt.Errorf("%w: it takes more than %s, three quarters of max_memory: "+
 		"raise max_memory in the daemon's configuration, and MemoryMax in its unit",
@@ -131,6 +148,7 @@ func (s *share) end() {
 	b := s.b
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.kept -= s.kept
 	if b.active--; b.active == 0 && !b.closed {
 		b.timer = time.AfterFunc(freeAfter, b.idle)
 	}

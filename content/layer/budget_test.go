@@ -219,3 +219,43 @@ func TestBudgetWaits(t *testing.T) {
 		b.close()
 	})
 }
+func TestBudgetIsGivenBack(t *testing.T) {
+	freed := make(chan struct{}, 2)
+	b := newBudget(1<<20, func() { freed <- struct{}{} })
+	defer b.close()
+	first, err := b.share(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := b.share(t.Context(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []*share{first, second} {
+		if err := s.keep(1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &Store{budget: b}
+	if used, most := Memory(s); used != 2000 || most != 1<<20 {
+		t.Errorf("%d of %d bytes are kept", used, most)
+	}
+	first.end()
+	if used, _ := Memory(s); used != 1000 {
+		t.Errorf("%d bytes are kept after the first", used)
+	}
+	second.end()
+	if used, _ := Memory(s); used != 0 {
+		t.Errorf("%d bytes are kept after both", used)
+	}
+	select {
+	case <-freed:
+		t.Error("the heap goes back at once")
+	default:
+	}
+	select {
+	case <-freed:
+	case <-time.After(10 * freeAfter):
+		t.Error("the heap does not go back")
+	}
+}
