@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -59,14 +60,24 @@ func (r *root) clearLeftovers() error {
 	return errors.Join(errs...)
 }
 
+// lockPatience is how long a start waits for the lock of a root.
+const lockPatience = time.Second
+
 func (r *root) takeLock() (err error) {
 	if r.lock, err = os.OpenFile(r.path("lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return fmt.Errorf("lock root: %w", err)
 	}
-	if err := unix.Flock(int(r.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", r.dir, err)
+	// A process that a daemon has just forked has its lock until it executes another program, also when the daemon has
+	// ended: the probe of the kernel forks one.
+	for end := time.Now().Add(lockPatience); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Flock(int(r.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			return fmt.Errorf("another daemon serves from %s (stop it, or set another root): %w", r.dir, err)
+		}
 	}
-	return nil
 }
 
 // checkMetadata creates metadata.db in a new store and refuses any other one without, or with a damaged one: it alone
