@@ -368,7 +368,7 @@ func (t *Trimmer) Execute(ctx context.Context, plan TrimPlan) (done TrimPlan, er
 		}
 		ok, err := t.setRefs(ctx, i, false)
 		if err != nil {
-			return done, err
+			return done, errors.Join(err, t.restore(ctx, released))
 		}
 		if ok {
 			released = append(released, i)
@@ -388,8 +388,9 @@ func (t *Trimmer) Execute(ctx context.Context, plan TrimPlan) (done TrimPlan, er
 	return t.gone(ctx, plan)
 }
 
-// restore puts references back where the blobs turn out to be needed after all.
+// restore puts references back where the blobs turn out to be needed after all, also for a caller who has gone.
 func (t *Trimmer) restore(ctx context.Context, released []*TrimImage) error {
+	ctx = context.WithoutCancel(ctx)
 	graphs, err := t.catalog.graphs(ctx)
 	var stored Stored
 	if err == nil {

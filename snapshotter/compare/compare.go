@@ -138,6 +138,9 @@ func (c *Comparer) compare(
 		return ocispec.Descriptor{}, errors.Join(err, out.abandon(err), discard())
 	}
 	out.keep(pair, blob)
+	if err := w.Close(); err != nil {
+		log.G(ctx).WithError(err).Warnf("close the writer of blob %s", blob)
+	}
 	return c.describe(ctx, ocispec.Descriptor{MediaType: config.MediaType, Digest: blob}, diffID)
 }
 

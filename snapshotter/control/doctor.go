@@ -32,9 +32,6 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 	if resp.LostImages, err = s.lostImages(ctx); err != nil {
 		log.G(ctx).WithError(err).Debug("look for images that are lost")
 	}
-	if s.opts.Trimmer == nil {
-		return resp, nil
-	}
 	if plan, err := s.opts.Trimmer.Plan(ctx, blobs.TrimOptions{}); err != nil {
 		log.G(ctx).WithError(err).Debug("look for blobs that could go")
 	} else {
