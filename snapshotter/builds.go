@@ -15,10 +15,14 @@ import (
 
 // containerd holds a lock of its snapshotter while Prepare runs, for readers only. But its garbage collection waits
 // for it, and then everybody else behind that. So Prepare must not take long, whatever it waits for: an ingest, a
-// repair, a chain image. Mounts holds no lock.
-
-// patience is how long Prepare waits.
-const patience = 500 * time.Millisecond
+// repair, a chain image. Apply and Mounts hold no lock.
+const (
+	// ingestPatience is how long Prepare waits for an ingest. Apply joins one that takes longer.
+	ingestPatience = 500 * time.Millisecond
+	// belowPatience is how long Prepare waits for what lies below a container. It is long, since clients may use what
+	// Prepare answers without asking Mounts: only one that asks Mounts can start after a build that takes longer.
+	belowPatience = 10 * time.Second
+)
 
 // Builds are the chain images that are being built.
 func (s *Snapshotter) Builds() lower.Work { return s.chains.Work() }
@@ -152,7 +156,7 @@ func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l 
 	if j == nil {
 		return below{}, false, lower.ErrClosed
 	}
-	timer := time.NewTimer(s.patience)
+	timer := time.NewTimer(s.belowPatience)
 	defer timer.Stop()
 	select {
 	case <-j.done:
@@ -186,7 +190,7 @@ const lateHold = 10 * time.Second
 
 var errLate = errors.New("the ingest takes longer than Prepare may")
 
-// ingestSoon ingests a blob within patience. One that takes longer goes on, for the Apply that follows to join.
+// ingestSoon ingests a blob within ingestPatience. One that takes longer goes on, for the Apply that follows to join.
 func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Ingested, error) {
 	type result struct {
 		in  layer.Ingested
@@ -211,7 +215,7 @@ func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Inges
 	if !started {
 		return layer.Ingested{}, lower.ErrClosed
 	}
-	timer := time.NewTimer(s.patience)
+	timer := time.NewTimer(s.ingestPatience)
 	defer timer.Stop()
 	select {
 	case r := <-done:

@@ -43,7 +43,7 @@ func slowDown(s *Snapshotter) *slowMerge {
 			return nil, context.Cause(ctx)
 		}
 	}
-	s.patience = 20 * time.Millisecond
+	s.belowPatience = 20 * time.Millisecond
 	return g
 }
 
@@ -52,10 +52,10 @@ func unbuilt(t *testing.T) (s *Snapshotter, g *slowMerge, name string) {
 	t.Helper()
 	s = openWith(t, contentStore(t), false)
 	g = slowDown(s)
-	s.patience = time.Minute
+	s.belowPatience = time.Minute
 	name, _ = unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
 	s.abandon(name, func(context.Context) {})
-	s.patience = 20 * time.Millisecond
+	s.belowPatience = 20 * time.Millisecond
 	return s, g, name
 }
 
@@ -144,7 +144,7 @@ func TestCommitBeforeMounts(t *testing.T) {
 	if err := s.Commit(ctx, "top", "c"); err != nil {
 		t.Fatal(err)
 	}
-	s.patience = patience
+	s.belowPatience = belowPatience
 	if got := files(t, s, ctx, "top"); got["a"] != payload("a") {
 		t.Errorf("shows %d files", len(got))
 	}
@@ -278,7 +278,7 @@ func TestBlobAtHandThatTakesLong(t *testing.T) {
 	}
 	t.Run("joined", func(t *testing.T) {
 		s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
-		s.patience = 20 * time.Millisecond
+		s.ingestPatience = 20 * time.Millisecond
 		b, goOn, opened, _ := open(s)
 		if _, err := s.ingestSoon(ctx, b); !errors.Is(err, errLate) {
 			t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,10 +50,32 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(run) })
+	t.Cleanup(func() {
+		unmountBelow(t, run)
+		if err := os.RemoveAll(run); err != nil {
+			t.Error(err)
+		}
+	})
 	return &rig{
 		ctl: filepath.Join(dir, "dedupctl"), daemon: filepath.Join(dir, "containerd-dedup-grpc"),
 		root: filepath.Join(dir, "root"), socket: filepath.Join(run, "s"),
+	}
+}
+
+// unmountBelow takes away what a daemon that stopped leaves mounted for containers.
+func unmountBelow(t *testing.T, dir string) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Error(err)
+	}
+	for _, line := range slices.Backward(strings.Split(string(b), "\n")) {
+		fields := strings.Fields(line)
+		if len(fields) > 4 && strings.HasPrefix(fields[4], dir+"/") {
+			if err := syscall.Unmount(fields[4], 0); err != nil {
+				t.Errorf("unmount %s: %v", fields[4], err)
+			}
+		}
 	}
 }
 
