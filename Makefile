@@ -33,8 +33,9 @@ INSTALLED = $(addprefix bin/,$(filter-out dedup-bench,$(COMMANDS)))
 # A Debian version starts with a digit: v1.2-3-gabc becomes 1.2+3+gabc, a bare commit 0+git.abc.
 DEBVERSION = $(shell echo '$(VERSION)' | sed -E 's/^v?([0-9]+\.)/\1/; t ok; s/^/0+git./; : ok; s/[^A-Za-z0-9.+~]/+/g')
 
-# Packages whose tests run once more under the race detector, where there is a C compiler.
+# Packages whose tests run under the race detector, where there is a C compiler, and the tests that leave it out.
 RACE ?= ./content/... ./snapshotter/... ./cmd/...
+NORACE := ^TestKilled
 
 .PHONY: help
 help: ## this list
@@ -69,12 +70,17 @@ gcc:
 test: setup gcc ## vet and all tests; those that need root or a kernel feature skip by name without
 	$(GO) vet ./...
 	@if command -v gcc >/dev/null; then \
+		race=$$($(GO) list $(RACE)); \
 		echo "$(GO) test -race $(RACE)"; \
-		CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) $$(for p in $(RACE); do d=$${p%/...}; [ -d "$$d" ] && echo "$$p"; done); \
+		CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) $$race; \
+		echo "$(GO) test -run $(NORACE) ./snapshotter"; \
+		$(GO) test -timeout $(TIMEOUT) -run '$(NORACE)' ./snapshotter; \
+		echo "$(GO) test, all other packages"; \
+		$(GO) test -timeout $(TIMEOUT) $$($(GO) list ./... | grep -vxF "$$race"); \
 	else \
 		echo "no gcc: the tests run without -race"; \
+		$(GO) test -timeout $(TIMEOUT) ./...; \
 	fi
-	$(GO) test -timeout $(TIMEOUT) ./...
 
 # One test at a time: each builds.
 .PHONY: test-clients
