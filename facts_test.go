@@ -33,7 +33,8 @@ func TestFacts(t *testing.T) {
 		{`[Tt]rees of format (\d+) are taken`, "content/tree", "formerVersion", 1, 1},
 		{`stores (?:have )?layout (\d+)|[Ll]ayout (\d+); older builds`, "snapshotter", "layoutVersion", 1, 2},
 		{`options than ([\d,]+) bytes are never`, "snapshotter/lower", "maxOptions", 1, 1},
-		{`Prepare waits (\d+) ms at most`, "snapshotter", "patience", 1_000_000, 1},
+		{`Prepare waits (\d+) ms at most for an ingest`, "snapshotter", "ingestPatience", 1_000_000, 1},
+		{`, and (\d+) s for what lies below`, "snapshotter", "belowPatience", 1_000_000_000, 1},
 	} {
 		want, err := constants.value(fact.dir, fact.name)
 		if err != nil {

@@ -80,7 +80,7 @@ type Snapshotter struct {
 	going     sync.Map   // names below snapshots/ that are being removed
 	restoring sync.Mutex // held by who makes an active snapshot's directories
 
-	ingestPatience, belowPatience time.Duration // see there
+	ingestPatience, belowPatience time.Duration
 	// merge is layers.Merge, but for tests.
 	merge func(context.Context, []content.LayerID) (*tree.Node, error)
 
@@ -131,10 +131,9 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
 	s := &Snapshotter{
-		root: root{dir: opts.Root, runDir: opts.RunDir, stepAt: opts.Step},
-		opts: opts, refs: newIndex(), ids: newIndex(), counters: newCounters(), opened: make(chan struct{}),
-		ingests: map[string]*ingestJob{}, jobs: map[string]*buildJob{},
-		ingestPatience: ingestPatience, belowPatience: belowPatience,
+		root: root{dir: opts.Root, runDir: opts.RunDir, stepAt: opts.Step}, opts: opts, opened: make(chan struct{}),
+		refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{},
+		jobs: map[string]*buildJob{}, ingestPatience: ingestPatience, belowPatience: belowPatience,
 	}
 	s.lost.s = s
 	// Background work outlives the call, not the Snapshotter.
