@@ -114,7 +114,7 @@ func TestIngestWhileArriving(t *testing.T) {
 
 // objectsAppear waits until something is stored.
 func objectsAppear(n *node.Node) bool {
-	for range 600 {
+	for range 2400 {
 		if packed(n) >= 100_000 {
 			return true
 		}
@@ -127,7 +127,7 @@ func objectsAppear(n *node.Node) bool {
 func waitForNothing(t *testing.T, n *node.Node) {
 	t.Helper()
 	var found []string
-	for range 400 {
+	for range 2400 {
 		found = nil
 		for _, pattern := range []string{"packs/*", "layers/*", "ingest/*"} {
 			more, _ := filepath.Glob(filepath.Join(n.DedupRoot(), pattern))

@@ -191,7 +191,7 @@ func TestBadInput(t *testing.T) {
 func leavesNothing(t *testing.T, n *node.Node) {
 	t.Helper()
 	var left []string
-	for try := range 300 {
+	for try := range 1200 {
 		// containerd puts its own collection off by fifty times what the last one took.
 		if try%10 == 0 {
 			collectGarbage(t, n)

@@ -281,7 +281,7 @@ func TestWithoutDiffPlugin(t *testing.T) {
 	// The store takes the directories in: soon none holds files any more. That of the container goes
 	// with containerd's garbage collection.
 	var left []string
-	for range 150 {
+	for range 1200 {
 		left, err = filepath.Glob(filepath.Join(n.DedupRoot(), "snapshots", "*", "fs", "*"))
 		must(t, err)
 		if len(left) == 0 {

@@ -175,7 +175,7 @@ func criFsInfo(t *testing.T, n *node.Node, c *node.CRI, ctx context.Context) {
 // eventually waits for what happens in the background.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for range 300 {
+	for range 1200 {
 		if done() {
 			return
 		}

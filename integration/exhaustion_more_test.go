@@ -76,7 +76,7 @@ func TestNoMemory(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(group, "cgroup.procs"), fmt.Append(nil, daemon), 0o600))
 	err = w.n.Pull(w.ctx, node.Snapshotter, w.refs["next"])
 	t.Logf("pull: %v", err)
-	for tries := 0; err != nil && len(w.n.Pids()) != 1 && tries < 100; tries++ { // containerd hears of it first
+	for tries := 0; err != nil && len(w.n.Pids()) != 1 && tries < 1200; tries++ { // containerd hears of it first
 		time.Sleep(50 * time.Millisecond)
 	}
 	if err == nil || len(w.n.Pids()) != 1 {
@@ -106,7 +106,7 @@ func memoryGroup(t *testing.T) (dir string, err error) {
 		}
 		remove := func() error {
 			var err error
-			for range 100 { // a process that was killed leaves it a moment later
+			for range 1200 { // a process that was killed leaves it a moment later
 				if err = os.Remove(dir); err == nil {
 					break
 				}

@@ -169,7 +169,7 @@ func (w *world) operations(t *testing.T) []operation {
 	must(t, n.WithMounts(mounts, func(root string) error {
 		return os.WriteFile(filepath.Join(root, written.Name), []byte(written.Content), 0o600)
 	}))
-	for range 100 { // chain images are built in the background
+	for range 1200 { // chain images are built in the background
 		if found, _ := filepath.Glob(filepath.Join(n.DedupRoot(), "chains/*.erofs")); len(found) == 4 {
 			break
 		}

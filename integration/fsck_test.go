@@ -273,7 +273,7 @@ func TestGC(t *testing.T) {
 // waitForChain waits for the chain image that is built in the background.
 func waitForChain(t *testing.T, n *node.Node) {
 	t.Helper()
-	for range 200 {
+	for range 2400 {
 		if found, _ := filepath.Glob(filepath.Join(n.DedupRoot(), "chains/*.erofs")); len(found) > 0 {
 			return
 		}

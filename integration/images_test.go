@@ -197,7 +197,7 @@ func settle(t *testing.T, n *node.Node) {
 	t.Helper()
 	const rest = 2500 * time.Millisecond // packs are merged after two quiet seconds
 	last, since := usage(t, n.DedupRoot()), time.Now()
-	for deadline := time.Now().Add(30 * time.Second); time.Since(since) < rest; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(3 * time.Minute); time.Since(since) < rest; time.Sleep(50 * time.Millisecond) {
 		now := usage(t, n.DedupRoot())
 		if now != last {
 			last, since = now, time.Now()

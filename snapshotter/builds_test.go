@@ -61,7 +61,7 @@ func unbuilt(t *testing.T) (s *Snapshotter, g *slowMerge, name string) {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for range 500 {
+	for range 6000 {
 		if ok() {
 			return
 		}
@@ -239,7 +239,7 @@ func TestCloseStopsWork(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("Close waits for work")
 	}
 	for range 2 {
@@ -338,7 +338,7 @@ func TestCloseDuringALargeMerge(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(start); took > 5*time.Second {
+	if took := time.Since(start); took > 30*time.Second {
 		t.Errorf("Close took %v", took)
 	}
 	if err := <-waiting; err != nil && !errdefs.IsUnavailable(err) && !errors.Is(err, context.Canceled) {

@@ -109,7 +109,7 @@ func (r *rig) start(t *testing.T) (stop func()) {
 		}
 	}
 	t.Cleanup(stop)
-	for range 500 {
+	for range 3000 {
 		if conn, err := net.Dial("unix", r.socket); err == nil {
 			conn.Close()
 			return stop

@@ -201,7 +201,7 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	if err := n.recordPid("containerd.pid", p.pid()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience(30*time.Second))
+	ctx, cancel := context.WithTimeout(ctx, patience(90*time.Second))
 	defer cancel()
 	return p.waitReady(ctx, n.dialContainerd)
 }
@@ -210,7 +210,7 @@ func (n *Node) dialContainerd(ctx context.Context) error {
 	if _, err := os.Stat(n.Address()); err != nil {
 		return err
 	}
-	c, err := client.New(n.Address(), client.WithDefaultNamespace(Namespace), client.WithTimeout(5*time.Second))
+	c, err := client.New(n.Address(), client.WithDefaultNamespace(Namespace), client.WithTimeout(30*time.Second))
 	if err != nil {
 		return err
 	}
@@ -226,10 +226,10 @@ func (n *Node) dialContainerd(ctx context.Context) error {
 }
 
 // StopContainerd ends containerd in order; containers run on.
-func (n *Node) StopContainerd() error { return n.containerd.stop(unix.SIGTERM, 20*time.Second) }
+func (n *Node) StopContainerd() error { return n.containerd.stop(unix.SIGTERM, 60*time.Second) }
 
 // KillContainerd ends containerd with SIGKILL.
-func (n *Node) KillContainerd() error { return n.containerd.stop(unix.SIGKILL, 20*time.Second) }
+func (n *Node) KillContainerd() error { return n.containerd.stop(unix.SIGKILL, 60*time.Second) }
 
 // RestartContainerd stops containerd and starts it again.
 func (n *Node) RestartContainerd(ctx context.Context) error {
@@ -260,7 +260,7 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 	if err := n.recordPid("dedup.pid", p.pid()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience(30*time.Second))
+	ctx, cancel := context.WithTimeout(ctx, patience(90*time.Second))
 	defer cancel()
 	return p.waitReady(ctx, func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", n.DedupAddress())
@@ -285,7 +285,7 @@ func (n *Node) reaches(ctx context.Context) error {
 		return nil // it will find the daemon when it starts
 	}
 	conn.Close()
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 5*time.Second)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
 	defer cancel()
 	sn, key := n.client.SnapshotService(Snapshotter), NewID("reached")
 	if _, err := sn.View(ctx, key, ""); err != nil { // unlike a question, it always gets to the daemon
@@ -295,10 +295,10 @@ func (n *Node) reaches(ctx context.Context) error {
 }
 
 // StopDaemon ends the dedup daemon in order; KillDaemon with SIGKILL.
-func (n *Node) StopDaemon() error { return n.daemon.stop(unix.SIGTERM, 20*time.Second) }
+func (n *Node) StopDaemon() error { return n.daemon.stop(unix.SIGTERM, 60*time.Second) }
 
 // KillDaemon ends the dedup daemon with SIGKILL.
-func (n *Node) KillDaemon() error { return n.daemon.stop(unix.SIGKILL, 20*time.Second) }
+func (n *Node) KillDaemon() error { return n.daemon.stop(unix.SIGKILL, 60*time.Second) }
 
 // Pids returns the processes whose CPU time is a pull's cost: containerd first, and the
 // daemon when it runs.
@@ -329,7 +329,7 @@ func (n *Node) Client() *client.Client { return n.client }
 func (n *Node) Close() error {
 	var errs []error
 	if n.client != nil && n.containerd.running() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 		errs = append(errs, n.removeContainers(ctx))
 		cancel()
 	}
@@ -338,7 +338,7 @@ func (n *Node) Close() error {
 	}
 	for _, p := range []*process{n.containerd, n.daemon} {
 		if p != nil {
-			errs = append(errs, p.stop(unix.SIGTERM, 20*time.Second))
+			errs = append(errs, p.stop(unix.SIGTERM, 60*time.Second))
 		}
 	}
 	errs = append(errs, destroy(n.dir))
