@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"os"
@@ -87,49 +88,71 @@ func TestFsck(t *testing.T) {
 	n := startDedup(t, node.Options{})
 	reg := startRegistry(t)
 	ctx := testContext(t)
-	sharedEntry, ownEntry := payload("fsck", "shared", 9000), payload("fsck", "own", 9000)
-	bb, shared, own := busybox(t), layer(t, sharedEntry, payload("fsck", "more", 9000)), layer(t, ownEntry)
-	refs := []string{push(t, reg, "a:1", bb, shared), push(t, reg, "b:1", bb, shared, own), push(t, reg, "c:1", bb)}
-	var want []rootfs.Tree
-	for _, ref := range refs {
+	shared, own := payload("fsck", "shared", 9000), payload("fsck", "own", 9000)
+	w := &fsckWorld{n: n, ctx: ctx, shared: shared.Content, own: own.Content,
+		base: busybox(t), sharedLayer: layer(t, shared, payload("fsck", "more", 9000)), ownLayer: layer(t, own)}
+	w.refs = []string{push(t, reg, "a:1", w.base, w.sharedLayer), push(t, reg, "b:1", w.base, w.sharedLayer, w.ownLayer),
+		push(t, reg, "c:1", w.base)}
+	for _, ref := range w.refs {
 		pull(t, n, node.Snapshotter, ref)
-		want = append(want, dump(t, n, node.Snapshotter, ref))
+		w.want = append(w.want, dump(t, n, node.Snapshotter, ref))
 	}
-	id, err := n.RunDetached(ctx, node.Snapshotter, refs[2], "sleep", "1000")
+	var err error
+	w.container, err = n.RunDetached(ctx, node.Snapshotter, w.refs[2], "sleep", "1000")
 	must(t, err)
-	intact := func() {
-		t.Helper()
-		if r := fsck(t, n, 0); len(r.Findings) > 0 {
-			t.Errorf("not whole: %+v", r.Findings)
-		}
-		for i, ref := range refs {
-			equal(t, want[i], dump(t, n, node.Snapshotter, ref), rootfs.DiffOptions{})
-		}
-		if out, err := n.Exec(ctx, id, "echo", "alive"); err != nil || out != "alive\n" {
-			t.Errorf("the running container: %q, %v", out, err)
-		}
+	w.intact(t)
+	w.repairsFromContentStore(t)
+	w.repairsFromRegistry(t)
+	w.livesWithDamage(t)
+	must(t, n.RemoveContainer(ctx, w.container))
+}
+
+// fsckWorld is three images that share layers, and a container of the last one.
+type fsckWorld struct {
+	n           *node.Node
+	ctx         context.Context
+	shared, own string // payloads: of two images, of one
+	refs        []string
+	want        []rootfs.Tree // of refs
+	container   string
+
+	base, sharedLayer, ownLayer *image.Layer
+}
+
+// object returns where a payload is stored.
+func (w *fsckWorld) object(t *testing.T, payload string) stored { return payloadOf(t, w.n, payload) }
+
+// intact expects that nothing is wrong.
+func (w *fsckWorld) intact(t *testing.T) {
+	t.Helper()
+	if r := fsck(t, w.n, 0); len(r.Findings) > 0 {
+		t.Errorf("not whole: %+v", r.Findings)
 	}
-	intact()
+	for i, ref := range w.refs {
+		equal(t, w.want[i], dump(t, w.n, node.Snapshotter, ref), rootfs.DiffOptions{})
+	}
+	if out, err := w.n.Exec(w.ctx, w.container, "echo", "alive"); err != nil || out != "alive\n" {
+		t.Errorf("the running container: %q, %v", out, err)
+	}
+}
+
+// damages returns what happens to the store, and which images it harms.
+func (w *fsckWorld) damages(t *testing.T) map[string]fsckDamage {
 	of := func(i ...int) (names []string) {
 		for _, i := range i {
-			names = append(names, refs[i])
+			names = append(names, w.refs[i])
 		}
 		return names
 	}
-	shares := func() stored { return payloadOf(t, n, sharedEntry.Content) }
-	owns := func() stored { return payloadOf(t, n, ownEntry.Content) }
-	damages := map[string]struct {
-		do     func()
-		images []string
-	}{
-		"an object that two images share": {func() { shares().flip(t) }, of(0, 1)},
-		"an object of one image":          {func() { owns().write(t, make([]byte, 5000)) }, of(1)},
-		"a pack is gone":                  {func() { must(t, os.Remove(owns().path)) }, of(1)},
+	return map[string]fsckDamage{
+		"an object that two images share": {func() { w.object(t, w.shared).flip(t) }, of(0, 1)},
+		"an object of one image":          {func() { w.object(t, w.own).write(t, make([]byte, 5000)) }, of(1)},
+		"a pack is gone":                  {func() { must(t, os.Remove(w.object(t, w.own).path)) }, of(1)},
 		"an object has another one's bytes": {func() {
-			owns().write(t, shares().read(t))
+			w.object(t, w.own).write(t, w.object(t, w.shared).read(t))
 		}, of(1)},
 		"many objects": {func() {
-			for _, p := range payloads(t, n) {
+			for _, p := range payloads(t, w.n) {
 				// The running container goes on with the pack that it has, and so would with a flipped one.
 				if !bytes.HasPrefix(p.read(t), []byte("\x7fELF")) {
 					p.flip(t)
@@ -137,76 +160,92 @@ func TestFsck(t *testing.T) {
 			}
 		}, of(0, 1)},
 		"all trees": {func() {
-			for _, path := range glob(t, n, "layers/*") {
+			for _, path := range glob(t, w.n, "layers/*") {
 				flipByte(t, path)
 			}
 		}, of(0, 1, 2)},
 		"trees are gone": {func() {
-			for _, path := range glob(t, n, "layers/*") {
+			for _, path := range glob(t, w.n, "layers/*") {
 				must(t, os.Remove(path))
 			}
 		}, of(0, 1, 2)},
 		"chain images": {func() {
-			for _, path := range glob(t, n, "chains/*.erofs") {
+			for _, path := range glob(t, w.n, "chains/*.erofs") {
 				flipByte(t, path)
 			}
 		}, of(0, 1, 2)},
 	}
-	for name, d := range damages {
+}
+
+type fsckDamage struct {
+	do     func()
+	images []string
+}
+
+// repairsFromContentStore tries each damage while containerd has the blobs.
+func (w *fsckWorld) repairsFromContentStore(t *testing.T) {
+	t.Helper()
+	for name, d := range w.damages(t) {
 		d.do()
-		r := fsck(t, n, 3)
+		r := fsck(t, w.n, 3)
 		if got := r.images(); !slices.Equal(got, slices.Sorted(slices.Values(d.images))) {
 			t.Errorf("%s: harms %q, want %q", name, got, d.images)
 		}
-		r = fsck(t, n, 0, "--repair")
+		r = fsck(t, w.n, 0, "--repair")
 		if r.Damaged > 0 || r.Fixed == 0 || len(r.Fetched) > 0 {
 			t.Errorf("%s: repaired from the content store: %+v", name, r)
 		}
-		intact()
+		w.intact(t)
 	}
+}
 
-	// The blobs are gone from the content store, then damaged there: the registry has them.
-	forget(t, n, ctx, []*image.Layer{bb, shared, own})
-	shares().flip(t)
-	owns().flip(t)
-	fsck(t, n, 3, "--repair", "--no-fetch")
-	out, err := n.Run(ctx, node.Snapshotter, refs[1], "true")
+// repairsFromRegistry removes the blobs from the content store, then damages one there.
+func (w *fsckWorld) repairsFromRegistry(t *testing.T) {
+	t.Helper()
+	forget(t, w.n, w.ctx, []*image.Layer{w.base, w.sharedLayer, w.ownLayer})
+	w.object(t, w.shared).flip(t)
+	w.object(t, w.own).flip(t)
+	fsck(t, w.n, 3, "--repair", "--no-fetch")
+	out, err := w.n.Run(w.ctx, node.Snapshotter, w.refs[1], "true")
 	if err == nil || !strings.Contains(err.Error()+out, "dedupctl fsck --repair") {
 		t.Errorf("a container of a damaged image: %q, %v", out, err)
 	}
-	if out, err := dedupctl(t, n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out, "what to do:") {
+	if out, err := dedupctl(t, w.n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out, "what to do:") {
 		t.Errorf("dedupctl fsck says %q, %v", out, err)
 	}
-	if r := fsck(t, n, 0, "--repair"); len(r.Fetched) < 2 {
+	if r := fsck(t, w.n, 0, "--repair"); len(r.Fetched) < 2 {
 		t.Errorf("fetched %+v", r.Fetched)
 	}
-	intact()
-	owns().flip(t)
-	flipByte(t, blobFile(n, own))
-	if r := fsck(t, n, 0, "--repair"); len(r.Fetched) != 1 {
+	w.intact(t)
+	w.object(t, w.own).flip(t)
+	flipByte(t, blobFile(w.n, w.ownLayer))
+	if r := fsck(t, w.n, 0, "--repair"); len(r.Fetched) != 1 {
 		t.Errorf("fetched %+v", r.Fetched)
 	}
-	intact()
+	w.intact(t)
+}
 
+// livesWithDamage restarts with known damage, and removes an image that nothing can repair.
+func (w *fsckWorld) livesWithDamage(t *testing.T) {
+	t.Helper()
 	// Known damage survives a restart; whoever needs the layer heals it where its blob is at hand.
-	shares().flip(t)
-	fsck(t, n, 3)
-	must(t, n.StopDaemon())
-	must(t, n.StartDaemon(ctx))
-	if out, err := n.Run(ctx, node.Snapshotter, refs[0], "cat", "/shared"); err != nil {
+	w.object(t, w.shared).flip(t)
+	fsck(t, w.n, 3)
+	must(t, w.n.StopDaemon())
+	must(t, w.n.StartDaemon(w.ctx))
+	if out, err := w.n.Run(w.ctx, node.Snapshotter, w.refs[0], "cat", "/shared"); err != nil {
 		t.Errorf("a container heals its image: %q, %v", out, err)
 	}
-	intact()
+	w.intact(t)
 
 	// Nothing to be had anywhere: the image is removed and pulled again.
-	forget(t, n, ctx, []*image.Layer{own})
-	must(t, os.Remove(owns().path))
-	fsck(t, n, 3, "--repair", "--no-fetch")
-	_, err = n.Ctr(ctx, "image", "rm", "--sync", refs[1])
+	forget(t, w.n, w.ctx, []*image.Layer{w.ownLayer})
+	must(t, os.Remove(w.object(t, w.own).path))
+	fsck(t, w.n, 3, "--repair", "--no-fetch")
+	_, err := w.n.Ctr(w.ctx, "image", "rm", "--sync", w.refs[1])
 	must(t, err)
-	pull(t, n, node.Snapshotter, refs[1])
-	intact()
-	must(t, n.RemoveContainer(ctx, id))
+	pull(t, w.n, node.Snapshotter, w.refs[1])
+	w.intact(t)
 }
 
 // What nothing uses is listed, and removed by gc: files, directories and mounts.

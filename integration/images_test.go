@@ -97,24 +97,7 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	must(t, n.Client().LeasesService().AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" + node.Snapshotter}))
 	settle(t, n)
 
-	shown := shownImages(t, n)
-	if len(shown) != len(refs)+1 {
-		t.Fatalf("%d images are listed, want %d: %v", len(shown), len(refs)+1, shown)
-	}
-	used := shown["default "+refs["used"]]
-	if used.Users != 1 || used.FreedBytes != 0 || used.ExclusiveBytes < 1_000_000 {
-		t.Errorf("an image that a container uses: %+v", used)
-	}
-	if l := shown["default "+refs["leased"]]; l.FreedBytes != 0 || l.ExclusiveBytes < 100_000 {
-		t.Errorf("an image with a lease on its files: %+v", l)
-	}
-	if p := shown["default "+refs["prefix"]]; p.ExclusiveBytes != 0 || p.Layers != 2 || p.StoredBytes < 1_000_000 {
-		t.Errorf("an image that others contain: %+v", p)
-	}
-	alone := shown["default "+refs["alone"]]
-	if alone.ExclusiveBytes != alone.StoredBytes || alone.FreedBytes != alone.StoredBytes || alone.FreedBytes < alone.LogicalBytes {
-		t.Errorf("an image that shares nothing: %+v", alone)
-	}
+	checkShown(t, shownImages(t, n), refs)
 	for _, step := range []struct {
 		name string
 		ctx  context.Context
@@ -147,6 +130,28 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	must(t, n.StopContainerd())
 	if out, err := dedupctl(t, n, "images"); err == nil || !strings.Contains(out, "containerd does not answer on containerd_address") {
 		t.Errorf("without containerd: %v: %s", err, out)
+	}
+}
+
+// checkShown expects what dedupctl says of the images of TestImagesTellWhatRemovingFrees, before any is removed.
+func checkShown(t *testing.T, shown map[string]shownImage, refs map[string]string) {
+	t.Helper()
+	if len(shown) != len(refs)+1 {
+		t.Fatalf("%d images are listed, want %d: %v", len(shown), len(refs)+1, shown)
+	}
+	used := shown["default "+refs["used"]]
+	if used.Users != 1 || used.FreedBytes != 0 || used.ExclusiveBytes < 1_000_000 {
+		t.Errorf("an image that a container uses: %+v", used)
+	}
+	if l := shown["default "+refs["leased"]]; l.FreedBytes != 0 || l.ExclusiveBytes < 100_000 {
+		t.Errorf("an image with a lease on its files: %+v", l)
+	}
+	if p := shown["default "+refs["prefix"]]; p.ExclusiveBytes != 0 || p.Layers != 2 || p.StoredBytes < 1_000_000 {
+		t.Errorf("an image that others contain: %+v", p)
+	}
+	alone := shown["default "+refs["alone"]]
+	if alone.ExclusiveBytes != alone.StoredBytes || alone.FreedBytes != alone.StoredBytes || alone.FreedBytes < alone.LogicalBytes {
+		t.Errorf("an image that shares nothing: %+v", alone)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"maps"
 	"strings"
 	"testing"
 
@@ -18,27 +19,42 @@ import (
 // tortures are tars that both the reference and ReadTar take. Each must come out
 // the same.
 func tortures(t testing.TB) map[string][]byte {
-	long := strings.Repeat("long-directory-name/", 20) + strings.Repeat("n", 255)
 	w := func(members ...member) []byte { return writeTar(t, members...) }
+	all := map[string][]byte{}
+	for _, some := range []map[string][]byte{
+		plainTortures(w), pathTortures(w), linkTortures(w), whiteoutTortures(w), xattrTortures(w), formatTortures(w),
+	} {
+		maps.Copy(all, some)
+	}
+	return all
+}
+
+func plainTortures(w func(...member) []byte) map[string][]byte {
+	long := strings.Repeat("long-directory-name/", 20) + strings.Repeat("n", 255)
 	return map[string][]byte{
-		"empty":                        w(),
-		"nothing at all":               {},
-		"root member":                  w(dir("./", mode(0o700), owner(5, 6)), file("a", "x")),
-		"root as file":                 rawTar(raw{name: "./", typeflag: '0', size: 1, data: "x"}, raw{name: "/", typeflag: '0', size: 1, data: "y"}),
-		"absolute":                     w(file("/a/b", "x"), dir("//c//")),
-		"dot dot inside":               w(dir("a"), file("a/../b/./c", "x"), file("/../d", "x")),
-		"ustar":                        w(file("a", "x", format(tar.FormatUSTAR)), dir("d", format(tar.FormatUSTAR))),
-		"gnu":                          w(file("a", "x", format(tar.FormatGNU)), file(long, "x", format(tar.FormatGNU))),
-		"pax long names":               w(file(long, "x"), symlink("s", strings.Repeat("t/", 2000)), link("l", long)),
-		"not UTF-8":                    w(file("caf\xe9/\xff\xfe", "x", format(tar.FormatGNU)), symlink("\x80", "\xc0\xaf", format(tar.FormatGNU))),
-		"odd bytes":                    w(file("a\nb", "x"), file("a\x01b", "x"), file("a\\b", "x"), file("a ", "x"), file("*", "x")),
-		"ordering":                     w(file("a!", "x"), dir("a"), file("a/x", "x"), file("a0", "x"), file("a-b", "x"), dir("a/b"), file("a/b!", "")),
-		"empty file":                   w(file("a", "")),
-		"mode bits":                    w(file("suid", "x", mode(0o4755)), file("sgid", "x", mode(0o2711)), dir("sticky", mode(0o1777)), dir("sg", mode(0o2775)), file("none", "", mode(0)), file("type bits", "x", mode(0o100644))),
-		"owners":                       w(file("a", "x", owner(0, 0)), file("b", "x", owner(1<<32-2, 1<<32-2)), symlink("s", "a", owner(7, 8))),
-		"times":                        w(file("ns", "x", mtime(1, 1)), file("pre", "x", mtime(-1, 500)), file("0", "", mtime(0, 0)), dir("d", mtime(-86400*365*100, 0)), file("far", "", mtime(7258118400, 7)), file("max", "", mtime(9223372036, 854775807)), file("beyond", "", mtime(9223372036, 854775808)), symlink("s", "x", mtime(-5, 5)), file("absurd", "", mtime(1<<61, 0))),
-		"devices":                      w(special(tar.TypeChar, "null", 1, 3), special(tar.TypeBlock, "vda", 254, 0), special(tar.TypeChar, "big", 4095, 1048575), special(tar.TypeBlock, "zero", 0, 0), special(tar.TypeFifo, "fifo", 3, 4)),
-		"whiteout device":              w(file("a", "x"), special(tar.TypeChar, "a", 0, 0), special(tar.TypeChar, "b", 0, 0), file("b", "x"), special(tar.TypeChar, "c", 0, 0), link("d", "c")),
+		"empty":           w(),
+		"nothing at all":  {},
+		"root member":     w(dir("./", mode(0o700), owner(5, 6)), file("a", "x")),
+		"root as file":    rawTar(raw{name: "./", typeflag: '0', size: 1, data: "x"}, raw{name: "/", typeflag: '0', size: 1, data: "y"}),
+		"absolute":        w(file("/a/b", "x"), dir("//c//")),
+		"dot dot inside":  w(dir("a"), file("a/../b/./c", "x"), file("/../d", "x")),
+		"ustar":           w(file("a", "x", format(tar.FormatUSTAR)), dir("d", format(tar.FormatUSTAR))),
+		"gnu":             w(file("a", "x", format(tar.FormatGNU)), file(long, "x", format(tar.FormatGNU))),
+		"pax long names":  w(file(long, "x"), symlink("s", strings.Repeat("t/", 2000)), link("l", long)),
+		"not UTF-8":       w(file("caf\xe9/\xff\xfe", "x", format(tar.FormatGNU)), symlink("\x80", "\xc0\xaf", format(tar.FormatGNU))),
+		"odd bytes":       w(file("a\nb", "x"), file("a\x01b", "x"), file("a\\b", "x"), file("a ", "x"), file("*", "x")),
+		"ordering":        w(file("a!", "x"), dir("a"), file("a/x", "x"), file("a0", "x"), file("a-b", "x"), dir("a/b"), file("a/b!", "")),
+		"empty file":      w(file("a", "")),
+		"mode bits":       w(file("suid", "x", mode(0o4755)), file("sgid", "x", mode(0o2711)), dir("sticky", mode(0o1777)), dir("sg", mode(0o2775)), file("none", "", mode(0)), file("type bits", "x", mode(0o100644))),
+		"owners":          w(file("a", "x", owner(0, 0)), file("b", "x", owner(1<<32-2, 1<<32-2)), symlink("s", "a", owner(7, 8))),
+		"times":           w(file("ns", "x", mtime(1, 1)), file("pre", "x", mtime(-1, 500)), file("0", "", mtime(0, 0)), dir("d", mtime(-86400*365*100, 0)), file("far", "", mtime(7258118400, 7)), file("max", "", mtime(9223372036, 854775807)), file("beyond", "", mtime(9223372036, 854775808)), symlink("s", "x", mtime(-5, 5)), file("absurd", "", mtime(1<<61, 0))),
+		"devices":         w(special(tar.TypeChar, "null", 1, 3), special(tar.TypeBlock, "vda", 254, 0), special(tar.TypeChar, "big", 4095, 1048575), special(tar.TypeBlock, "zero", 0, 0), special(tar.TypeFifo, "fifo", 3, 4)),
+		"whiteout device": w(file("a", "x"), special(tar.TypeChar, "a", 0, 0), special(tar.TypeChar, "b", 0, 0), file("b", "x"), special(tar.TypeChar, "c", 0, 0), link("d", "c")),
+	}
+}
+
+func pathTortures(w func(...member) []byte) map[string][]byte {
+	return map[string][]byte{
 		"symlinks":                     w(symlink("abs", "/etc/passwd"), symlink("up", "../../../../etc"), symlink("odd", " \n//.."), symlink("self", "self")),
 		"implied parents":              w(file("a/b/c/d", "x"), dir("a/b", mode(0o711)), file("x/y", "x")),
 		"dir after content":            w(file("d/f", "x"), dir("d", mode(0o700), mtime(5, 5))),
@@ -53,7 +69,11 @@ func tortures(t testing.TB) map[string][]byte {
 		"symlink dangling":             w(symlink("a", "missing/dir"), file("a/f", "x")),
 		"symlink changes":              w(dir("x"), dir("y"), symlink("l", "x"), file("l/1", ""), symlink("l", "y"), file("l/2", "")),
 		"symlink over whiteout parent": w(dir("x"), symlink("l", "x"), file("l/.wh.gone", ""), file("l/.wh..wh..opq", "")),
+	}
+}
 
+func linkTortures(w func(...member) []byte) map[string][]byte {
+	return map[string][]byte{
 		"hardlinks":              w(file("b", "x"), link("a", "b"), link("c", "./a"), link("d/e", "/c")),
 		"hardlink metadata":      w(file("b", "x"), link("a", "b", mode(0o4700), owner(1, 2), mtime(77, 7))),
 		"hardlink of symlink":    w(symlink("s", "nowhere"), link("t", "s", mode(0o600), mtime(3, 3))),
@@ -65,7 +85,11 @@ func tortures(t testing.TB) map[string][]byte {
 		"hardlink xattrs":        w(file("a", "x", xattr("user.one", "1"), xattr("user.two", "2")), link("b", "a", xattr("user.two", "3"))),
 		"hardlink drops capability": w(file("a", "x", xattr("security.capability", netRaw)), link("b", "a"),
 			file("c", "x"), link("d", "c", xattr("security.capability", netRaw))),
+	}
+}
 
+func whiteoutTortures(w func(...member) []byte) map[string][]byte {
+	return map[string][]byte{
 		"whiteouts":             w(file(".wh.a", ""), file("d/.wh.b", ""), dir(".wh.dir"), file(".wh..wh.plnk", "")),
 		"opaque":                w(dir("d"), file("d/.wh..wh..opq", ""), file("d/x", "x"), file("e/y", ""), file("e/.wh..wh..opq", "")),
 		"opaque lost":           w(dir("d"), file("d/.wh..wh..opq", ""), file("d", ""), dir("d")),
@@ -73,7 +97,11 @@ func tortures(t testing.TB) map[string][]byte {
 		"opaque xattr":          w(dir("alone", xattr(opaqueXattr, "y"), xattr("user.a", "1")), dir("both", xattr(opaqueXattr, "y")), file("both/.wh..wh..opq", "")),
 		"opaque xattr of users": w(dir("d", xattr("user.overlay.opaque", "y"), xattr("user.fuseoverlayfs.opaque", "y"))),
 		"below a marker name":   w(file(".wh.d/f", "x")),
+	}
+}
 
+func xattrTortures(w func(...member) []byte) map[string][]byte {
+	return map[string][]byte{
 		"user xattrs":     w(file("f", "x", xattr("user.a", "v"), xattr("user.empty", ""), xattr("user.nul", "a\x00b")), dir("d", xattr("user.d", "1")), symlink("s", "f", xattr("user.s", "1")), special(tar.TypeFifo, "p", 0, 0)),
 		"dir xattr union": w(dir("d", xattr("user.a", "1"), xattr("user.b", "2")), dir("d", xattr("user.b", "3"), xattr("user.c", "4"))),
 		"fifo user xattr": w(newMember(tar.TypeFifo, "p", "", "", 0o600, []edit{xattr("user.p", "1"), xattr("security.p", "2")})),
@@ -91,7 +119,11 @@ func tortures(t testing.TB) map[string][]byte {
 			dir("e", xattr("system.posix_acl_default", "")), file("f", "x", xattr("system.posix_acl_default", "")), symlink("s", "x", xattr("system.posix_acl_default", fullACL))),
 		"ACL changes": w(dir("d", xattr("system.posix_acl_access", fullACL)), dir("d", mode(0o701)), dir("r", xattr("system.posix_acl_access", fullACL), xattr("system.posix_acl_default", fullACL)), dir("r", xattr("system.posix_acl_access", baseACL), xattr("system.posix_acl_default", "")),
 			file("f", "x", xattr("system.posix_acl_access", fullACL)), link("g", "f", mode(0o620))),
+	}
+}
 
+func formatTortures(w func(...member) []byte) map[string][]byte {
+	return map[string][]byte{
 		"legacy dir":     rawTar(raw{name: "d/", typeflag: 0, mode: 0o755}, raw{name: "f", typeflag: 0, mode: 0o644, size: 1, data: "x"}),
 		"slash file":     rawTar(raw{name: "f/", typeflag: '0', mode: 0o644, size: 1, data: "x"}),
 		"global header":  rawTar(raw{name: "pax_global_header", typeflag: 'g', size: 18, mode: 0o644, data: "18 comment=abcdef\n"}, raw{name: "f", typeflag: '0', mode: 0o644}),

@@ -148,6 +148,37 @@ func TestPacksKilledAtEveryStep(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.keeper.stop() // merges are made here, one thing at a time
+	ingestAndMerge(t, s, r, live)
+	armed = false
+	closeStore(t, s)
+	for _, name := range []string{
+		"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
+		"ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
+		"remove.tree", "remove.object", "remove.done",
+	} {
+		if seen[name] == 0 {
+			t.Errorf("the work does not come by %s", name)
+		}
+	}
+	for _, k := range kills {
+		t.Run(filepath.Base(k.at), func(t *testing.T) {
+			var ids []content.LayerID
+			var tars [][]byte
+			for id, tar := range k.live {
+				ids, tars = append(ids, id), append(tars, tar)
+			}
+			s := openStore(t, k.at, content.Python, ids...)
+			expectService(t, s, ids, nil, tars)
+			if found := checkStore(t, s); len(found) > 0 {
+				t.Errorf("%+v", found)
+			}
+		})
+	}
+}
+
+// ingestAndMerge ingests layers that share payloads, removes some, and merges packs. live has the layers there are.
+func ingestAndMerge(t *testing.T, s *Store, r *rand.Rand, live map[content.LayerID][]byte) {
+	t.Helper()
 	large := strings.Repeat("large", bufferMax/4)
 	for i := range 60 {
 		members := []member{{name: "own", data: big(fmt.Sprint("own", i))}}
@@ -174,30 +205,5 @@ func TestPacksKilledAtEveryStep(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-	}
-	armed = false
-	closeStore(t, s)
-	for _, name := range []string{
-		"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
-		"ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
-		"remove.tree", "remove.object", "remove.done",
-	} {
-		if seen[name] == 0 {
-			t.Errorf("the work does not come by %s", name)
-		}
-	}
-	for _, k := range kills {
-		t.Run(filepath.Base(k.at), func(t *testing.T) {
-			var ids []content.LayerID
-			var tars [][]byte
-			for id, tar := range k.live {
-				ids, tars = append(ids, id), append(tars, tar)
-			}
-			s := openStore(t, k.at, content.Python, ids...)
-			expectService(t, s, ids, nil, tars)
-			if found := checkStore(t, s); len(found) > 0 {
-				t.Errorf("%+v", found)
-			}
-		})
 	}
 }
