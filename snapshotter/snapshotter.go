@@ -72,7 +72,7 @@ type Snapshotter struct {
 
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	wg     content.Tasks
 	close  sync.Once
 
 	repairing sync.Mutex // held by who repairs layers

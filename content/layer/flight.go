@@ -5,12 +5,14 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
 // flights lets callers that want the same blob at the same time share one ingest. The
 // ingest runs on its own: it ends early only when every caller has gone.
 type flights struct {
-	wg sync.WaitGroup
+	wg content.Tasks
 
 	mu     sync.Mutex // guards byBlob and the flights' waiters
 	byBlob map[digest.Digest]*flight

@@ -154,7 +154,7 @@ type Store struct {
 	budget          *budget
 	flights         flights
 	keeper          keeper
-	gc              sync.WaitGroup
+	gc              content.Tasks
 	distinct        int // distinctMax, but for tests
 	old             oldObjects
 	counters        counters
