@@ -2,7 +2,6 @@ package snapshotter
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -235,9 +234,8 @@ func (c *crashChild) harm(ctx context.Context) error {
 		return err
 	}
 	defer c.s.Layers().Release(in.Layer)
-	packs := c.s.layers.Packs()
-	place, _ := packs.Place(content.ObjectID{Sum: sha256.Sum256([]byte(strings.Repeat("harmed", 1000)))})
-	f, err := os.OpenFile(packs.Path(place.Pack), os.O_WRONLY, 0)
+	place := placeOf(ctx, c.s, strings.Repeat("harmed", 1000))
+	f, err := os.OpenFile(c.s.layers.Packs().Path(place.Pack), os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}

@@ -264,7 +264,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 		return err
 	}
 	close(s.opened)
-	if err := s.layers.Packs().ReleasePacks(held); err != nil { // the chain images hold them now
+	if err := s.layers.Packs().Release(held); err != nil { // the chain images hold them now
 		return fmt.Errorf("remove old packs: %w", err)
 	}
 	for _, sn := range stored.whole {

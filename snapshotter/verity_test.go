@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -124,14 +125,20 @@ func waitHashed(t *testing.T, s *Snapshotter, held int) {
 	}
 }
 
+// placeOf tells where a payload lies; nowhere if no pack has it.
+func placeOf(ctx context.Context, s *Snapshotter, text string) (place content.Place) {
+	id := content.ObjectID{Sum: sha256.Sum256([]byte(text))}
+	if placed, err := s.layers.Places(ctx, []content.ObjectID{id}); err == nil {
+		place, _ = placed.Place(id)
+		_ = placed.Release()
+	}
+	return place
+}
+
 // packOf returns the pack that holds a payload.
 func packOf(t *testing.T, s *Snapshotter, text string) string {
 	t.Helper()
-	place, ok := s.layers.Packs().Place(content.ObjectID{Sum: sha256.Sum256([]byte(text))})
-	if !ok {
-		t.Fatal("no pack has it")
-	}
-	return s.layers.Packs().Path(place.Pack)
+	return s.layers.Packs().Path(placeOf(t.Context(), s, text).Pack)
 }
 
 // swap puts another file in the place of an object.

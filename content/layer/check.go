@@ -49,7 +49,7 @@ const (
 // use the store meanwhile. progress hears, from one goroutine at a time, how many of how many bytes have been read.
 func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]Finding, error) {
 	var findings []Finding
-	objectBytes, _ := s.objects.Used()
+	objectBytes, _ := s.objects.Packs().Used()
 	s.mu.RLock()
 	total := objectBytes + s.trees.Bytes
 	s.mu.RUnlock()
@@ -64,7 +64,7 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 	if err := s.checkTrees(ctx, read); err != nil {
 		return nil, err
 	}
-	packs, err := s.objects.CheckPacks(ctx)
+	packs, err := s.objects.Packs().Check(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("verify packs: %w", s.explain(err))
 	}

@@ -85,7 +85,7 @@ func harmPayload(t *testing.T, s *Store, data, how, other string) (path string) 
 	if !ok {
 		t.Fatal("no place")
 	}
-	path = s.objects.Path(place.Pack)
+	path = s.objects.Packs().Path(place.Pack)
 	b := readFile(t, path)
 	at := int64(place.Block) * content.BlockSize
 	payloadDamages[how](b[at:at+place.Size], []byte(other))
@@ -208,7 +208,7 @@ func TestDamagedPack(t *testing.T) {
 				ids := []content.LayerID{ingest(t, s, tars[0]).Layer, ingest(t, s, tars[1]).Layer}
 				pathOf := func(data string) string {
 					place, _ := s.objects.Place(content.ObjectID{Sum: sha(data)})
-					return s.objects.Path(place.Pack)
+					return s.objects.Packs().Path(place.Pack)
 				}
 				d.harm(t, pathOf(big("first")), pathOf(big("other")))
 				if restart {
@@ -276,7 +276,7 @@ func TestMissingObjectIsFoundAfterCrash(t *testing.T) {
 	a, b := ingest(t, s, makeTar(t, member{name: "a", data: big("a")})), ingest(t, s, makeTar(t, member{name: "b", data: big("b")}))
 	gone, _ := s.objects.Place(content.ObjectID{Sum: sha(big("a"))})
 	crash(t, s)
-	if err := os.Remove(s.objects.Path(gone.Pack)); err != nil {
+	if err := os.Remove(s.objects.Packs().Path(gone.Pack)); err != nil {
 		t.Fatal(err)
 	}
 	s = openStore(t, root, content.Python, a.Layer, b.Layer)
@@ -396,8 +396,8 @@ func TestOrphans(t *testing.T) {
 	ingest(t, s, makeTar(t, member{name: "a", data: big("a")}))
 	o := content.ObjectID{Sum: sha("nobody")}
 	stray := []string{
-		s.objects.Path(1), // a pack that cannot be read, while nothing is missing
-		filepath.Join(s.objects.Dir(), "stranger"),
+		s.objects.Packs().Path(1), // a pack that cannot be read, while nothing is missing
+		filepath.Join(s.objects.Packs().Dir(), "stranger"),
 		s.path(dirLayers, o.Hex()),
 	}
 	for _, path := range stray {

@@ -160,7 +160,7 @@ func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
 // DistrustPack looks at a pack that cannot be mounted. What is whole in it is copied to another one; what is not takes its layers out of
 // service.
 func (s *Store) DistrustPack(ctx context.Context, id content.PackID, why error) error {
-	log.G(ctx).WithError(why).Errorf("pack %s is damaged: looking at what is in it", s.objects.Path(id))
+	log.G(ctx).WithError(why).Errorf("pack %s is damaged: looking at what is in it", s.objects.Packs().Path(id))
 	err := s.verifyObjects(ctx, s.objects.Distrust(id, why), func(int64) {})
 	s.blame(ctx)
 	s.saveDamaged(ctx)

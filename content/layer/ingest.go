@@ -370,7 +370,7 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	}
 	s.step("ingest.synced")
 	clock.mark(stageSync)
-	s.objects.MeasureDirectories()
+	s.objects.Packs().MeasureDirectories()
 	if counted, err = s.commit(enc.ID, tmp, facts, size, ss.ahead); err != nil {
 		return Usage{}, false, err
 	}

@@ -73,7 +73,7 @@ func (s *Store) keep(ctx context.Context) {
 				log.G(ctx).WithError(err).Warn("merge packs: they stay as they are until the next layer comes or goes")
 			}
 		case <-drop.C:
-			s.objects.DropCache()
+			s.objects.Packs().DropCache()
 			drop.Reset(dropEvery)
 		case <-move.C:
 			if s.oldLeft() {
@@ -97,11 +97,11 @@ func (s *Store) moveRest(ctx context.Context) {
 
 // Compact merges packs that are small, or mostly dead, until the policy is content. The daemon does it in the background.
 func (s *Store) Compact(ctx context.Context) error {
-	if !s.objects.NeedsCompact() {
+	if !s.compactor.Needed() {
 		return nil
 	}
 	if err := s.hasRoom(0); err != nil {
 		return err
 	}
-	return s.explain(s.objects.Compact(ctx))
+	return s.explain(s.compactor.Compact(ctx))
 }

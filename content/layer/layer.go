@@ -57,7 +57,7 @@ type Options struct {
 	// these were damaged; may be nil.
 	PacksMoved func(packs []content.PackID, damaged bool)
 	// HeldPacks are those that files of chain images name. They stay while the store opens; the caller gives them
-	// back with Packs().ReleasePacks when it has held what it needs.
+	// back with Packs().Release when it has held what it needs.
 	HeldPacks []content.PackID
 	// KeepUnnamed keeps layers that nothing refers to until the next Open: it is not known whether nothing does.
 	KeepUnnamed bool
@@ -143,12 +143,13 @@ type Facts struct {
 // keeps the layer alive until Release; holds are counted, in memory. Safe for
 // concurrent use.
 type Store struct {
-	root    string
-	rootFd  int
-	opts    Options
-	objects *object.Store
-	room    room
-	written written
+	root      string
+	rootFd    int
+	opts      Options
+	objects   *object.Store
+	compactor *object.Compactor
+	room      room
+	written   written
 	// buffers hold payloads on their way to the disk, parked those that wait for something else of their layer.
 	buffers, parked buffers
 	budget          *budget
@@ -245,7 +246,7 @@ func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Pla
 }
 
 // Packs are the files that hold payloads. Chain images hold those that they name.
-func (s *Store) Packs() *object.Store { return s.objects }
+func (s *Store) Packs() *object.Packs { return s.objects.Packs() }
 
 func (st *state) hold() { st.holds, st.taken = st.holds+1, st.taken+1 }
 
@@ -281,7 +282,7 @@ func (s *Store) remove(id content.LayerID) error {
 		errs = append(errs, s.objects.Unref(o, 1))
 		s.step("remove.object")
 	}
-	s.objects.MeasureDirectories()
+	s.objects.Packs().MeasureDirectories()
 	s.wakeKeeper()
 	s.step("remove.done")
 	return s.noteLeak(errors.Join(errs...))

@@ -314,7 +314,7 @@ func TestPythonPairs(t *testing.T) {
 	if got := b.Added.Inodes; got != 2 {
 		t.Errorf("the rebuild added %d inodes, want a pack and a tree", got)
 	}
-	if st := s.objects.Stats(); st.Packs != 2 || st.Live != 21*content.BlockSize {
+	if st := s.objects.Packs().Stats(); st.Packs != 2 || st.Live != 21*content.BlockSize {
 		t.Errorf("%+v", st)
 	}
 	fa, _ := s.Facts(a.Layer)

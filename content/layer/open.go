@@ -130,8 +130,9 @@ func (s *Store) openDirs() error {
 func (s *Store) openPacks(since time.Time) (err error) {
 	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
 		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks, ReadOnly: s.opts.readOnly,
-		Sync: s.watch, Room: s.spare, Moved: s.opts.PacksMoved, Step: s.opts.Step,
+		Moved: s.opts.PacksMoved, Step: s.opts.Step,
 	})
+	s.compactor = object.NewCompactor(s.objects, object.CompactOptions{Sync: s.watch, Room: s.spare})
 	return err
 }
 
@@ -197,7 +198,7 @@ func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
 	if suspect.IsZero() {
 		return nil
 	}
-	mended, err := s.objects.MendTorn(ctx)
+	mended, err := s.compactor.MendTorn(ctx)
 	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
 		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until there is room to rewrite them: " +
 			"starts take longer")

@@ -93,7 +93,7 @@ func TestPowerCutDuringMerge(t *testing.T) {
 		t.Fatalf("%d packs before the merge was done, %+v after", len(saved), s.Packs().Stats())
 	}
 	merged, _ := s.objects.Place(content.ObjectID{Sum: sha(big("3"))})
-	torn := s.objects.Path(merged.Pack)
+	torn := s.objects.Packs().Path(merged.Pack)
 	crash(t, s)
 	clear(saved[torn][int64(merged.Block)*content.BlockSize:][:merged.Size])
 	for path, b := range saved {

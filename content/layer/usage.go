@@ -19,8 +19,8 @@ func (s *Store) Used() Usage {
 }
 
 func (s *Store) used() Usage {
-	bytes, inodes := s.objects.Used()
-	dirBytes, dirs := s.objects.Directories()
+	bytes, inodes := s.objects.Packs().Used()
+	dirBytes, dirs := s.objects.Packs().Directories()
 	old := s.old.usage()
 	return Usage{Bytes: bytes + dirBytes + s.trees.Bytes + old.Bytes, Inodes: inodes + dirs + s.trees.Inodes + old.Inodes}
 }

@@ -85,9 +85,9 @@ func (s *Store) at(id content.ObjectID, fn func(*pack, extent) error) error {
 func (s *Store) Where(id content.ObjectID) (path, problem string) {
 	place, ok := s.Place(id)
 	if !ok {
-		return s.dir, "object " + id.Hex() + " is missing: no pack has it"
+		return s.packs.dir, "object " + id.Hex() + " is missing: no pack has it"
 	}
-	path = s.Path(place.Pack)
+	path = s.packs.Path(place.Pack)
 	if fi, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
 		return path, "the pack is missing"
 	} else if err == nil && !fi.Mode().IsRegular() {
@@ -126,7 +126,7 @@ func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuff
 			s.SetBad(id)
 			return 0, fmt.Errorf("object %s is %w: no pack has it", id, ErrDamaged)
 		}
-		size, err = s.verify(ctx, id, r.pack, r.pack.slots[r.n], buf)
+		size, err = r.pack.verify(ctx, id, r.pack.slots[r.n], buf)
 		if ctx.Err() != nil {
 			return size, context.Cause(ctx)
 		}
@@ -149,15 +149,15 @@ func (s *Store) Verify(ctx context.Context, id content.ObjectID, buf *VerifyBuff
 }
 
 // verify is Verify of one place, that notes nothing.
-func (s *Store) verify(ctx context.Context, id content.ObjectID, p *pack, x extent, buf *VerifyBuffer) (size int64, err error) {
+func (p *pack) verify(ctx context.Context, id content.ObjectID, x extent, buf *VerifyBuffer) (size int64, err error) {
 	flags := unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK
 	direct := unix.O_DIRECT
 	if !p.plain {
 		direct = 0 // what has fs-verity is never read past the page cache
 	}
-	fd, err := unix.Open(s.Path(p.id), flags|direct, 0)
+	fd, err := unix.Open(p.file.Name(), flags|direct, 0)
 	if errors.Is(err, unix.EINVAL) {
-		fd, err = unix.Open(s.Path(p.id), flags, 0)
+		fd, err = unix.Open(p.file.Name(), flags, 0)
 	}
 	switch {
 	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
@@ -202,9 +202,9 @@ func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *Ver
 
 // Distrust notes that a pack is damaged, so that Compact copies what is whole in it, and returns the objects that lie there.
 func (s *Store) Distrust(id content.PackID, why error) (ids []content.ObjectID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.packs[id]
+	s.lock()
+	defer s.unlock()
+	p := s.packs.all[id]
 	if p == nil {
 		return nil
 	}
@@ -223,38 +223,10 @@ type DamagedPack struct {
 	Err  error
 }
 
-// CheckPacks reads again what each pack says of itself, and returns those that are damaged. Their objects may be whole.
-func (s *Store) CheckPacks(ctx context.Context) (found []DamagedPack, err error) {
-	s.mu.Lock()
-	packs := make([]*pack, 0, len(s.packs))
-	for _, p := range s.packs {
-		packs = append(packs, p)
-	}
-	s.mu.Unlock()
-	for _, p := range packs {
-		if ctx.Err() != nil {
-			return found, context.Cause(ctx)
-		}
-		damage := s.checkPack(p)
-		if damage != nil && !isDamage(damage) && !errors.Is(damage, erofs.ErrDamaged) {
-			return found, fmt.Errorf("pack %s: %w", s.Path(p.id), damage)
-		}
-		s.mu.Lock()
-		if s.packs[p.id] != p {
-			damage = nil // removed meanwhile
-		}
-		p.damaged = damage
-		s.mu.Unlock()
-		if damage != nil {
-			found = append(found, DamagedPack{s.Path(p.id), damage})
-		}
-	}
-	return found, nil
-}
-
-func (s *Store) checkPack(p *pack) error {
+// check reads again what the pack's file says of itself.
+func (p *pack) check() error {
 	dropCache(p.file)
-	again, read, err := s.openPack(p.id)
+	again, read, err := openPack(p.file.Name(), p.id)
 	if err != nil {
 		return err
 	}

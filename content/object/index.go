@@ -10,10 +10,12 @@ import (
 
 // index says of each object how often it is named, where it lies, and whether it is bad.
 type index struct {
-	mu   sync.Mutex // guards what follows, and what the Store says that it does
+	mu   sync.Mutex // guards what follows
 	refs map[content.ObjectID]ref
 	// bad are those of refs that have no place, or other bytes there.
 	bad map[content.ObjectID]struct{}
+	// settled: what nothing names has been forgotten.
+	settled bool
 }
 
 // ref is an object: how often it is named, and its place.
@@ -34,7 +36,7 @@ func (x *index) Len() int {
 	return len(x.refs)
 }
 
-// take adds references. Under mu.
+// take adds references. Under both locks.
 func (x *index) take(id content.ObjectID, n uint32) {
 	r, known := x.refs[id]
 	if r.count == 0 && r.pack != nil {
@@ -149,7 +151,7 @@ func (x *index) IDs() []content.ObjectID {
 }
 
 // install gives an object a place, and references. A place that is not bad counts for more than the new one. It
-// returns the pack that has lost a bad object. Under mu.
+// returns the pack that has lost a bad object. Under both locks.
 func (x *index) install(id content.ObjectID, count uint32, p *pack, n uint32) (lost *pack) {
 	r := x.refs[id]
 	_, bad := x.bad[id]

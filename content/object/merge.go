@@ -10,6 +10,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
@@ -94,30 +95,52 @@ func bounded(packs []packState, room int64) (ids []content.PackID) {
 	return ids
 }
 
-// NeedsCompact reports whether Compact has something to do.
-func (s *Store) NeedsCompact() bool { return len(s.nextMerge()) > 0 }
+// CompactOptions say what merging may take.
+type CompactOptions struct {
+	// Sync is called before a merge writes anything. The first function that it returns puts on the disk what has
+	// been written by then, and tells of writes that failed since the call; stop ends that. Old copies go after it.
+	// May be nil.
+	Sync func() (sync func() error, stop func(), err error)
+	// Room is how many bytes merging may take now; nil for any.
+	Room func() int64
+}
 
-func (s *Store) nextMerge() []content.PackID {
+// Compactor merges the packs of a store: those that are many and small, mostly dead, or damaged. Others use the store
+// meanwhile.
+type Compactor struct {
+	s       *Store
+	opts    CompactOptions
+	merging sync.Mutex // is held by who merges
+}
+
+// NewCompactor returns what merges the packs of s.
+func NewCompactor(s *Store, opts CompactOptions) *Compactor { return &Compactor{s: s, opts: opts} }
+
+// Needed reports whether Compact has something to do.
+func (c *Compactor) Needed() bool { return len(c.next()) > 0 }
+
+func (c *Compactor) next() []content.PackID {
 	room := int64(math.MaxInt64)
-	if s.opts.Room != nil {
-		room = s.opts.Room()
+	if c.opts.Room != nil {
+		room = c.opts.Room()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.keepDead {
+	s := c.s
+	s.lock()
+	defer s.unlock()
+	if s.packs.keepDead {
 		return nil
 	}
-	states := make([]packState, 0, len(s.packs))
+	states := make([]packState, 0, len(s.packs.all))
 	bad := map[*pack]int64{} // objects that a merge leaves where they are
 	for id := range s.bad {
 		if r := s.refs[id]; r.pack != nil {
 			bad[r.pack] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
 		}
 	}
-	for _, p := range s.packs {
+	for _, p := range s.packs.all {
 		states = append(states, packState{
 			id: p.id, live: p.live - bad[p], dead: p.dead(),
-			rewrite: p.damaged != nil || p.torn || p.plain && s.opts.Verity,
+			rewrite: p.damaged != nil || p.torn || p.plain && c.s.packs.opts.Verity,
 		})
 	}
 	return plan(states, room/content.BlockSize)
@@ -125,16 +148,16 @@ func (s *Store) nextMerge() []content.PackID {
 
 // Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to be bad stays
 // where it is, and is bad then; so does its pack, which is not tried again in this call.
-func (s *Store) Compact(ctx context.Context) error {
-	s.merging.Lock()
-	defer s.merging.Unlock()
+func (c *Compactor) Compact(ctx context.Context) error {
+	c.merging.Lock()
+	defer c.merging.Unlock()
 	var last []content.PackID
 	for {
-		ids := s.nextMerge()
+		ids := c.next()
 		if len(ids) == 0 || slices.Equal(ids, last) {
 			return nil
 		}
-		if err := s.merge(ctx, ids); err != nil {
+		if err := c.merge(ctx, ids); err != nil {
 			return fmt.Errorf("merge packs: %w", err)
 		}
 		last = ids
@@ -143,27 +166,28 @@ func (s *Store) Compact(ctx context.Context) error {
 
 // MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none
 // is left: the next Open would take what they hold for whole.
-func (s *Store) MendTorn(ctx context.Context) (mended bool, err error) {
-	s.merging.Lock()
-	defer s.merging.Unlock()
+func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
+	c.merging.Lock()
+	defer c.merging.Unlock()
 	var torn []*pack
-	s.mu.Lock()
-	for _, p := range s.packs {
+	packs := c.s.packs
+	packs.mu.Lock()
+	for _, p := range packs.all {
 		if p.torn {
 			torn = append(torn, p)
 		}
 	}
-	keep := s.keepDead
-	s.mu.Unlock()
+	keep := packs.keepDead
+	packs.mu.Unlock()
 	if keep {
 		return len(torn) == 0, nil
 	}
 	for _, p := range torn {
-		if s.opts.Room != nil && s.opts.Room() < p.live*content.BlockSize {
+		if c.opts.Room != nil && c.opts.Room() < p.live*content.BlockSize {
 			return false, nil
 		}
-		if err := s.merge(ctx, []content.PackID{p.id}); err != nil {
-			return false, fmt.Errorf("mend pack %s: %w", s.Path(p.id), err)
+		if err := c.merge(ctx, []content.PackID{p.id}); err != nil {
+			return false, fmt.Errorf("mend pack %s: %w", packs.Path(p.id), err)
 		}
 	}
 	return true, nil
@@ -178,47 +202,48 @@ type copied struct {
 }
 
 // merge copies what lives in some packs into a new one.
-func (s *Store) merge(ctx context.Context, ids []content.PackID) (err error) {
+func (c *Compactor) merge(ctx context.Context, ids []content.PackID) (err error) {
 	sync := func() error { return nil }
-	if s.opts.Sync != nil {
+	if c.opts.Sync != nil {
 		var stop func()
-		if sync, stop, err = s.opts.Sync(); err != nil {
+		if sync, stop, err = c.opts.Sync(); err != nil {
 			return err
 		}
 		defer stop()
 	}
-	f, err := s.begin()
+	packs := c.s.packs
+	f, err := packs.begin()
 	if err != nil {
 		return err
 	}
-	moves, bytes, err := s.copyLive(ctx, f.PackWriter, ids)
+	moves, bytes, err := c.copyLive(ctx, f.PackWriter, ids)
 	if err != nil || len(moves) == 0 {
 		return errors.Join(err, f.discard())
 	}
-	s.step("merge.copied")
-	p, err := s.seal(f)
+	packs.step("merge.copied")
+	p, err := packs.seal(f)
 	if err != nil {
 		return errors.Join(err, f.discard())
 	}
 	// The new copies are on the disk before the old ones go.
 	if err := sync(); err != nil {
-		return errors.Join(err, s.remove(p))
+		return errors.Join(err, packs.remove(p))
 	}
-	s.step("merge.synced")
+	packs.step("merge.synced")
 	dropCache(p.file)
-	return s.switchOver(p, moves, bytes)
+	return c.switchOver(p, moves, bytes)
 }
 
 // copyLive appends the objects of packs to another one, pack by pack in the order in which they lie.
-func (s *Store) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied, bytes int64, err error) {
-	for _, m := range s.objectsOf(ids) {
+func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied, bytes int64, err error) {
+	for _, m := range c.s.objectsOf(ids) {
 		if ctx.Err() != nil {
 			return nil, 0, context.Cause(ctx)
 		}
 		x := m.from.slots[m.old]
 		n, err := copyObject(ctx, w, m, x)
 		if isDamage(err) {
-			s.SetBad(m.id)
+			c.s.SetBad(m.id)
 			continue
 		}
 		if errors.Is(err, os.ErrClosed) {
@@ -232,9 +257,10 @@ func (s *Store) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content
 		moves = append(moves, m)
 	}
 	for _, id := range ids {
-		s.mu.Lock()
-		p := s.packs[id]
-		s.mu.Unlock()
+		packs := c.s.packs
+		packs.mu.Lock()
+		p := packs.all[id]
+		packs.mu.Unlock()
 		if p != nil {
 			dropCache(p.file)
 		}
@@ -278,10 +304,11 @@ func copyObject(ctx context.Context, w *erofs.PackWriter, m copied, x extent) (n
 const copyBuffer = 1 << 20
 
 // switchOver makes a new pack the place of the objects that have been copied into it.
-func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
-	s.mu.Lock()
-	s.add(p)
-	s.merged += bytes
+func (c *Compactor) switchOver(p *pack, moves []copied, bytes int64) error {
+	s := c.s
+	s.lock()
+	s.packs.add(p)
+	s.packs.merged += bytes
 	from := map[*pack]bool{p: true}
 	for _, m := range moves {
 		r := s.refs[m.id]
@@ -294,22 +321,22 @@ func (s *Store) switchOver(p *pack, moves []copied, bytes int64) error {
 		p.revive(m.n)
 		from[m.from] = true
 	}
-	held, drops := s.emptied(from)
+	held, drops := s.packs.emptied(from)
 	var bad []content.PackID
 	held = slices.DeleteFunc(held, func(id content.PackID) bool {
-		damaged := s.packs[id].damaged != nil
+		damaged := s.packs.all[id].damaged != nil
 		if damaged {
 			bad = append(bad, id)
 		}
 		return damaged
 	})
-	s.mu.Unlock()
-	s.tellMoved(held, false)
-	s.tellMoved(bad, true)
+	s.unlock()
+	s.packs.tellMoved(held, false)
+	s.packs.tellMoved(bad, true)
 	var errs []error
 	for _, d := range drops {
-		errs = append(errs, s.remove(d))
+		errs = append(errs, s.packs.remove(d))
 	}
-	s.step("merge.done")
+	s.packs.step("merge.done")
 	return errors.Join(errs...)
 }

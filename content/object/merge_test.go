@@ -22,16 +22,16 @@ func TestMergeThatDoesNotSync(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)
 	stopped := 0
-	s.opts.Sync = func() (func() error, func(), error) {
+	c := NewCompactor(s, CompactOptions{Sync: func() (func() error, func(), error) {
 		return func() error { return unix.EIO }, func() { stopped++ }, nil
-	}
+	}})
 	for i := range tierWidth + 1 {
 		put(t, s, i)
 	}
-	if err := s.Compact(t.Context()); !errors.Is(err, unix.EIO) || stopped != 1 {
+	if err := c.Compact(t.Context()); !errors.Is(err, unix.EIO) || stopped != 1 {
 		t.Errorf("%v, stopped %d times", err, stopped)
 	}
-	if st := s.Stats(); st.Packs != tierWidth+1 {
+	if st := s.packs.Stats(); st.Packs != tierWidth+1 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -68,13 +68,13 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 					t.Fatal(err)
 				}
 				place, _ := s.Place(idOf(payload(len(paths))))
-				paths = append(paths, s.Path(place.Pack))
+				paths = append(paths, s.packs.Path(place.Pack))
 			}
 			slices.Reverse(paths) // older first
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
-			s.refs, s.packs = nil, nil
+			s.refs, s.packs.all = nil, nil
 			if row.torn {
 				b, err := os.ReadFile(paths[1])
 				if err != nil {
@@ -97,7 +97,7 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 				t.Fatal(err)
 			}
 			place, _ := again.Place(idOf(data))
-			if got := slices.Index(paths, again.Path(place.Pack)); got != row.want {
+			if got := slices.Index(paths, again.packs.Path(place.Pack)); got != row.want {
 				t.Errorf("pack %d counts, want %d", got, row.want)
 			}
 			if len(again.Bad()) > 0 {
@@ -106,7 +106,7 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 			if !row.torn || row.want == 1 {
 				return
 			}
-			if mended, err := again.MendTorn(t.Context()); err != nil || !mended {
+			if mended, err := NewCompactor(again, CompactOptions{}).MendTorn(t.Context()); err != nil || !mended {
 				t.Errorf("mended %v, %v", mended, err)
 			}
 			d.open(t, idOf(data), idOf(payload(0)), idOf(payload(1))) // without doubt
@@ -124,21 +124,21 @@ func TestHolders(t *testing.T) {
 		t.Fatal(placed, err) // the one with most objects first
 	}
 	unref(t, s, append(one, two...)...)
-	if st := s.Stats(); st.Packs != 2 || !s.Superseded(placed.IDs()[0]) {
+	if st := s.packs.Stats(); st.Packs != 2 || !s.packs.Superseded(placed.IDs()[0]) {
 		t.Errorf("%+v", st)
 	}
-	if err := s.HoldPacks(placed.IDs()); err != nil {
+	if err := s.packs.Hold(placed.IDs()); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := s.ReleasePacks(placed.IDs()); err != nil {
+		if err := s.packs.Release(placed.IDs()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if st := s.Stats(); st.Packs != 0 {
+	if st := s.packs.Stats(); st.Packs != 0 {
 		t.Errorf("%+v", st)
 	}
-	if err := s.HoldPacks(placed.IDs()); !errors.Is(err, fs.ErrNotExist) {
+	if err := s.packs.Hold(placed.IDs()); !errors.Is(err, fs.ErrNotExist) {
 		t.Error(err)
 	}
 }
@@ -152,7 +152,7 @@ func TestHoldersOutlastRestart(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.refs, s.packs = nil, nil
+	s.refs, s.packs.all = nil, nil
 	held := []content.PackID{place.Pack, place.Pack + 1}
 	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Held: held})
 	if err != nil {
@@ -161,16 +161,16 @@ func TestHoldersOutlastRestart(t *testing.T) {
 	if n, err := again.Settle(false); err != nil || n > 0 {
 		t.Errorf("removed %d, %v", n, err)
 	}
-	if err := errors.Join(again.HoldPacks(held[:1]), again.ReleasePacks(held)); err != nil {
+	if err := errors.Join(again.packs.Hold(held[:1]), again.packs.Release(held)); err != nil {
 		t.Fatal(err)
 	}
-	if st := again.Stats(); st.Packs != 1 {
+	if st := again.packs.Stats(); st.Packs != 1 {
 		t.Errorf("%+v", st)
 	}
-	if err := again.ReleasePacks(held[:1]); err != nil {
+	if err := again.packs.Release(held[:1]); err != nil {
 		t.Fatal(err)
 	}
-	if st := again.Stats(); st.Packs != 0 {
+	if st := again.packs.Stats(); st.Packs != 0 {
 		t.Errorf("%+v", st)
 	}
 	d.check(t, again)
@@ -180,7 +180,7 @@ func TestCompact(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)
 	var moved []content.PackID
-	s.opts.Moved = func(ids []content.PackID, _ bool) { moved = append(moved, ids...) }
+	s.packs.opts.Moved = func(ids []content.PackID, _ bool) { moved = append(moved, ids...) }
 	var all []content.ObjectID
 	for i := range 40 {
 		all = append(all, put(t, s, i, fmt.Sprint(i, " dies"))...)
@@ -197,10 +197,10 @@ func TestCompact(t *testing.T) {
 			keep = append(keep, id)
 		}
 	}
-	if err := s.Compact(t.Context()); err != nil {
+	if err := NewCompactor(s, CompactOptions{}).Compact(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.Stats(); st.Packs != 2 || st.Live != 40*content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 40*content.BlockSize {
 		t.Errorf("%+v, want the merged pack and one that a chain image names", st)
 	}
 	if !slices.Equal(moved, placed.IDs()) {
@@ -209,12 +209,12 @@ func TestCompact(t *testing.T) {
 	if err := placed.Release(); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.Stats(); st.Packs != 1 || st.Dead != 0 {
+	if st := s.packs.Stats(); st.Packs != 1 || st.Dead != 0 {
 		t.Errorf("%+v", st)
 	}
 	d.check(t, s)
 	s2 := d.open(t, keep...)
-	if st := s2.Stats(); st.Packs != 1 || len(s2.Bad()) > 0 {
+	if st := s2.packs.Stats(); st.Packs != 1 || len(s2.Bad()) > 0 {
 		t.Errorf("after a restart: %+v", st)
 	}
 }

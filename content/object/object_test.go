@@ -57,11 +57,11 @@ func (d disk) check(t testing.TB, s *Store) {
 			live[r.pack.id] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
 		}
 	}
-	for id, p := range s.packs {
+	for id, p := range s.packs.all {
 		if live[id] != p.live || p.dead() < 0 {
 			t.Errorf("pack %s has %d live blocks, counted %d, dead %d", id, live[id], p.live, p.dead())
 		}
-		if fi, err := os.Stat(s.Path(id)); err != nil || fi.Size() != int64(p.blocks)*content.BlockSize {
+		if fi, err := os.Stat(s.packs.Path(id)); err != nil || fi.Size() != int64(p.blocks)*content.BlockSize {
 			t.Errorf("pack %s: %v", id, err)
 		}
 	}
@@ -80,7 +80,7 @@ func (d disk) check(t testing.TB, s *Store) {
 	if err := s.Close(); err != nil {
 		t.Error(err)
 	}
-	s.refs, s.packs = nil, nil // its successor is checked from now on
+	s.refs, s.packs.all = nil, nil // its successor is checked from now on
 }
 
 func idOf(b []byte) content.ObjectID { return content.ObjectID{Sum: sha256.Sum256(b)} }
@@ -150,7 +150,7 @@ func TestPutSealUnref(t *testing.T) {
 		t.Error(err)
 	}
 	unref(t, s, id)
-	if st := s.Stats(); st.Packs != 0 {
+	if st := s.packs.Stats(); st.Packs != 0 {
 		t.Errorf("%+v", st)
 	}
 }
@@ -191,7 +191,7 @@ func TestPutStream(t *testing.T) {
 	if _, err := w.Seal(); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.Stats(); st.Live != content.Blocks(int64(len(data))) || st.Dead != 0 {
+	if st := s.packs.Stats(); st.Live != content.Blocks(int64(len(data))) || st.Dead != 0 {
 		t.Errorf("%+v: room that was given back is counted", st)
 	}
 	if err := w.End([]content.ObjectID{idOf(data)}); err != nil {
@@ -222,12 +222,12 @@ func TestSealedTwice(t *testing.T) {
 	if err := errors.Join(a.End([]content.ObjectID{id, idOf(payload(0))}), b.End([]content.ObjectID{id, idOf(payload(1))})); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
 		t.Errorf("%+v", st)
 	}
 	d.check(t, s)
 	s = d.open(t, id, id, idOf(payload(0)), idOf(payload(1)))
-	if st := s.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
 		t.Errorf("after a restart: %+v", st)
 	}
 }
@@ -237,7 +237,7 @@ func TestSweepWhilePacksAreSealed(t *testing.T) {
 	d := newDisk(t)
 	s := d.open(t)
 	swept := map[string]int{}
-	s.opts.Step = func(name string) {
+	s.packs.opts.Step = func(name string) {
 		if name == "pack.renamed" || name == "merge.synced" {
 			swept[name]++
 			if found, err := s.Orphans(t.Context(), true); err != nil || len(found) > 0 {
@@ -245,14 +245,14 @@ func TestSweepWhilePacksAreSealed(t *testing.T) {
 			}
 		}
 	}
-	s.opts.Sync = func() (func() error, func(), error) { return func() error { return nil }, func() {}, nil }
+	sync := func() (func() error, func(), error) { return func() error { return nil }, func() {}, nil }
 	for i := range tierWidth + 1 {
 		put(t, s, i)
 	}
-	if err := s.Compact(t.Context()); err != nil {
+	if err := NewCompactor(s, CompactOptions{Sync: sync}).Compact(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.Stats(); st.Packs != 1 || swept["merge.synced"] != 1 || swept["pack.renamed"] != tierWidth+2 {
+	if st := s.packs.Stats(); st.Packs != 1 || swept["merge.synced"] != 1 || swept["pack.renamed"] != tierWidth+2 {
 		t.Errorf("%+v, swept %v", st, swept)
 	}
 }
@@ -265,7 +265,7 @@ func TestLoadAfterSettle(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.refs, s.packs = nil, nil
+	s.refs, s.packs.all = nil, nil
 	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -278,7 +278,7 @@ func TestLoadAfterSettle(t *testing.T) {
 	if bad := again.Bad(); !slices.Equal(bad, []content.ObjectID{idOf([]byte("nowhere"))}) {
 		t.Errorf("bad: %v", bad)
 	}
-	if st := again.Stats(); st.Live != 2*content.BlockSize || st.Dead != 0 {
+	if st := again.packs.Stats(); st.Live != 2*content.BlockSize || st.Dead != 0 {
 		t.Errorf("%+v", st)
 	}
 	unref(t, again, idOf([]byte("nowhere")))
@@ -312,25 +312,25 @@ func TestLargeIngest(t *testing.T) {
 			}
 			if fail {
 				n := 0
-				s.opts.Step = func(name string) { // the third cannot be renamed
+				s.packs.opts.Step = func(name string) { // the third cannot be renamed
 					if n++; name == "pack.sealed" && n == 5 {
-						if err := os.Mkdir(s.Path(w.packs[0].ID()), 0o700); err != nil {
+						if err := os.Mkdir(s.packs.Path(w.packs[0].ID()), 0o700); err != nil {
 							t.Fatal(err)
 						}
 					}
 				}
 				_, err := w.Seal()
-				s.opts.Step = nil
+				s.packs.opts.Step = nil
 				if err == nil {
 					t.Fatal("sealed over a directory")
 				}
 				if err := w.End(nil); err != nil {
 					t.Fatal(err)
 				}
-				if err := os.Remove(filepath.Join(s.Dir(), leftIn(t, s.Dir()))); err != nil {
+				if err := os.Remove(filepath.Join(s.packs.Dir(), leftIn(t, s.packs.Dir()))); err != nil {
 					t.Fatal(err)
 				}
-				if st := s.Stats(); st.Packs != 0 || s.Len() != 0 || len(s.sealing) > 0 {
+				if st := s.packs.Stats(); st.Packs != 0 || s.Len() != 0 || len(s.packs.sealing) > 0 {
 					t.Errorf("%+v", st)
 				}
 				return
@@ -342,7 +342,7 @@ func TestLargeIngest(t *testing.T) {
 			if err := w.End(ids); err != nil {
 				t.Fatal(err)
 			}
-			if bytes, files := s.Used(); used != (Counts{bytes, files}) || files != 5 {
+			if bytes, files := s.packs.Used(); used != (Counts{bytes, files}) || files != 5 {
 				t.Errorf("%+v, used %d in %d", used, bytes, files)
 			}
 			if len(w.Wrote()) != 10 {
@@ -370,16 +370,16 @@ func TestOpenDropsWhatNothingNames(t *testing.T) {
 	keep := put(t, s, "a", "b")
 	put(t, s, "c")
 	for _, name := range []string{"stranger", "00064f0a1b2c3.erofs"} {
-		if err := os.WriteFile(filepath.Join(s.Dir(), name), []byte("x"), 0o400); err != nil {
+		if err := os.WriteFile(filepath.Join(s.packs.Dir(), name), []byte("x"), 0o400); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.refs, s.packs = nil, nil
+	s.refs, s.packs.all = nil, nil
 	s2 := d.open(t, keep[0])
-	if st := s2.Stats(); st.Packs != 1 || st.Live != content.BlockSize || st.Dead != content.BlockSize {
+	if st := s2.packs.Stats(); st.Packs != 1 || st.Live != content.BlockSize || st.Dead != content.BlockSize {
 		t.Errorf("%+v", st)
 	}
 }
@@ -389,10 +389,10 @@ func TestMissingPackMakesObjectsBad(t *testing.T) {
 	s := d.open(t)
 	ids := put(t, s, "a")
 	place, _ := s.Place(ids[0])
-	if err := os.Remove(s.Path(place.Pack)); err != nil {
+	if err := os.Remove(s.packs.Path(place.Pack)); err != nil {
 		t.Fatal(err)
 	}
-	s.refs, s.packs = nil, nil
+	s.refs, s.packs.all = nil, nil
 	d2 := d.open(t, ids...)
 	if !d2.IsBad(ids[0]) {
 		t.Error("an object without a place is not bad")
@@ -416,13 +416,14 @@ func TestConcurrent(t *testing.T) {
 	var wg sync.WaitGroup
 	stop := make(chan struct{})
 	var merges sync.WaitGroup
+	c := NewCompactor(s, CompactOptions{})
 	merges.Go(func() {
 		for {
 			select {
 			case <-stop:
 				return
 			default:
-				if err := s.Compact(t.Context()); err != nil {
+				if err := c.Compact(t.Context()); err != nil {
 					t.Error(err)
 				}
 			}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -20,7 +21,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
-// pack is a sealed pack. The store's mu guards what changes.
+// pack is a sealed pack. The mu of Packs guards what changes.
 type pack struct {
 	id   content.PackID
 	file *os.File // open for reading until it is removed
@@ -75,10 +76,10 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 			return nil, fmt.Errorf("create packs directory: %w", err)
 		}
 	}
-	s := &Store{
-		dir: dir, staging: staging, opts: opts, index: newIndex(),
-		packs: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{}, packMax: packMax,
+	ps := &Packs{
+		dir: dir, staging: staging, opts: opts, all: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{},
 	}
+	s := &Store{index: newIndex(), packs: ps, packMax: packMax}
 	names, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("list packs: %w", err)
@@ -88,20 +89,20 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 		if !ok {
 			continue // Settle looks at it
 		}
-		s.last = max(s.last, id)
-		p, read, err := s.openPack(id)
+		ps.last = max(ps.last, id)
+		p, read, err := openPack(ps.Path(id), id)
 		if err != nil {
 			if !errors.Is(err, erofs.ErrDamaged) && !errors.Is(err, unix.EIO) {
-				return nil, errors.Join(fmt.Errorf("open pack %s: %w", s.Path(id), err), s.Close())
+				return nil, errors.Join(fmt.Errorf("open pack %s: %w", ps.Path(id), err), s.Close())
 			}
-			log.L.WithError(err).Errorf("pack %s is damaged: what only it holds is out of service", s.Path(id))
+			log.L.WithError(err).Errorf("pack %s is damaged: what only it holds is out of service", ps.Path(id))
 			continue
 		}
-		whole, err := s.wholeSlots(p, read)
+		whole, err := p.wholeSlots(read, opts.Since)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("open pack %s: %w", s.Path(id), err), p.file.Close(), s.Close())
+			return nil, errors.Join(fmt.Errorf("open pack %s: %w", ps.Path(id), err), p.file.Close(), s.Close())
 		}
-		s.add(p)
+		ps.add(p)
 		for n, slot := range read.Slots {
 			if slot.Size > 0 && whole(n) {
 				s.refs[slot.ID] = ref{n: uint32(n), pack: p}
@@ -109,22 +110,22 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 		}
 	}
 	for _, id := range opts.Held {
-		if p := s.packs[id]; p != nil {
+		if p := ps.all[id]; p != nil {
 			p.holders++
 		}
 	}
-	s.MeasureDirectories()
+	ps.MeasureDirectories()
 	return s, nil
 }
 
 // wholeSlots tells which slots of a pack hold what the table says. It reads those of packs that may not be on the
-// disk as a whole.
-func (s *Store) wholeSlots(p *pack, read *erofs.Pack) (func(n int) bool, error) {
+// disk as a whole: those written after since, if it is not zero.
+func (p *pack) wholeSlots(read *erofs.Pack, since time.Time) (func(n int) bool, error) {
 	fi, err := p.file.Stat()
 	if err != nil {
 		return nil, err
 	}
-	if s.opts.Since.IsZero() || !fi.ModTime().After(s.opts.Since) {
+	if since.IsZero() || !fi.ModTime().After(since) {
 		return func(int) bool { return true }, nil
 	}
 	buf, torn := NewVerifyBuffer(), map[int]bool{}
@@ -132,25 +133,25 @@ func (s *Store) wholeSlots(p *pack, read *erofs.Pack) (func(n int) bool, error) 
 		if slot.Size == 0 {
 			continue
 		}
-		_, err := s.verify(context.Background(), slot.ID, p, p.slots[n], buf)
+		_, err := p.verify(context.Background(), slot.ID, p.slots[n], buf)
 		if err != nil && !errors.Is(err, ErrDamaged) {
 			return nil, err
 		}
 		if err != nil {
-			log.L.WithError(err).Warnf("pack %s came to the disk in parts", s.Path(p.id))
+			log.L.WithError(err).Warnf("pack %s came to the disk in parts", p.file.Name())
 			p.torn, torn[n] = true, true
 		}
 	}
 	return func(n int) bool { return !torn[n] }, nil
 }
 
-// find looks in the packs' tables for objects without a place. Under mu.
+// find looks in the packs' tables for objects without a place. Under both locks.
 func (s *Store) find(ids []content.ObjectID) {
 	want := map[content.ObjectID]bool{}
 	for _, id := range ids {
 		want[id] = s.refs[id].pack == nil
 	}
-	packs := slices.SortedFunc(maps.Values(s.packs), func(a, b *pack) int { return cmp.Compare(b.id, a.id) })
+	packs := slices.SortedFunc(maps.Values(s.packs.all), func(a, b *pack) int { return cmp.Compare(b.id, a.id) })
 	for _, p := range packs { // newest first
 		read, err := erofs.OpenPack(p.file, int64(p.blocks)*content.BlockSize)
 		if err != nil {
@@ -177,15 +178,15 @@ func parseName(name string) (content.PackID, bool) {
 }
 
 // openPack opens a sealed pack, and checks that it is what it says.
-func (s *Store) openPack(id content.PackID) (_ *pack, _ *erofs.Pack, err error) {
-	fd, err := unix.Open(s.Path(id), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+func openPack(path string, id content.PackID) (_ *pack, _ *erofs.Pack, err error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENXIO) {
 		return nil, nil, fmt.Errorf("%w: it is no regular file", erofs.ErrDamaged)
 	}
 	if err != nil {
 		return nil, nil, err
 	}
-	f := os.NewFile(uintptr(fd), s.Path(id))
+	f := os.NewFile(uintptr(fd), path)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.Close())
@@ -247,25 +248,17 @@ func newPack(f *os.File, read *erofs.Pack) *pack {
 	return p
 }
 
-// add makes a sealed pack one of the store's. Under mu, or before the store is shared.
-func (s *Store) add(p *pack) {
-	delete(s.sealing, p.id)
-	s.packs[p.id] = p
-	s.used.Bytes += p.occupies()
-	s.used.Files++
-}
-
 // Settle ends the loading: payloads that nothing has named are dead, and objects that no pack has are bad. With keepDead nothing is
 // removed: it is not known what is named. It returns how many files it removed.
 func (s *Store) Settle(keepDead bool) (removed int, err error) {
-	s.mu.Lock()
-	s.keepDead, s.settled = keepDead, true
+	s.lock()
+	s.packs.keepDead, s.settled = keepDead, true
 	for id, r := range s.refs {
 		if r.count == 0 {
 			delete(s.refs, id)
 		}
 	}
-	s.mu.Unlock()
+	s.unlock()
 	if keepDead {
 		return 0, nil
 	}
@@ -273,38 +266,9 @@ func (s *Store) Settle(keepDead bool) (removed int, err error) {
 	return len(found), err
 }
 
-// droppable takes a pack out of the store that nobody needs, and returns it. Under mu.
-func (s *Store) droppable(p *pack) *pack {
-	if p == nil || p.objects > 0 || p.holders > 0 || s.keepDead || s.packs[p.id] != p {
-		return nil
-	}
-	delete(s.packs, p.id)
-	s.used.Bytes -= p.occupies()
-	s.used.Files--
-	s.freed.Bytes += p.occupies()
-	s.freed.Files++
-	return p
-}
-
-// remove unlinks a pack that is not the store's any more. Who has it mounted keeps its bytes.
-func (s *Store) remove(p *pack) error {
-	if p == nil {
-		return nil
-	}
-	err := os.Remove(s.Path(p.id))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	s.mu.Lock()
-	delete(s.sealing, p.id)
-	s.mu.Unlock()
-	s.step("pack.removed")
-	return errors.Join(err, p.file.Close())
-}
-
 // Placed are the places of the objects of one chain image. It holds the packs until Release.
 type Placed struct {
-	s      *Store
+	of     *Packs
 	places map[content.ObjectID]content.Place
 	packs  []erofs.Device
 }
@@ -329,15 +293,15 @@ func packIDs(devices []erofs.Device) (ids []content.PackID) {
 }
 
 // Release gives the packs up.
-func (p *Placed) Release() error { return p.s.ReleasePacks(p.IDs()) }
+func (p *Placed) Release() error { return p.of.Release(p.IDs()) }
 
 // Places finds the places of objects that the caller has references to, all at one moment. An object without one is bad, and the error
 // wraps ErrDamaged.
 func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
-	placed := &Placed{s: s, places: make(map[content.ObjectID]content.Place, len(ids))}
+	placed := &Placed{of: s.packs, places: make(map[content.ObjectID]content.Place, len(ids))}
 	counts := map[*pack]int{}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.lock()
+	defer s.unlock()
 	for _, id := range ids {
 		place, ok := s.place(id)
 		if !ok {
@@ -366,69 +330,6 @@ func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 	return placed, nil
 }
 
-// HoldPacks notes that a chain image names packs, until ReleasePacks. A pack that is not there is an error, and none is held then.
-func (s *Store) HoldPacks(ids []content.PackID) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, id := range ids {
-		if s.packs[id] == nil {
-			return fmt.Errorf("pack %s: %w", id, fs.ErrNotExist)
-		}
-	}
-	for _, id := range ids {
-		s.packs[id].holders++
-	}
-	return nil
-}
-
-// ReleasePacks is the reverse of HoldPacks.
-func (s *Store) ReleasePacks(ids []content.PackID) error {
-	var errs []error
-	for _, id := range ids {
-		s.mu.Lock()
-		p := s.packs[id]
-		if p != nil && p.holders > 0 {
-			p.holders--
-		}
-		drop := s.droppable(p)
-		s.mu.Unlock()
-		errs = append(errs, s.remove(drop))
-	}
-	return errors.Join(errs...)
-}
-
-// Device returns what a chain image says of a pack, and whether the pack is there.
-func (s *Store) Device(id content.PackID) (erofs.Device, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.packs[id]
-	if p == nil {
-		return erofs.Device{}, false
-	}
-	return p.device(), true
-}
-
-// Superseded reports whether a pack has no object any more: only chain images keep it.
-func (s *Store) Superseded(id content.PackID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.packs[id]
-	return p == nil || p.objects == 0
-}
-
-// DropCache has the kernel forget its pages of the packs' files. A mounted pack is cached once more, by the file system in it.
-func (s *Store) DropCache() {
-	s.mu.Lock()
-	files := make([]*os.File, 0, len(s.packs))
-	for _, p := range s.packs {
-		files = append(files, p.file)
-	}
-	s.mu.Unlock()
-	for _, f := range files {
-		dropCache(f)
-	}
-}
-
 func dropCache(f *os.File) {
 	if c, err := f.SyscallConn(); err == nil {
 		_ = c.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), 0, 0, unix.FADV_DONTNEED) })
@@ -444,7 +345,7 @@ type OrphanFile struct {
 // Orphans looks for files in the directory of packs that hold no object and that no chain image names, and removes them if asked
 // to. Others may use the store meanwhile.
 func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, err error) {
-	names, err := os.ReadDir(s.dir)
+	names, err := os.ReadDir(s.packs.dir)
 	if err != nil {
 		return nil, fmt.Errorf("look for orphans: %w", err)
 	}
@@ -452,19 +353,19 @@ func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, e
 		if ctx.Err() != nil {
 			return found, context.Cause(ctx)
 		}
-		path := filepath.Join(s.dir, name.Name())
+		path := filepath.Join(s.packs.dir, name.Name())
 		id, isPack := parseName(name.Name())
-		s.mu.Lock()
-		p := s.packs[id]
-		_, sealing := s.sealing[id]
+		s.lock()
+		p := s.packs.all[id]
+		_, sealing := s.packs.sealing[id]
 		needed := isPack && (sealing || p != nil && (p.objects > 0 || p.holders > 0))
 		// What a pack that cannot be read holds is known once nothing is missing.
 		needed = needed || isPack && p == nil && len(s.bad) > 0
 		var drop *pack
 		if !needed && remove && isPack {
-			drop = s.droppable(p)
+			drop = s.packs.droppable(p)
 		}
-		s.mu.Unlock()
+		s.unlock()
 		if needed {
 			continue
 		}
@@ -474,7 +375,7 @@ func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, e
 		}
 		if err == nil && remove {
 			if drop != nil {
-				err = s.remove(drop)
+				err = s.packs.remove(drop)
 			} else {
 				err = os.RemoveAll(path)
 			}

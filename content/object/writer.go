@@ -8,11 +8,9 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // Writer takes the payloads of one ingest. Put and PutStream may be called concurrently; Seal and End follow when they have
@@ -72,23 +70,11 @@ func (w *Writer) begun(size int64) (*filling, error) {
 			return last, nil
 		}
 	}
-	f, err := w.s.begin()
+	f, err := w.s.packs.begin()
 	if err == nil {
 		w.packs = append(w.packs, f)
 	}
 	return f, err
-}
-
-// begin starts a pack.
-func (s *Store) begin() (*filling, error) {
-	s.mu.Lock()
-	id := s.newID(time.Now().UnixMicro())
-	s.mu.Unlock()
-	f, err := s.stage(id)
-	if err != nil {
-		return nil, err
-	}
-	return &filling{erofs.NewPackWriter(f, id), f}, nil
 }
 
 // discard gives a pack up that was not sealed.
@@ -211,21 +197,21 @@ func (w *Writer) Seal() (used Counts, err error) {
 		f := w.packs[0]
 		if f.Blocks() == 1 { // a large payload turned out to be known
 			err = f.discard()
-		} else if packs[f], err = w.s.seal(f); err != nil {
+		} else if packs[f], err = w.s.packs.seal(f); err != nil {
 			err = errors.Join(err, f.discard())
 			delete(packs, f)
 		}
 	}
 	if err != nil {
 		for _, p := range packs {
-			err = errors.Join(err, w.s.remove(p))
+			err = errors.Join(err, w.s.packs.remove(p))
 		}
 		return used, errors.Join(err, w.discard())
 	}
 	touched := map[*pack]bool{}
-	w.s.mu.Lock()
+	w.s.lock()
 	for _, p := range packs {
-		w.s.add(p)
+		w.s.packs.add(p)
 		touched[p] = true // all of it may have been sealed elsewhere
 	}
 	for id, own := range w.own {
@@ -235,83 +221,19 @@ func (w *Writer) Seal() (used Counts, err error) {
 		w.hits[id] += own.count
 	}
 	clear(w.own)
-	moved, drops := w.s.emptied(touched)
-	w.s.mu.Unlock()
+	moved, drops := w.s.packs.emptied(touched)
+	w.s.unlock()
 	for _, p := range packs {
 		if !slices.Contains(drops, p) {
 			w.sealed.Bytes += p.occupies()
 			w.sealed.Files++
 		}
 	}
-	w.s.tellMoved(moved, true)
+	w.s.packs.tellMoved(moved, true)
 	for _, d := range drops {
-		err = errors.Join(err, w.s.remove(d))
+		err = errors.Join(err, w.s.packs.remove(d))
 	}
 	return w.sealed, err
-}
-
-// emptied looks at packs that have lost objects: those that chain images still name, and those that go. Under mu.
-func (s *Store) emptied(packs map[*pack]bool) (held []content.PackID, drops []*pack) {
-	for p := range packs {
-		if d := s.droppable(p); d != nil {
-			drops = append(drops, d)
-		} else if p.holders > 0 {
-			held = append(held, p.id)
-		}
-	}
-	return held, drops
-}
-
-func (s *Store) tellMoved(packs []content.PackID, damaged bool) {
-	if len(packs) > 0 && s.opts.Moved != nil {
-		s.opts.Moved(packs, damaged)
-	}
-}
-
-// seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or,
-// without an error, becomes the pack's.
-func (s *Store) seal(f *filling) (_ *pack, err error) {
-	sealed, err := f.PackWriter.Seal()
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	s.sealing[sealed.ID] = struct{}{}
-	s.mu.Unlock()
-	defer func() {
-		if err != nil {
-			s.mu.Lock()
-			delete(s.sealing, sealed.ID)
-			s.mu.Unlock()
-		}
-	}()
-	s.step("pack.sealed")
-	staged := f.file.Name()
-	if s.opts.Verity { // it is for files that nobody writes to
-		if err := f.file.Close(); err != nil {
-			return nil, fmt.Errorf("seal pack %s: %w", sealed.ID, err)
-		}
-		if err := verity.EnablePath(staged); err != nil {
-			return nil, fmt.Errorf("seal pack %s: %w", sealed.ID, err)
-		}
-		s.step("pack.verity")
-	}
-	if err := os.Rename(staged, s.Path(sealed.ID)); err != nil {
-		return nil, fmt.Errorf("seal pack %s: %w", sealed.ID, err)
-	}
-	s.step("pack.renamed")
-	r, err := os.Open(s.Path(sealed.ID))
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("seal pack %s: %w", sealed.ID, err), os.Remove(s.Path(sealed.ID)))
-	}
-	if !s.opts.Verity {
-		_ = f.file.Close() // what it could tell of the disk, the sync tells
-	}
-	p := newPack(r, sealed)
-	if err := p.measure(); err != nil {
-		return nil, errors.Join(fmt.Errorf("seal pack %s: %w", sealed.ID, err), r.Close(), os.Remove(s.Path(sealed.ID)))
-	}
-	return p, nil
 }
 
 // discard gives up what was not sealed. Under mu.

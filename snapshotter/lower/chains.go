@@ -221,7 +221,7 @@ func (c *Chains) load(ctx context.Context, n Name) error {
 		return nil
 	}
 	if err == nil {
-		err = c.opts.Layers.Packs().HoldPacks(im.ids())
+		err = c.opts.Layers.Packs().Hold(im.ids())
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("chain image %s is of no use any more: removing it", n)
@@ -465,5 +465,5 @@ func (c *Chains) remove(n Name) error {
 		return nil
 	}
 	c.set(n, nil)
-	return c.opts.Layers.Packs().ReleasePacks(im.ids())
+	return c.opts.Layers.Packs().Release(im.ids())
 }

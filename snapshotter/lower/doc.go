@@ -12,7 +12,7 @@
 //
 // # Invariants
 //
-//   - An image's file holds the packs that it names (object.Store.HoldPacks): they stay on the disk as long as it
+//   - An image's file holds the packs that it names (object.Packs.Hold): they stay on the disk as long as it
 //     does.
 //   - Nothing is mounted over a pack that is not the one that the image was built for.
 //   - A mounted image, and the mounts of packs that it was mounted over, stay while the chain has users.
