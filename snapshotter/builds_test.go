@@ -197,7 +197,7 @@ func TestBuildStopsWithItsSnapshot(t *testing.T) {
 	eventually(t, "the build stops", func() bool { return g.cancelled.Load() == 1 })
 	s.wg.Wait()
 	chain, err := s.resolve(ctx, name)
-	if err != nil || s.chains.IsUsed(s.chains.Name(chain, lower.Plain)) || s.Builds().Running > 0 {
+	if err != nil || s.chains.Users.IsUsed(s.chains.Name(chain, lower.Plain)) || s.Builds().Running > 0 {
 		t.Errorf("still used, or in work: %+v, %v", s.Builds(), err)
 	}
 }

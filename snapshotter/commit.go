@@ -357,7 +357,7 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		s.chains.Use(s.chains.Name(chain, lower.Plain), id)
+		s.chains.Users.Use(s.chains.Name(chain, lower.Plain), id)
 		defer s.unuse(ctx, id)
 		have, err := s.chains.Ensure(ctx, chain, lower.Plain)
 		if err != nil {

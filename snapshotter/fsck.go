@@ -167,7 +167,7 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 	}
 	var names []lower.Name
 	for n := range chains {
-		if s.chains.HasImage(n) && s.layers.InService(chains[n]...) == nil {
+		if s.chains.Images.Has(n) && s.layers.InService(chains[n]...) == nil {
 			names = append(names, n)
 		}
 	}
@@ -181,7 +181,7 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 		if problem == "" {
 			continue
 		}
-		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Image(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
+		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Images.Path(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
 		if f.Snapshots, err = s.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
 			return found, err
 		}

@@ -58,8 +58,8 @@ func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Find
 		return nil, err
 	}
 	for _, n := range names {
-		fi, err := os.Stat(s.chains.Image(n))
-		if err != nil || s.chains.IsUsed(n) {
+		fi, err := os.Stat(s.chains.Images.Path(n))
+		if err != nil || s.chains.Users.IsUsed(n) {
 			continue
 		}
 		if !dryRun {
@@ -68,8 +68,10 @@ func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Find
 			}
 		}
 		found = append(found, Finding{
-			Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no container uses it now", Bytes: fi.Size()},
-			Fixed:   !dryRun,
+			Finding: layer.Finding{
+				Kind: StrayChain, Path: s.chains.Images.Path(n), Problem: "no container uses it now", Bytes: fi.Size(),
+			},
+			Fixed: !dryRun,
 		})
 	}
 	return found, nil
@@ -94,8 +96,10 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
 	}
 	for _, n := range stray.chains {
-		f := Finding{Finding: layer.Finding{Kind: StrayChain, Path: s.chains.Image(n), Problem: "no snapshot has this chain"}}
-		if !s.chains.HasImage(n) {
+		f := Finding{Finding: layer.Finding{
+			Kind: StrayChain, Path: s.chains.Images.Path(n), Problem: "no snapshot has this chain",
+		}}
+		if !s.chains.Images.Has(n) {
 			f.Kind, f.Path = StrayMount, s.chains.MountPoint(n)
 		}
 		found = append(found, f)
@@ -272,7 +276,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case s.chains.IsMounted(name) && !s.chains.IsUsed(name):
+		case s.chains.IsMounted(name) && !s.chains.Users.IsUsed(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}

@@ -172,7 +172,7 @@ func isRemapped(name, parent string, uids, gids []idRange) bool {
 // use notes that a stored container or view lies on a chain image. Once one in a user namespace was here, images for
 // such ones are built ahead, too.
 func use(s *Snapshotter, n *snapshotNode) {
-	s.chains.Use(n.parent.below(n.flavour), n.id)
+	s.chains.Users.Use(n.parent.below(n.flavour), n.id)
 	if n.flavour == lower.Mapped {
 		s.mapped.Store(true)
 	}

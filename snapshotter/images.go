@@ -67,7 +67,7 @@ func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]Im
 	r.layersOf()
 	r.addObjects()
 	r.addTrees()
-	r.addChains(s.chains.Size)
+	r.addChains(s.chains.Images.Size)
 	out := make([]ImageUsage, len(refs))
 	for i := range r.images {
 		out[i] = r.images[i].usage

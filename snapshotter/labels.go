@@ -80,7 +80,7 @@ func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
 // claim returns the private labels of a snapshot that stands for a held layer from now on.
 func (s *Snapshotter) claim(id content.LayerID) map[string]string {
 	private := map[string]string{labelLayer: id.Hex(), labelClaim: ""}
-	if u, ok := s.layers.Claim(id, s.chains.Usage()); ok {
+	if u, ok := s.layers.Claim(id, s.chains.Images.Usage()); ok {
 		private[labelClaim] = fmt.Sprintf(claimFormat, u.Bytes, u.Inodes)
 	}
 	return private

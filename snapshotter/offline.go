@@ -156,7 +156,7 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 	for _, n := range nodes {
 		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
 			if chain, ok := n.parent.layers(); ok {
-				s.chains.Use(s.chains.Name(chain, n.flavour), n.id)
+				s.chains.Users.Use(s.chains.Name(chain, n.flavour), n.id)
 			}
 		}
 	}

@@ -113,7 +113,7 @@ func sideOf(ctx context.Context, s *Snapshotter, mounts []mount.Mount) (side, er
 	if top == s.path(dirEmpty) {
 		return side{}, nil
 	}
-	ids := lower.Users(s.chains, top)
+	ids := s.chains.UsersAt(top)
 	if id := idOfUpper(top); top == s.upper(id) {
 		ids = []string{id}
 	}

@@ -170,7 +170,7 @@ func (s *Snapshotter) below(ctx context.Context, c creation) (below, error) {
 	if err := s.healthy(ctx, chain); err != nil {
 		return below{}, err
 	}
-	s.chains.Use(name, c.id)
+	s.chains.Users.Use(name, c.id)
 	l.mounted = true
 	have, err := s.chains.Ensure(ctx, chain, flavour)
 	if errors.Is(err, layer.ErrDamaged) { // found out only now
@@ -221,7 +221,7 @@ func (s *Snapshotter) mounts(ctx context.Context, kind snapshots.Kind, id string
 	if kind == snapshots.KindView {
 		dir, err := l.dir, error(nil)
 		if len(l.packs) > 0 {
-			if dir, err = lower.View(ctx, s.chains, l.dir); err != nil {
+			if dir, err = s.chains.View(ctx, l.dir); err != nil {
 				return nil, err
 			}
 		}

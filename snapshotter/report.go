@@ -21,14 +21,14 @@ func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, 
 		return r, err
 	}
 	for _, n := range names {
-		if s.chains.HasImage(n) {
+		if s.chains.Images.Has(n) {
 			r.Images++
 		}
 		if s.chains.IsMounted(n) {
 			r.Mounts++
 		}
 	}
-	r.Usage, r.Packs = s.chains.Usage(), s.chains.PackMounts()
+	r.Usage, r.Packs = s.chains.Images.Usage(), s.chains.PackMounts()
 	if measure {
 		r.Usage, err = layer.DiskUsage(ctx, s.path(dirChains))
 	}
@@ -44,7 +44,7 @@ func (s *Snapshotter) IdleMounts() ([]string, error) {
 	}
 	var idle []string
 	for _, n := range names {
-		if s.chains.IsMounted(n) && !s.chains.IsUsed(n) {
+		if s.chains.IsMounted(n) && !s.chains.Users.IsUsed(n) {
 			idle = append(idle, s.chains.MountPoint(n))
 		}
 	}

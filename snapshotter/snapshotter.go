@@ -286,7 +286,7 @@ func (s *Snapshotter) packsMoved(packs []content.PackID, damaged bool) {
 	default:
 		return
 	}
-	stale := s.chains.Moved(packs, damaged)
+	stale := s.chains.Images.Moved(packs, damaged)
 	s.background(func(ctx context.Context) {
 		if err := s.chains.DropStale(ctx, stale); err != nil && ctx.Err() == nil {
 			s.counters.removeError()
@@ -383,7 +383,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 		return usage, err
 	}
 	if lid, ok := layerOf(info); ok {
-		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.Usage())
+		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.Images.Usage())
 		return snapshots.Usage{Size: u.Bytes, Inodes: u.Inodes}, nil
 	}
 	if info.Kind != snapshots.KindActive {
@@ -470,7 +470,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 // unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may be why
 // he gives it up, so it does not count.
 func (s *Snapshotter) unuse(ctx context.Context, id string) {
-	n, orphaned, busy := s.chains.Unuse(id)
+	n, orphaned, busy := s.chains.Users.Unuse(id)
 	release := func(ctx context.Context) {
 		if err := s.chains.Release(ctx, n); err != nil {
 			s.counters.removeError()

@@ -221,7 +221,7 @@ func TestVerityRefusesFlippedBits(t *testing.T) {
 	if got, err := tryRead(t, s, name, "file"); !errors.Is(err, unix.EIO) || strings.Contains(got, "tezt") {
 		t.Errorf("payload: %d bytes, %v", len(got), err)
 	}
-	image := s.chains.Image(onlyChain(t, s))
+	image := s.chains.Images.Path(onlyChain(t, s))
 	for path, at := range map[string]int64{packOf(t, s, text): content.BlockSize + 2048, image: 2048} {
 		flip(t, disk, path, at)
 		found, err := s.Check(t.Context(), CheckOptions{Repair: true})

@@ -24,13 +24,13 @@ func TestMetadataIsReadAhead(t *testing.T) {
 		l.ensure(one)
 		l.drops.Wait()
 		n := l.Name([]content.LayerID{one}, Plain)
-		image, pack := l.Image(n), l.packs.path(l.known(n).ids()[0])
+		image, pack := l.Images.Path(n), l.Chains.mounts.packs.path(l.Images.known(n).ids()[0])
 		dropPages(t, image, pack)
 		l.ensure(one)
 		l.drops.Wait()
 
 		want := int(metadataLen(t, pack) / 4096)
-		if !l.known(n).shared {
+		if !l.Images.known(n).shared {
 			want = 0
 		}
 		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -25,51 +26,65 @@ type build struct {
 	err     error
 }
 
+// builds are the images that are being built for callers of Build. Safe for concurrent use.
+type builds struct {
+	// background is that of Options, run builds the image of a chain, and entries counts what that takes.
+	background func(fn func(context.Context)) bool
+	run        func(ctx context.Context, n Name, chain []content.LayerID) error
+	entries    func(chain []content.LayerID) int64
+
+	mu sync.Mutex // guards what follows
+	of map[Name]*build
+}
+
 // Build makes sure that a chain's image exists. Callers that want the same one at the same time share the work, which
 // ends when all of them have gone.
 func (c *Chains) Build(ctx context.Context, chain []content.LayerID, f Flavour) error {
-	n := c.Name(chain, f)
-	c.mu.Lock()
-	b := c.builds[n]
+	return c.builds.build(ctx, c.Name(chain, f), chain)
+}
+
+func (bs *builds) build(ctx context.Context, n Name, chain []content.LayerID) error {
+	bs.mu.Lock()
+	b := bs.of[n]
 	if b == nil {
-		b = c.startBuild(ctx, n, chain)
+		b = bs.start(ctx, n, chain)
 	}
 	b.waiters++
-	c.mu.Unlock()
+	bs.mu.Unlock()
 	select {
 	case <-b.done:
 		return b.err
 	case <-ctx.Done():
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
 	if b.waiters--; b.waiters == 0 {
 		b.cancel()
-		c.forgetBuild(n, b) // who asks from now on starts anew
+		bs.forget(n, b) // who asks from now on starts anew
 	}
 	return fmt.Errorf("wait for chain image %s: %w", n, context.Cause(ctx))
 }
 
-// startBuild is called under mu.
-func (c *Chains) startBuild(ctx context.Context, n Name, chain []content.LayerID) *build {
+// start is called under mu.
+func (bs *builds) start(ctx context.Context, n Name, chain []content.LayerID) *build {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	b := &build{begun: time.Now(), entries: c.opts.Layers.Entries(chain), cancel: cancel, done: make(chan struct{})}
-	c.builds[n] = b
-	started := c.opts.Background(func(stop context.Context) {
+	b := &build{begun: time.Now(), entries: bs.entries(chain), cancel: cancel, done: make(chan struct{})}
+	bs.of[n] = b
+	started := bs.background(func(stop context.Context) {
 		defer cancel()
 		defer context.AfterFunc(stop, cancel)()
-		err := Safely(func() error { return c.buildShared(ctx, n, chain) })
+		err := Safely(func() error { return bs.run(ctx, n, chain) })
 		if err != nil && stop.Err() != nil {
 			err = errors.Join(err, ErrClosed)
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.forgetBuild(n, b)
+		bs.mu.Lock()
+		defer bs.mu.Unlock()
+		bs.forget(n, b)
 		b.err = err
 		close(b.done)
 	})
 	if !started {
-		c.forgetBuild(n, b)
+		bs.forget(n, b)
 		b.err = ErrClosed
 		close(b.done)
 	}
@@ -79,15 +94,15 @@ func (c *Chains) startBuild(ctx context.Context, n Name, chain []content.LayerID
 // ErrClosed: the daemon stops.
 var ErrClosed = fmt.Errorf("snapshotter is closed: %w", errdefs.ErrUnavailable)
 
-// forgetBuild is called under mu.
-func (c *Chains) forgetBuild(n Name, b *build) {
-	if c.builds[n] == b {
-		delete(c.builds, n)
+// forget is called under mu.
+func (bs *builds) forget(n Name, b *build) {
+	if bs.of[n] == b {
+		delete(bs.of, n)
 	}
 }
 
 func (c *Chains) buildShared(ctx context.Context, n Name, chain []content.LayerID) error {
-	done, err := c.acquire(ctx, n)
+	done, err := c.Users.acquire(ctx, n)
 	if err != nil {
 		return err
 	}
@@ -95,11 +110,11 @@ func (c *Chains) buildShared(ctx context.Context, n Name, chain []content.LayerI
 	return c.buildLocked(ctx, n, chain)
 }
 
-// isBuilding tells whether a chain's image is being built.
-func (c *Chains) isBuilding(n Name) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.builds[n] != nil
+// has tells whether a chain's image is being built.
+func (bs *builds) has(n Name) bool {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	return bs.of[n] != nil
 }
 
 // Work is what is being done at this moment.
@@ -112,10 +127,12 @@ type Work struct {
 }
 
 // Work are the images that are being built. Those that wait for room are among them.
-func (c *Chains) Work() (w Work) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, b := range c.builds {
+func (c *Chains) Work() Work { return c.builds.work() }
+
+func (bs *builds) work() (w Work) {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	for _, b := range bs.of {
 		w.Running++
 		w.Waiters += b.waiters
 		w.Bytes += b.entries * BuildEntryBytes

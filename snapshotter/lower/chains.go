@@ -5,10 +5,8 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -103,48 +101,18 @@ type Stats struct {
 // clones the mounts below it.
 //
 // The file of an image holds the packs that it names, so that they stay while it does.
+//
+// Images, Users, mounts and builds each have locks of their own. None of them calls another with its lock held.
 type Chains struct {
-	opts  Options
-	packs packMounts
-	ahead ahead
+	opts   Options
+	Images *Images
+	Users  *Users
+	mounts imageMounts
+	builds builds
 
 	mu    sync.Mutex // guards what follows
 	stats Stats
-	// busy chains are being built, mounted or unmounted; the channel is closed after.
-	busy map[Name]chan struct{}
-	// images are those on the disk.
-	images map[Name]*image
-	used   layer.Usage // their sum
-	// builds are the images that are being built for callers of Build, watches what moves meanwhile.
-	builds  map[Name]*build
-	watches map[*watch]bool
-	// users are the ids of active snapshots and views, by chain, and the way back.
-	users map[Name]map[string]bool
-	byID  map[string]Name
 }
-
-// image is what is known of a chain image's file.
-type image struct {
-	bytes int64 // of the disk
-	// whole: the file says of itself what follows, and holds these packs.
-	whole   bool
-	devices []erofs.Device
-	shared  bool
-	// moved: payloads of its packs have moved to others. It is right, but keeps them. damaged: they were damaged.
-	moved, damaged bool
-}
-
-func (im *image) ids() (ids []content.PackID) {
-	if im.whole {
-		for _, d := range im.devices {
-			ids = append(ids, d.Pack)
-		}
-	}
-	return ids
-}
-
-// ImageSuffix ends the names of chain images.
-const ImageSuffix = ".erofs"
 
 // Open finds the images that are there. Their users are noted with Use.
 func Open(ctx context.Context, o Options) (*Chains, error) {
@@ -167,7 +135,7 @@ func Open(ctx context.Context, o Options) (*Chains, error) {
 			return nil, err
 		}
 	}
-	return c, c.packs.clear()
+	return c, c.mounts.packs.clear()
 }
 
 func newChains(o Options) *Chains {
@@ -177,18 +145,23 @@ func newChains(o Options) *Chains {
 	if o.Step == nil {
 		o.Step = func(string) {}
 	}
-	return &Chains{
+	c := &Chains{
 		opts: o,
+		Images: &Images{
+			dir: o.Images, packs: o.Layers.Packs(), verity: o.Kernel.NoVerity == nil,
+			images: map[Name]*image{}, watches: map[*watch]bool{},
+		},
+		Users: newUsers(),
+	}
+	c.mounts = imageMounts{
+		dir: o.Mounts, images: c.Images, kernel: o.Kernel, step: o.Step,
 		packs: packMounts{
 			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
 		},
-		ahead:  ahead{background: o.Background, busy: map[Name]bool{}},
-		busy:   map[Name]chan struct{}{},
-		images: map[Name]*image{},
-		builds: map[Name]*build{}, watches: map[*watch]bool{},
-		users: map[Name]map[string]bool{},
-		byID:  map[string]Name{},
+		ahead: ahead{background: o.Background, busy: map[Name]bool{}},
 	}
+	c.builds = builds{background: o.Background, run: c.buildShared, entries: o.Layers.Entries, of: map[Name]*build{}}
+	return c
 }
 
 // PacksOf returns the packs that the images in a directory name, each as often as it is named. An image that cannot
@@ -216,178 +189,54 @@ func PacksOf(images string) (ids []content.PackID, err error) {
 
 // load reads what the image of a chain says of itself. One that cannot be mounted again is removed.
 func (c *Chains) load(ctx context.Context, n Name) error {
-	im, err := c.read(n)
+	im, err := c.Images.read(n)
 	if isGone(err) {
 		return nil
 	}
 	if err == nil {
-		err = c.opts.Layers.Packs().Hold(im.ids())
+		err = c.Images.packs.Hold(im.ids())
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("chain image %s is of no use any more: removing it", n)
-		if err := os.RemoveAll(c.Image(n)); err != nil {
+		if err := os.RemoveAll(c.Images.Path(n)); err != nil {
 			return fmt.Errorf("remove chain image: %w", err)
 		}
 		return nil
 	}
-	c.set(n, im)
+	c.Images.set(n, im)
 	mounted := c.IsMounted(n)
 	if im.shared && mounted {
-		c.packs.note(n, im.ids())
+		c.mounts.packs.note(n, im.ids())
 	}
-	if !mounted && c.isStale(n) {
-		return c.remove(n)
-	}
-	return nil
-}
-
-// read looks at the file of an image.
-func (c *Chains) read(n Name) (*image, error) {
-	f, err := os.Open(c.Image(n))
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return nil, fmt.Errorf("measure chain image: %w", err)
-	}
-	im := &image{bytes: st.Blocks * 512, whole: true}
-	im.devices, im.shared, err = erofs.ReadChain(f, st.Size)
-	return im, err
-}
-
-// set notes what the image of a chain is now; nil for none.
-func (c *Chains) set(n Name, im *image) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if old := c.images[n]; old != nil {
-		c.used.Bytes -= old.bytes
-		c.used.Inodes--
-		delete(c.images, n)
-	}
-	if im != nil {
-		c.images[n] = im
-		c.used.Bytes += im.bytes
-		c.used.Inodes++
-	}
-}
-
-// known returns what is known of a chain's image, nil when there is none.
-func (c *Chains) known(n Name) *image {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if im := c.images[n]; im != nil {
-		copied := *im
-		return &copied
+	if !mounted && c.Images.isStale(n) {
+		return c.Images.remove(n)
 	}
 	return nil
 }
 
-// MountPoint is where a chain's image is mounted while it is used, Image its file.
-func (c *Chains) MountPoint(n Name) string { return filepath.Join(c.opts.Mounts, n.Hex()) }
-func (c *Chains) Image(n Name) string      { return filepath.Join(c.opts.Images, n.Hex()+ImageSuffix) }
+// MountPoint is where a chain's image is mounted while it is used.
+func (c *Chains) MountPoint(n Name) string { return c.mounts.at(n) }
 
-// Use notes that a snapshot may be mounted over a chain.
-func (c *Chains) Use(n Name, id string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.users[n] == nil {
-		c.users[n] = map[string]bool{}
-	}
-	c.users[n][id] = true
-	c.byID[id] = n
-}
-
-// Unuse takes a snapshot's use back. orphaned tells that it was the last: the caller releases the
-// chain. busy tells that it would have to wait for somebody who builds it.
-func (c *Chains) Unuse(id string) (n Name, orphaned, busy bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	n, ok := c.byID[id]
-	if !ok {
-		return n, false, false
-	}
-	delete(c.byID, id)
-	delete(c.users[n], id)
-	if len(c.users[n]) > 0 {
-		return n, false, false
-	}
-	delete(c.users, n)
-	return n, true, c.busy[n] != nil
-}
-
-// IsUsed tells whether a snapshot may be mounted over a chain, or somebody is busy with it.
-func (c *Chains) IsUsed(n Name) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.users[n]) > 0 || c.busy[n] != nil
-}
-
-// Users returns the ids of the snapshots that may be mounted over what has a mount point, none for any other directory.
-func Users(c *Chains, mountPoint string) (ids []string) {
+// UsersAt returns the ids of the snapshots that may be mounted over what has a mount point, none for any other
+// directory.
+func (c *Chains) UsersAt(mountPoint string) (ids []string) {
 	sum, err := content.ParseSum(filepath.Base(mountPoint))
 	n := Name{sum}
 	if err != nil || c.MountPoint(n) != mountPoint {
 		return nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return slices.Sorted(maps.Keys(c.users[n]))
+	return c.Users.of(n)
 }
 
 // Release unmounts a chain that has no users. An image whose packs have lost payloads to others goes, too.
 func (c *Chains) Release(ctx context.Context, n Name) error {
-	return c.ifUnused(ctx, n, func() error {
-		err := c.unmount(n)
-		if c.isStale(n) {
-			err = errors.Join(err, c.remove(n))
+	return c.Users.ifUnused(ctx, n, func() error {
+		err := c.mounts.unmount(n)
+		if c.Images.isStale(n) {
+			err = errors.Join(err, c.Images.remove(n))
 		}
 		return err
 	})
-}
-
-// ifUnused calls fn for a chain that has no users, while nobody else is busy with it.
-func (c *Chains) ifUnused(ctx context.Context, n Name, fn func() error) error {
-	done, err := c.acquire(ctx, n)
-	if err != nil {
-		return err
-	}
-	defer done()
-	c.mu.Lock()
-	used := len(c.users[n]) > 0
-	c.mu.Unlock()
-	if used {
-		return nil
-	}
-	return fn()
-}
-
-// acquire waits until nobody else is busy with a chain, and returns how to let go.
-func (c *Chains) acquire(ctx context.Context, n Name) (release func(), err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.busy[n] != nil {
-		done := c.busy[n]
-		c.mu.Unlock()
-		select {
-		case <-done:
-		case <-ctx.Done():
-			err = fmt.Errorf("wait for chain image %s: %w", n, context.Cause(ctx))
-		}
-		c.mu.Lock()
-		if err != nil {
-			return nil, err
-		}
-	}
-	done := make(chan struct{})
-	c.busy[n] = done
-	return func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		delete(c.busy, n)
-		close(done)
-	}, nil
 }
 
 func (c *Chains) change(fn func(*Stats)) {
@@ -401,28 +250,6 @@ func (c *Chains) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.stats
-}
-
-// Size returns what a chain's image occupies; false when there is none.
-func (c *Chains) Size(n Name) (bytes int64, ok bool) {
-	im := c.known(n)
-	if im == nil {
-		return 0, false
-	}
-	return im.bytes, true
-}
-
-// HasImage reports whether a chain has an image.
-func (c *Chains) HasImage(n Name) bool {
-	_, err := os.Stat(c.Image(n))
-	return err == nil
-}
-
-// Usage is what all images occupy.
-func (c *Chains) Usage() layer.Usage {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.used
 }
 
 // List returns the chains that have an image or a mount point.
@@ -448,22 +275,9 @@ func (c *Chains) List() ([]Name, error) {
 
 // Drop removes the image and the mount of a chain that no snapshot has.
 func (c *Chains) Drop(ctx context.Context, n Name) error {
-	return c.ifUnused(ctx, n, func() error {
-		err := c.remove(n)
+	return c.Users.ifUnused(ctx, n, func() error {
+		err := c.Images.remove(n)
 		c.opts.Step("chain.dropped")
-		return errors.Join(err, c.unmount(n))
+		return errors.Join(err, c.mounts.unmount(n))
 	})
-}
-
-// remove removes the image's file, which gives its packs up.
-func (c *Chains) remove(n Name) error {
-	im := c.known(n)
-	if err := os.RemoveAll(c.Image(n)); err != nil {
-		return fmt.Errorf("remove chain image: %w", err)
-	}
-	if im == nil {
-		return nil
-	}
-	c.set(n, nil)
-	return c.opts.Layers.Packs().Release(im.ids())
 }

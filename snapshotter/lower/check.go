@@ -20,12 +20,12 @@ import (
 // tables of its packs, builds it once more over the same places, and compares the bytes: what shows another payload
 // is found as well as a damaged inode.
 func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (problem string, err error) {
-	done, err := c.acquire(ctx, n)
+	done, err := c.Users.acquire(ctx, n)
 	if err != nil {
 		return "", err
 	}
 	defer done()
-	im, err := c.read(n)
+	im, err := c.Images.read(n)
 	if isGone(err) {
 		return "", nil
 	}
@@ -67,7 +67,7 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 func (c *Chains) inspect(ctx context.Context, n Name, devices []erofs.Device) (
 	sum content.Sum, places map[content.ObjectID]content.Place, err error,
 ) {
-	f, err := os.Open(c.Image(n))
+	f, err := os.Open(c.Images.Path(n))
 	if err != nil {
 		return sum, nil, err
 	}
@@ -97,7 +97,7 @@ func (c *Chains) inspect(ctx context.Context, n Name, devices []erofs.Device) (
 }
 
 func (c *Chains) openPack(d erofs.Device) (*erofs.Pack, error) {
-	f, err := openPack(c.packs.path(d.Pack), d)
+	f, err := openPack(c.mounts.packs.path(d.Pack), d)
 	if err != nil {
 		return nil, err
 	}
@@ -111,12 +111,12 @@ func (c *Chains) openPack(d erofs.Device) (*erofs.Pack, error) {
 
 // Rebuild builds the image of a chain anew and mounts that where the old one is mounted.
 func (c *Chains) Rebuild(ctx context.Context, n Name, chain []content.LayerID) error {
-	done, err := c.acquire(ctx, n)
+	done, err := c.Users.acquire(ctx, n)
 	if err != nil {
 		return err
 	}
 	defer done()
-	if err := c.remove(n); err != nil {
+	if err := c.Images.remove(n); err != nil {
 		return err
 	}
 	return c.buildLocked(ctx, n, chain)

@@ -103,7 +103,7 @@ func (l *lab) open(k Kernel) {
 	}
 	moved := func(ids []content.PackID, damaged bool) {
 		if l.Chains != nil {
-			stale := l.Moved(ids, damaged)
+			stale := l.Images.Moved(ids, damaged)
 			l.drops.Go(func() {
 				if err := l.DropStale(context.Background(), stale); err != nil {
 					l.t.Error(err)
@@ -136,8 +136,8 @@ func (l *lab) close() {
 		l.t.Fatal(err)
 	}
 	for _, n := range names {
-		for id := range l.users[n] {
-			l.Unuse(id)
+		for _, id := range l.Users.of(n) {
+			l.Users.Unuse(id)
 		}
 		if err := l.Release(l.t.Context(), n); err != nil {
 			l.t.Error(err)
@@ -333,8 +333,8 @@ func TestPacksFollowImages(t *testing.T) {
 	inAllKinds(t, func(t *testing.T, l *lab) {
 		one, two := l.ingest(map[string]string{"a": text("a")}), l.ingest(map[string]string{"b": text("b")})
 		ctx := t.Context()
-		l.Use(l.Name([]content.LayerID{one}, Plain), "1")
-		l.Use(l.Name([]content.LayerID{one, two}, Plain), "2")
+		l.Users.Use(l.Name([]content.LayerID{one}, Plain), "1")
+		l.Users.Use(l.Name([]content.LayerID{one, two}, Plain), "2")
 		first, second := l.ensure(one), l.ensure(one, two)
 		packs := 0
 		if l.opts.Kernel.Shared {
@@ -353,7 +353,7 @@ func TestPacksFollowImages(t *testing.T) {
 		if got := readFile(t, second.Chain, "b"); got != text("b") {
 			t.Errorf("an image lost its pack: %.20q", got)
 		}
-		n, orphaned, _ := l.Unuse("2")
+		n, orphaned, _ := l.Users.Unuse("2")
 		if !orphaned {
 			t.Fatal("another uses it")
 		}
@@ -392,7 +392,7 @@ func TestReopenedWithMounts(t *testing.T) {
 			t.Errorf("%d packs are mounted", got)
 		}
 		// As after a reboot, when the image is there and nothing is mounted.
-		if err := l.unmount(l.Name([]content.LayerID{one}, Plain)); err != nil {
+		if err := l.Chains.mounts.unmount(l.Name([]content.LayerID{one}, Plain)); err != nil {
 			t.Fatal(err)
 		}
 		with(t, l.mounts(l.stack(l.ensure(one))), false, func(root string) {
@@ -411,7 +411,7 @@ func TestMergedBelowMounts(t *testing.T) {
 			chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
 		}
 		n := l.Name(chain, Plain)
-		l.Use(n, "1")
+		l.Users.Use(n, "1")
 		before := l.ensure(chain...)
 		container := l.mounts(l.stack(before))
 		if err := l.layers.Compact(t.Context()); err != nil {
@@ -431,13 +431,13 @@ func TestMergedBelowMounts(t *testing.T) {
 		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
 			t.Errorf("%s, %v", problem, err)
 		}
-		l.Unuse("1")
+		l.Users.Unuse("1")
 		if err := l.Release(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 		packs, _ := filepath.Glob(filepath.Join(l.dir, "root/packs/*"))
-		if len(packs) >= 9 || l.HasImage(n) {
-			t.Errorf("%d packs, the old image is there: %v", len(packs), l.HasImage(n))
+		if len(packs) >= 9 || l.Images.Has(n) {
+			t.Errorf("%d packs, the old image is there: %v", len(packs), l.Images.Has(n))
 		}
 		after := l.ensure(chain...)
 		with(t, l.mounts(l.stack(after)), false, look)
@@ -468,7 +468,7 @@ func TestOtherPacksAreRefused(t *testing.T) {
 				if err := l.Build(t.Context(), []content.LayerID{one}, Plain); err != nil {
 					t.Fatal(err)
 				}
-				path := l.packs.path(l.known(n).devices[0].Pack)
+				path := l.Chains.mounts.packs.path(l.Images.known(n).devices[0].Pack)
 				b, err := os.ReadFile(path)
 				if err == nil {
 					err = errors.Join(os.Remove(path), os.WriteFile(path, row.change(b), 0o600))
@@ -503,7 +503,7 @@ func TestCompareFindsDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 		n := l.Name(chain, Plain)
-		whole, err := os.ReadFile(l.Image(n))
+		whole, err := os.ReadFile(l.Images.Path(n))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -511,20 +511,20 @@ func TestCompareFindsDamage(t *testing.T) {
 		for at := 1024 + int(rng[0])%64; at < len(whole); at += 256 {
 			b := bytes.Clone(whole)
 			b[at] ^= 1
-			if err := os.WriteFile(l.Image(n), b, 0o600); err != nil {
+			if err := os.WriteFile(l.Images.Path(n), b, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			if problem, err := l.Compare(t.Context(), n, chain); problem == "" || err != nil {
 				t.Errorf("byte %d of %d: %q, %v", at, len(whole), problem, err)
 			}
 		}
-		if err := os.WriteFile(l.Image(n), whole, 0o600); err != nil {
+		if err := os.WriteFile(l.Images.Path(n), whole, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if problem, err := l.Compare(t.Context(), n, chain); problem != "" || err != nil {
 			t.Errorf("whole: %q, %v", problem, err)
 		}
-		if err := os.Remove(l.packs.path(l.known(n).devices[0].Pack)); err != nil {
+		if err := os.Remove(l.Chains.mounts.packs.path(l.Images.known(n).devices[0].Pack)); err != nil {
 			t.Fatal(err)
 		}
 		if problem, err := l.Compare(t.Context(), n, chain); problem == "" || err != nil {

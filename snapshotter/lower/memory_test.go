@@ -76,7 +76,7 @@ func TestEqualFilesInMemory(t *testing.T) {
 		}
 		reader, sibling := filepath.Join(start(one), "big"), filepath.Join(start(one), "big")
 		other := filepath.Join(start(two), "d/same")
-		pack := l.packs.path(l.known(l.Name([]content.LayerID{one}, Plain)).devices[0].Pack)
+		pack := l.Chains.mounts.packs.path(l.Images.known(l.Name([]content.LayerID{one}, Plain)).devices[0].Pack)
 		l.layers.Packs().DropCache()
 		dropPages(t, reader, sibling, other, pack)
 		if got := readFile(t, reader); got != big {

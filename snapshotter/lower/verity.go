@@ -3,9 +3,6 @@ package lower
 import (
 	"errors"
 	"fmt"
-	"os"
-
-	"github.com/dedup-snapshotter/dedup-snapshotter/content/verity"
 )
 
 // Verity says whether packs and chain images get fs-verity. Then chain images hold the digests of their packs, and
@@ -38,19 +35,4 @@ func (v Verity) decide(missing error) (no, err error) {
 		return nil, nil
 	}
 	return nil, fmt.Errorf("verity %q: want auto, on or off", string(v))
-}
-
-// isHashed reports whether an image has fs-verity, where it should. One that has not was copied here with the whole
-// store, as backups are. Built again, it has it.
-func (c *Chains) isHashed(n Name) bool {
-	if c.opts.Kernel.NoVerity != nil {
-		return true
-	}
-	f, err := os.Open(c.Image(n))
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	_, err = verity.Measure(int(f.Fd()))
-	return err == nil
 }

@@ -18,7 +18,7 @@ func TestView(t *testing.T) {
 		b := l.ensure(layer)
 		var at string
 		for range 2 { // mounted once
-			dir, err := View(t.Context(), l.Chains, b.Chain)
+			dir, err := l.View(t.Context(), b.Chain)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -39,7 +39,7 @@ func TestView(t *testing.T) {
 		if _, err := os.Stat(at); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("after the last user: %v", err)
 		}
-		if _, err := View(t.Context(), l.Chains, b.Chain); err == nil {
+		if _, err := l.View(t.Context(), b.Chain); err == nil {
 			t.Error("an image that is not mounted has a view")
 		}
 	})
