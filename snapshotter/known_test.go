@@ -112,6 +112,7 @@ func openWith(t *testing.T, store ctdcontent.Store, fetchedOnly bool) *Snapshott
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.ingestPatience = time.Minute // no test asks whether an ingest is fast; one that asks what is late sets its own
 	t.Cleanup(func() {
 		if err := stop(s); err != nil {
 			t.Error(err)
