@@ -63,7 +63,8 @@ func toChange(t *testing.T) *image.Layer {
 			entries = append(entries, image.File(dir+"/"+name, strings.Repeat(dir+name, 300)))
 		}
 	}
-	entries = append(entries, image.Symlink("d/link", "one"), image.Hardlink("d/hard", "d/one"))
+	links := []image.Entry{image.Symlink("d/link", "one"), image.Hardlink("d/hard", "d/one")}
+	entries = append(append(entries, links...), image.File("z/unchanged", "u"))
 	return layer(t, append(entries, compiled(90)...)...)
 }
 
@@ -79,7 +80,8 @@ func changeAll(root string) error {
 	mkdir := func(path string) func() error { return func() error { return os.Mkdir(at(path), 0o750) } }
 	steps := []func() error{
 		func() error { return os.Rename(at("d/two"), at("d/renamed")) },
-		func() error { return os.Link(at("d/three"), at("linked")) },
+		func() error { return os.Link(at("d/three"), at("linked")) }, // the file itself does not change
+		func() error { return os.Link(at("z/unchanged"), at("a-link-before-its-file")) },
 		func() error { return os.Chmod(at("d/hard"), 0o600) },
 		func() error { return unix.Setxattr(at("d/four"), "user.note", []byte("n"), 0) },
 		func() error { return unix.Setxattr(at("d/five"), "security.capability", []byte(capNetRaw), 0) },

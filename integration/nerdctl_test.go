@@ -134,7 +134,8 @@ func nerdctlContainers(s *session, base, target string) {
 	s.do("stop", "--time", "0", "box")
 	s.note("ps", "--all", "--format", "{{.Names}} {{.Image}}")
 	s.do("start", "box")
-	s.note("exec", "box", "ls", "-l", "/data/c", "/data/copied")
+	s.note("exec", "box", "sh", "-c", // the time of what was copied in is that of the run
+		"ls -l /data/c; ls -l /data/copied | awk '{print $1, $3, $4, $5, $9}'")
 	s.note("inspect", "--format", "{{index .Config.Env 0}} {{.Driver}} {{.State.Status}}", "box")
 	s.do("commit", "box", target)
 	s.note("run", "--rm", "--net", "none", target, "sh", "-c",

@@ -70,6 +70,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 // stepNames are all there are; grep for step(" finds them.
 var stepNames = []string{
 	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested", "pending.noted",
+	"compared.noted",
 	"ingest.object", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
 	"facts.staged", "facts.renamed", "damaged.noted",
 	"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
@@ -147,7 +148,7 @@ func crashWork(ctx context.Context, root, round string, hook func(string)) error
 	fmt.Println("\nready")
 	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round}
 	work := []func(context.Context) error{
-		c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.view, c.merge, c.view, c.remove, c.collect, c.remove, c.pull,
+		c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.compare, c.view, c.merge, c.view, c.remove, c.collect, c.remove, c.pull,
 	}
 	for _, do := range work {
 		if err := do(ctx); err != nil {
@@ -190,6 +191,35 @@ func (c *crashChild) pullKnown(ctx context.Context) error {
 	}
 	c.committed(name, "", seed)
 	return nil
+}
+
+// compare notes what a snapshot was compared to, and then something else in its place.
+func (c *crashChild) compare(ctx context.Context) error {
+	c.n++
+	name := c.names[len(c.names)-1]
+	key := fmt.Sprintf("crash/%s-%d/compared-view", c.round, c.n)
+	mounts, err := c.s.View(ctx, key, name)
+	if err != nil {
+		return err
+	}
+	pair, err := OpenPair(ctx, c.s, nil, mounts)
+	if err != nil {
+		return err
+	}
+	for _, data := range []string{"once", "again"} {
+		blob, err := tarOfFiles(map[string]string{"compared": strings.Repeat(data, 1000)})
+		if err != nil {
+			return err
+		}
+		in, err := c.s.Layers().IngestBlob(ctx, blobOfBytes(blob))
+		if err == nil {
+			err = pair.Keep(ctx, in.Layer)
+		}
+		if err != nil {
+			return errors.Join(err, pair.Close())
+		}
+	}
+	return errors.Join(pair.Close(), c.s.Remove(ctx, key))
 }
 
 // pullLarge ingests a payload that is staged in a file.

@@ -250,6 +250,7 @@ func (p *Pair) Keep(ctx context.Context, id content.LayerID) error {
 	if err != nil {
 		release = id
 	}
+	p.s.step("compared.noted")
 	if !release.IsZero() {
 		p.s.layers.Release(release)
 	}

@@ -12,15 +12,15 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// calls counts calls that failed, and how long those took that pulls and starts wait for. No label has a value that a
-// client chooses.
+// calls counts calls that failed, and how long those took that pulls, starts and builds wait for. No label has a
+// value that a client chooses.
 type calls struct {
 	errors  *prometheus.CounterVec
 	seconds *prometheus.HistogramVec
 }
 
 // timed are the calls of which the time is measured.
-var timed = []string{"Prepare", "Mounts", "Commit", "Apply"}
+var timed = []string{"Prepare", "Mounts", "Commit", "Apply", "Diff"}
 
 // buckets are in seconds. 0.5 s is how long Prepare waits for what lies below a container.
 var buckets = []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300}
@@ -33,7 +33,7 @@ func newCalls() calls {
 		}, []string{"method", "code"}),
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "dedup_grpc_seconds",
-			Help:    "How long calls took that pulls and container starts wait for, by method.",
+			Help:    "How long calls took that pulls, container starts and builds wait for, by method.",
 			Buckets: buckets,
 		}, []string{"method"}),
 	}

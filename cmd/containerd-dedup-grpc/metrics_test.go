@@ -61,6 +61,7 @@ func TestMetrics(t *testing.T) {
 		`dedup_work_memory_bytes{work="ingest"} 0`,
 		`dedup_grpc_seconds_count{method="Prepare"} 3`, `dedup_grpc_seconds_count{method="Commit"} 2`,
 		`dedup_grpc_seconds_count{method="Mounts"} 0`, `dedup_grpc_seconds_count{method="Apply"} 0`,
+		`dedup_grpc_seconds_count{method="Diff"} 0`,
 		`dedup_grpc_seconds_bucket{method="Commit",le="300"} 2`,
 		`dedup_fsck_findings{kind="object"} 0`, `dedup_fsck_findings{kind="orphan"} 1`,
 	} {

@@ -19,6 +19,7 @@ import (
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
@@ -251,3 +252,20 @@ func (s failingStore) Writer(ctx context.Context, opts ...ctdcontent.WriterOpt) 
 type failingWriter struct{ ctdcontent.Writer }
 
 func (failingWriter) Write([]byte) (int, error) { return 0, errFull }
+
+// links names what is no directory in a tar: type and target.
+func (w *world) links(desc ocispec.Descriptor) (all []string) {
+	w.t.Helper()
+	data, err := ctdcontent.ReadBlob(w.ctx, w.store, desc)
+	w.must(err)
+	for tr := tar.NewReader(bytes.NewReader(data)); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			return all
+		}
+		w.must(err)
+		if h.Typeflag != tar.TypeDir {
+			all = append(all, fmt.Sprintf("%q %c %q", h.Name, h.Typeflag, h.Linkname))
+		}
+	}
+}

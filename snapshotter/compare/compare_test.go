@@ -238,6 +238,31 @@ func TestLowerLinks(t *testing.T) {
 	})
 }
 
+// A hard link to a file that does not change: overlayfs copies it up, and the layer has both names, as the walking
+// differ writes them.
+func TestLinkToUnchangedFile(t *testing.T) {
+	settings(t, func(t *testing.T, w *world) {
+		base := w.commit("", plant)
+		change := func(root string) {
+			at := func(path string) string { return filepath.Join(root, path) }
+			check(os.Link(at("etc/two"), at("usr/zz-behind")), os.Link(at("usr/lib/two"), at("etc/before")),
+				os.Link(at("etc/hard-1"), at("opt/third")), os.Link(at("etc/link"), at("z/symlink")))
+		}
+		_, active := w.active(base, change)
+		committed := w.view(w.commit(base, change))
+		want := []string{ // the unchanged name follows the new one
+			`"etc/before" 0 ""`, `"opt/third" 0 ""`, `"etc/hard-1" 1 "opt/third"`, `"usr/lib/two" 1 "etc/before"`,
+			`"usr/zz-behind" 0 ""`, `"etc/two" 1 "usr/zz-behind"`, `"z/symlink" 2 "one"`, `"etc/link" 1 "z/symlink"`,
+		}
+		for what, upper := range map[string][]mount.Mount{"active": active, "committed": committed} {
+			desc := w.agree(what, w.view(base), upper)
+			if got := w.links(desc); !slices.Equal(got, want) {
+				t.Errorf("%s: links\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(want, "\n"))
+			}
+		}
+	})
+}
+
 // Random chains, random changes: the same bytes.
 func TestRandomChangesAsWalking(t *testing.T) {
 	w := newWorld(t, content.Python, lower.PageCacheShared)
