@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"crypto/md5"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -94,6 +95,54 @@ func TestKernelNode(t *testing.T) {
 	t.Logf("row: disk overlayfs=%s", strings.Join(disk[1], ", "))
 }
 
+// With fs-verity, an image is not served from another file than its pack, even if only a payload's bytes differ: the
+// daemon takes the right ones from containerd's content store, or says that the layer is damaged. fsck heals it.
+func TestKernelVerity(t *testing.T) {
+	n, r := startNode(t, node.Options{Daemon: map[string]any{"verity": "on"}}), startRegistry(t)
+	ctx := testContext(t)
+	f, err := lower.Examine(n.DedupRoot())
+	must(t, err)
+	if f.Verity != nil {
+		t.Skipf("needs fs-verity (ext4 with the feature verity): %v", f.Verity)
+	}
+	must(t, n.StartDaemon(ctx))
+	file := payload("verity", "file", 50000)
+	ref := push(t, r, "verity:1", busybox(t), layer(t, file))
+	pull(t, n, node.Snapshotter, ref)
+	want := dump(t, n, node.Snapshotter, ref)
+	unmounted(t, n)
+	right := payloadOf(t, n, file.Content)
+	whole, err := os.ReadFile(right.path)
+	must(t, err)
+	whole[right.at+right.size/2] ^= 1 // the trailer says nothing of payloads
+	must(t, os.WriteFile(right.path+".other", whole, 0o400))
+	must(t, os.Rename(right.path+".other", right.path))
+	sum := fmt.Sprintf("%x  /file\n", md5.Sum([]byte(file.Content)))
+	if out, err := n.Run(ctx, node.Snapshotter, ref, "md5sum", "/file"); err == nil && out != sum {
+		t.Errorf("served from another pack: %s, want %s", out, sum)
+	}
+	if !strings.Contains(n.Logs(60), "not the pack that the chain image was built for") {
+		t.Error("the daemon does not say that it saw another pack")
+	}
+	fsck(t, n, 0, "--repair")
+	equal(t, want, dump(t, n, node.Snapshotter, ref), rootfs.DiffOptions{})
+	if out, err := n.Run(ctx, node.Snapshotter, ref, "echo", "fine"); err != nil || out != "fine\n" {
+		t.Errorf("healed: %q, %v", out, err)
+	}
+}
+
+// unmounted waits until nothing has an image mounted, nor a loop device.
+func unmounted(t *testing.T, n *node.Node) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Minute)
+	for loopDevices(t, n.Dir()) != nil || erofsMounts(t, n.Dir()) > 0 {
+		if time.Now().After(deadline) {
+			t.Fatalf("still there: %d EROFS mounts, loop devices %q", erofsMounts(t, n.Dir()), loopDevices(t, n.Dir()))
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
 // Many images and containers at a time: loop devices are shared where there are any, and everything is back after
 // removal, also where the daemon was killed meanwhile. On a tmpfs every kernel needs loop devices.
 func TestManyImages(t *testing.T) {
@@ -160,13 +209,7 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 		_, err := n.Ctr(testContext(t), "image", "rm", "--sync", ref)
 		must(t, err)
 	}
-	deadline := time.Now().Add(2 * time.Minute)
-	for loopDevices(t, n.Dir()) != nil || erofsMounts(t, n.Dir()) > 0 {
-		if time.Now().After(deadline) {
-			t.Fatalf("after removal: %d EROFS mounts, loop devices %q", erofsMounts(t, n.Dir()), loopDevices(t, n.Dir()))
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
+	unmounted(t, n)
 }
 
 // sharedOnly fails the test if a file has more loop devices than it needs: a pack that is mounted has one for chain

@@ -39,10 +39,14 @@ func (s *Snapshotter) probeKernel() error {
 	return create(s.path(fileMetacopy), func(path string) error { return os.WriteFile(path, nil, 0o600) })
 }
 
-// VerityState is "on", or "off: " and why.
+// VerityState is "on", or "off: " and why. A container that runs goes on with the pack that it began with, so "on" may
+// be followed by how many packs are still without.
 func (s *Snapshotter) VerityState() string {
 	if s.kernel.NoVerity != nil {
 		return "off: " + s.kernel.NoVerity.Error()
+	}
+	if n := s.layers.Packs().Stats().Plain; n > 0 {
+		return fmt.Sprintf("on; packs from before that are without: %d (one goes when no container has an image over it)", n)
 	}
 	return "on"
 }

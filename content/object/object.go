@@ -76,6 +76,8 @@ type Stats struct {
 	Packs int
 	// Live are the bytes of objects, in whole blocks; Dead those of payloads that nothing names any more.
 	Live, Dead int64
+	// Plain are the packs without fs-verity.
+	Plain int
 	// Merged are the bytes that merging has copied since Open.
 	Merged int64
 }

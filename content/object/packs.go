@@ -46,6 +46,9 @@ func (ps *Packs) Stats() (st Stats) {
 	for _, p := range ps.all {
 		st.Live += p.live * content.BlockSize
 		st.Dead += p.dead() * content.BlockSize
+		if p.plain {
+			st.Plain++
+		}
 	}
 	return st
 }

@@ -9,27 +9,63 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Suites of Debian whose kernels run.
+// Suites of Debian whose kernels run. After the slash comes the flavour of the kernel, where it is not the one for clouds
+// on amd64.
 const (
 	Bullseye = "bullseye" // Debian 11, Linux 5.10
 	Bookworm = "bookworm" // Debian 12, Linux 6.1
 	Trixie   = "trixie"   // Debian 13, Linux 6.12
 	Sid      = "sid"      // unstable: about the newest Linux, another one every week
+
+	TrixieArm    = "trixie/cloud-arm64"
+	TrixieArm16K = "trixie/arm64-16k" // with pages of 16 KiB
 )
 
 // Kernel is an unpacked kernel package.
 type Kernel struct {
+	// Arch is what Go calls the machine it is for.
+	Arch    string
 	Image   string // to boot
 	modules string // a directory
+	// root has programs for its machine, where that is not of this one's type.
+	root string
+}
+
+// Program is the path of a program for the kernel's machine: this machine's own, or one from Debian.
+func (k Kernel) Program(name string) (string, error) {
+	if k.Arch == runtime.GOARCH {
+		return node.LookPath(name)
+	}
+	for _, dir := range []string{"bin", "sbin", "usr/bin", "usr/sbin"} {
+		if path := filepath.Join(k.root, dir, name); isFile(path) {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%s has no %s (remove it)", k.root, name)
+}
+
+func isFile(path string) bool {
+	fi, err := os.Lstat(path)
+	return err == nil && fi.Mode().IsRegular()
+}
+
+// flavourOf splits what a suite's constant says.
+func flavourOf(name string) (suite, flavour, arch string) {
+	suite, flavour, found := strings.Cut(name, "/")
+	if !found {
+		return suite, "cloud-amd64", "amd64"
+	}
+	return suite, flavour, "arm64"
 }
 
 // Debian fetches the kernel of a suite with debootstrap, which verifies it, once (100 MB).
-func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err error) {
+func Debian(ctx context.Context, name string, say func(string)) (k Kernel, err error) {
 	if err := node.Require(ctx, say, node.Debootstrap); err != nil {
 		return k, err
 	}
@@ -37,7 +73,7 @@ func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err 
 	if err != nil {
 		return k, err
 	}
-	dir := filepath.Join(cache, "vm", suite)
+	dir := filepath.Join(cache, "vm", strings.ReplaceAll(name, "/", "-"))
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return k, fmt.Errorf("get a kernel: %w", err)
 	}
@@ -47,8 +83,8 @@ func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err 
 	}
 	defer unlock()
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		say("getting the kernel of Debian " + suite + " (once)")
-		if err := fetchKernel(ctx, suite, dir); err != nil {
+		say("getting the kernel of Debian " + name + " (once)")
+		if err := fetchKernel(ctx, name, dir); err != nil {
 			return k, fmt.Errorf("get a kernel: %w", err)
 		}
 	}
@@ -61,10 +97,17 @@ func Debian(ctx context.Context, suite string, say func(string)) (k Kernel, err 
 	if err := errors.Join(err, nerr, merr, oerr); err != nil || len(images) != 1 || len(modules) != 1 {
 		return k, fmt.Errorf("%s holds no kernel (remove it): %v", dir, err)
 	}
-	return Kernel{Image: images[0], modules: modules[0]}, nil
+	_, _, arch := flavourOf(name)
+	return Kernel{Arch: arch, Image: images[0], modules: modules[0], root: dir}, nil
 }
 
-func fetchKernel(ctx context.Context, suite, dir string) (err error) {
+func fetchKernel(ctx context.Context, name, dir string) (err error) {
+	suite, flavour, arch := flavourOf(name)
+	// Newer suites have image and modules in packages of their own.
+	include, packages := "linux-image-"+flavour, []string{"linux-[bim]"}
+	if arch != runtime.GOARCH {
+		include, packages = include+",busybox-static,runc", append(packages, "busybox-static_", "runc_", "libseccomp2_", "libc6_")
+	}
 	root, staging := dir+".root", dir+".new"
 	if err := errors.Join(os.RemoveAll(root), os.RemoveAll(staging)); err != nil {
 		return err
@@ -74,17 +117,20 @@ func fetchKernel(ctx context.Context, suite, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	args := []string{"--download-only", "--variant=minbase", "--include=linux-image-cloud-amd64", "--arch=amd64", suite, root}
+	args := []string{"--download-only", "--variant=minbase", "--include=" + include, "--arch=" + arch, suite, root}
 	if mirror := os.Getenv("DEBIAN_MIRROR"); mirror != "" {
 		args = append(args, mirror)
 	}
 	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("debootstrap: %w\n%s", err, out[max(0, len(out)-4000):])
 	}
-	// Newer suites have image and modules in packages of their own.
-	debs, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives/linux-[bim]*.deb"))
-	if err != nil {
-		return err
+	var debs []string
+	for _, pattern := range packages {
+		found, err := filepath.Glob(filepath.Join(root, "var/cache/apt/archives", pattern+"*.deb"))
+		if err != nil {
+			return err
+		}
+		debs = append(debs, found...)
 	}
 	for _, deb := range debs {
 		if out, err := exec.CommandContext(ctx, "dpkg-deb", "-x", deb, staging).CombinedOutput(); err != nil {

@@ -2,8 +2,6 @@ package vm
 
 import (
 	"context"
-	"crypto/md5"
-	_ "embed"
 	"errors"
 	"fmt"
 	"os"
@@ -18,9 +16,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-//go:embed containerd.sh
-var containerdScript string
-
 // kernelFor returns Debian's kernel, where DEDUP_VM asks for these tests: they download 100 MB and take minutes.
 func kernelFor(t *testing.T, suite string) Kernel {
 	t.Helper()
@@ -28,7 +23,7 @@ func kernelFor(t *testing.T, suite string) Kernel {
 		t.Skip("runs under QEMU for minutes: set DEDUP_VM=1, or make test-vm")
 	}
 	say := func(s string) { t.Log(s) }
-	err := Require(t.Context(), say)
+	err := Require(t.Context(), suite, say)
 	var k Kernel
 	if err == nil {
 		k, err = Debian(t.Context(), suite, say)
@@ -43,16 +38,16 @@ func kernelFor(t *testing.T, suite string) Kernel {
 }
 
 // testBinary builds the tests of a package into one static program.
-func testBinary(t *testing.T, dir, pkg string) (name, path string) {
+func testBinary(t *testing.T, arch, dir, pkg string) (name, path string) {
 	t.Helper()
 	name = strings.ReplaceAll(pkg, "/", "-") + ".test"
 	path = filepath.Join(dir, name)
-	build(t, path, "test", "-c", "./"+pkg)
+	build(t, arch, path, "test", "-c", "./"+pkg)
 	return name, path
 }
 
-// build runs go build, or go test -c, for a static program.
-func build(t *testing.T, path string, args ...string) {
+// build runs go build, or go test -c, for a static program for a machine of some type.
+func build(t *testing.T, arch, path string, args ...string) {
 	t.Helper()
 	root, err := node.ModuleRoot()
 	if err != nil {
@@ -60,7 +55,7 @@ func build(t *testing.T, path string, args ...string) {
 	}
 	last := len(args) - 1
 	cmd := exec.CommandContext(t.Context(), "go", append(args[:last:last], "-ldflags", "-s -w", "-o", path, args[last])...)
-	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+arch)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", cmd.Args, err, out)
 	}
@@ -92,7 +87,7 @@ func TestUnitTests(t *testing.T) {
 				opts.Output = os.Stderr
 			}
 			for _, pkg := range packages {
-				name, path := testBinary(t, built, pkg)
+				name, path := testBinary(t, opts.Kernel.Arch, built, pkg)
 				opts.Files[name] = path
 				opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.run '%s' -test.skip 'TestKilled|TestCrash'\n", pkg, name, row.tests)
 			}
@@ -119,6 +114,8 @@ func TestImages(t *testing.T) {
 		ran   []string
 	}{
 		{Bookworm, []string{"Pack/loop", "ChainOverPacks/private_loop", "LargePayloads/loop/pack", "LargePayloads/loop/chain"}},
+		{TrixieArm, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
+		{TrixieArm16K, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
 		{Trixie, []string{"Pack/file", "ChainOverPacks/private_file", "ChainOverPacks/private_loop", "ChainOverPacks/shared_file",
 			"ChainOverPacks/shared_loop", "ChainOverManyPacks", "LargePayloads/file/overlay"}},
 	} {
@@ -127,7 +124,7 @@ func TestImages(t *testing.T) {
 			if testing.Verbose() {
 				opts.Output = os.Stderr
 			}
-			name, path := testBinary(t, t.TempDir(), "content/erofs")
+			name, path := testBinary(t, opts.Kernel.Arch, t.TempDir(), "content/erofs")
 			opts.Files[name] = path
 			opts.Script = fmt.Sprintf("uname -r\n./%s -test.v -test.run '^TestKernel'\n", name)
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute) // a machine that hangs
@@ -142,57 +139,6 @@ func TestImages(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// With a real containerd in front, an image is served with fs-verity, a payload that was exchanged is an error for
-// whoever reads it, and fsck heals it from containerd's content store.
-func TestContainerd(t *testing.T) {
-	opts := Options{Kernel: kernelFor(t, Trixie), Dir: t.TempDir(), FS: Ext4, Files: map[string]string{}, Script: containerdScript}
-	if testing.Verbose() {
-		opts.Output = os.Stderr
-	}
-	tools, err := node.Build(t.Context(), node.DefaultVersion, func(s string) { t.Log(s) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	built := t.TempDir()
-	for _, name := range []string{"containerd", "ctr"} {
-		opts.Files[name] = filepath.Join(tools.Dir, name)
-	}
-	for _, name := range []string{"containerd-dedup-grpc", "dedupctl"} {
-		opts.Files[name] = filepath.Join(built, name)
-		build(t, opts.Files[name], "build", "./cmd/"+name)
-	}
-	for _, name := range []string{"image.tar", "payload"} {
-		opts.Files[name] = filepath.Join(built, name)
-	}
-	payload := strings.Repeat("a line of the payload\n", 2000)
-	if err := os.WriteFile(opts.Files["payload"], []byte(payload), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	saveImage(t, opts.Files["image.tar"], image.File("payload", payload))
-	ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
-	defer cancel()
-	out, err := Run(ctx, opts)
-	if err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	var seen []string
-	for line := range strings.Lines(out) {
-		if state, ok := strings.CutPrefix(line, "payload: "); ok {
-			seen = append(seen, strings.TrimSpace(state))
-		}
-	}
-	if got := strings.Join(seen, ", "); got != "read, error, read" {
-		t.Errorf("the payload was: %s", got)
-	}
-	sum := fmt.Sprintf("%x  /payload\n", md5.Sum([]byte(payload)))
-	if n := strings.Count(out, sum); n != 2 || strings.Count(out, "  /payload\n") != n {
-		t.Errorf("the right bytes were read %d times", n)
-	}
-	if n := strings.Count(out, "\n+ mount -t overlay"); n != 3 || strings.Count(out, "verity=on") != n {
-		t.Errorf("%d mounts with verity=on", n)
 	}
 }
 

@@ -53,8 +53,8 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID, f Flavour)
 		return below, err
 	}
 	below, err = c.mounts.mount(n)
-	if err == nil {
-		return below, nil
+	if err == nil || errors.Is(err, errNoLoop) {
+		return below, err
 	}
 	// Whatever is wrong with the image, a new one costs less than finding out.
 	c.change(func(s *Stats) { s.Rebuilt++ })

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -48,7 +47,7 @@ func unmountEach(path string, mounted func(string) bool) error {
 
 // mountImage mounts an image over its packs, straight from the files, or from loop devices.
 func mountImage(image, target string, devices []erofs.Device, path func(content.PackID) string, loop bool) (err error) {
-	options := make([]string, 0, len(devices)+2)
+	options := make([]string, 0, len(devices))
 	for _, d := range devices {
 		f, err := openPack(path(d.Pack), d)
 		if err != nil {
@@ -73,8 +72,7 @@ func mountImage(image, target string, devices []erofs.Device, path func(content.
 	if !loop {
 		return mountFile(image, target, options)
 	}
-	m := mount.Mount{Type: "erofs", Source: image, Options: append(options, "ro", "loop")}
-	return explainMount(image, m.Mount(target))
+	return mountLoop(image, target, options)
 }
 
 // mountPack mounts a pack by itself.
@@ -88,8 +86,7 @@ func mountPack(path, target string, d erofs.Device, loop bool) error {
 		return mountFile(path, target, nil)
 	}
 	// A device of its own: the kernel does not let a file system have one that is part of another.
-	m := mount.Mount{Type: "erofs", Source: path, Options: []string{"ro", "loop"}}
-	return explainMount(path, m.Mount(target))
+	return mountLoop(path, target, nil)
 }
 
 func mountFile(source, target string, options []string) error {

@@ -102,7 +102,7 @@ type StatusResponse struct {
 	TotalInodes int64 `protobuf:"varint,16,opt,name=total_inodes,json=totalInodes,proto3" json:"total_inodes,omitempty"`
 	ChainImages int64 `protobuf:"varint,17,opt,name=chain_images,json=chainImages,proto3" json:"chain_images,omitempty"`
 	ChainMounts int64 `protobuf:"varint,18,opt,name=chain_mounts,json=chainMounts,proto3" json:"chain_mounts,omitempty"`
-	// Whether objects and chain images have fs-verity: "on", or "off: " and why.
+	// Whether objects and chain images have fs-verity: "on", perhaps with how many packs are still without, or "off: " and why.
 	Verity string `protobuf:"bytes,19,opt,name=verity,proto3" json:"verity,omitempty"`
 	// "keep" or "drop".
 	Blobs         string `protobuf:"bytes,20,opt,name=blobs,proto3" json:"blobs,omitempty"`
