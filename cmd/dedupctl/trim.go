@@ -69,7 +69,7 @@ func runTrim(c *cli.Context) error {
 	r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.TrimResponse, error) {
 		return client.Trim(ctx, &dedupv1.TrimRequest{
 			DryRun: dry, Namespace: c.String("namespace"), Images: names, LastCopy: c.Bool("last-copy"),
-			Fetched: c.Bool("fetched"), WaitSeconds: int64(math.Ceil(c.Duration("wait").Seconds())),
+			Fetched: c.Bool("fetched"), WaitSeconds: uint32(min(max(0, math.Ceil(c.Duration("wait").Seconds())), math.MaxUint32)),
 		})
 	})
 	stop()

@@ -138,6 +138,8 @@ type TrimPlan struct {
 	going map[digest.Digest]int64
 	again time.Time
 	at    time.Time // before anything was looked at
+	// unseen is why nobody knows who reads blobs: then all stay.
+	unseen error
 }
 
 // NewTrimmer lets go of what stored says the store can do without. step may be nil; a test ends the process there.
@@ -159,7 +161,7 @@ func (t *Trimmer) Totals() TrimTotals {
 // Plan finds what can be let go of. It changes nothing.
 func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
 	plan.at = time.Now()
-	unseen := t.readers.look(ctx)
+	plan.unseen = t.readers.look(ctx)
 	graphs, err := t.catalog.graphs(ctx)
 	if err != nil {
 		return plan, err
@@ -168,7 +170,7 @@ func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, er
 	if err != nil {
 		return plan, err
 	}
-	p := planning{opts: opts, stored: stored, now: plan.at, readers: t.readers, unseen: unseen}
+	p := planning{opts: opts, stored: stored, now: plan.at, readers: t.readers, unseen: plan.unseen}
 	missing := slices.Clone(opts.Images)
 	for _, g := range graphs {
 		if opts.Namespace != "" && opts.Namespace != g.namespace {

@@ -69,6 +69,8 @@ func (t *Trimmer) sweep(ctx context.Context, collect bool) time.Duration {
 	case err != nil:
 		log.G(ctx).WithError(err).Warn("blobs that no container needs stay in containerd's content store for now")
 		return failedDelay
+	case plan.unseen != nil && len(plan.Images) > 0:
+		log.G(ctx).WithError(plan.unseen).Warn("blobs that no container needs stay in containerd's content store")
 	case done.Blobs > 0:
 		log.G(ctx).Infof("let go of %d blobs, %d bytes, in containerd's content store: their layers are stored here",
 			done.Blobs, done.Bytes)

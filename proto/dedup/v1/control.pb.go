@@ -1537,7 +1537,7 @@ type TrimRequest struct {
 	// Also blobs that were fetched for their own sake within the hour, by `dedupctl complete` say.
 	Fetched bool `protobuf:"varint,5,opt,name=fetched,proto3" json:"fetched,omitempty"`
 	// How long to wait for those who read what would go. What is read for longer stays.
-	WaitSeconds   int64 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
+	WaitSeconds   uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1607,7 +1607,7 @@ func (x *TrimRequest) GetFetched() bool {
 	return false
 }
 
-func (x *TrimRequest) GetWaitSeconds() int64 {
+func (x *TrimRequest) GetWaitSeconds() uint32 {
 	if x != nil {
 		return x.WaitSeconds
 	}
@@ -2109,7 +2109,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\x06images\x18\x03 \x03(\tR\x06images\x12\x1b\n" +
 	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\x12\x18\n" +
 	"\afetched\x18\x05 \x01(\bR\afetched\x12!\n" +
-	"\fwait_seconds\x18\x06 \x01(\x03R\vwaitSeconds\"\x80\x01\n" +
+	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\"\x80\x01\n" +
 	"\fTrimResponse\x12.\n" +
 	"\x06images\x18\x01 \x03(\v2\x16.dedup.v1.TrimmedImageR\x06images\x12\x1f\n" +
 	"\vfreed_blobs\x18\x02 \x01(\x03R\n" +

@@ -39,7 +39,8 @@ func writer(name string, open func(io.Writer) (io.WriteCloser, error)) Encoder {
 		if err != nil {
 			return err
 		}
-		_, err = io.Copy(c, struct{ io.Reader }{r})
+		// By Write, as a tar.Writer does: some have another way to read all, with other results.
+		_, err = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{r})
 		return errors.Join(err, c.Close())
 	}}
 }
@@ -84,6 +85,22 @@ func Gzip(ctx context.Context, dir string, say func(string)) (list []Encoder) {
 	for _, version := range toolchains {
 		list = append(list, goEncoders(ctx, dir, version, say)...)
 	}
+	list = append(list, kinds()...)
+	for level := 1; level <= 9; level++ {
+		text := strconv.Itoa(level)
+		list = appendFound(list, "gzip "+text, "gzip", "-n", "-"+text, "-c")
+		list = appendFound(list, "pigz "+text, "pigz", "-n", "-"+text, "-c")
+		list = appendFound(list, "zlib "+text, "python3", "-c", zlibScript, text, "8")
+		list = appendFound(list, "zlib "+text+", memLevel 9", "python3", "-c", zlibScript, text, "9")
+	}
+	for level := range 4 {
+		list = appendFound(list, fmt.Sprint("igzip ", level), "igzip", "-n", fmt.Sprint("-", level), "-c")
+	}
+	return list
+}
+
+// kinds are the encoders of klauspost/compress and pgzip.
+func kinds() (list []Encoder) {
 	for _, level := range []int{-1, 1, 2, 3, 4, 5, 6, 7, 8, 9} {
 		list = append(list, writer(fmt.Sprint("klauspost gzip ", level), func(w io.Writer) (io.WriteCloser, error) {
 			return kgzip.NewWriterLevel(w, level)
@@ -97,16 +114,6 @@ func Gzip(ctx context.Context, dir string, say func(string)) (list []Encoder) {
 				return p, p.SetConcurrency(block, runtime.GOMAXPROCS(0))
 			}))
 		}
-	}
-	for level := 1; level <= 9; level++ {
-		text := strconv.Itoa(level)
-		list = appendFound(list, "gzip "+text, "gzip", "-n", "-"+text, "-c")
-		list = appendFound(list, "pigz "+text, "pigz", "-n", "-"+text, "-c")
-		list = appendFound(list, "zlib "+text, "python3", "-c", zlibScript, text, "8")
-		list = appendFound(list, "zlib "+text+", memLevel 9", "python3", "-c", zlibScript, text, "9")
-	}
-	for level := range 4 {
-		list = appendFound(list, fmt.Sprint("igzip ", level), "igzip", "-n", fmt.Sprint("-", level), "-c")
 	}
 	return list
 }
