@@ -177,7 +177,8 @@ func TestDrop(t *testing.T) {
 	var eg errgroup.Group
 	for i := range clients {
 		name := fmt.Sprint("drop", i)
-		d := &dropper{n: n, r: r, other: other, dir: filepath.Join(t.TempDir(), name), rand: rand.New(rand.NewPCG(seed, uint64(i)))}
+		d := &dropper{n: n, r: r, other: other, dir: filepath.Join(t.TempDir(), name),
+			rand: rand.New(rand.NewPCG(seed, uint64(i)))}
 		must(t, os.Mkdir(d.dir, 0o755))
 		// The file names its image, which is known once it is pushed: the registry's address comes first.
 		d.own = layer(t, payload(name, "data", 90000), image.File("own", r.Ref(name+":1")))

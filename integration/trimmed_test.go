@@ -124,7 +124,9 @@ func TestTrimmedAndTheRegistryFails(t *testing.T) {
 	pull(t, n, node.Snapshotter, ref)
 	before := dump(t, n, node.Snapshotter, ref)
 	trim(t, n)
-	for mode, want := range map[string]string{"login": "--user USER", "gone": "does not have it any more", "other bytes": "serves other bytes"} {
+	for mode, want := range map[string]string{
+		"login": "--user USER", "gone": "does not have it any more", "other bytes": "serves other bytes",
+	} {
 		how.Store(mode)
 		out, err := dedupctl(t, n, completeArgs(n, ref)...)
 		if err == nil || !strings.Contains(out, want) {

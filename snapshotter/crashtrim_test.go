@@ -68,7 +68,9 @@ type (
 const crashSocket = "/crash/dedup.sock"
 
 // startCrashContainerd serves what lies in root until stop.
-func startCrashContainerd(ctx context.Context, root string) (conn *grpc.ClientConn, c *crashContainerd, stop func() error, err error) {
+func startCrashContainerd(ctx context.Context, root string) (
+	conn *grpc.ClientConn, c *crashContainerd, stop func() error, err error,
+) {
 	files, err := local.NewStore(root)
 	if err != nil {
 		return nil, nil, nil, err
@@ -107,18 +109,22 @@ func (c crashImages) List(ctx context.Context, _ *imagesapi.ListImagesRequest) (
 	list, err := c.images.List(ctx)
 	r := &imagesapi.ListImagesResponse{}
 	for _, i := range list {
-		r.Images = append(r.Images, &imagesapi.Image{Name: i.Name, Target: &types.Descriptor{Digest: i.Target.Digest.String()}})
+		target := &types.Descriptor{Digest: i.Target.Digest.String()}
+		r.Images = append(r.Images, &imagesapi.Image{Name: i.Name, Target: target})
 	}
 	return r, err
 }
 
-func (crashSpaces) List(context.Context, *namespacesapi.ListNamespacesRequest) (*namespacesapi.ListNamespacesResponse, error) {
+func (crashSpaces) List(context.Context, *namespacesapi.ListNamespacesRequest) (
+	*namespacesapi.ListNamespacesResponse, error,
+) {
 	return &namespacesapi.ListNamespacesResponse{Namespaces: []*namespacesapi.Namespace{{Name: "crash"}}}, nil
 }
 
 func (c crashPlugins) Plugins(context.Context, *introspection.PluginsRequest) (*introspection.PluginsResponse, error) {
 	return &introspection.PluginsResponse{Plugins: []*introspection.Plugin{
-		{ID: "dedup", Exports: map[string]string{"address": crashSocket}}, {ID: "content", Exports: map[string]string{"root": c.root}},
+		{ID: "dedup", Exports: map[string]string{"address": crashSocket}},
+		{ID: "content", Exports: map[string]string{"root": c.root}},
 	}}, nil
 }
 
@@ -153,8 +159,8 @@ func (c crashLeases) Delete(ctx context.Context, req *leasesapi.DeleteRequest) (
 func (c *crashContainerd) image(ctx context.Context, name string, blob []byte) (layer ocispec.Descriptor, err error) {
 	write := func(mediaType string, data []byte, labels map[string]string) ocispec.Descriptor {
 		desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-		err = errors.Join(err, ctdcontent.WriteBlob(ctx, c.db.ContentStore(), name+desc.Digest.String(), bytes.NewReader(data),
-			desc, ctdcontent.WithLabels(labels)))
+		err = errors.Join(err, ctdcontent.WriteBlob(ctx, c.db.ContentStore(), name+desc.Digest.String(),
+			bytes.NewReader(data), desc, ctdcontent.WithLabels(labels)))
 		return desc
 	}
 	_, done, err := c.leased(ctx, name)
@@ -162,10 +168,11 @@ func (c *crashContainerd) image(ctx context.Context, name string, blob []byte) (
 		return layer, err
 	}
 	layer = write(ocispec.MediaTypeImageLayer, blob, map[string]string{"containerd.io/distribution.source.registry": name})
-	config, jerr := json.Marshal(ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{layer.Digest}}})
+	diffIDs := []digest.Digest{layer.Digest}
+	config, jerr := json.Marshal(ocispec.Image{RootFS: ocispec.RootFS{Type: "layers", DiffIDs: diffIDs}})
 	err = errors.Join(err, jerr)
 	configDesc := write(ocispec.MediaTypeImageConfig, config, map[string]string{
-		"containerd.io/gc.ref.snapshot.dedup": identity.ChainID([]digest.Digest{layer.Digest}).String()})
+		"containerd.io/gc.ref.snapshot.dedup": identity.ChainID(diffIDs).String()})
 	manifest, jerr := json.Marshal(ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
 		MediaType: ocispec.MediaTypeImageManifest, Config: configDesc, Layers: []ocispec.Descriptor{layer}})
 	err = errors.Join(err, jerr)

@@ -42,7 +42,8 @@ func runEncoders(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	t := encoderTable{gzip: encoders.Gzip(ctx, dir, p.say), zstd: encoders.Zstd(), w: c.App.Writer}
-	fmt.Fprintln(t.w, "| made by | blob, tar | made again by | time | recipe of the tar |\n| --- | --- | --- | --- | --- |")
+	fmt.Fprintln(t.w, "| made by | blob, tar | made again by | time | recipe of the tar |")
+	fmt.Fprintln(t.w, "| --- | --- | --- | --- | --- |")
 	for _, path := range c.Args().Slice() {
 		if err := t.row(ctx, filepath.Base(path), path); err != nil {
 			return err
@@ -114,7 +115,8 @@ func (t *encoderTable) row(ctx context.Context, name, path string) error {
 	if r.Same {
 		recipe = fmt.Sprintf("%.1f bytes a file", float64(r.Bytes)/float64(max(1, r.Files)))
 	}
-	_, err = fmt.Fprintf(t.w, "| %s | %.1f MB, %.1f MB | %s | %s | %s |\n", name, float64(len(blob))/1e6, float64(len(data))/1e6, by, took, recipe)
+	_, err = fmt.Fprintf(t.w, "| %s | %.1f MB, %.1f MB | %s | %s | %s |\n",
+		name, float64(len(blob))/1e6, float64(len(data))/1e6, by, took, recipe)
 	return err
 }
 
@@ -141,7 +143,8 @@ func encoderInput(ctx context.Context, dir string, size int64, say func(string))
 			return in, err
 		}
 	}
-	out, err := exec.CommandContext(ctx, "tar", "--sort=name", "--numeric-owner", "-cf", in.Tar, "-C", in.Dir, ".").CombinedOutput()
+	cmd := exec.CommandContext(ctx, "tar", "--sort=name", "--numeric-owner", "-cf", in.Tar, "-C", in.Dir, ".")
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("tar: %w: %s", err, out)
 	}
@@ -171,7 +174,8 @@ func someFiles(l *image.Layer, dir string, size int64) (err error) {
 			return err
 		}
 		path := filepath.Join(dir, filepath.Clean("/"+h.Name))
-		err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o644), os.Chtimes(path, h.ModTime, h.ModTime))
+		err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o644),
+			os.Chtimes(path, h.ModTime, h.ModTime))
 		if err != nil {
 			return err
 		}

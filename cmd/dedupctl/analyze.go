@@ -131,8 +131,8 @@ func writeAnalysis(w io.Writer, a Analysis) {
 		size(a.Python.Packs.Bytes), plural(a.Python.Packs.Inodes, "pack", "packs"), size(a.Python.Trees.Bytes),
 		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
 	if a.Blobs.Bytes > 0 {
-		fmt.Fprintf(w, "Beside the files containerd keeps %s of the layers, %s. With dedup no container needs them: blobs = \"drop\"\n"+
-			"in the daemon's config, or dedupctl trim, removes them (docs/blobs.md).\n",
+		fmt.Fprintf(w, "Beside the files containerd keeps %s of the layers, %s. With dedup no container needs them:\n"+
+			"blobs = \"drop\" in the daemon's config, or dedupctl trim, removes them (docs/blobs.md).\n",
 			plural(a.Blobs.Inodes, "compressed blob", "compressed blobs"), size(a.Blobs.Bytes))
 	}
 	if a.Containers > 0 {

@@ -139,7 +139,8 @@ func algorithms(blobs string) (map[string]uint64, error) {
 
 func (r *readers) start(dirs map[string]uint64) error {
 	r.stop()
-	fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_LARGEFILE)
+	fd, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK,
+		unix.O_RDONLY|unix.O_CLOEXEC|unix.O_LARGEFILE)
 	if err != nil {
 		return fmt.Errorf("fanotify: %w", err)
 	}

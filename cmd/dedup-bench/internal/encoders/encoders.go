@@ -106,7 +106,8 @@ func kinds() (list []Encoder) {
 			return kgzip.NewWriterLevel(w, level)
 		}))
 		for _, block := range []int{1 << 20, 256 << 10} {
-			list = append(list, writer(fmt.Sprintf("pgzip %d, blocks of %d KiB", level, block>>10), func(w io.Writer) (io.WriteCloser, error) {
+			name := fmt.Sprintf("pgzip %d, blocks of %d KiB", level, block>>10)
+			list = append(list, writer(name, func(w io.Writer) (io.WriteCloser, error) {
 				p, err := pgzip.NewWriterLevel(w, level)
 				if err != nil {
 					return nil, err
@@ -120,14 +121,18 @@ func kinds() (list []Encoder) {
 
 // Zstd returns the encoders of zstd.
 func Zstd() (list []Encoder) {
-	for _, level := range []zstd.EncoderLevel{zstd.SpeedDefault, zstd.SpeedFastest, zstd.SpeedBetterCompression, zstd.SpeedBestCompression} {
+	levels := []zstd.EncoderLevel{
+		zstd.SpeedDefault, zstd.SpeedFastest, zstd.SpeedBetterCompression, zstd.SpeedBestCompression,
+	}
+	for _, level := range levels {
 		list = append(list, writer("klauspost zstd "+level.String(), func(w io.Writer) (io.WriteCloser, error) {
 			return zstd.NewWriter(w, zstd.WithEncoderLevel(level))
 		}))
 	}
 	for level := 1; level <= 19; level++ {
 		list = appendFound(list, fmt.Sprint("zstd ", level), "zstd", fmt.Sprint("-", level), "-c", "-q")
-		list = appendFound(list, fmt.Sprint("zstd ", level, ", all threads"), "zstd", fmt.Sprint("-", level), "-T0", "-c", "-q")
+		all := fmt.Sprint("zstd ", level, ", all threads")
+		list = appendFound(list, all, "zstd", fmt.Sprint("-", level), "-T0", "-c", "-q")
 	}
 	return list
 }

@@ -31,7 +31,10 @@ func testTar(t *testing.T) []byte {
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{"text", text.Bytes()}, {"noise", noise}, {"a.pyc", append([]byte("cafe\x00\x00\x00\x00"), noise[:100]...)}, {"empty", nil}} {
+	}{
+		{"text", text.Bytes()}, {"noise", noise}, {"empty", nil},
+		{"a.pyc", append([]byte("cafe\x00\x00\x00\x00"), noise[:100]...)},
+	} {
 		if err := w.WriteHeader(&tar.Header{Name: f.name, Size: int64(len(f.data)), Mode: 0o644}); err != nil {
 			t.Fatal(err)
 		}
@@ -78,8 +81,12 @@ func TestFind(t *testing.T) {
 	}{
 		{"go", []Encoder{goEncoder}, std},
 		{"", []Encoder{goEncoder}, func(w io.Writer) (io.WriteCloser, error) { return stdgzip.NewWriterLevel(w, 1) }},
-		{"klauspost gzip 3", kinds(), func(w io.Writer) (io.WriteCloser, error) { return kgzip.NewWriterLevel(w, 3) }},
-		{"pgzip 3, blocks of 1024 KiB", kinds(), func(w io.Writer) (io.WriteCloser, error) { return pgzip.NewWriterLevel(w, 3) }},
+		{"klauspost gzip 3", kinds(), func(w io.Writer) (io.WriteCloser, error) {
+			return kgzip.NewWriterLevel(w, 3)
+		}},
+		{"pgzip 3, blocks of 1024 KiB", kinds(), func(w io.Writer) (io.WriteCloser, error) {
+			return pgzip.NewWriterLevel(w, 3)
+		}},
 		{"klauspost zstd default", Zstd(), func(w io.Writer) (io.WriteCloser, error) { return zstd.NewWriter(w) }},
 	} {
 		m, err := Find(t.Context(), compress(row.open), data, row.list)

@@ -53,7 +53,7 @@ func Makers(say func(string)) []Maker {
 	for _, args := range [][]string{
 		{"gzip", "-n"}, {"gzip", "-9n"}, {"pigz", "-n"}, {"pigz", "-9n"}, {"zstd", "-c"}, {"zstd", "-19", "-T0", "-c"},
 	} {
-		list = append(list, Maker{"tar | " + strings.Join(args, " "), filter(args...)})
+		list = append(list, Maker{"tar and " + strings.Join(args, " "), filter(args...)})
 	}
 	return list
 }
@@ -115,7 +115,8 @@ func buildah(compression string) func(context.Context, Input, string) (string, e
 func umoci(ctx context.Context, in Input, dir string) (string, error) {
 	layout := filepath.Join(dir, "layout")
 	for _, args := range [][]string{
-		{"init", "--layout", layout}, {"new", "--image", layout + ":made"}, {"insert", "--image", layout + ":made", in.Dir, "/"},
+		{"init", "--layout", layout}, {"new", "--image", layout + ":made"},
+		{"insert", "--image", layout + ":made", in.Dir, "/"},
 	} {
 		if err := run(ctx, "umoci", args...); err != nil {
 			return "", err
@@ -142,7 +143,8 @@ func buildKit(say func(string), compression string) func(context.Context, Input,
 		}
 		defer os.Remove(dockerfile)
 		out := filepath.Join(dir, "out.tar")
-		progress, err := b.Build(ctx, in.Dir, "--output", "type=oci,dest="+out+",force-compression=true,compression="+compression)
+		output := "type=oci,dest=" + out + ",force-compression=true,compression=" + compression
+		progress, err := b.Build(ctx, in.Dir, "--output", output)
 		if err != nil {
 			return "", fmt.Errorf("%w: %s", err, progress)
 		}

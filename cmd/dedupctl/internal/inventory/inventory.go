@@ -231,7 +231,8 @@ type stacks struct {
 }
 
 func newStacks(kind string) *stacks {
-	return &stacks{&Inventory{Kind: kind, Blobs: map[digest.Digest]int64{}}, map[content.ChainID]int{}, map[content.ChainID]int{}}
+	inv := &Inventory{Kind: kind, Blobs: map[digest.Digest]int64{}}
+	return &stacks{inv, map[content.ChainID]int{}, map[content.ChainID]int{}}
 }
 
 // add adds an image; makeLayer is asked for each layer that is new.
