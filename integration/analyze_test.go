@@ -75,6 +75,10 @@ func TestAnalyzePlaces(t *testing.T) {
 		if !slices.Equal(got.names(), refs) && !slices.Equal(got.names(), sorted(refs)) {
 			t.Errorf("%s: images %q", row.source, got.names())
 		}
+		inContainerd := row.source != d.Root() && filepath.Base(row.source) != "overlay2"
+		if inContainerd != (got.Blobs == want.Blobs) {
+			t.Errorf("%s: blobs %+v, those of the registry %+v", row.source, got.Blobs, want.Blobs)
+		}
 		if got.Containers != row.containers || (got.InUse.Bytes > 0) != (row.containers > 0) || got.Layers != want.Layers || got.DiffIDs != want.DiffIDs {
 			t.Errorf("%s: %+v", row.source, got)
 		}

@@ -87,6 +87,7 @@ type analyzed struct {
 	File       usedStore
 	Python     usedStore
 	InUse      usedSpace `json:"in_use"`
+	Blobs      usedSpace
 	Containers int64
 	Writable   usedSpace
 	Duplicates []struct{ Path string }

@@ -155,7 +155,13 @@ func TestTrim(t *testing.T) {
 		t.Errorf("complete: %s, %v", out, err)
 	}
 	must(t, export())
-	if done := trim(t, n); done.FreedBlobs != 2 {
+	if done := trim(t, n, "--wait", "0s"); done.FreedBlobs != 0 || !strings.Contains(done.kept(ref), "in use") {
+		t.Errorf("what was exported a moment ago: %+v", done)
+	}
+	if done := trim(t, n, "--dry-run"); done.FreedBlobs != 0 || !strings.Contains(done.kept(ref), "for its own sake") {
+		t.Errorf("what was completed within the hour: %+v", done)
+	}
+	if done := trim(t, n, "--fetched"); done.FreedBlobs != 2 {
 		t.Errorf("what was completed is trimmed again: %+v", done)
 	}
 	fsck(t, n, 0)

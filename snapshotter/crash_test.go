@@ -331,6 +331,9 @@ type crashChild struct {
 	n              int
 	names, parents []string
 	lastSeed       uint64 // of pull
+	known          []byte // of pullKnown
+	root           string
+	hook           func(string)
 }
 
 func (c *crashChild) step(ctx context.Context) error {

@@ -76,6 +76,7 @@ var stepNames = []string{
 	"pack.sealed", "pack.renamed", "pack.removed", "merge.copied", "merge.synced", "merge.done",
 	"chain.staged", "chain.renamed", "chain.mounting", "chain.packs", "chain.mounted", "chain.unmounted", "chain.dropped",
 	"remove.recorded", "remove.tree", "remove.object", "remove.done", "discard.renamed", "discard.done", "open.sweep",
+	"trim.released", "trim.collected",
 }
 
 const stepEnv = "DEDUP_CRASH_STEP"
@@ -146,9 +147,10 @@ func crashWork(ctx context.Context, root, round string, hook func(string)) error
 		return err
 	}
 	fmt.Println("\nready")
-	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round}
+	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round, root: root, hook: hook}
 	work := []func(context.Context) error{
-		c.pull, c.pull, c.build, c.view, c.pullKnown, c.pullLarge, c.harm, c.build, c.compare, c.view, c.merge, c.view, c.remove, c.collect, c.remove, c.pull,
+		c.pull, c.pull, c.build, c.view, c.pullKnown, c.trim, c.pullLarge, c.harm, c.build, c.compare, c.view, c.merge,
+		c.view, c.remove, c.collect, c.remove, c.pull,
 	}
 	for _, do := range work {
 		if err := do(ctx); err != nil {
@@ -177,6 +179,7 @@ func (c *crashChild) pullKnown(ctx context.Context) error {
 		return err
 	}
 	c.s.Layers().Release(in.Layer)
+	c.known = blob
 	target := content.ChainID(in.DiffID)
 	key := fmt.Sprintf("crash/%s-%d/extract-known", c.round, c.n)
 	name := hitName("crash", "", target.Digest().String())

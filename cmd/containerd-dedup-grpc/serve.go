@@ -69,6 +69,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	log.G(ctx).Infof("fs-verity: %s; page cache: %s", sn.VerityState(), sn.PageCache())
 
+	defer runUntilClosed(ctx, trimmer.Watch)()
 	if c.Blobs == blobsDrop {
 		defer runUntilClosed(ctx, trimmer.Run)()
 	}

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"maps"
 	"runtime"
 	"slices"
 	"sync/atomic"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/inventory"
@@ -33,6 +35,10 @@ type Analysis struct {
 	InUse      AnalysisUsage `json:"in_use"`
 	Containers int64         `json:"containers"`
 	Writable   AnalysisUsage `json:"writable"` // what the containers have written: it stays where it is
+
+	// Blobs are the compressed blobs of the layers, which containerd keeps beside the files, whichever snapshotter it
+	// uses; blobs = "drop" has dedup's removed once they are stored.
+	Blobs AnalysisUsage `json:"blobs"`
 
 	// Lowerdirs is how many directories an overlay mount of an image stacks; with dedup it is always two.
 	DeepestLowerdirs int64 `json:"deepest_lowerdirs"`
@@ -141,6 +147,14 @@ func newAnalysis(all []*inventory.Inventory) *analysis {
 		a.layers = append(a.layers, inv.Layers...)
 	}
 	a.out.Writable = usage(writable)
+	blobs := map[digest.Digest]int64{}
+	for _, inv := range all {
+		maps.Copy(blobs, inv.Blobs)
+	}
+	for _, size := range blobs {
+		a.out.Blobs.Bytes += content.Blocks(size)
+		a.out.Blobs.Inodes++
+	}
 	for _, l := range a.layers {
 		at, known := byDiffID[l.DiffID]
 		if !known || l.DiffID.IsZero() {

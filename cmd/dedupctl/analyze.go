@@ -130,6 +130,11 @@ func writeAnalysis(w io.Writer, a Analysis) {
 	fmt.Fprintf(w, "\nThe last line is what dedup stores: %s in %s, %s of trees, %s of chain images, %s of directories.\n",
 		size(a.Python.Packs.Bytes), plural(a.Python.Packs.Inodes, "pack", "packs"), size(a.Python.Trees.Bytes),
 		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
+	if a.Blobs.Bytes > 0 {
+		fmt.Fprintf(w, "Beside the files containerd keeps %s of the layers, %s. With dedup no container needs them:\n"+
+			"blobs = \"drop\" in the daemon's config, or dedupctl trim, removes them (docs/blobs.md).\n",
+			plural(a.Blobs.Inodes, "compressed blob", "compressed blobs"), size(a.Blobs.Bytes))
+	}
 	if a.Containers > 0 {
 		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where they are.\n",
 			plural(a.Containers, "container lies", "containers lie"), size(a.InUse.Bytes), size(a.Writable.Bytes))

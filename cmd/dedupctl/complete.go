@@ -24,6 +24,8 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
 const defaultContainerd = "/run/containerd/containerd.sock"
@@ -197,7 +199,7 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	if c.Bool("all-platforms") {
 		match = platforms.All
 	}
-	out := &completion{store: ctd.ContentStore(), fetcher: fetcher, source: source,
+	out := &completion{store: ctd.ContentStore(), leases: ctd.LeasesService(), fetcher: fetcher, source: source,
 		result: Completed{Image: name, Fetched: []CompletedBlob{}}}
 	if len(opts.chains) > 0 {
 		out.only = wantedBlobs(ctx, out.store, img.Target, match, opts.chains)
@@ -315,6 +317,7 @@ func registryHint(err error) string {
 // completion fetches what an image lacks.
 type completion struct {
 	store   content.Store
+	leases  leases.Manager
 	fetcher remotes.Fetcher
 	source  images.HandlerFunc     // notes on a blob which registry has it
 	only    map[digest.Digest]bool // layers' blobs that are wanted; nil is all
@@ -333,8 +336,14 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 	if c.only != nil && images.IsLayerType(desc.MediaType) && !c.only[desc.Digest] {
 		return nil, images.ErrSkipDesc
 	}
+	if err := c.hold(ctx, desc); err != nil {
+		return nil, err
+	}
 	_, err := c.store.Info(ctx, desc.Digest)
 	if err == nil {
+		if err := c.want(ctx, desc); err != nil {
+			return nil, err
+		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.result.PresentBytes += desc.Size
@@ -349,11 +358,41 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 	if _, err := c.source(ctx, desc); err != nil {
 		return nil, fmt.Errorf("note where blob %s is from: %w", desc.Digest, err)
 	}
+	if err := c.want(ctx, desc); err != nil {
+		return nil, err
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.result.Fetched = append(c.result.Fetched, CompletedBlob{desc.Digest.String(), desc.MediaType, desc.Size})
 	c.result.FetchedBytes += desc.Size
 	return nil, nil
+}
+
+// hold leases a blob before anybody looks whether it is there: else a trim could take away what was.
+func (c *completion) hold(ctx context.Context, desc ocispec.Descriptor) error {
+	id, ok := leases.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	resource := leases.Resource{ID: desc.Digest.String(), Type: "content"}
+	if err := c.leases.AddResource(ctx, leases.Lease{ID: id}, resource); err != nil && !errdefs.IsAlreadyExists(err) {
+		return fmt.Errorf("lease blob %s: %w", desc.Digest, err)
+	}
+	return nil
+}
+
+// want notes on a layer's blob that it is wanted for a while: the daemon lets go of it later, and a trim by somebody
+// else leaves it.
+func (c *completion) want(ctx context.Context, desc ocispec.Descriptor) error {
+	if !images.IsLayerType(desc.MediaType) {
+		return nil
+	}
+	until := time.Now().Add(blobs.WantedFor).UTC().Format(time.RFC3339)
+	info := content.Info{Digest: desc.Digest, Labels: map[string]string{blobs.LabelWanted: until}}
+	if _, err := c.store.Update(ctx, info, "labels."+blobs.LabelWanted); err != nil {
+		return fmt.Errorf("note that blob %s is wanted: %w", desc.Digest, err)
+	}
+	return nil
 }
 
 // dropDamaged removes the blobs of an image that are not what their digests say from the content store, in all

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -41,8 +43,9 @@ func trimCommand() *cli.Command {
 		ArgsUsage: "[IMAGE...]",
 		Description: "A container needs no blob once its layers are stored. This has containerd remove the blobs of all\n" +
 			"images, or of those named, and tells why others stay: their layer is damaged or not here, another\n" +
-			"snapshotter has unpacked the image too, a lease holds it, no registry is known to have them, or the image\n" +
-			"is marked (ctr images label IMAGE dedup-snapshotter.io/blobs=keep). Images go on to run and to be pulled;\n" +
+			"snapshotter has unpacked the image too, a lease holds it, a push or an export reads it, no registry is known to\n" +
+			"have them, or the image is marked (ctr images label IMAGE dedup-snapshotter.io/blobs=keep).\n" +
+			"Images go on to run and to be pulled;\n" +
 			"what pushes or exports one needs `dedupctl complete IMAGE` first. blobs = \"drop\" in the daemon's config\n" +
 			"does this by itself after each pull.",
 		Flags: []cli.Flag{
@@ -50,6 +53,10 @@ func trimCommand() *cli.Command {
 			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "only images of containerd's `NAMESPACE`",
 				EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.BoolFlag{Name: "last-copy", Usage: "of the IMAGEs named: also blobs that no registry is known to have"},
+			&cli.BoolFlag{Name: "fetched",
+				Usage: "also blobs that were fetched for their own sake within the hour (dedupctl complete)"},
+			&cli.DurationFlag{Name: "wait", Value: time.Minute,
+				Usage: "wait up to `DURATION` for pushes and exports that read what would go"},
 		},
 		Action: runTrim,
 	}
@@ -61,10 +68,12 @@ func runTrim(c *cli.Context) error {
 		return usageError{errors.New("trim: --last-copy wants the IMAGEs by name: what goes cannot be had again")}
 	}
 	dry := c.Bool("dry-run")
+	wait := uint32(min(max(0, math.Ceil(c.Duration("wait").Seconds())), math.MaxUint32))
 	stop := showProgress(c, func() string { return "looking which blobs nothing needs" })
 	r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.TrimResponse, error) {
 		return client.Trim(ctx, &dedupv1.TrimRequest{
 			DryRun: dry, Namespace: c.String("namespace"), Images: names, LastCopy: c.Bool("last-copy"),
+			Fetched: c.Bool("fetched"), WaitSeconds: wait,
 		})
 	})
 	stop()

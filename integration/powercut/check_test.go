@@ -38,6 +38,8 @@ type checker struct {
 	durability layer.Durability
 	// refused are snapshots that were out of service after the last cut.
 	refused []string
+	// trimmed is how often a snapshot was looked at whose blob may have gone.
+	trimmed int
 }
 
 // try builds the image of the next cut and looks at the store in it. ok is false when there is none.
@@ -118,7 +120,9 @@ func (c *checker) open(w world, s state, root, run string) (err error) {
 			continue
 		}
 		err := c.compare(ctx, sn, s, name)
-		if errors.Is(err, layer.ErrDamaged) {
+		if s.durable(name) {
+			c.trimmed++
+		} else if errors.Is(err, layer.ErrDamaged) {
 			c.refused = append(c.refused, name)
 			continue
 		}

@@ -32,7 +32,7 @@ import (
 
 // event is what the workload tells the recorder.
 type event struct {
-	Kind     string // doing, done, removing, removed, kept, failed
+	Kind     string // doing, done, removing, removed, kept, trimmed, failed
 	Op       int    // of doing and done
 	Snapshot snapshot
 	Error    string
@@ -175,7 +175,7 @@ type client struct {
 }
 
 func (c *client) step(ctx context.Context) error {
-	n := c.r.IntN(21)
+	n := c.r.IntN(23)
 	if n == 0 {
 		return c.w.reopen(ctx, c.r)
 	}
@@ -195,6 +195,8 @@ func (c *client) step(ctx context.Context) error {
 		return c.view(ctx)
 	case n < 20:
 		return c.w.sn.Layers().Compact(ctx)
+	case n < 22:
+		return c.trim(ctx)
 	}
 	return c.w.sn.Cleanup(ctx)
 }
@@ -387,6 +389,31 @@ func (c *client) view(ctx context.Context) error {
 		return fmt.Errorf("view: %w", err)
 	}
 	return c.w.sn.Remove(ctx, key)
+}
+
+// trim asks which layers need no blob any more. From then on nobody may have the blobs: no cut may harm these layers.
+func (c *client) trim(ctx context.Context) error {
+	stored, err := snapshotter.StoredLayers(ctx, c.w.sn)
+	if err != nil {
+		return err
+	}
+	for _, s := range c.have {
+		chain, ok := chainOf(s.Name)
+		if !ok || s.Active || s.Recipe.Plain {
+			continue
+		}
+		blob, err := s.Recipe.tar()
+		if err != nil {
+			return err
+		}
+		if _, err := stored(c.ns, chain, content.DiffID{Sum: content.Sum(digestOf(blob))}); err != nil {
+			continue
+		}
+		if err := c.w.tell(event{Kind: "trimmed", Snapshot: s}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // remove takes a snapshot without children away.

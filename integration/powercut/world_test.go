@@ -34,11 +34,13 @@ type state struct {
 	have  map[string]snapshot // is there
 	going map[string]snapshot // may be there
 	doing map[int]snapshot    // may be there
+
+	trimmed map[string]bool // no blob of its layer may be left
 }
 
 // at returns what clients knew when the disk had seen n operations.
 func (w world) at(n int) state {
-	s := state{n, map[string]int{}, map[string]snapshot{}, map[string]snapshot{}, map[int]snapshot{}}
+	s := state{n, map[string]int{}, map[string]snapshot{}, map[string]snapshot{}, map[int]snapshot{}, map[string]bool{}}
 	for _, e := range w {
 		if e.at > n {
 			break
@@ -60,6 +62,8 @@ func (w world) at(n int) state {
 			delete(s.going, name)
 		case "removed":
 			delete(s.going, name)
+		case "trimmed":
+			s.trimmed[name] = true
 		}
 	}
 	return s
@@ -71,6 +75,17 @@ func (s state) since(name string) int {
 		return s.now - told
 	}
 	return 0
+}
+
+// durable reports that a snapshot and all below it have to be whole, whatever the durability.
+func (s state) durable(name string) bool {
+	for name != "" {
+		if !s.trimmed[name] {
+			return false
+		}
+		name = s.have[name].Parent
+	}
+	return true
 }
 
 // settle decides what may be there by what is there: names, of the snapshots found. w is for messages.

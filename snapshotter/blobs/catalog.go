@@ -222,13 +222,16 @@ func (c *Catalog) read(ctx context.Context, namespace string, plugins []string) 
 	return g, c.readLeases(ctx, g, plugins)
 }
 
-// readLeases reads the leases that have not expired.
+// readLeases reads the leases that have not expired, and are not of the Trimmer itself.
 func (c *Catalog) readLeases(ctx context.Context, g *graph, plugins []string) error {
 	list, err := c.leases.List(ctx, &leasesapi.ListRequest{})
 	if err != nil {
 		return errgrpc.ToNative(err)
 	}
 	for _, l := range list.Leases {
+		if strings.HasPrefix(l.ID, leasePrefix) {
+			continue
+		}
 		if until, err := time.Parse(time.RFC3339, l.Labels[labelExpire]); err == nil && until.Before(time.Now()) {
 			continue
 		}

@@ -3,7 +3,6 @@ package blobs
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -11,11 +10,8 @@ import (
 	"sync"
 	"time"
 
-	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
-	ctdcontent "github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -26,8 +22,16 @@ const (
 	// LabelBlobs with the value "keep", on an image or on the blob of its manifest or index, keeps the image's blobs.
 	LabelBlobs = "dedup-snapshotter.io/blobs"
 	keepBlobs  = "keep"
+	// LabelWanted, on a layer's blob, is until when somebody wants the blob itself (RFC 3339).
+	LabelWanted = "dedup-snapshotter.io/wanted-until"
+	// WantedFor is how long a blob is left alone that was fetched although its layer was there.
+	WantedFor = time.Hour
 	// inUse is why blobs stay that a lease holds: of a pull or a build that goes on, say.
 	inUse = "in use: a lease holds it"
+	// beingRead is why blobs stay that a push or an export may need in a moment.
+	beingRead = "in use: it is being read"
+	// leasePrefix begins the names of our own leases.
+	leasePrefix = "dedup-trim-"
 	// labelSource is what clients put on a blob that a registry has: the host and the repository follow.
 	labelSource = "containerd.io/distribution.source."
 )
@@ -35,10 +39,17 @@ const (
 const (
 	// settleFor is how long the daemon leaves the blobs of a pull alone after its end.
 	settleFor = 10 * time.Second
-	// wantedFor is how long it leaves alone what was fetched although its layer was there: somebody wants the blob itself.
-	wantedFor = time.Hour
 	// pullSlack is how much later than the last layer a blob of the same pull may come.
 	pullSlack = 30 * time.Second
+	// quietManifest is how long nobody may have read a manifest or config before the blobs go: a push or an export
+	// that has opened its manifest opens the first layer sooner.
+	quietManifest = 5 * time.Second
+	// quietShort and quietLong are how long nobody may have read a layer of the image: a push that lasts reads on. Who
+	// asks for a trim waits for the short one, the daemon by itself for the long one.
+	quietShort = 15 * time.Second
+	quietLong  = 10 * time.Minute
+	// holdFor bounds our own lease, which a kill may leave.
+	holdFor = 10 * time.Minute
 	// lookAgain is when the daemon looks again at what somebody uses right now.
 	lookAgain = 30 * time.Second
 	// collectTimeout bounds one garbage collection of containerd's.
@@ -53,12 +64,19 @@ type Stored func(namespace string, chain content.ChainID, d content.DiffID) (sin
 // the manifests by which containerd's garbage collector keeps them, and asks for a collection. What anything else
 // refers to stays, and so does what a lease holds: of two who want a blob, the one who keeps it wins.
 //
-// A plan comes first, then its execution. A kill leaves references off, and blobs that the next collection removes.
+// A push or an export that is under way needs them, too, and says so to nobody. So an image's blobs go only when nobody
+// has read its manifest for some seconds, nor any of its layers for longer. While the references are off, a lease of
+// ours holds the blobs, and nobody may have read them since the plan: else the references come back. Who opens the
+// manifest later than that finds an image without blobs, as after any trim.
+//
+// A plan comes first, then its execution. A kill leaves references off, and blobs that a collection removes once the
+// lease has expired.
 type Trimmer struct {
 	catalog *Catalog
 	store   *Store
 	stored  func(context.Context) (Stored, error)
 	step    func(string)
+	readers *readers
 
 	executing sync.Mutex // one at a time
 	kick      chan struct{}
@@ -78,8 +96,14 @@ type TrimOptions struct {
 	Images    []string // names; none is all
 	// LastCopy: of the named images, also blobs that no registry is known to have.
 	LastCopy bool
-	// Settled leaves alone what came a moment ago, what was fetched for its own sake, and what is being read.
+	// Settled leaves alone what came a moment ago, and what was read within minutes.
 	Settled bool
+	// Fetched lets go also of what was fetched for its own sake within the hour.
+	Fetched bool
+	// Survey says what could go, whoever reads it now.
+	Survey bool
+	// Wait is how long Settle waits for those who read.
+	Wait time.Duration
 }
 
 // TrimImage is one manifest of a namespace with blobs in the content store, or named in the options.
@@ -99,6 +123,7 @@ type TrimImage struct {
 	refs  map[string]string // labels of the manifest that go, with their values
 	image *Image
 	again time.Time // when to look again; zero for never
+	quiet time.Time // when it will have been read by nobody for long enough; zero where that is not why blobs stay
 }
 
 // TrimPlan is what would be let go of, or was.
@@ -110,6 +135,9 @@ type TrimPlan struct {
 
 	going map[digest.Digest]int64
 	again time.Time
+	at    time.Time // before anything was looked at
+	// unseen is why nobody knows who reads blobs: then all stay.
+	unseen error
 }
 
 // NewTrimmer lets go of what stored says the store can do without. step may be nil; a test ends the process there.
@@ -117,7 +145,8 @@ func NewTrimmer(c *Catalog, s *Store, stored func(context.Context) (Stored, erro
 	if step == nil {
 		step = func(string) {}
 	}
-	return &Trimmer{catalog: c, store: s, stored: stored, step: step, kick: make(chan struct{}, 1)}
+	return &Trimmer{catalog: c, store: s, stored: stored, step: step, kick: make(chan struct{}, 1),
+		readers: newReaders(s.directory)}
 }
 
 // Totals returns what has gone since the start.
@@ -129,6 +158,8 @@ func (t *Trimmer) Totals() TrimTotals {
 
 // Plan finds what can be let go of. It changes nothing.
 func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
+	plan.at = time.Now()
+	plan.unseen = t.readers.look(ctx)
 	graphs, err := t.catalog.graphs(ctx)
 	if err != nil {
 		return plan, err
@@ -137,10 +168,7 @@ func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, er
 	if err != nil {
 		return plan, err
 	}
-	p := planning{opts: opts, stored: stored, now: time.Now()}
-	if opts.Settled {
-		p.reading = t.catalog.beingRead(ctx, t.store)
-	}
+	p := planning{opts: opts, stored: stored, now: plan.at, readers: t.readers, unseen: plan.unseen}
 	missing := slices.Clone(opts.Images)
 	for _, g := range graphs {
 		if opts.Namespace != "" && opts.Namespace != g.namespace {
@@ -213,7 +241,8 @@ func alive(graphs []*graph) map[digest.Digest]int64 {
 type planning struct {
 	opts    TrimOptions
 	stored  Stored
-	reading map[digest.Digest]bool
+	readers *readers
+	unseen  error // why readers knows nothing
 	now     time.Time
 }
 
@@ -249,6 +278,9 @@ func (p planning) look(g *graph, found []*Image) (list []TrimImage) {
 			whole = "unpacked by " + strings.Join(config.others, ", ") + " too"
 		case leased[img.Manifest]:
 			whole, i.again = inUse, p.now.Add(lookAgain)
+		}
+		if whole == "" {
+			whole = p.busy(g, &i)
 		}
 		p.blobs(g, m, &i, whole, leased)
 		if i.Blobs+i.KeptBlobs > 0 || len(p.opts.Images) > 0 {
@@ -319,22 +351,70 @@ func (p planning) layer(namespace string, img *Image, at int, blob *node) (since
 	return since, ""
 }
 
-// unsettled says why the daemon does not yet let go of blobs, whose layers were all there at since.
-func (p planning) unsettled(i *TrimImage, going []*node, since, newest time.Time) string {
-	if !p.opts.Settled || len(going) == 0 {
+// busy says why a push or an export of the image may be under way; "" when none is.
+func (p planning) busy(g *graph, i *TrimImage) string {
+	if p.opts.Survey {
 		return ""
 	}
-	if slices.ContainsFunc(going, func(n *node) bool { return p.reading[n.Digest] }) {
-		i.again = p.now.Add(lookAgain)
-		return "in use: it is being read"
+	if p.unseen != nil {
+		return p.unseen.Error()
 	}
-	ready, why := later(since, newest).Add(settleFor), "it came a moment ago"
-	if newest.After(since.Add(pullSlack)) {
-		ready, why = newest.Add(wantedFor), "it was fetched for its own sake within the last hour"
+	for d, quiet := range i.reads(p.opts.Settled) {
+		var created time.Time
+		if n := g.blobs[d]; n != nil {
+			created = n.CreatedAt
+		}
+		if at := p.readers.last(d, created); !at.IsZero() {
+			i.quiet = later(i.quiet, at.Add(quiet))
+		}
 	}
-	if p.now.Before(ready) {
-		i.again = ready
-		return why
+	if !p.now.Before(i.quiet) {
+		i.quiet = time.Time{}
+		return ""
+	}
+	i.again = i.quiet
+	return beingRead
+}
+
+// reads returns what a push or an export of the image reads, and how long nobody may have done so.
+func (i *TrimImage) reads(long bool) map[digest.Digest]time.Duration {
+	quiet := quietShort
+	if long {
+		quiet = quietLong
+	}
+	all := map[digest.Digest]time.Duration{}
+	for _, l := range i.image.Layers {
+		all[l.Digest] = quiet
+	}
+	all[i.Manifest], all[i.image.Config] = quietManifest, quietManifest
+	return all
+}
+
+// unsettled says why blobs whose layers were all there at since stay for a while.
+func (p planning) unsettled(i *TrimImage, going []*node, since, newest time.Time) string {
+	if len(going) == 0 {
+		return ""
+	}
+	var wanted, arrived time.Time
+	for _, n := range going {
+		arrived = later(arrived, n.CreatedAt)
+		if until, err := time.Parse(time.RFC3339, n.Labels[LabelWanted]); err == nil {
+			wanted = later(wanted, until)
+		}
+	}
+	if p.opts.Settled {
+		arrived = newest // a manifest that was pulled again counts, too
+	}
+	if arrived.After(since.Add(pullSlack)) {
+		wanted = later(wanted, arrived.Add(WantedFor))
+	}
+	switch settled := later(since, newest).Add(settleFor); {
+	case p.now.Before(wanted) && !p.opts.Fetched:
+		i.again = wanted
+		return "it was fetched for its own sake within the last hour"
+	case p.now.Before(settled) && p.opts.Settled:
+		i.again = settled
+		return "it came a moment ago"
 	}
 	return ""
 }
@@ -346,144 +426,25 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// Execute lets go of what a plan has found, and waits until containerd has collected it. What has changed since the
-// plan counts: blobs of a layer that is not whole any more, or that a client has leased meanwhile, stay. It returns
-// what has gone.
-func (t *Trimmer) Execute(ctx context.Context, plan TrimPlan) (done TrimPlan, err error) {
-	t.executing.Lock()
-	defer t.executing.Unlock()
-	defer func() {
-		t.mu.Lock()
-		defer t.mu.Unlock()
-		t.totals.Blobs, t.totals.Bytes = t.totals.Blobs+int64(done.Blobs), t.totals.Bytes+done.Bytes
-		if err != nil {
-			t.totals.Errors++
+// Settle plans, and plans again for as long as opts.Wait says while somebody reads what would go otherwise.
+func (t *Trimmer) Settle(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
+	for end := time.Now().Add(opts.Wait); ; {
+		if plan, err = t.Plan(ctx, opts); err != nil {
+			return plan, err
 		}
-	}()
-	var released []*TrimImage
-	for at := range plan.Images {
-		i := &plan.Images[at]
-		if len(i.refs) == 0 {
-			continue
-		}
-		ok, err := t.setRefs(ctx, i, false)
-		if err != nil {
-			return done, errors.Join(err, t.restore(ctx, released))
-		}
-		if ok {
-			released = append(released, i)
-			t.step("trim.released")
-		}
-	}
-	if len(released) == 0 {
-		return TrimPlan{Images: plan.Images}, nil
-	}
-	if err := t.restore(ctx, released); err != nil {
-		return done, err
-	}
-	if err := t.Collect(ctx, released[0].Namespace); err != nil {
-		return done, err
-	}
-	t.step("trim.collected")
-	return t.gone(ctx, plan)
-}
-
-// restore puts references back where the blobs turn out to be needed after all, also for a caller who has gone.
-func (t *Trimmer) restore(ctx context.Context, released []*TrimImage) error {
-	ctx = context.WithoutCancel(ctx)
-	graphs, err := t.catalog.graphs(ctx)
-	var stored Stored
-	if err == nil {
-		stored, err = t.stored(ctx)
-	}
-	for _, i := range released {
-		why := err
-		if why == nil {
-			why = i.needed(graphs, stored)
-		}
-		if why == nil {
-			continue
-		}
-		if _, rerr := t.setRefs(ctx, i, true); rerr != nil {
-			return errors.Join(err, rerr)
-		}
-		i.KeptBlobs, i.KeptBytes, i.Kept = i.KeptBlobs+i.Blobs, i.KeptBytes+i.Bytes, why.Error()
-		i.Blobs, i.Bytes = 0, 0
-	}
-	return err
-}
-
-// needed says why an image needs its blobs after all.
-func (i *TrimImage) needed(graphs []*graph, stored Stored) error {
-	for at := range i.image.Layers {
-		if !slices.Contains(slices.Collect(maps.Values(i.refs)), i.image.Layers[at].Digest.String()) {
-			continue
-		}
-		if _, err := stored(i.Namespace, i.image.Chains[at], i.image.DiffIDs[at]); err != nil {
-			return err
-		}
-	}
-	for _, g := range graphs {
-		if g.namespace != i.Namespace {
-			continue
-		}
-		for _, l := range g.leases {
-			if slices.Contains(g.leased(l), i.Manifest) {
-				return errors.New(inUse)
+		var quiet time.Time
+		for _, i := range plan.Images {
+			if !i.quiet.IsZero() && !i.quiet.After(end) {
+				quiet = later(quiet, i.quiet)
 			}
 		}
-	}
-	return nil
-}
-
-// setRefs takes the references off, or puts them back. ok is false when there is no such manifest any more.
-func (t *Trimmer) setRefs(ctx context.Context, i *TrimImage, back bool) (ok bool, err error) {
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, i.Namespace), answerTimeout)
-	defer cancel()
-	info := ctdcontent.Info{Digest: i.Manifest, Labels: map[string]string{}}
-	var fields []string
-	for key, value := range i.refs {
-		if !back {
-			value = "" // which removes it
+		if quiet.IsZero() {
+			return plan, nil
 		}
-		info.Labels[key] = value
-		fields = append(fields, "labels."+key)
-	}
-	if _, err := t.catalog.content.Update(ctx, info, fields...); err != nil && !errdefs.IsNotFound(err) {
-		return false, fmt.Errorf("references of manifest %s in namespace %s: %w", i.Manifest, i.Namespace, err)
-	} else if err != nil {
-		return false, nil
-	}
-	return true, nil
-}
-
-// Collect has containerd collect garbage, in all namespaces, and waits for it.
-func (t *Trimmer) Collect(ctx context.Context, namespace string) error {
-	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, namespace), collectTimeout)
-	defer cancel()
-	id := fmt.Sprintf("dedup-trim-%d", time.Now().UnixNano())
-	l, err := t.catalog.leases.Create(ctx, &leasesapi.CreateRequest{ID: id})
-	if err == nil {
-		_, err = t.catalog.leases.Delete(ctx, &leasesapi.DeleteRequest{ID: l.Lease.ID, Sync: true})
-	}
-	if err != nil {
-		return fmt.Errorf("have containerd collect garbage: %w", errgrpc.ToNative(err))
-	}
-	return nil
-}
-
-// gone leaves in a plan what is not there any more.
-func (t *Trimmer) gone(ctx context.Context, plan TrimPlan) (TrimPlan, error) {
-	graphs, err := t.catalog.graphs(ctx)
-	if err != nil {
-		return TrimPlan{}, err
-	}
-	plan.Blobs, plan.Bytes = 0, 0
-	for d, size := range plan.going {
-		if slices.ContainsFunc(graphs, func(g *graph) bool { return g.blobs[d] != nil }) {
-			continue // somebody has come to need it
+		select {
+		case <-ctx.Done():
+			return plan, context.Cause(ctx)
+		case <-time.After(time.Until(quiet)):
 		}
-		plan.Blobs, plan.Bytes = plan.Blobs+1, plan.Bytes+size
 	}
-	return plan, nil
 }

@@ -2,17 +2,9 @@ package blobs
 
 import (
 	"context"
-	"errors"
-	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 const (
@@ -31,6 +23,9 @@ func (t *Trimmer) Committed() {
 	default:
 	}
 }
+
+// Watch looks who reads blobs, until ctx ends. Without it everything stays.
+func (t *Trimmer) Watch(ctx context.Context) { t.readers.run(ctx) }
 
 // Run lets go of blobs as their layers come in, until ctx ends (blobs = "drop").
 func (t *Trimmer) Run(ctx context.Context) {
@@ -74,6 +69,8 @@ func (t *Trimmer) sweep(ctx context.Context, collect bool) time.Duration {
 	case err != nil:
 		log.G(ctx).WithError(err).Warn("blobs that no container needs stay in containerd's content store for now")
 		return failedDelay
+	case plan.unseen != nil && len(plan.Images) > 0:
+		log.G(ctx).WithError(plan.unseen).Warn("blobs that no container needs stay in containerd's content store")
 	case done.Blobs > 0:
 		log.G(ctx).Infof("let go of %d blobs, %d bytes, in containerd's content store: their layers are stored here",
 			done.Blobs, done.Bytes)
@@ -82,48 +79,4 @@ func (t *Trimmer) sweep(ctx context.Context, collect bool) time.Duration {
 		return min(lookEvery, max(time.Second, time.Until(plan.again)))
 	}
 	return lookEvery
-}
-
-// beingRead returns the blobs that containerd has open at this moment: a push or an export of theirs would end halfway.
-// Nothing where containerd's process cannot be seen.
-func (c *Catalog) beingRead(ctx context.Context, s *Store) map[digest.Digest]bool {
-	root := s.directory(ctx)
-	pid, err := c.process(ctx)
-	if err != nil || root == "" {
-		return nil
-	}
-	fds := filepath.Join("/proc", strconv.Itoa(pid), "fd")
-	files, err := os.ReadDir(fds)
-	if err != nil {
-		return nil
-	}
-	open := map[digest.Digest]bool{}
-	for _, f := range files {
-		path, err := os.Readlink(filepath.Join(fds, f.Name()))
-		if err != nil {
-			continue
-		}
-		if rest, ok := strings.CutPrefix(path, filepath.Join(root, "blobs")+"/"); ok {
-			open[digest.Digest(strings.Replace(rest, "/", ":", 1))] = true
-		}
-	}
-	return open
-}
-
-// process is containerd's pid, as far as this process sees it.
-func (c *Catalog) process(ctx context.Context) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	server, err := c.plugins.Server(ctx, &emptypb.Empty{})
-	if err != nil {
-		return 0, err
-	}
-	var own unix.Stat_t
-	if err := unix.Stat("/proc/self/ns/pid", &own); err != nil {
-		return 0, err
-	}
-	if server.Pid == 0 || server.Pidns != own.Ino {
-		return 0, errors.New("containerd runs in another pid namespace")
-	}
-	return int(server.Pid), nil
 }

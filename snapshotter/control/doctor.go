@@ -32,7 +32,7 @@ func (s *Server) Doctor(ctx context.Context, _ *dedupv1.DoctorRequest) (*dedupv1
 	if resp.LostImages, err = s.lostImages(ctx); err != nil {
 		log.G(ctx).WithError(err).Debug("look for images that are lost")
 	}
-	if plan, err := s.opts.Trimmer.Plan(ctx, blobs.TrimOptions{}); err != nil {
+	if plan, err := s.opts.Trimmer.Plan(ctx, blobs.TrimOptions{Survey: true, Fetched: true}); err != nil {
 		log.G(ctx).WithError(err).Debug("look for blobs that could go")
 	} else {
 		resp.DroppableBlobs, resp.DroppableBytes = int64(plan.Blobs), plan.Bytes

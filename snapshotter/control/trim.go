@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc/codes"
@@ -13,8 +14,9 @@ import (
 
 // Trim lets go of the blobs of layers that are stored here.
 func (s *Server) Trim(ctx context.Context, req *dedupv1.TrimRequest) (*dedupv1.TrimResponse, error) {
-	plan, err := s.opts.Trimmer.Plan(ctx, blobs.TrimOptions{
-		Namespace: req.GetNamespace(), Images: req.GetImages(), LastCopy: req.GetLastCopy(),
+	plan, err := s.opts.Trimmer.Settle(ctx, blobs.TrimOptions{
+		Namespace: req.GetNamespace(), Images: req.GetImages(), LastCopy: req.GetLastCopy(), Fetched: req.GetFetched(),
+		Survey: req.GetDryRun(), Wait: time.Duration(req.GetWaitSeconds()) * time.Second,
 	})
 	if err == nil && !req.GetDryRun() {
 		plan, err = s.opts.Trimmer.Execute(ctx, plan)

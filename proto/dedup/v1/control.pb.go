@@ -1533,7 +1533,11 @@ type TrimRequest struct {
 	// Names of images; none is all.
 	Images []string `protobuf:"bytes,3,rep,name=images,proto3" json:"images,omitempty"`
 	// Of the named images also blobs that no registry is known to have.
-	LastCopy      bool `protobuf:"varint,4,opt,name=last_copy,json=lastCopy,proto3" json:"last_copy,omitempty"`
+	LastCopy bool `protobuf:"varint,4,opt,name=last_copy,json=lastCopy,proto3" json:"last_copy,omitempty"`
+	// Also blobs that were fetched for their own sake within the hour, by `dedupctl complete` say.
+	Fetched bool `protobuf:"varint,5,opt,name=fetched,proto3" json:"fetched,omitempty"`
+	// How long to wait for those who read what would go. What is read for longer stays.
+	WaitSeconds   uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1594,6 +1598,20 @@ func (x *TrimRequest) GetLastCopy() bool {
 		return x.LastCopy
 	}
 	return false
+}
+
+func (x *TrimRequest) GetFetched() bool {
+	if x != nil {
+		return x.Fetched
+	}
+	return false
+}
+
+func (x *TrimRequest) GetWaitSeconds() uint32 {
+	if x != nil {
+		return x.WaitSeconds
+	}
+	return 0
 }
 
 type TrimResponse struct {
@@ -2084,12 +2102,14 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
 	"\n" +
 	"GCResponse\x12+\n" +
-	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"y\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\xb6\x01\n" +
 	"\vTrimRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x16\n" +
 	"\x06images\x18\x03 \x03(\tR\x06images\x12\x1b\n" +
-	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\"\x80\x01\n" +
+	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\x12\x18\n" +
+	"\afetched\x18\x05 \x01(\bR\afetched\x12!\n" +
+	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\"\x80\x01\n" +
 	"\fTrimResponse\x12.\n" +
 	"\x06images\x18\x01 \x03(\v2\x16.dedup.v1.TrimmedImageR\x06images\x12\x1f\n" +
 	"\vfreed_blobs\x18\x02 \x01(\x03R\n" +

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 
 	"golang.org/x/sync/errgroup"
 
@@ -121,5 +122,5 @@ func (f fleet) trial(ctx context.Context, t *Trial) error {
 		sum = sum.plus(c)
 	}
 	t.recordPull(f.scenario, sum)
-	return nil
+	return t.recordNode(ctx, f.scenario, sum, slices.Concat(f.rounds...))
 }

@@ -111,30 +111,38 @@ func (seq sequence) trial(ctx context.Context, t *Trial) error {
 	}
 	t.recordPull("cold", c)
 	pulled := []Image{seq.cold}
-	more := func(scenario string, list []Image, needed bool) error {
+	more := func(scenario string, list []Image, needed bool) (sum cost, err error) {
 		if !needed || len(list) == 0 {
-			return nil
+			return sum, nil
 		}
-		var sum cost
 		for _, img := range list {
 			c, err := t.pull(ctx, img)
 			if err != nil {
-				return err
+				return sum, err
 			}
 			sum = sum.plus(c)
 			pulled = append(pulled, img)
 		}
 		t.recordPull(scenario, sum)
-		return nil
+		return sum, nil
 	}
-	if err := more("rebuild", seq.rebuild, t.wants("rebuild") || t.wants("delete")); err != nil {
+	rebuilt, err := more("rebuild", seq.rebuild, t.wants("rebuild") || t.wants("delete"))
+	if err != nil {
 		return err
 	}
-	if err := more("known", seq.known, t.wants("known")); err != nil {
+	if _, err := more("known", seq.known, t.wants("known")); err != nil {
+		return err
+	}
+	if err := t.recordNode(ctx, "rebuild", rebuilt, seq.rebuild); err != nil {
 		return err
 	}
 	if !t.wants("delete") {
 		return nil
+	}
+	if t.wants("rebuild") { // whose blobs are removed with it
+		if err := t.fetchBlobs(ctx, seq.rebuild); err != nil {
+			return err
+		}
 	}
 	if t.wants("known") { // it holds layers of the others
 		for _, img := range seq.known {

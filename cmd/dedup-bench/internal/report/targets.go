@@ -68,6 +68,8 @@ var wanted = []target{
 	{"overlayfs", "commit", "10 commits of one file, CPU", "", 1.2},
 	{"overlayfs", "fleet", "disk", "", 0.2},
 	{"overlayfs", "fleet", "inodes", "", 0.1},
+	{"overlayfs", "rebuild", "node's disk, blobs dropped", "", 0.04},
+	{"overlayfs", "fleet", "node's disk, blobs dropped", "", 0.14},
 	{"overlayfs", "memory", "page cache", "", 0.2},
 	{"erofs", "cold", "pull", "", 0.8},
 	{"erofs", "cold", "disk", "", 0.9},

@@ -42,6 +42,8 @@ type Inventory struct {
 	// Containers are those whose files lie on layers of this place, Writable is what they have written.
 	Containers int
 	Writable   layer.Usage
+	// Blobs are the sizes of the compressed blobs of images' layers: containerd keeps them beside the files.
+	Blobs map[digest.Digest]int64
 }
 
 // Image is a stack of layers.
@@ -229,7 +231,8 @@ type stacks struct {
 }
 
 func newStacks(kind string) *stacks {
-	return &stacks{&Inventory{Kind: kind}, map[content.ChainID]int{}, map[content.ChainID]int{}}
+	inv := &Inventory{Kind: kind, Blobs: map[digest.Digest]int64{}}
+	return &stacks{inv, map[content.ChainID]int{}, map[content.ChainID]int{}}
 }
 
 // add adds an image; makeLayer is asked for each layer that is new.
@@ -251,6 +254,7 @@ func (s *stacks) add(name string, diffIDs []digest.Digest, makeLayer func(i int,
 			}
 			at = len(s.inv.Layers)
 			s.inv.Layers = append(s.inv.Layers, l)
+			s.inv.Blobs[digest.Digest(l.Name)] = l.Size
 			s.at[chain] = at
 		}
 		stack = append(stack, at)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -18,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"go.etcd.io/bbolt"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
@@ -77,6 +79,10 @@ func readOverlayfs(ctx context.Context, root string, opts Options) (*Inventory, 
 		return nil, err
 	}
 	o.addImages(images)
+	o.inv.Blobs = map[digest.Digest]int64{}
+	for _, img := range images {
+		maps.Copy(o.inv.Blobs, img.blobs)
+	}
 	return o.inv, o.addContainers(ctx)
 }
 
@@ -174,6 +180,7 @@ type named struct {
 	namespace, name string
 	chains          []string // chainIDs, base first
 	diffIDs         []content.DiffID
+	blobs           map[digest.Digest]int64 // of its layers, those that are there
 }
 
 // readImages reads containerd's images from a copy of its database, and their configs from its content store. Where there is none (the
@@ -221,11 +228,17 @@ func imagesIn(ctx context.Context, db *bbolt.DB, blobs blobStore, opts Options) 
 			return nil, err
 		}
 		for _, img := range all {
-			_, diffIDs, err := manifestOf(ctx, blobs, img.Target, opts.Platform)
+			manifest, diffIDs, err := manifestOf(ctx, blobs, img.Target, opts.Platform)
 			if err != nil {
 				continue // of another platform, or not an image of layers: then nothing of it is unpacked
 			}
-			n := named{namespace: ns, name: img.Name}
+			n := named{namespace: ns, name: img.Name, blobs: map[digest.Digest]int64{}}
+			for _, l := range manifest.Layers {
+				if ra, err := blobs.ReaderAt(ctx, l); err == nil { // else it was dropped
+					n.blobs[l.Digest] = ra.Size()
+					ra.Close()
+				}
+			}
 			var chain content.ChainID
 			for _, text := range diffIDs {
 				sum, err := content.ParseSum(text.String())
