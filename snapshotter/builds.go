@@ -165,7 +165,7 @@ func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l 
 		return below{}, false, context.Cause(ctx) // the caller removes the snapshot, which ends the job
 	case <-timer.C:
 	}
-	log.G(ctx).Infof("what lies below snapshot %q is not there yet: Mounts waits for it", key)
+	log.G(ctx).Infof("the layers below snapshot %q are not ready yet: Mounts waits for them", key)
 	return below{dir: s.path(dirAbsent), chain: true, ids: c.ids}, true, nil
 }
 

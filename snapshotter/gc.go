@@ -83,7 +83,8 @@ func (s *Snapshotter) pressure(ctx context.Context) {
 	if err != nil {
 		s.counters.removeError()
 	}
-	log.G(ctx).WithError(err).WithField("removed", len(found)).Warn("the reserve of space or inodes is reached: removed what nothing uses now")
+	log.G(ctx).WithError(err).WithField("removed", len(found)).
+		Warn("free space or inodes are down to the reserve: removed chain images that no container uses")
 }
 
 // checkStrays looks for what no snapshot uses.
@@ -251,7 +252,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		return stray, err
 	}
 	if !stored.complete() {
-		log.G(ctx).Warn("metadata.db is damaged: until it is repaired (`dedupctl fsck --repair`) nothing is removed for being unused")
+		log.G(ctx).Warn("metadata.db is damaged: nothing unused is removed until `dedupctl fsck --repair` has repaired it")
 		return stray, nil
 	}
 	used := map[string]bool{}

@@ -171,7 +171,7 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	}
 	if err != nil {
 		if ctx.Err() == nil { // whoever unpacks it next says what is wrong
-			log.G(ctx).WithError(err).Warnf("a blob at hand for %s is of no use", w.target.Digest())
+			log.G(ctx).WithError(err).Warnf("the blob in the content store for %s cannot be used", w.target.Digest())
 		}
 		return layer.Ingested{}, reasonBadBlob, false
 	}
@@ -201,7 +201,8 @@ func listsAnother(ctx context.Context, layers *layer.Store, found *blobs.Store, 
 		}
 		layers.Release(in.Layer)
 		if in.DiffID != d {
-			log.G(ctx).Warnf("an image lists blob %s for diffID %s, and its diffID is %s: it is fetched and checked",
+			log.G(ctx).Warnf("an image names blob %s for diffID %s, but its diffID is %s: "+
+				"containerd fetches the blob, and Apply checks it",
 				blob, d.Digest(), in.DiffID.Digest())
 			return true
 		}

@@ -79,7 +79,7 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 	}
 	s.blame(ctx)
 	if err := s.heal(ctx, s.Sync); err != nil {
-		log.G(ctx).WithError(err).Warn("what is whole again stays out of service")
+		log.G(ctx).WithError(err).Warn("layers that are whole again stay out of service")
 	}
 	s.saveDamaged(ctx)
 	findings = append(findings, s.Findings()...)

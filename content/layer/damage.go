@@ -83,7 +83,8 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 		}
 	}
 	if len(suspects) > 0 {
-		log.G(ctx).WithField("layers", len(suspects)).Info("verifying what came in right before an unclean stop")
+		log.G(ctx).WithField("layers", len(suspects)).
+			Info("the last stop was not clean: verifying the layers that came in right before it")
 	}
 	slices.SortFunc(objects, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
 	if err = s.verifyObjects(ctx, slices.Compact(objects), func(int64) {}); err != nil {
@@ -149,7 +150,7 @@ func (s *Store) recheck(ctx context.Context, id content.LayerID) {
 func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
 	wrote = slices.DeleteFunc(wrote, func(id content.ObjectID) bool { return !s.objects.Has(id) })
 	if err := s.verifyObjects(ctx, wrote, func(int64) {}); err != nil {
-		log.G(ctx).WithError(err).Warn("verify what could not be synced: see `dedupctl fsck`")
+		log.G(ctx).WithError(err).Warn("a sync failed, and what it was for could not be verified: run `dedupctl fsck`")
 	}
 	s.blame(ctx)
 	if s.objects.AnyBad() {
@@ -160,7 +161,7 @@ func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
 // DistrustPack looks at a pack that cannot be mounted. What is whole in it is copied to another one; what is not takes its layers out of
 // service.
 func (s *Store) DistrustPack(ctx context.Context, id content.PackID, why error) error {
-	log.G(ctx).WithError(why).Errorf("pack %s is damaged: looking at what is in it", s.objects.Packs().Path(id))
+	log.G(ctx).WithError(why).Errorf("pack %s is damaged: verifying each payload in it", s.objects.Packs().Path(id))
 	err := s.verifyObjects(ctx, s.objects.Distrust(id, why), func(int64) {})
 	s.blame(ctx)
 	s.saveDamaged(ctx)
@@ -268,6 +269,7 @@ func (s *Store) saveDamaged(ctx context.Context) {
 		err = syncDir(filepath.Dir(path))
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("note what is damaged: a restart would serve it until it is found again")
+		log.G(ctx).WithError(err).Warn("the list of damaged layers is not written: " +
+			"after a restart they serve until the damage is found again")
 	}
 }

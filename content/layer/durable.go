@@ -131,7 +131,8 @@ func (s *Store) writeOut() {
 		w.mu.Lock()
 		w.failed = true
 		w.mu.Unlock()
-		log.L.WithError(s.explain(err)).Errorf("sync %s: what came in lately may be damaged: see `dedupctl fsck`", s.root)
+		log.L.WithError(s.explain(err)).
+			Errorf("sync %s: layers that came in lately may be damaged: run `dedupctl fsck`", s.root)
 		return
 	}
 	s.touch(now)

@@ -70,7 +70,7 @@ func (s *Store) keep(ctx context.Context) {
 		case <-merge.C:
 			woken = time.Time{}
 			if err := s.Compact(ctx); err != nil && ctx.Err() == nil {
-				log.G(ctx).WithError(err).Warn("merge packs: they stay as they are until the next layer comes or goes")
+				log.G(ctx).WithError(err).Warn("packs are not merged: the next try is when a layer comes or goes")
 			}
 		case <-drop.C:
 			s.objects.Packs().DropCache()

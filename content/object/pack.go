@@ -95,7 +95,8 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 			if !errors.Is(err, erofs.ErrDamaged) && !errors.Is(err, unix.EIO) {
 				return nil, errors.Join(fmt.Errorf("open pack %s: %w", ps.Path(id), err), s.Close())
 			}
-			log.L.WithError(err).Errorf("pack %s is damaged: what only it holds is out of service", ps.Path(id))
+			log.L.WithError(err).Errorf("pack %s is damaged: "+
+				"layers with payloads that only it has are out of service", ps.Path(id))
 			continue
 		}
 		whole, err := p.wholeSlots(read, opts.Since)
@@ -138,7 +139,7 @@ func (p *pack) wholeSlots(read *erofs.Pack, since time.Time) (func(n int) bool, 
 			return nil, err
 		}
 		if err != nil {
-			log.L.WithError(err).Warnf("pack %s came to the disk in parts", p.file.Name())
+			log.L.WithError(err).Warnf("pack %s is on the disk in part only", p.file.Name())
 			p.torn, torn[n] = true, true
 		}
 	}

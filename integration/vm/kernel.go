@@ -106,7 +106,8 @@ func fetchKernel(ctx context.Context, name, dir string) (err error) {
 	// Newer suites have image and modules in packages of their own.
 	include, packages := "linux-image-"+flavour, []string{"linux-[bim]"}
 	if arch != runtime.GOARCH {
-		include, packages = include+",busybox-static,runc", append(packages, "busybox-static_", "runc_", "libseccomp2_", "libc6_")
+		include, packages = include+",busybox-static,runc", append(packages,
+			"busybox-static_", "runc_", "libseccomp2_", "libc6_")
 	}
 	root, staging := dir+".root", dir+".new"
 	if err := errors.Join(os.RemoveAll(root), os.RemoveAll(staging)); err != nil {

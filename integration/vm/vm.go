@@ -140,7 +140,8 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 			return "", fmt.Errorf("make initrd: %w", err)
 		}
 	}
-	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"), "virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "overlay", "erofs")
+	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"),
+		"virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "overlay", "erofs")
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}

@@ -70,7 +70,7 @@ func Findings(
 	if slices.ContainsFunc(found, snapshotter.Finding.Damaged) {
 		var err error
 		if images, err = listImages(ctx, catalog, layersOf); err != nil {
-			log.G(ctx).WithError(err).Warn("which images have the damaged layers")
+			log.G(ctx).WithError(err).Warn("look for the images that have the damaged layers")
 		}
 	}
 	out := make([]*dedupv1.Finding, 0, len(found))

@@ -116,7 +116,7 @@ func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavo
 	o := erofs.Options{Place: place, Packs: packs, Redirect: shared}
 	_, err := erofs.WriteChain(ctx, w, root, o)
 	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
-		log.G(ctx).WithError(err).Warn("a chain image shares no memory with others")
+		log.G(ctx).WithError(err).Warn("a chain image is built as a private one, which shares no memory with others")
 		o.Redirect = false
 		_, err = erofs.WriteChain(ctx, w, root, o)
 	}

@@ -197,7 +197,7 @@ func (c *Chains) load(ctx context.Context, n Name) error {
 		err = c.Images.packs.Hold(im.ids())
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warnf("chain image %s is of no use any more: removing it", n)
+		log.G(ctx).WithError(err).Warnf("chain image %s cannot be mounted any more: removing it", n)
 		if err := os.RemoveAll(c.Images.Path(n)); err != nil {
 			return fmt.Errorf("remove chain image: %w", err)
 		}
