@@ -15,8 +15,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Suites of Debian whose kernels run. After the slash comes the flavour of the kernel, where it is not the one for clouds
-// on amd64.
+// Suites of Debian whose kernels run. After the slash comes the kernel's flavour, where it is not that for clouds on
+// amd64.
 const (
 	Bullseye = "bullseye" // Debian 11, Linux 5.10
 	Bookworm = "bookworm" // Debian 12, Linux 6.1
@@ -106,7 +106,8 @@ func fetchKernel(ctx context.Context, name, dir string) (err error) {
 	// Newer suites have image and modules in packages of their own.
 	include, packages := "linux-image-"+flavour, []string{"linux-[bim]"}
 	if arch != runtime.GOARCH {
-		include, packages = include+",busybox-static,runc", append(packages, "busybox-static_", "runc_", "libseccomp2_", "libc6_")
+		include += ",busybox-static,runc"
+		packages = append(packages, "busybox-static_", "runc_", "libseccomp2_", "libc6_")
 	}
 	root, staging := dir+".root", dir+".new"
 	if err := errors.Join(os.RemoveAll(root), os.RemoveAll(staging)); err != nil {
