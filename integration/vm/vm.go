@@ -109,9 +109,9 @@ func Run(ctx context.Context, opts Options) (string, error) {
 	return text, nil
 }
 
-// emulate is the command that boots a kernel. One CPU, since with two QEMU 7.2 may run a breakpoint that Linux, patching
-// itself, has taken out again, and Linux dies of it (6.12: "Oops: int3"). Not KVM, which is there on some virtual
-// machines and stops in the middle of the boot.
+// emulate is the command that boots a kernel. One CPU, since with two QEMU 7.2 may run a breakpoint that Linux has
+// taken out again while it patched itself, and Linux dies of it (6.12: "Oops: int3"). Not KVM, which is there on some
+// virtual machines and stops in the middle of the boot.
 func emulate(ctx context.Context, k Kernel, args ...string) (*exec.Cmd, error) {
 	// cx16=off: QEMU 7.2 emulates cmpxchg16b wrongly, and Linux dies of it. no_timer_check: on a busy machine the timer
 	// fails Linux's test.
