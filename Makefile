@@ -92,9 +92,8 @@ test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (r
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (400 MB of downloads, half an hour)
 	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages)$$' ./integration/vm
 
-# hostUsers: false needs runc 1.2 or newer in PATH; without one that part is left out, and the test says so.
 .PHONY: test-kubelet
-test-kubelet: setup ## a real kubelet on containerd with dedup (builds Kubernetes' kubelet once, ten minutes)
+test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)
 	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
 
 .PHONY: test-kernels

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
@@ -33,7 +34,7 @@ type kube struct {
 // test-kubelet` does so.
 func TestKubelet(t *testing.T) {
 	if os.Getenv("DEDUP_KUBELET") == "" {
-		t.Skip("set DEDUP_KUBELET=1 to build and run a kubelet (ten minutes once, then two)")
+		t.Skip("set DEDUP_KUBELET=1 to build and run a kubelet (ten minutes once, then ten)")
 	}
 	for _, discard := range []bool{false, true} {
 		t.Run(fmt.Sprintf("discard_unpacked_layers=%v", discard), func(t *testing.T) { kubeletLife(t, discard) })
@@ -46,7 +47,9 @@ func kubeletLife(t *testing.T, discard bool) {
 	must(t, err)
 	owned := ownedImage(t, "kubelet")
 	app := push(t, r, "app:1", append(owned, layer(t, payload("kubelet", "app/large", 20<<20)))...)
-	k := kube{t: t, ctx: testContext(t)}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+	t.Cleanup(cancel)
+	k := kube{t: t, ctx: ctx}
 	cni := filepath.Join(dir, "net.d")
 	must(t, os.MkdirAll(cni, 0o755))
 	conf := []byte(`{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`)
@@ -54,8 +57,10 @@ func kubeletLife(t *testing.T, discard bool) {
 	for _, name := range []string{"loopback", "test"} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(cniScript), 0o755))
 	}
+	runc, err := node.BuildRunc(k.ctx, func(text string) { t.Log(text) })
+	must(t, err)
 	k.n = startDedup(t, node.Options{
-		CRI: true, PauseImage: pushImage(t, r, "pause:1", pause), Plugins: map[string]map[string]any{
+		Runc: runc, CRI: true, PauseImage: pushImage(t, r, "pause:1", pause), Plugins: map[string]map[string]any{
 			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": cni}},
 			"io.containerd.cri.v1.images":  {"discard_unpacked_layers": discard},
 		},
@@ -68,15 +73,13 @@ func kubeletLife(t *testing.T, discard bool) {
 
 	k.apply("plain", podSpec(app, "while :; do date > /now; sleep 1; done", nil))
 	plain := k.running("plain")
-	if k.mapsUsers() {
-		k.apply("mapped", podSpec(app, "sleep 100000", map[string]any{"hostUsers": false}))
-		k.seesOwners(k.running("mapped"))
-	} else {
-		t.Log("not tried: hostUsers: false, which this runc cannot (1.2 or newer can)")
-	}
+	k.apply("mapped", podSpec(app, "sleep 100000", map[string]any{"hostUsers": false}))
+	k.seesOwners(k.running("mapped"))
 	k.statistics("plain")
 	k.survives(plain)
 	k.exceeds(app)
+	unused := push(t, r, "unused:1", owned[0], layer(t, payload("kubelet-unused", "unused", 24<<20)))
+	k.collects(unused, !discard)
 }
 
 // podSpec is a pod of one container.
@@ -97,7 +100,7 @@ func podSpec(ref, command string, more map[string]any) map[string]any {
 	return spec
 }
 
-func (k kube) apply(name string, spec map[string]any) {
+func (k *kube) apply(name string, spec map[string]any) {
 	k.t.Helper()
 	b, err := json.Marshal(map[string]any{
 		"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": name, "namespace": "default"}, "spec": spec,
@@ -107,7 +110,7 @@ func (k kube) apply(name string, spec map[string]any) {
 }
 
 // containers are those of a pod in a state.
-func (k kube) containers(pod string, state cri.ContainerState) []*cri.Container {
+func (k *kube) containers(pod string, state cri.ContainerState) []*cri.Container {
 	k.t.Helper()
 	l, err := k.cri.ListContainers(k.ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{
 		State:         &cri.ContainerStateValue{State: state},
@@ -118,7 +121,7 @@ func (k kube) containers(pod string, state cri.ContainerState) []*cri.Container 
 }
 
 // running waits until a pod's container runs, and returns its id.
-func (k kube) running(pod string) string {
+func (k *kube) running(pod string) string {
 	k.t.Helper()
 	for range 600 {
 		if l := k.containers(pod, cri.ContainerState_CONTAINER_RUNNING); len(l) == 1 {
@@ -132,7 +135,7 @@ func (k kube) running(pod string) string {
 	return ""
 }
 
-func (k kube) exec(id, command string) string {
+func (k *kube) exec(id, command string) string {
 	k.t.Helper()
 	out, err := k.cri.ExecSync(k.ctx, &cri.ExecSyncRequest{
 		ContainerId: id, Cmd: []string{"sh", "-c", command}, Timeout: 30,
@@ -144,20 +147,8 @@ func (k kube) exec(id, command string) string {
 	return string(out.Stdout)
 }
 
-// mapsUsers reports whether the runtime lets pods have user namespaces.
-func (k kube) mapsUsers() bool {
-	s, err := k.cri.Status(k.ctx, &cri.StatusRequest{})
-	must(k.t, err)
-	for _, h := range s.RuntimeHandlers {
-		if h.Name == "runc" && h.Features.GetUserNamespaces() {
-			return true
-		}
-	}
-	return false
-}
-
 // seesOwners: a pod with hostUsers: false sees the image's owners, in its root and in an image volume.
-func (k kube) seesOwners(id string) {
+func (k *kube) seesOwners(id string) {
 	k.t.Helper()
 	if ids := strings.Fields(k.exec(id, "cat /proc/self/uid_map")); len(ids) < 3 || ids[1] == "0" {
 		k.t.Fatalf("hostUsers: false maps %v", ids)
@@ -186,7 +177,7 @@ type summary struct {
 
 type fsStats struct{ UsedBytes, CapacityBytes, InodesUsed int64 }
 
-func (k kube) summary() (s summary) {
+func (k *kube) summary() (s summary) {
 	k.t.Helper()
 	own := &tls.Config{InsecureSkipVerify: true} // it signs its certificate itself
 	client := http.Client{Transport: &http.Transport{TLSClientConfig: own}, Timeout: 20 * time.Second}
@@ -204,18 +195,15 @@ func (k kube) summary() (s summary) {
 }
 
 // statistics: what the kubelet says of images and of what a container wrote is what the disk holds.
-func (k kube) statistics(pod string) {
+func (k *kube) statistics(pod string) {
 	k.t.Helper()
 	const written = 5 << 20
 	k.exec(k.running(pod), fmt.Sprintf("head -c %d /dev/urandom > /written; sync", written))
 	var images, container, disk int64
 	for range 60 { // CRI adds up every few seconds
-		disk = 0
-		for _, dir := range []string{"packs", "layers", "chains", "snapshots"} {
-			used, err := rootfs.Usage(filepath.Join(k.n.DedupRoot(), dir))
-			must(k.t, err)
-			disk += used.Bytes
-		}
+		used, err := rootfs.Usage(filepath.Join(k.n.DedupRoot(), "snapshots"))
+		must(k.t, err)
+		disk = k.stored() + used.Bytes
 		s := k.summary()
 		images, container = s.Node.Runtime.ImageFs.UsedBytes, 0
 		for _, p := range s.Pods {
@@ -236,7 +224,7 @@ func (k kube) statistics(pod string) {
 }
 
 // survives: pods go on while the daemon is stopped, killed and started again, and restart after it.
-func (k kube) survives(id string) {
+func (k *kube) survives(id string) {
 	k.t.Helper()
 	for name, end := range map[string]func() error{"stopped": k.n.StopDaemon, "killed": k.n.KillDaemon} {
 		must(k.t, end())
@@ -254,7 +242,7 @@ func (k kube) survives(id string) {
 }
 
 // exceeds: the kubelet notices a container that writes more than its ephemeral-storage. It ends no static pod for it.
-func (k kube) exceeds(app string) {
+func (k *kube) exceeds(app string) {
 	k.t.Helper()
 	spec := podSpec(app, "head -c 30000000 /dev/urandom > /much; sleep 100000", nil)
 	main := spec["containers"].([]any)[0].(map[string]any)
@@ -272,7 +260,54 @@ func (k kube) exceeds(app string) {
 	})
 }
 
-func (k kube) clean() {
+// collects: what the kubelet removes of images that no pod uses comes back as space, be it that more is used than it
+// wants (which it looks at every five minutes) or that too little is free.
+func (k *kube) collects(unused string, threshold bool) {
+	k.t.Helper()
+	must(k.t, k.cri.Pull(k.ctx, unused))
+	before := k.stored()
+	var fs unix.Statfs_t
+	must(k.t, unix.Statfs(k.n.DedupRoot(), &fs))
+	config := map[string]any{"evictionHard": map[string]string{
+		"imagefs.available": fmt.Sprint(fs.Bavail*uint64(fs.Bsize) + 10<<30),
+	}}
+	if threshold {
+		config = map[string]any{"imageGCHighThresholdPercent": 1, "imageGCLowThresholdPercent": 0, "imageMinimumGCAge": "1ns"}
+	}
+	must(k.t, k.Stop())
+	var err error
+	k.Kubelet, err = node.StartKubelet(k.ctx, k.n, config)
+	must(k.t, err)
+	for range 600 {
+		if before-k.stored() > 24<<20 {
+			break
+		}
+		time.Sleep(time.Second)
+	}
+	after := k.stored()
+	k.t.Logf("image garbage collection (threshold: %v): %d bytes before, %d after; the unused layer has %d",
+		threshold, before, after, 24<<20)
+	if before-after < 24<<20 {
+		k.t.Error("the space of an unused image did not come back")
+	}
+	got := k.exec(k.running("plain"), "wc -c < /app/large")
+	if strings.TrimSpace(got) != fmt.Sprint(20<<20) {
+		k.t.Errorf("a pod that runs reads %q", got)
+	}
+}
+
+// stored is what layers take on the disk.
+func (k *kube) stored() (total int64) {
+	k.t.Helper()
+	for _, dir := range []string{"packs", "layers", "chains"} {
+		used, err := rootfs.Usage(filepath.Join(k.n.DedupRoot(), dir))
+		must(k.t, err)
+		total += used.Bytes
+	}
+	return total
+}
+
+func (k *kube) clean() {
 	if err := k.Stop(); err != nil {
 		k.t.Error(err)
 	}

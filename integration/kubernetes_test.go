@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -111,8 +112,22 @@ func TestManifests(t *testing.T) {
 // in containerd's sight, other pods stay with overlayfs, and containers outlive the daemon's pod.
 func TestDaemonSet(t *testing.T) {
 	t.Parallel()
-	k := bootKubelet(t)
+	daemonSetServes(t, false)
+}
+
+// So it does where CRI pulls by itself, not through the transfer service, as nodes of EKS and GKE do.
+func TestDaemonSetWhereCRIPulls(t *testing.T) {
+	t.Parallel()
+	daemonSetServes(t, true)
+}
+
+func daemonSetServes(t *testing.T, discard bool) {
+	t.Helper()
+	k := bootKubelet(t, discard)
 	k.startDaemonSet(t)
+	if discard {
+		k.run(t, "journalctl -u containerd | grep 'Falling back to local image pull mode'")
+	}
 
 	app := k.startPod(t, k.m.class.Handler, "app")
 	plain := k.startPod(t, "", "plain")
@@ -154,7 +169,7 @@ type kubelet struct {
 
 type pod struct{ sandbox, container string }
 
-func bootKubelet(t *testing.T) *kubelet {
+func bootKubelet(t *testing.T, discard bool) *kubelet {
 	t.Helper()
 	r := startRegistry(t)
 	root, err := node.ModuleRoot()
@@ -172,6 +187,7 @@ func bootKubelet(t *testing.T) *kubelet {
 		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true", "SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
 			"[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"" + k.images["pause"] + "\"\n" +
+			fmt.Sprintf("[plugins.\"io.containerd.cri.v1.images\"]\n  discard_unpacked_layers = %v\n", discard) +
 			// What a container on this machine, which may be one itself, cannot do.
 			"[plugins.\"io.containerd.cri.v1.runtime\"]\n  restrict_oom_score_adj = true\n  disable_apparmor = true\n"
 		for name, text := range k.m.config.Data {
@@ -179,7 +195,7 @@ func bootKubelet(t *testing.T) *kubelet {
 		}
 		o.Binds = append(o.Binds, machine.Bind{Source: filepath.Join(root, "bin/dedupctl"), Target: "/usr/local/bin/dedupctl"})
 	})
-	k.run(t, "dedupctl config containerd --write --yes; systemctl restart containerd")
+	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
 	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
 	must(t, err)
 	t.Cleanup(func() { _ = k.Close() })

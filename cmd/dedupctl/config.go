@@ -37,6 +37,7 @@ func configCommand() *cli.Command {
 				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
 				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs", Value: defaultRoot},
 				&cli.BoolFlag{Name: "cri", Usage: "make it the kubelet's snapshotter, too"},
+				&cli.BoolFlag{Name: "daemonset", Usage: "for a daemon that runs as a pod: what others pull never asks it"},
 				&cli.BoolFlag{Name: "write", Usage: "install it as a drop-in, after asking"},
 				&cli.BoolFlag{Name: "remove", Usage: "take away what --write installed, after asking"},
 				&cli.BoolFlag{Name: "yes", Aliases: []string{"y"}, Usage: "do not ask"},
@@ -57,6 +58,9 @@ func configureContainerd(c *cli.Context) error {
 	switch {
 	case c.Bool("write") && c.Bool("remove"):
 		return usageError{errors.New("config containerd: --write and --remove exclude each other")}
+	case c.Bool("cri") && c.Bool("daemonset"):
+		return usageError{errors.New("config containerd: --cri and --daemonset exclude each other: " +
+			"the daemon's own pod has to start without it")}
 	case c.Bool("remove"):
 		return removeDropIn(c)
 	}
@@ -84,7 +88,8 @@ func containerdSnippet(c *cli.Context) (p snippet, err error) {
 			return p, err
 		}
 	}
-	p = snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri")}
+	p = snippet{Containerd: text, Address: address(c), Root: c.String("root"), CRI: c.Bool("cri"),
+		DaemonSet: c.Bool("daemonset")}
 	if p.Version, p.Staging, err = configVersion(text); err != nil && !asked {
 		return p, usageError{err}
 	} else if err != nil {
@@ -141,6 +146,8 @@ type snippet struct {
 	Address    string
 	Root       string
 	CRI        bool
+	// DaemonSet: no client's unpacking may need the daemon unless it is for dedup.
+	DaemonSet bool
 	// Staging: unpacking layers side by side goes together with serving known ones.
 	Staging bool
 	// Maps: containerd maps the owners of files for containers in user namespaces, and the kernel can.
@@ -194,9 +201,16 @@ version = {{.Version}}
   type = "diff"
   address = {{quote .Address}}
 
+{{- if .DaemonSet}}
+
+# The diff service's order stays as it is: where CRI pulls by itself (discard_unpacked_layers and others), "dedup-diff"
+# in it would be asked about every image, and no pod could be pulled while the daemon's pod is away.
+{{- else}}
+
 # Who unpacks for CRI and nerdctl: whatever is not for dedup goes on to "walking".
 [plugins."io.containerd.service.v1.diff-service"]
   default = ["dedup-diff", "walking"]
+{{- end}}
 
 # Who unpacks for "ctr image pull". This list replaces the built-in one, so overlayfs is in it.
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]

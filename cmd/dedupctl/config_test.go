@@ -52,6 +52,8 @@ func TestContainerdConfig(t *testing.T) {
 		{"2.4", []string{"--containerd-version", "2.4.2"}, values{"version": int64(3)}},
 		{"1.7 for the kubelet", []string{"--cri", "--containerd-version", "1.7"}, values{"version": int64(2),
 			"io.containerd.grpc.v1.cri": values{"containerd": values{"snapshotter": "dedup"}}}},
+		{"DaemonSet", []string{"--daemonset", "--containerd-version", "2.3"}, values{"version": int64(3),
+			"io.containerd.service.v1.diff-service": nil}},
 		{"2.x for the kubelet", []string{"--cri", "--containerd-version", "2.1"}, values{"version": int64(3),
 			"io.containerd.cri.v1.images": values{"snapshotter": "dedup"}}},
 	} {
@@ -92,7 +94,10 @@ func TestContainerdConfig(t *testing.T) {
 				},
 			}
 			for k, v := range row.want {
-				if k != "version" {
+				switch {
+				case v == nil:
+					delete(plugins, k)
+				case k != "version":
 					plugins[k] = v
 				}
 			}

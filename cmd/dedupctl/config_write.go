@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -64,17 +65,22 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 	if err := carryOut(c, path, plan); err != nil {
 		return err
 	}
-	return overridden(path, whole, p.Address)
+	return overridden(path, whole, p)
 }
 
 // overridden tells of a file that counts over the drop-in.
-func overridden(path string, whole bool, address string) error {
+func overridden(path string, whole bool, p snippet) error {
 	c, err := ctdconfig.Read(path, whole)
 	if err != nil {
 		return err
 	}
 	order := ctdconfig.Strings(c.Plugin(ctdconfig.DiffService)["default"])
-	if c.Proxy("dedup")["address"] != address || len(order) == 0 || order[0] != "dedup-diff" {
+	if p.DaemonSet && slices.Contains(order, "dedup-diff") {
+		return fmt.Errorf("the diff service's default in %s has dedup-diff: no pod could be pulled while "+
+			"the daemon's pod is away; take it out of there", strings.Join(c.Files, ", "))
+	}
+	first := len(order) > 0 && order[0] == "dedup-diff"
+	if c.Proxy("dedup")["address"] != p.Address || !first && !p.DaemonSet {
 		return fmt.Errorf("what was installed does not count, since a later one of %s says something else: "+
 			"take proxy_plugins.dedup and the diff service's default out of it", strings.Join(c.Files[1:], ", "))
 	}

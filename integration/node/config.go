@@ -203,6 +203,9 @@ func (n *Node) fillBin() error {
 			links[name] = path
 		}
 	}
+	if n.opts.Runc != "" {
+		links["runc"] = n.opts.Runc
+	}
 	if path, err := MkfsErofs(); err == nil && !strings.HasPrefix(n.tools.Version, "1.") { // 1.7 has no erofs
 		links["mkfs.erofs"], n.opts.erofs = path, path
 	}

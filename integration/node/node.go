@@ -39,6 +39,8 @@ type Options struct {
 	CRI bool
 	// PauseImage is the reference of what CRI runs in a sandbox.
 	PauseImage string
+	// Runc is the runtime's path; "" is the distribution's.
+	Runc string
 	// ExternalGzip lets containerd and the daemon find igzip and unpigz.
 	ExternalGzip bool
 	// LogLevel of containerd; "" is "info".
@@ -80,8 +82,10 @@ func Start(ctx context.Context, opts Options) (*Node, error) {
 	if opts.LogLevel == "" {
 		opts.LogLevel = "info"
 	}
-	if err := Require(ctx, opts.Say, Runc); err != nil {
-		return nil, err
+	if opts.Runc == "" {
+		if err := Require(ctx, opts.Say, Runc); err != nil {
+			return nil, err
+		}
 	}
 	tools, err := Build(ctx, opts.Version, opts.Say)
 	if err != nil {

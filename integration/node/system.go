@@ -46,7 +46,11 @@ func Require(ctx context.Context, say func(string), commands ...Command) error {
 	if len(packages) == 0 {
 		return nil
 	}
-	want := strings.Join(names, ", ")
+	return installPackages(ctx, say, strings.Join(names, ", "), packages...)
+}
+
+// installPackages installs Debian packages, of which want is what they bring.
+func installPackages(ctx context.Context, say func(string), want string, packages ...string) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("%w: %s; as root: apt-get install %s", ErrMissing, want, strings.Join(packages, " "))
 	}

@@ -75,6 +75,23 @@ func BuildNerdctl(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "nerdctl"), err
 }
 
+// BuildRunc returns the path of a runc that knows user namespaces of pods (1.2 or newer), built like Build does.
+func BuildRunc(ctx context.Context, say func(string)) (string, error) {
+	compiler := []Command{{"gcc", "gcc libc6-dev"}, {"pkg-config", "pkg-config libseccomp-dev"}}
+	if err := Require(ctx, say, compiler...); err != nil {
+		return "", err
+	}
+	if exec.CommandContext(ctx, "pkg-config", "--exists", "libseccomp").Run() != nil {
+		if err := installPackages(ctx, say, "libseccomp", "libseccomp-dev"); err != nil {
+			return "", err
+		}
+	}
+	// Static, as its releases are: it runs itself with no rights on the node's files.
+	dir, err := buildWith(ctx, "runc", say, "CGO_ENABLED=1", "-X main.version=1.4.3 -extldflags -static",
+		"-tags=seccomp,netgo,osusergo", "github.com/opencontainers/runc")
+	return filepath.Join(dir, "runc"), err
+}
+
 // BuildPromtool returns the path of Prometheus's promtool, built like Build does, but without service discovery, which
 // is most of it. It still takes a few minutes.
 func BuildPromtool(ctx context.Context, say func(string)) (string, error) {
@@ -85,6 +102,13 @@ func BuildPromtool(ctx context.Context, say func(string)) (string, error) {
 // buildModule builds packages of the module integration/tools/<name> into the cache.
 // The directory appears by a rename, so it is complete whenever it exists.
 func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string, error) {
+	return buildWith(ctx, name, say, "CGO_ENABLED=0", ldflags, packages...)
+}
+
+// buildWith is buildModule with a variable of the environment.
+func buildWith(
+	ctx context.Context, name string, say func(string), env, ldflags string, packages ...string,
+) (string, error) {
 	root, err := ModuleRoot()
 	if err != nil {
 		return "", err
@@ -120,7 +144,7 @@ func buildModule(ctx context.Context, name string, say func(string), ldflags str
 	args := append([]string{"build", "-trimpath", "-ldflags", "-s -w " + ldflags, "-o", staging + "/"}, packages...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = src
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-buildvcs=false", "GOWORK=off")
+	cmd.Env = append(os.Environ(), env, "GOFLAGS=-buildvcs=false", "GOWORK=off")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {

@@ -49,6 +49,7 @@ func mainGroups() []group {
 	return []group{
 		{[]string{"cold", "rebuild", "known", "delete"}, 9, preparePulls},
 		{[]string{"start", "read", "restart"}, 8, prepareUse},
+		{[]string{"mapped"}, 8, prepareMapped},
 		{[]string{"layers100"}, 6, prepareLayers},
 		{[]string{"commit"}, 30, prepareCommit},
 		{[]string{"fleet"}, 15, prepareFleet},

@@ -15,8 +15,10 @@ import (
 
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
@@ -106,6 +108,13 @@ func (u use) start(ctx context.Context, t *Trial) error {
 
 // firstOutput runs a container to its end and returns how long it took to its first output.
 func (t *Trial) firstOutput(ctx context.Context, img Image, command ...string) (d time.Duration, err error) {
+	return t.firstOutputMapped(ctx, img, nil, command...)
+}
+
+// firstOutputMapped is firstOutput in a user namespace whose ids are mapped so.
+func (t *Trial) firstOutputMapped(
+	ctx context.Context, img Image, ids []specs.LinuxIDMapping, command ...string,
+) (d time.Duration, err error) {
 	c, n := t.Client(), t.Node
 	id := node.NewID("bench")
 	start := time.Now()
@@ -113,9 +122,15 @@ func (t *Trial) firstOutput(ctx context.Context, img Image, command ...string) (
 	if err != nil {
 		return 0, fmt.Errorf("start container: %w", err)
 	}
+	spec := []oci.SpecOpts{oci.WithImageConfig(ref), oci.WithProcessArgs(command...)}
+	var labels []snapshots.Opt
+	if ids != nil {
+		spec = append(spec, oci.WithUserNamespace(ids, ids))
+		labels = append(labels, client.WithUserNSRemapperLabels(ids, ids))
+	}
 	container, err := c.NewContainer(ctx, id,
-		client.WithImage(ref), client.WithSnapshotter(t.Subject.Snapshotter), client.WithNewSnapshot(id, ref),
-		client.WithNewSpec(oci.WithImageConfig(ref), oci.WithProcessArgs(command...)),
+		client.WithImage(ref), client.WithSnapshotter(t.Subject.Snapshotter), client.WithNewSnapshot(id, ref, labels...),
+		client.WithNewSpec(spec...),
 		client.WithRuntime("io.containerd.runc.v2", &runcoptions.Options{Root: filepath.Join(n.Dir(), "runc")}))
 	if err != nil {
 		return 0, fmt.Errorf("make container: %w", err)

@@ -240,7 +240,8 @@ func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	walking := slices.Index(order, "walking")
 	switch {
 	case ours < 0:
-		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v has no dedup-diff: what CRI and nerdctl pull is written out as plain files first", order)
+		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v has no dedup-diff: what CRI and nerdctl "+
+			"pull is written out as plain files first. As it has to be where the daemon is a DaemonSet's pod", order)
 	case walking >= 0 && walking < ours:
 		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v asks walking first: what CRI and nerdctl pull is written out as plain files first", order)
 	default:
