@@ -11,13 +11,14 @@ import (
 	"unicode"
 )
 
-// Every relative link of the documentation leads to a file that there is, and every anchor to a heading. Every test that
-// is named as a witness exists.
+// Every relative link of the documentation leads to a file that there is, and every anchor to a heading. Every test
+// that is named as a witness exists.
 func TestDocs(t *testing.T) {
 	var pages []string
 	tests := map[string]bool{}
 	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() && path != "." && (strings.HasPrefix(d.Name(), ".") || d.Name() == "bin" || d.Name() == "out") {
+		if err == nil && d.IsDir() && path != "." && (strings.HasPrefix(d.Name(), ".") || d.Name() == "bin" ||
+			d.Name() == "out") {
 			return fs.SkipDir
 		}
 		switch {
@@ -26,7 +27,8 @@ func TestDocs(t *testing.T) {
 			pages = append(pages, path)
 		case strings.HasSuffix(path, "_test.go"):
 			text, rerr := os.ReadFile(path)
-			for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Benchmark|Fuzz)\w+)\(`).FindAllStringSubmatch(string(text), -1) {
+			for _, m := range regexp.MustCompile(`(?m)^func ((?:Test|Benchmark|Fuzz)\w+)\(`).FindAllStringSubmatch(string(text),
+				-1) {
 				tests[m[1]] = true
 			}
 			return rerr

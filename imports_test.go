@@ -12,8 +12,9 @@ import (
 
 const module = "github.com/dedup-snapshotter/dedup-snapshotter"
 
-// layers are the parts of the product, lowest first. A package imports only packages of lower rows, or below itself; packages of
-// one row do not know each other. The longest entry that a package is below is its own. All may import /content and /proto.
+// layers are the parts of the product, lowest first. A package imports only packages of lower rows, or below itself;
+// packages of one row do not know each other. The longest entry that a package is below is its own. All may import
+// /content and /proto.
 var layers = [][]string{
 	{"/content/archive", "/content/tree", "/content/verity"},
 	{"/content/erofs"},
@@ -28,7 +29,8 @@ var layers = [][]string{
 
 // unknownToContent are what nothing below content may import, directly or through others.
 var unknownToContent = []string{
-	"github.com/containerd/containerd/v2", "google.golang.org/grpc", "github.com/prometheus", module + "/snapshotter", module + "/cmd",
+	"github.com/containerd/containerd/v2", "google.golang.org/grpc", "github.com/prometheus", module + "/snapshotter",
+	module + "/cmd",
 }
 
 // lab is what measures and tests the product, and is in no product's binary.
@@ -39,8 +41,8 @@ type goPackage struct {
 	Imports, Deps []string
 }
 
-// Imports point one way: content knows nothing of containerd's snapshotter API, gRPC or Prometheus, not even through a library;
-// snapshotter stands on content; only cmd wires; and no product holds what tests it.
+// Imports point one way: content knows nothing of containerd's snapshotter API, gRPC or Prometheus, not even through a
+// library; snapshotter stands on content; only cmd wires; and no product holds what tests it.
 func TestImports(t *testing.T) {
 	seen := 0
 	for _, pkg := range listPackages(t) {

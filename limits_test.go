@@ -30,7 +30,8 @@ func TestLimits(t *testing.T) {
 			t.Errorf("%s.%s is %d, the page says %d; %v", m[3], m[4], got, want, err)
 		}
 	}
-	if named := strings.Count(text, "| `content") + strings.Count(text, "| `snapshotter"); len(rows) < 15 || len(rows) != named {
+	if named := strings.Count(text, "| `content") + strings.Count(text, "| `snapshotter"); len(rows) < 15 ||
+		len(rows) != named {
 		t.Errorf("%d rows with numbers, %d with constants", len(rows), named)
 	}
 }
@@ -90,7 +91,8 @@ func (c *constantsOf) Import(path string) (*types.Package, error) {
 		}
 		files = append(files, f)
 	}
-	config := types.Config{IgnoreFuncBodies: true, Importer: c, Error: func(error) {}} // what it cannot know is no constant
+	// what it cannot know is no constant
+	config := types.Config{IgnoreFuncBodies: true, Importer: c, Error: func(error) {}}
 	pkg, _ := config.Check(path, c.fset, files, nil)
 	c.packages[path] = pkg
 	return pkg, nil

@@ -139,7 +139,8 @@ func TestLeads(t *testing.T) {
 }
 
 func TestPackID(t *testing.T) {
-	for text, want := range map[string]PackID{"0000000000000": 0, "00064f0a1b2c3": 0x64f0a1b2c3, "fffffffffffff": 1<<52 - 1} {
+	for text, want := range map[string]PackID{"0000000000000": 0, "00064f0a1b2c3": 0x64f0a1b2c3,
+		"fffffffffffff": 1<<52 - 1} {
 		if got, ok := ParsePackID(text); got != want || !ok || got.String() != text {
 			t.Errorf("%s: %v %v", text, got, ok)
 		}

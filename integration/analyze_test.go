@@ -44,8 +44,10 @@ func TestAnalyzePlaces(t *testing.T) {
 	must(t, err)
 	t.Cleanup(func() { must(t, d.Close()) })
 	bb, data := busybox(t), dataLayer(t)
-	whiteouts := layer(t, image.File("data/.wh.a", ""), image.Dir("etc"), image.File("etc/.wh..wh..opq", ""), payload("places", "own", 30_000))
-	refs := []string{push(t, r, "one:1", bb, data), push(t, r, "two:1", bb, data, whiteouts), push(t, r, "three:1", bb, whiteouts)}
+	whiteouts := layer(t, image.File("data/.wh.a", ""), image.Dir("etc"), image.File("etc/.wh..wh..opq", ""),
+		payload("places", "own", 30_000))
+	refs := []string{push(t, r, "one:1", bb, data), push(t, r, "two:1", bb, data, whiteouts), push(t, r, "three:1", bb,
+		whiteouts)}
 	for _, ref := range refs {
 		pull(t, n, "overlayfs", ref)
 		_, err := d.Run(ctx, "pull", "--quiet", ref)
@@ -59,7 +61,8 @@ func TestAnalyzePlaces(t *testing.T) {
 		t.Errorf("registry: %+v", want)
 	}
 	moved := filepath.Join(t.TempDir(), "moved")
-	if out, err := exec.CommandContext(ctx, "cp", "-a", filepath.Join(d.Root(), "overlay2"), moved).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "cp", "-a", filepath.Join(d.Root(), "overlay2"),
+		moved).CombinedOutput(); err != nil {
 		t.Fatal(err, string(out))
 	}
 	for _, row := range []struct {
@@ -79,24 +82,29 @@ func TestAnalyzePlaces(t *testing.T) {
 		if inContainerd != (got.Blobs == want.Blobs) {
 			t.Errorf("%s: blobs %+v, those of the registry %+v", row.source, got.Blobs, want.Blobs)
 		}
-		if got.Containers != row.containers || (got.InUse.Bytes > 0) != (row.containers > 0) || got.Layers != want.Layers || got.DiffIDs != want.DiffIDs {
+		if got.Containers != row.containers || (got.InUse.Bytes > 0) != (row.containers > 0) || got.Layers != want.Layers ||
+			got.DiffIDs != want.DiffIDs {
 			t.Errorf("%s: %+v", row.source, got)
 		}
 		// A directory has an mtime where the tar said nothing, so that trees may differ by a few bytes.
-		if diff := cmp.Diff([]usedSpace{want.Python.Objects, want.File.Objects}, []usedSpace{got.Python.Objects, got.File.Objects}); diff != "" {
+		if diff := cmp.Diff([]usedSpace{want.Python.Objects, want.File.Objects}, []usedSpace{got.Python.Objects,
+			got.File.Objects}); diff != "" {
 			t.Errorf("%s: objects (-registry +this):\n%s", row.source, diff)
 		}
-		if off := got.Python.Bytes - want.Python.Bytes; off < -4*4096 || off > 4*4096 || got.Python.Inodes != want.Python.Inodes {
+		if off := got.Python.Bytes - want.Python.Bytes; off < -4*4096 || off > 4*4096 ||
+			got.Python.Inodes != want.Python.Inodes {
 			t.Errorf("%s: %+v, want %+v", row.source, got.Python, want.Python)
 		}
 	}
 	// Without Docker's databases nobody knows images and diffIDs; files are files all the same.
-	if got := analyze(t, n, moved); got.Layers != 4 || len(got.names()) != 0 || got.Containers != 1 || got.Python.Objects != want.Python.Objects {
+	if got := analyze(t, n, moved); got.Layers != 4 || len(got.names()) != 0 || got.Containers != 1 ||
+		got.Python.Objects != want.Python.Objects {
 		t.Errorf("%s: %+v", moved, got)
 	}
 	layers, err := rootfs.Usage(filepath.Join(d.Root(), "overlay2"))
 	must(t, err)
-	if docker := analyze(t, n, d.Root()); docker.Now.Bytes+docker.Writable.Bytes > layers.Bytes || docker.Now.Bytes+docker.Writable.Bytes < layers.Bytes*95/100 {
+	if docker := analyze(t, n, d.Root()); docker.Now.Bytes+docker.Writable.Bytes > layers.Bytes || docker.Now.Bytes+
+		docker.Writable.Bytes < layers.Bytes*95/100 {
 		t.Errorf("Docker's layers %+v and what a container wrote %+v make no %+v", docker.Now, docker.Writable, layers)
 	}
 }
@@ -113,7 +121,8 @@ func TestAnalyzeDamagedPlaces(t *testing.T) {
 	docker := filepath.Join(t.TempDir(), "overlay2")
 	must(t, os.MkdirAll(filepath.Join(docker, "top/diff"), 0o700))
 	must(t, os.WriteFile(filepath.Join(docker, "top/lower"), []byte("l/GONE"), 0o600))
-	for source, want := range map[string]string{root: "metadata.db", docker: "names l/GONE as its parent", n.Dir(): "no index.json (OCI layout)"} {
+	for source, want := range map[string]string{root: "metadata.db", docker: "names l/GONE as its parent",
+		n.Dir(): "no index.json (OCI layout)"} {
 		if out, err := dedupctl(t, n, "analyze", source); err == nil || !strings.Contains(out, want) {
 			t.Errorf("%s: %v: %s, want %q", source, err, out, want)
 		}

@@ -51,8 +51,8 @@ func (h *halting) wrap(next http.Handler) http.Handler {
 	})
 }
 
-// A layer is stored while its blob is still on its way. What then does not arrive, or arrives as something else, leaves nothing
-// behind and harms no later pull.
+// A layer is stored while its blob is still on its way. What then does not arrive, or arrives as something else, leaves
+// nothing behind and harms no later pull.
 func TestIngestWhileArriving(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {

@@ -34,7 +34,8 @@ func hashOf(b []byte) v1.Hash {
 // rawLayer is a layer with any bytes for a blob, which claims to hold a tar.
 func rawLayer(t *testing.T, blob, claimed []byte, media types.MediaType) *image.Layer {
 	t.Helper()
-	l := &image.Layer{Hash: hashOf(blob), Diff: hashOf(claimed), Length: int64(len(blob)), TarSize: int64(len(claimed)), Media: media}
+	l := &image.Layer{Hash: hashOf(blob), Diff: hashOf(claimed), Length: int64(len(blob)), TarSize: int64(len(claimed)),
+		Media: media}
 	l.File = filepath.Join(t.TempDir(), l.Hash.Hex)
 	must(t, os.WriteFile(l.File, blob, 0o600))
 	return l
@@ -100,7 +101,8 @@ func badBlobs(t *testing.T) []badRow {
 	must(t, err)
 	cut := func(b []byte) []byte { return b[:len(b)*3/4] }
 	damaged := func(b []byte) []byte { return flip(b, len(b)*3/4) }
-	compressed := func(row string, compress func([]byte) []byte, damage func([]byte) []byte, media types.MediaType) *image.Layer {
+	compressed := func(row string, compress func([]byte) []byte, damage func([]byte) []byte,
+		media types.MediaType) *image.Layer {
 		b := good(row)
 		return rawLayer(t, damage(compress(b)), b, media)
 	}
@@ -121,9 +123,12 @@ func badBlobs(t *testing.T) []badRow {
 		{name: "corrupt zstd", bad: compressed("zstd!", zstd, damaged, types.OCILayerZStd), says: "zstd"},
 		{name: "truncated tar", bad: rawLayer(t, noTail, noTail, types.OCIUncompressedLayer), says: "invalid layer archive"},
 		{name: "garbage", bad: rawLayer(t, garbage, garbage, types.OCIUncompressedLayer), says: "invalid tar header"},
-		{name: "garbage after a member", bad: rawLayer(t, late, late, types.OCIUncompressedLayer), says: "invalid tar header"},
-		{name: "wrong diffID", bad: rawLayer(t, gz(t, good("diffID")), []byte("another tar"), types.OCILayer), says: "wrong diff id"},
-		{name: "unknown media type", bad: compressed("media", same, same, "application/vnd.oci.image.layer.v1.tar+lzma"), says: "lzma"},
+		{name: "garbage after a member", bad: rawLayer(t, late, late, types.OCIUncompressedLayer),
+			says: "invalid tar header"},
+		{name: "wrong diffID", bad: rawLayer(t, gz(t, good("diffID")), []byte("another tar"), types.OCILayer),
+			says: "wrong diff id"},
+		{name: "unknown media type", bad: compressed("media", same, same, "application/vnd.oci.image.layer.v1.tar+lzma"),
+			says: "lzma"},
 	}
 }
 
@@ -143,7 +148,8 @@ func badMembers(t *testing.T) []badRow {
 	return []badRow{
 		{name: "path above the root", bad: after(image.File("../../etc/evil", "")), says: "leads above the root"},
 		{name: "hard link above the root", bad: after(image.Hardlink("l", "../../etc/passwd")), says: "above the root"},
-		{name: "hard link through a symlink above the root", bad: after(up, image.Hardlink("l", "up/etc/passwd")), says: "above the root"},
+		{name: "hard link through a symlink above the root", bad: after(up, image.Hardlink("l", "up/etc/passwd")),
+			says: "above the root"},
 		{name: "symlink above the root", bad: after(up, image.File("up/evil", "")), says: "above the root"},
 		{name: "overlay xattr", bad: after(overlay), says: "trusted.overlay.redirect"},
 		{name: "huge declared size", bad: rawLayer(t, huge, huge, types.OCIUncompressedLayer), says: "huge"},
@@ -197,7 +203,8 @@ func leavesNothing(t *testing.T, n *node.Node) {
 			collectGarbage(t, n)
 		}
 		left = nil
-		for _, pattern := range []string{"dedup/packs/*", "dedup/layers/*", "dedup/chains/*", "dedup/snapshots/*", "dedup/ingest/*", "run/chains/*", "run/p/*"} {
+		for _, pattern := range []string{"dedup/packs/*", "dedup/layers/*", "dedup/chains/*", "dedup/snapshots/*",
+			"dedup/ingest/*", "run/chains/*", "run/p/*"} {
 			found, err := filepath.Glob(filepath.Join(n.Dir(), pattern))
 			must(t, err)
 			left = append(left, found...)
@@ -229,7 +236,8 @@ func TestContainedPaths(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{Daemon: map[string]any{"fidelity": "exact"}}), startRegistry(t)
 	ref := push(t, r, "contained:1", busybox(t), layer(t,
-		image.Dir("/absolute"), image.File("/absolute/file", "a"), image.Dir("real"), image.Symlink("link", "/real"), image.File("link/below", "b")))
+		image.Dir("/absolute"), image.File("/absolute/file", "a"), image.Dir("real"), image.Symlink("link", "/real"),
+		image.File("link/below", "b")))
 	pull(t, n, "overlayfs", ref)
 	pull(t, n, node.Snapshotter, ref)
 	got := dump(t, n, node.Snapshotter, ref)
@@ -246,11 +254,13 @@ func daemonFails(t *testing.T, n *node.Node, root string) string {
 	t.Helper()
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.toml")
-	text := "root = '" + root + "'\naddress = '" + filepath.Join(dir, "s.sock") + "'\ncontainerd_address = '" + n.Address() + "'\n"
+	text := "root = '" + root + "'\naddress = '" + filepath.Join(dir, "s.sock") + "'\ncontainerd_address = '" +
+		n.Address() + "'\n"
 	must(t, os.WriteFile(config, []byte(text), 0o600))
 	module, err := node.ModuleRoot()
 	must(t, err)
-	out, err := exec.CommandContext(testContext(t), filepath.Join(module, "bin/containerd-dedup-grpc"), "--config", config).CombinedOutput()
+	out, err := exec.CommandContext(testContext(t), filepath.Join(module, "bin/containerd-dedup-grpc"), "--config",
+		config).CombinedOutput()
 	if err == nil {
 		t.Errorf("the daemon ends without an error: %s", out)
 	}
@@ -273,7 +283,8 @@ func TestRootThatCannotServe(t *testing.T) {
 		must(t, os.Mkdir(filepath.Join(dir, d), 0o755))
 	}
 	merged := filepath.Join(dir, "merged")
-	must(t, unix.Mount("overlay", merged, "overlay", 0, "lowerdir="+dir+"/lower,upperdir="+dir+"/upper,workdir="+dir+"/work"))
+	must(t, unix.Mount("overlay", merged, "overlay", 0, "lowerdir="+dir+"/lower,upperdir="+dir+"/upper,workdir="+dir+
+		"/work"))
 	defer func() { must(t, unix.Unmount(merged, unix.MNT_DETACH)) }()
 	out := daemonFails(t, n, filepath.Join(merged, "root"))
 	for _, want := range []string{merged, "overlayfs's upper directories", "use ext4"} {
@@ -296,7 +307,8 @@ func TestRootOnTmpfs(t *testing.T) {
 	must(t, n.StartDaemon(testContext(t)))
 	ref := push(t, r, "tmpfs:1", busybox(t), dataLayer(t))
 	pull(t, n, node.Snapshotter, ref)
-	out, err := n.Run(testContext(t), node.Snapshotter, ref, "sh", "-c", "echo more >> /data/a; wc -c < /data/a; cat /data/small-b")
+	out, err := n.Run(testContext(t), node.Snapshotter, ref, "sh", "-c", "echo more >> /data/a; wc -c < /data/a; cat "+
+		"/data/small-b")
 	must(t, err)
 	if out != "9005\nb" {
 		t.Errorf("%q", out)

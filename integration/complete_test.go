@@ -22,7 +22,8 @@ func dedupctl(t *testing.T, n *node.Node, args ...string) (out string, err error
 	t.Helper()
 	root, err := node.ModuleRoot()
 	must(t, err)
-	cmd := exec.CommandContext(testContext(t), filepath.Join(root, "bin/dedupctl"), append([]string{"--address", n.DedupAddress()}, args...)...)
+	cmd := exec.CommandContext(testContext(t), filepath.Join(root, "bin/dedupctl"),
+		append([]string{"--address", n.DedupAddress()}, args...)...)
 	stdout, err := cmd.Output()
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
 		return string(stdout) + string(exit.Stderr), err
@@ -86,7 +87,8 @@ func TestSkippedDownload(t *testing.T) {
 }
 
 // containerd's own ways to have every blob.
-func fetchesWithContainerd(t *testing.T, n *node.Node, ref string, layers []*image.Layer, export func(context.Context) error) {
+func fetchesWithContainerd(t *testing.T, n *node.Node, ref string, layers []*image.Layer,
+	export func(context.Context) error) {
 	t.Helper()
 	ctx := testContext(t)
 	for name, fetch := range map[string]func() error{

@@ -31,7 +31,8 @@ func TestConfigWrite(t *testing.T) {
 			must(t, err)
 			ref := push(t, r, "app:1", layer(t, image.File("app", string(make([]byte, 5000)))))
 			args := []string{"config", "containerd", "--containerd-address", n.Address()}
-			if out, err := dedupctl(t, n, append(args, "--write")...); err == nil || !strings.Contains(out, "add --yes where nobody can answer") {
+			if out, err := dedupctl(t, n, append(args, "--write")...); err == nil || !strings.Contains(out,
+				"add --yes where nobody can answer") {
 				t.Errorf("without --yes and a terminal: %v, %s", err, out)
 			}
 			for _, want := range []string{"restart containerd", "nothing to do"} {
@@ -46,7 +47,8 @@ func TestConfigWrite(t *testing.T) {
 				t.Errorf("the daemon has %d layers, %v", len(trees), err)
 			}
 			pull(t, n, "overlayfs", ref) // still works
-			if log, err := os.ReadFile(n.LogPath("dedup")); err != nil || strings.Contains(string(log), "unpacked by another differ") {
+			if log, err := os.ReadFile(n.LogPath("dedup")); err != nil || strings.Contains(string(log),
+				"unpacked by another differ") {
 				t.Errorf("the differ was not asked first: %v\n%s", err, log)
 			}
 			_, err = n.Ctr(ctx, "image", "rm", "--sync", ref)
@@ -99,13 +101,16 @@ func TestConfigWriteKeepsTheRest(t *testing.T) {
 			cri := "io.containerd.cri.v1.images"
 			if strings.HasPrefix(version, "1.") {
 				cri = "io.containerd.grpc.v1.cri"
-				text = strings.NewReplacer("version = 3", "version = 2", "io.containerd.cri.v1.images\"]\n  snapshotter = \"native\"",
-					cri+"\".containerd]\n  snapshotter = \"native\"\n[plugins.\""+cri+"\"]", "io.containerd.cri.v1.images", cri).Replace(text)
+				text = strings.NewReplacer("version = 3", "version = 2", "io.containerd.cri.v1.images\"]\n  snapshotter = "+
+					"\"native\"",
+					cri+"\".containerd]\n  snapshotter = \"native\"\n[plugins.\""+cri+"\"]", "io.containerd.cri.v1.images",
+					cri).Replace(text)
 			}
 			must(t, os.WriteFile(config, []byte(text), 0o600))
 			root, err := node.ModuleRoot()
 			must(t, err)
-			out, err := exec.Command(filepath.Join(root, "bin/dedupctl"), "--address", filepath.Join(t.TempDir(), "s"), "config", "containerd", "--cri",
+			out, err := exec.Command(filepath.Join(root, "bin/dedupctl"), "--address", filepath.Join(t.TempDir(), "s"), "config",
+				"containerd", "--cri",
 				"--containerd-version", version, "--containerd-config", config, "--write", "--yes").CombinedOutput()
 			if err != nil || !strings.Contains(string(out), "does not run yet") {
 				t.Fatal(err, string(out))
@@ -128,11 +133,13 @@ func TestConfigWriteKeepsTheRest(t *testing.T) {
 				snapshotter = inner["snapshotter"]
 			}
 			diff := cmp.Diff([]any{
-				[]any{"dedup-diff", "walking", "mine"}, []string{"native walking", "overlayfs walking", "dedup dedup-diff"}, int64(7),
+				[]any{"dedup-diff", "walking", "mine"}, []string{"native walking", "overlayfs walking", "dedup dedup-diff"},
+				int64(7),
 				int64(9), "dedup", "/etc/registries", "snapshot",
 			}, []any{
 				got.Plugins["io.containerd.service.v1.diff-service"]["default"], unpacks, transfer["max_concurrent_downloads"],
-				images["max_concurrent_downloads"], snapshotter, images["registry"].(map[string]any)["config_path"], got.Proxy["dedup"]["type"],
+				images["max_concurrent_downloads"], snapshotter, images["registry"].(map[string]any)["config_path"],
+				got.Proxy["dedup"]["type"],
 			})
 			if diff != "" {
 				t.Errorf("(-want +got):\n%s\n%s", diff, dump)

@@ -51,8 +51,10 @@ func TestContainerWrites(t *testing.T) {
 	ref := push(t, r, "writes:1", busybox(t), dataLayer(t))
 	pull(t, n, node.Snapshotter, ref)
 	script := strings.Join([]string{
-		"set -e", "chown -R 7:8 /data", "chmod 600 /data/b", "echo more >> /data/a", "mv /data/b /data/renamed", "ln /data/c /data/linked",
-		"rm /data/small-a", "echo again > /data/small-a", "rm -r /root", "mkdir /root", "truncate -s 3 /data/c", "touch -d @5 /data/small-b",
+		"set -e", "chown -R 7:8 /data", "chmod 600 /data/b", "echo more >> /data/a", "mv /data/b /data/renamed",
+		"ln /data/c /data/linked",
+		"rm /data/small-a", "echo again > /data/small-a", "rm -r /root", "mkdir /root", "truncate -s 3 /data/c",
+		"touch -d @5 /data/small-b",
 		"stat -c '%n %u:%g %a %s %h' /data/*", "tail -c 5 /data/a", "cat /data/linked /data/small-a",
 		"mv /data /moved", "mkdir /data", "echo new > /data/c", "ls /data /moved", "wc -c < /moved/renamed",
 		"chmod 700 /bin/busybox", "stat -c '%a' /bin/busybox", "rm /bin/busybox",
@@ -87,7 +89,8 @@ func TestReadOnlyRoot(t *testing.T) {
 	ctx := testContext(t)
 	ref := push(t, r, "ro:1", busybox(t), dataLayer(t))
 	pull(t, n, node.Snapshotter, ref)
-	out, err := n.Ctr(ctx, "run", "--rm", "--read-only", "--snapshotter", node.Snapshotter, "--runc-root", filepath.Join(n.Dir(), "runc"),
+	out, err := n.Ctr(ctx, "run", "--rm", "--read-only", "--snapshotter", node.Snapshotter, "--runc-root",
+		filepath.Join(n.Dir(), "runc"),
 		ref, node.NewID("ro"), "sh", "-c", "echo x > /x || wc -c < /data/a")
 	must(t, err)
 	if out != "9000\n" {
@@ -192,7 +195,8 @@ func TestCommitContainer(t *testing.T) {
 	pull(t, n, node.Snapshotter, ref)
 	id, err := n.RunDetached(ctx, node.Snapshotter, ref, "sleep", "1000")
 	must(t, err)
-	_, err = n.Exec(ctx, id, "sh", "-c", "echo committed > /data/new; rm /data/a; chown 3 /data/b; head -c 5000 /data/c > /data/part")
+	_, err = n.Exec(ctx, id, "sh", "-c", "echo committed > /data/new; rm /data/a; chown 3 /data/b; head -c 5000 "+
+		"/data/c > /data/part")
 	must(t, err)
 	next := r.Ref("commit:2")
 	commit(ctx, t, n.Client(), id, ref, next)
@@ -203,7 +207,8 @@ func TestCommitContainer(t *testing.T) {
 	must(t, err)
 
 	pull(t, n, node.Snapshotter, next)
-	out, err := n.Run(ctx, node.Snapshotter, next, "sh", "-c", "cat /data/new; ls /data; stat -c %u /data/b; wc -c < /data/part")
+	out, err := n.Run(ctx, node.Snapshotter, next, "sh", "-c", "cat /data/new; ls /data; stat -c %u /data/b; wc -c < "+
+		"/data/part")
 	must(t, err)
 	if want := "committed\nb\nc\nnew\npart\nsmall-a\nsmall-b\nsmall-c\n3\n5000\n"; out != want {
 		t.Errorf("%q, want %q", out, want)
@@ -252,12 +257,14 @@ func readJSON(ctx context.Context, t *testing.T, store content.Store, desc ocisp
 	must(t, json.Unmarshal(b, v))
 }
 
-func writeJSON(ctx context.Context, t *testing.T, store content.Store, media string, v any, labels map[string]string) ocispec.Descriptor {
+func writeJSON(ctx context.Context, t *testing.T, store content.Store, media string, v any,
+	labels map[string]string) ocispec.Descriptor {
 	t.Helper()
 	b, err := json.Marshal(v)
 	must(t, err)
 	desc := ocispec.Descriptor{MediaType: media, Digest: digest.FromBytes(b), Size: int64(len(b))}
-	must(t, content.WriteBlob(ctx, store, desc.Digest.String(), strings.NewReader(string(b)), desc, content.WithLabels(labels)))
+	must(t, content.WriteBlob(ctx, store, desc.Digest.String(), strings.NewReader(string(b)), desc,
+		content.WithLabels(labels)))
 	return desc
 }
 
@@ -296,7 +303,8 @@ func mincore(t *testing.T, mem []byte) (in, of int) {
 	t.Helper()
 	page := os.Getpagesize()
 	vec := make([]byte, (len(mem)+page-1)/page)
-	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), uintptr(unsafe.Pointer(&vec[0])))
+	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)),
+		uintptr(unsafe.Pointer(&vec[0])))
 	if errno != 0 {
 		t.Fatal(errno)
 	}
@@ -306,7 +314,8 @@ func mincore(t *testing.T, mem []byte) (in, of int) {
 	return in, len(vec)
 }
 
-// An image's files can be looked at without a container: what `ctr snapshots mounts` prints does it, as docs/troubleshooting.md says.
+// An image's files can be looked at without a container: what `ctr snapshots mounts` prints does it, as
+// docs/troubleshooting.md says.
 func TestSnapshotMountsByHand(t *testing.T) {
 	t.Parallel()
 	n, ctx := startDedup(t, node.Options{}), testContext(t)

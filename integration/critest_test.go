@@ -26,9 +26,9 @@ esac
 
 var critestResult = regexp.MustCompile(`(?m)^\s*\[(FAIL|PANICKED|TIMEDOUT|INTERRUPTED)\] .*|^Ran \d+ of \d+ Specs.*|^(SUCCESS|FAIL)! .*`)
 
-// cri-tools' own tests pass with dedup where they pass with overlayfs. DEDUP_CRITEST names the binary critest, made with
-// `go test -c ./cmd/critest` in a clone of github.com/kubernetes-sigs/cri-tools; DEDUP_CRITEST_FOCUS chooses tests.
-// Those that want images of public registries, or a pod network, fail with both.
+// cri-tools' own tests pass with dedup where they pass with overlayfs. DEDUP_CRITEST names the binary critest, made
+// with `go test -c ./cmd/critest` in a clone of github.com/kubernetes-sigs/cri-tools; DEDUP_CRITEST_FOCUS chooses
+// tests. Those that want images of public registries, or a pod network, fail with both.
 func TestCritest(t *testing.T) {
 	bin := os.Getenv("DEDUP_CRITEST")
 	if bin == "" {
@@ -54,14 +54,18 @@ func critest(t *testing.T, bin, snapshotter string) map[string]bool {
 	pauseRef := pushImage(t, r, "pause:1", pause)
 	ref := push(t, r, "busybox:1", busybox(t))
 	must(t, os.MkdirAll(filepath.Join(dir, "net.d"), 0o755))
-	must(t, os.WriteFile(filepath.Join(dir, "net.d/10-test.conflist"), []byte(`{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "net.d/10-test.conflist"),
+		[]byte(`{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`), 0o600))
 	for _, name := range []string{"loopback", "test"} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(cniScript), 0o755))
 	}
-	must(t, os.WriteFile(filepath.Join(dir, "images.yaml"), fmt.Appendf(nil, "defaultTestContainerImage: %s\nwebServerTestImage: %s\n", ref, ref), 0o600))
-	opts := node.Options{CRI: true, PauseImage: pauseRef, NoDedup: snapshotter != node.Snapshotter, Plugins: map[string]map[string]any{
-		"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": filepath.Join(dir, "net.d")}},
-	}}
+	must(t, os.WriteFile(filepath.Join(dir, "images.yaml"), fmt.Appendf(nil, "defaultTestContainerImage: "+
+		"%s\nwebServerTestImage: %s\n", ref, ref), 0o600))
+	opts := node.Options{CRI: true, PauseImage: pauseRef, NoDedup: snapshotter != node.Snapshotter,
+		Plugins: map[string]map[string]any{
+			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": filepath.Join(dir,
+				"net.d")}},
+		}}
 	start := startDedup
 	if opts.NoDedup {
 		start = startNode
@@ -69,7 +73,8 @@ func critest(t *testing.T, bin, snapshotter string) map[string]bool {
 	n := start(t, opts)
 	ctx, cancel := context.WithTimeout(testContext(t), 4*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, bin, "--runtime-endpoint", "unix://"+n.Address(), "--image-endpoint", "unix://"+n.Address(),
+	cmd := exec.CommandContext(ctx, bin, "--runtime-endpoint", "unix://"+n.Address(), "--image-endpoint", "unix://"+
+		n.Address(),
 		"--test-images-file", filepath.Join(dir, "images.yaml"), "--ginkgo.no-color", "--ginkgo.timeout", "3m",
 		"--ginkgo.focus", os.Getenv("DEDUP_CRITEST_FOCUS"))
 	var out bytes.Buffer

@@ -9,7 +9,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/machine"
 )
 
-// The Debian package installs, runs, is upgraded under a running container and removed, by dpkg and systemd of a fresh Debian.
+// The Debian package installs, runs, is upgraded under a running container and removed, by dpkg and systemd of a fresh
+// Debian.
 func TestDebianPackage(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("dpkg-deb"); err != nil {
@@ -30,7 +31,8 @@ func TestDebianPackage(t *testing.T) {
 		"[ ! -e $d ] || find $d -xdev -not -path '/etc/containerd*'; done | sort"
 	run(files + " > before")
 	run("dpkg -i old.deb")
-	if out := run("systemctl is-active containerd-dedup-grpc; systemctl is-enabled containerd-dedup-grpc; dpkg -V containerd-dedup-grpc"); out != "active\nenabled\n" {
+	if out := run("systemctl is-active containerd-dedup-grpc; systemctl is-enabled containerd-dedup-grpc; dpkg -V " +
+		"containerd-dedup-grpc"); out != "active\nenabled\n" {
 		t.Errorf("after the installation: %q", out)
 	}
 	run(`dedupctl config containerd --write --yes
@@ -60,7 +62,9 @@ ctr task exec --exec-id f one sh -c 'echo lives; cat /usr/bin/python3 > /dev/nul
 		t.Errorf("purging says %q", out)
 	}
 	run("ctr task delete --force one")
-	run("umount /run/containerd-dedup-grpc/chains/* /run/containerd-dedup-grpc/p/* ; rm -r /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc") // as it says
+	// as it says
+	run("umount /run/containerd-dedup-grpc/chains/* /run/containerd-dedup-grpc/p/* ; rm -r " +
+		"/var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc")
 	run(files + " > after")
 	if out := run("diff before after || true"); out != "" {
 		t.Errorf("the package leaves files:\n%s", out)

@@ -46,7 +46,8 @@ func TestDocker(t *testing.T) {
 	}
 	docker("", "exec", "old", "sh", "-c", "a=$(wc -c < /rounds); sleep 1; test $(wc -c < /rounds) -gt $a")
 	docker("old", "stop", "--time", "0", "old")
-	if _, m := migrate(t, n, false, "--namespace", dockerNamespace, "--remove-old", "--dry-run"); m.Kept != 2 || len(m.Containers) != 1 {
+	if _, m := migrate(t, n, false, "--namespace", dockerNamespace, "--remove-old", "--dry-run"); m.Kept != 2 ||
+		len(m.Containers) != 1 {
 		t.Errorf("with a stopped container: %+v", m)
 	}
 	docker("old", "rm", "old")
@@ -59,10 +60,12 @@ func TestDocker(t *testing.T) {
 	defer func() { must(t, d.Close()) }()
 	docker(node.Snapshotter, "info", "--format", "{{.Driver}}")
 	docker("a", "run", "--rm", "--network", "none", ref, "cat", "/data/small-a")
-	docker("", "run", "--detach", "--name", "new", "--network", "none", ref, "sh", "-c", "echo new > /data/new; rm /data/b; sleep 1000")
+	docker("", "run", "--detach", "--name", "new", "--network", "none", ref, "sh", "-c",
+		"echo new > /data/new; rm /data/b; sleep 1000")
 	eventually(t, "docker diff to show what the container did", func() bool {
 		out, err := d.Run(ctx, "diff", "new")
-		return err == nil && slices.Equal(sorted(strings.Fields(out)), []string{"/data", "/data/b", "/data/new", "A", "C", "D"})
+		return err == nil && slices.Equal(sorted(strings.Fields(out)), []string{"/data", "/data/b", "/data/new", "A", "C",
+			"D"})
 	})
 	docker("", "commit", "new", "committed:1")
 	docker("a\nc\nnew\nsmall-a\nsmall-b\nsmall-c", "run", "--rm", "--network", "none", "committed:1", "ls", "/data")

@@ -23,7 +23,8 @@ type found struct{ Check, Severity, Message, Remedy string }
 // diagnose runs dedupctl doctor and returns what is not as it should be. The exit code has to fit.
 func diagnose(t *testing.T, n *node.Node, args ...string) []found {
 	t.Helper()
-	out, err := dedupctl(t, n, append([]string{"doctor", "--json", "--config", filepath.Join(n.Dir(), "dedup.toml")}, args...)...)
+	out, err := dedupctl(t, n, append([]string{"doctor", "--json", "--config", filepath.Join(n.Dir(), "dedup.toml")},
+		args...)...)
 	var d struct {
 		Problems, Warnings int
 		Findings           []found
@@ -41,7 +42,8 @@ func diagnose(t *testing.T, n *node.Node, args ...string) []found {
 		if f.Severity == "problem" {
 			problems++
 		}
-		if f.Severity != "ok" && f.Check != "kernel.fs-verity" && f.Check != "disk.reflink" && f.Severity != "info" && f.Remedy == "" {
+		if f.Severity != "ok" && f.Check != "kernel.fs-verity" && f.Check != "disk.reflink" && f.Severity != "info" &&
+			f.Remedy == "" {
 			t.Errorf("%+v has no remedy", f)
 		}
 		list = append(list, f)
@@ -90,7 +92,8 @@ func TestDoctor(t *testing.T) {
 	t.Run("healthy", func(t *testing.T) { doctorIsContent(t, n) })
 	t.Run("rights", func(t *testing.T) {
 		for path, check := range map[string]string{
-			n.DedupAddress(): "daemon.socket", filepath.Dir(n.DedupAddress()): "daemon.socket-directory", n.DedupRoot(): "daemon.root",
+			n.DedupAddress(): "daemon.socket", filepath.Dir(n.DedupAddress()): "daemon.socket-directory",
+			n.DedupRoot(): "daemon.root",
 		} {
 			fi, err := os.Stat(path)
 			must(t, err)
@@ -103,7 +106,8 @@ func TestDoctor(t *testing.T) {
 	t.Run("containerd's config", func(t *testing.T) { doctorReadsConfig(t, n) })
 	t.Run("a stranger", func(t *testing.T) {
 		cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", copyOfDedupctl(t), "doctor")
-		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "sudo dedupctl doctor") {
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out),
+			"sudo dedupctl doctor") {
 			t.Errorf("%s", out)
 		}
 	})
@@ -113,10 +117,12 @@ func TestDoctor(t *testing.T) {
 	})
 	must(t, n.StopContainerd())
 	t.Run("no containerd", func(t *testing.T) {
-		expect(t, diagnose(t, n), map[string][2]string{"daemon.runs": {"problem", ""}, "containerd.runs": {"problem", "containerd_address"}})
+		expect(t, diagnose(t, n), map[string][2]string{"daemon.runs": {"problem", ""}, "containerd.runs": {"problem",
+			"containerd_address"}})
 	})
 	out, err := dedupctl(t, n, "doctor", "--config", n.Dir())
-	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(out, "is a directory") {
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(out,
+		"is a directory") {
 		t.Errorf("a config that cannot be read: %v: %s", err, out)
 	}
 }
@@ -129,8 +135,10 @@ func doctorIsContent(t *testing.T, n *node.Node) {
 		"kernel.erofs", "kernel.upper", "kernel.data-only", "kernel.nested", "kernel.id-mapped", "kernel.fs-verity",
 		"kernel.hole-punching", "kernel.mode",
 		"disk.type", "disk.space", "disk.inodes", "disk.inode-ratio", "disk.d_type", "disk.reflink",
-		"containerd.version", "containerd.mount-namespace", "containerd.reached", "containerd.config", "containerd.snapshotter", "containerd.exports-root",
-		"containerd.capabilities", "containerd.remap-ids", "containerd.differ", "containerd.differ-order", "containerd.unpack-config", "containerd.cri", "mounts.leaked",
+		"containerd.version", "containerd.mount-namespace", "containerd.reached", "containerd.config",
+		"containerd.snapshotter", "containerd.exports-root",
+		"containerd.capabilities", "containerd.remap-ids", "containerd.differ", "containerd.differ-order",
+		"containerd.unpack-config", "containerd.cri", "mounts.leaked",
 	} {
 		if !slices.ContainsFunc(list, func(f found) bool { return f.Check == check }) {
 			t.Errorf("%s was not looked at", check)
@@ -154,24 +162,30 @@ func doctorFindsMounts(t *testing.T, n *node.Node) {
 	}
 	idle := filepath.Join(filepath.Dir(n.DedupAddress()), "chains", strings.TrimSuffix(filepath.Base(chains[0]), ".erofs"))
 	gone := filepath.Join(filepath.Dir(idle), strings.Repeat("0", 64))
-	probe, overlay, upper := filepath.Join(n.DedupRoot(), "probe-1"), filepath.Join(n.Dir(), "mnt/leak"), filepath.Join(n.DedupRoot(), "snapshots/4711")
+	probe, overlay, upper := filepath.Join(n.DedupRoot(), "probe-1"), filepath.Join(n.Dir(), "mnt/leak"),
+		filepath.Join(n.DedupRoot(), "snapshots/4711")
 	for _, dir := range []string{idle, gone, probe, overlay, upper + "/fs", upper + "/work"} {
 		must(t, os.MkdirAll(dir, 0o700))
 	}
 	must(t, unix.Mount("tmpfs", probe, "tmpfs", 0, ""))
 	must(t, unix.Mount(chains[0], idle, "erofs", unix.MS_RDONLY, ""))
 	must(t, unix.Mount(chains[0], gone, "erofs", unix.MS_RDONLY, ""))
-	must(t, unix.Mount("overlay", overlay, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/fs,workdir=%s/work", n.Dir(), upper, upper)))
+	must(t, unix.Mount("overlay", overlay, "overlay", 0, fmt.Sprintf("lowerdir=%s,upperdir=%s/fs,workdir=%s/work", n.Dir(),
+		upper, upper)))
 	must(t, os.RemoveAll(upper))
 	list := diagnose(t, n)
 	for _, point := range []string{probe, gone, overlay} {
 		if !slices.ContainsFunc(list, func(f found) bool {
-			return f.Check == "mounts.leaked" && f.Severity == "warning" && strings.HasPrefix(f.Message, point+": ") && f.Remedy == "umount -l "+point
+			return f.Check == "mounts.leaked" && f.Severity == "warning" && strings.HasPrefix(f.Message, point+": ") &&
+				f.Remedy == "umount -l "+point
 		}) {
 			t.Errorf("%s is not found in %+v", point, list)
 		}
 	}
-	if !slices.ContainsFunc(list, func(f found) bool { return f.Check == "mounts.idle" && strings.HasPrefix(f.Message, idle+": ") }) {
+	if !slices.ContainsFunc(list, func(f found) bool {
+		return f.Check == "mounts.idle" && strings.HasPrefix(f.Message,
+			idle+": ")
+	}) {
 		t.Errorf("%s is not found in %+v", idle, list)
 	}
 	for _, point := range []string{probe, idle, gone, overlay} {
@@ -189,11 +203,16 @@ func doctorReadsConfig(t *testing.T, n *node.Node) {
 		name, old, new string
 		want           map[string][2]string
 	}{
-		{"walking first", `default = ['dedup-diff', `, `default = ['walking', 'dedup-diff', `, map[string][2]string{"containerd.differ-order": {"warning", "asks walking first"}}},
-		{"no dedup-diff", `default = ['dedup-diff', `, `default = [`, map[string][2]string{"containerd.differ-order": {"warning", "has no dedup-diff"}}},
-		{"another differ unpacks", `differ = 'dedup-diff'`, `differ = 'walking'`, map[string][2]string{"containerd.unpack-config": {"warning", "unpacks for dedup with walking"}}},
-		{"nobody unpacks", `snapshotter = 'dedup'`, `snapshotter = 'other'`, map[string][2]string{"containerd.unpack-config": {"warning", "no entry for dedup"}}},
-		{"overlayfs is forgotten", `snapshotter = 'overlayfs'`, `snapshotter = 'other'`, map[string][2]string{"containerd.unpack-config": {"warning", "no entry for overlayfs"}}},
+		{"walking first", `default = ['dedup-diff', `, `default = ['walking', 'dedup-diff', `,
+			map[string][2]string{"containerd.differ-order": {"warning", "asks walking first"}}},
+		{"no dedup-diff", `default = ['dedup-diff', `, `default = [`,
+			map[string][2]string{"containerd.differ-order": {"warning", "has no dedup-diff"}}},
+		{"another differ unpacks", `differ = 'dedup-diff'`, `differ = 'walking'`,
+			map[string][2]string{"containerd.unpack-config": {"warning", "unpacks for dedup with walking"}}},
+		{"nobody unpacks", `snapshotter = 'dedup'`, `snapshotter = 'other'`,
+			map[string][2]string{"containerd.unpack-config": {"warning", "no entry for dedup"}}},
+		{"overlayfs is forgotten", `snapshotter = 'overlayfs'`, `snapshotter = 'other'`,
+			map[string][2]string{"containerd.unpack-config": {"warning", "no entry for overlayfs"}}},
 		{"no TOML", `version = 3`, `version =`, map[string][2]string{"containerd.config": {"warning", "config.toml: line "}}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -215,7 +234,8 @@ func TestDoctorFollowsConfig(t *testing.T) {
 	ctx := testContext(t)
 	must(t, n.StartDaemon(ctx))
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.snapshotter": {"problem", "dedupctl config containerd --write"}, "containerd.differ": {"problem", "plain files first"},
+		"containerd.snapshotter": {"problem", "dedupctl config containerd --write"}, "containerd.differ": {"problem",
+			"plain files first"},
 		"containerd.differ-order": {"warning", ""}, "containerd.unpack-config": {"warning", ""},
 	})
 	_, err := dedupctl(t, n, "images")
@@ -225,7 +245,8 @@ func TestDoctorFollowsConfig(t *testing.T) {
 	_, err = dedupctl(t, n, "config", "containerd", "--containerd-address", n.Address(), "--write", "--yes")
 	must(t, err)
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.snapshotter": {"problem", "systemctl restart containerd"}, "containerd.differ": {"problem", "systemctl restart containerd"},
+		"containerd.snapshotter": {"problem", "systemctl restart containerd"}, "containerd.differ": {"problem",
+			"systemctl restart containerd"},
 	})
 	must(t, n.RestartContainerd(ctx))
 	expect(t, diagnose(t, n), nil)
@@ -256,7 +277,8 @@ func TestDoctorOldContainerd(t *testing.T) {
 	must(t, os.WriteFile(path, []byte(text), 0o600))
 	must(t, n.RestartContainerd(testContext(t)))
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.capabilities": {"problem", "downloads and unpacks what is known"}, "containerd.exports-root": {"warning", "/elsewhere"},
+		"containerd.capabilities": {"problem", "downloads and unpacks what is known"}, "containerd.exports-root": {"warning",
+			"/elsewhere"},
 	})
 }
 
@@ -266,7 +288,8 @@ func TestDoctorMountNamespace(t *testing.T) {
 	root, err := node.ModuleRoot()
 	must(t, err)
 	wrapper := filepath.Join(t.TempDir(), "daemon")
-	must(t, os.WriteFile(wrapper, []byte("#!/bin/sh\nexec /usr/bin/unshare -m --propagation private "+root+"/bin/containerd-dedup-grpc \"$@\"\n"), 0o700))
+	must(t, os.WriteFile(wrapper, []byte("#!/bin/sh\nexec /usr/bin/unshare -m --propagation private "+root+
+		"/bin/containerd-dedup-grpc \"$@\"\n"), 0o700))
 	n := startDedup(t, node.Options{DaemonBinary: wrapper})
 	expect(t, diagnose(t, n), map[string][2]string{"containerd.mount-namespace": {"problem", "PrivateTmp"}})
 }
@@ -285,7 +308,8 @@ func TestDoctorStore(t *testing.T) {
 	must(t, err)
 	must(t, os.WriteFile(config, append([]byte("reserve_space = \"1000000TB\"\n"), b...), 0o600))
 	must(t, n.StartDaemon(testContext(t)))
-	expect(t, diagnose(t, n), map[string][2]string{"daemon.damage": {"problem", "dedupctl fsck --repair"}, "daemon.reserve": {"problem", "reserve_space keeps"}})
+	expect(t, diagnose(t, n), map[string][2]string{"daemon.damage": {"problem", "dedupctl fsck --repair"},
+		"daemon.reserve": {"problem", "reserve_space keeps"}})
 }
 
 // copyOfDedupctl lies where anybody can run it.

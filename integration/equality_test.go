@@ -124,7 +124,8 @@ func TestEqualityTorture(t *testing.T) {
 	spec := comparison{ignore: rootfs.DiffOptions{Times: implied, Owners: implied}, correct: correctTorture}
 	// What containerd's applier gets wrong is in the directory already.
 	atPull := append([]string{"w", "w/opaque-late"}, implied...)
-	applied := comparison{ignore: rootfs.DiffOptions{RootTime: true, Times: atPull, Owners: implied}, correct: correctLinks, local: true}
+	applied := comparison{ignore: rootfs.DiffOptions{RootTime: true, Times: atPull, Owners: implied},
+		correct: correctLinks, local: true}
 	noDiffer := exact
 	noDiffer.NoDiffer = true
 	sideBySide := exact

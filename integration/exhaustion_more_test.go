@@ -14,8 +14,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
-// A part of the disk cannot be read for a while: whoever reads it is told, fsck names the image, the others go on. When it can be read
-// again, the image is served without more ado, whether the daemon was started anew meanwhile or not, and whether the blob is at hand or not.
+// A part of the disk cannot be read for a while: whoever reads it is told, fsck names the image, the others go on. When
+// it can be read again, the image is served without more ado, whether the daemon was started anew meanwhile or not, and
+// whether the blob is at hand or not.
 func TestReadErrors(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, shortage{name: "reads"})
@@ -28,7 +29,8 @@ func TestReadErrors(t *testing.T) {
 			pack := payloadOf(t, n, w.marked).path
 			dropCache(t, n)
 			w.disk.failMarked.Store(true)
-			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "md5sum", "/marked"); err == nil || !strings.Contains(err.Error(), "nput/output error") {
+			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "md5sum", "/marked"); err == nil ||
+				!strings.Contains(err.Error(), "nput/output error") {
 				t.Errorf("reading what cannot be read: %q, %v", out, err)
 			}
 			r := fsck(t, n, 3, "--repair", "--no-fetch")
@@ -39,7 +41,8 @@ func TestReadErrors(t *testing.T) {
 				must(t, n.StopDaemon())
 				must(t, n.StartDaemon(w.ctx))
 			}
-			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "true"); err == nil || !strings.Contains(err.Error(), "is missing or has other bytes") {
+			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "true"); err == nil || !strings.Contains(err.Error(),
+				"is missing or has other bytes") {
 				t.Errorf("a container of the damaged image: %q, %v", out, err)
 			}
 			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["start"], "sh", "-c", readsStart); err != nil {
@@ -58,8 +61,8 @@ func TestReadErrors(t *testing.T) {
 	}
 }
 
-// The kernel kills the daemon in the middle of a pull, for want of memory. The running container does not notice; with a new daemon that has
-// more, the store is whole and the pull goes through.
+// The kernel kills the daemon in the middle of a pull, for want of memory. The running container does not notice; with
+// a new daemon that has more, the store is whole and the pull goes through.
 func TestNoMemory(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, shortage{name: "memory"})

@@ -25,7 +25,8 @@ type shortage struct {
 	take, rest, give func(w *world, t *testing.T)
 	// says is what every error of a client says, one of them.
 	says []string
-	// fails are the operations that cannot work without the resource. What is not listed works, or fails with the same words.
+	// fails are the operations that cannot work without the resource. What is not listed works, or fails with the same
+	// words.
 	fails []string
 	// silent operations are not tried: nobody would answer.
 	silent []string
@@ -45,19 +46,33 @@ const (
 
 var shortages = []shortage{
 	{
-		name: "blocks", take: func(w *world, t *testing.T) { w.fill(t, 3<<20) }, rest: func(w *world, t *testing.T) { w.fill(t, 0) }, give: (*world).empty,
-		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull}, // what the pull leaves for a moment may make room for the others
+		name: "blocks", take: func(w *world, t *testing.T) { w.fill(t, 3<<20) }, rest: func(w *world,
+			t *testing.T) {
+			w.fill(t, 0)
+		}, give: (*world).empty,
+		// what the pull leaves for a moment may make room for the others
+		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull},
 	},
 	{
-		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 1) }, rest: func(w *world, t *testing.T) { w.fillInodes(t, 0) }, give: (*world).empty,
-		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull}, // what the pull leaves for a moment may make room for the others
+		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 1) }, rest: func(w *world,
+			t *testing.T) {
+			w.fillInodes(t, 0)
+		}, give: (*world).empty,
+		// what the pull leaves for a moment may make room for the others
+		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull},
 	},
 	{
-		name: "inodes of the run directory", take: (*world).fillRun, give: func(w *world, t *testing.T) { must(t, os.RemoveAll(filepath.Join(w.run, "fillers"))) },
+		name: "inodes of the run directory", take: (*world).fillRun, give: func(w *world, t *testing.T) {
+			must(t,
+				os.RemoveAll(filepath.Join(w.run, "fillers")))
+		},
 		says: []string{"no space left on device (free space or inodes on the file system of /"}, fails: []string{opStart},
 	},
 	{
-		name: "open files", take: func(w *world, t *testing.T) { w.limitFiles(t, 3) }, rest: func(w *world, t *testing.T) { w.limitFiles(t, 0) },
+		name: "open files", take: func(w *world, t *testing.T) { w.limitFiles(t, 3) }, rest: func(w *world,
+			t *testing.T) {
+			w.limitFiles(t, 0)
+		},
 		give: func(w *world, t *testing.T) { w.limitFiles(t, 1<<16) },
 		says: []string{"too many open files (the daemon for "}, fails: []string{opStart}, silent: []string{opGC, opRepair},
 	},
@@ -66,26 +81,40 @@ var shortages = []shortage{
 		says: []string{"read-only file system (the file system of "}, fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "writes fail", take: func(w *world, _ *testing.T) { w.disk.failWrites.Store(true) }, give: func(w *world, _ *testing.T) { w.disk.heal() }, reboot: true,
-		says: []string{"input/output error (the disk under ", "read-only file system (the file system of "}, fails: []string{opPull, opStart, opCommit, opRepair},
+		name: "writes fail", take: func(w *world, _ *testing.T) { w.disk.failWrites.Store(true) }, give: func(w *world,
+			_ *testing.T) {
+			w.disk.heal()
+		}, reboot: true,
+		says:  []string{"input/output error (the disk under ", "read-only file system (the file system of "},
+		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "flushes fail", take: func(w *world, _ *testing.T) { w.disk.failSyncs.Store(true) }, give: func(w *world, _ *testing.T) { w.disk.heal() }, reboot: true,
-		says: []string{"input/output error (the disk under ", "read-only file system (the file system of "}, fails: []string{opPull, opStart, opCommit, opRepair},
+		name: "flushes fail", take: func(w *world, _ *testing.T) { w.disk.failSyncs.Store(true) }, give: func(w *world,
+			_ *testing.T) {
+			w.disk.heal()
+		}, reboot: true,
+		says:  []string{"input/output error (the disk under ", "read-only file system (the file system of "},
+		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "the disk is gone", take: func(w *world, _ *testing.T) { w.disk.failWrites.Store(true); w.disk.failReads.Store(true) },
+		name: "the disk is gone", take: func(w *world,
+			_ *testing.T) {
+			w.disk.failWrites.Store(true)
+			w.disk.failReads.Store(true)
+		},
 		give: func(w *world, _ *testing.T) { w.disk.heal() }, reboot: true,
-		says: []string{"input/output error (the disk under ", "read-only file system (the file system of "}, fails: []string{opPull, opStart, opCommit, opRepair},
+		says:  []string{"input/output error (the disk under ", "read-only file system (the file system of "},
+		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "some data cannot be written", take: func(w *world, _ *testing.T) { w.disk.failMarked.Store(true) }, give: func(w *world, _ *testing.T) { w.disk.heal() },
+		name: "some data cannot be written", take: func(w *world, _ *testing.T) { w.disk.failMarked.Store(true) },
+		give: func(w *world, _ *testing.T) { w.disk.heal() },
 		says: []string{"input/output error (the disk under "}, fails: []string{opPull},
 	},
 }
 
-// Whatever runs out: clients are told what, and what to do; nothing is left half done; the running container goes on; and when it is there
-// again, everything works, without a restart where the kernel lets it.
+// Whatever runs out: clients are told what, and what to do; nothing is left half done; the running container goes on;
+// and when it is there again, everything works, without a restart where the kernel lets it.
 func TestExhaustion(t *testing.T) {
 	for _, s := range shortages {
 		t.Run(s.name, func(t *testing.T) {

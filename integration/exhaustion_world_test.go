@@ -26,7 +26,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
-// world is a node whose store lies on a small disk, with images, a running container, and things that are about to be done.
+// world is a node whose store lies on a small disk, with images, a running container, and things that are about to be
+// done.
 type world struct {
 	n    *node.Node
 	ctx  context.Context
@@ -80,8 +81,10 @@ func newWorld(t *testing.T, s shortage) *world {
 	w.rounds = filepath.Join(w.n.Dir(), "tmp/rounds")
 	must(t, os.Mkdir(w.rounds, 0o755))
 	w.container = node.NewID("reader")
-	_, err := w.n.Ctr(ctx, "run", "--detach", "--snapshotter", node.Snapshotter, "--runc-root", filepath.Join(w.n.Dir(), "runc"),
-		"--mount", "type=bind,src="+w.rounds+",dst=/rounds,options=rbind:rw", w.refs["known"], w.container, "sh", "-c", patientReader)
+	_, err := w.n.Ctr(ctx, "run", "--detach", "--snapshotter", node.Snapshotter, "--runc-root", filepath.Join(w.n.Dir(),
+		"runc"),
+		"--mount", "type=bind,src="+w.rounds+",dst=/rounds,options=rbind:rw", w.refs["known"], w.container, "sh", "-c",
+		patientReader)
 	must(t, err)
 	w.goesOn(t, true)
 	return w
@@ -112,7 +115,8 @@ func (w *world) goesOn(t *testing.T, writes bool) {
 		return fi.Size()
 	}
 	for _, name := range files {
-		for start, deadline := size(name), time.Now().Add(20*time.Second); size(name) < start+3; time.Sleep(10 * time.Millisecond) {
+		for start, deadline := size(name), time.Now().Add(20*time.Second); size(name) < start+
+			3; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("the running container: %s stays at %d", name, start)
 			}
@@ -247,8 +251,8 @@ func (w *world) mountDisk(t *testing.T) {
 	limitRequests(t, w.n.DedupRoot())
 }
 
-// limitRequests keeps each of the loop device's requests within one write to FUSE: the driver takes one that is written in part for
-// written.
+// limitRequests keeps each of the loop device's requests within one write to FUSE: the driver takes one that is written
+// in part for written.
 func limitRequests(t *testing.T, at string) {
 	t.Helper()
 	must(t, os.WriteFile(filepath.Join("/sys/block", device(t, at), "queue/max_sectors_kb"), []byte("512"), 0o600))

@@ -16,8 +16,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 )
 
-// The kernel tells once that a write has failed, to whoever syncs first. All the same no layer comes in of which a part is not on the disk,
-// and one that relies on what another ingest wrote is out of service until the bytes are there.
+// The kernel tells once that a write has failed, to whoever syncs first. All the same no layer comes in of which a part
+// is not on the disk, and one that relies on what another ingest wrote is out of service until the bytes are there.
 func TestFailedWriteOfAnotherIngest(t *testing.T) {
 	t.Parallel()
 	w := &world{ctx: testContext(t)}

@@ -44,7 +44,8 @@ func (r fsckReport) images() (names []string) {
 // fsck runs dedupctl fsck, and checks its exit code.
 func fsck(t *testing.T, n *node.Node, code int, args ...string) (r fsckReport) {
 	t.Helper()
-	args = append([]string{"fsck", "--json", "--containerd-address", n.Address(), "--hosts-dir", "", "--plain-http"}, args...)
+	args = append([]string{"fsck", "--json", "--containerd-address", n.Address(), "--hosts-dir", "", "--plain-http"},
+		args...)
 	out, err := dedupctl(t, n, args...)
 	got := 0
 	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
@@ -81,8 +82,8 @@ func glob(t *testing.T, n *node.Node, pattern string) []string {
 	return paths
 }
 
-// Everything that can be damaged on the disk is found while containerd goes on, the right images are named, and it is healed
-// from where its bytes can still be had: the content store, the registry, or the next pull.
+// Everything that can be damaged on the disk is found while containerd goes on, the right images are named, and it is
+// healed from where its bytes can still be had: the content store, the registry, or the next pull.
 func TestFsck(t *testing.T) {
 	t.Parallel()
 	n := startDedup(t, node.Options{})
@@ -210,7 +211,8 @@ func (w *fsckWorld) repairsFromRegistry(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error()+out, "dedupctl fsck --repair") {
 		t.Errorf("a container of a damaged image: %q, %v", out, err)
 	}
-	if out, err := dedupctl(t, w.n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out, "what to do:") {
+	if out, err := dedupctl(t, w.n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out,
+		"what to do:") {
 		t.Errorf("dedupctl fsck says %q, %v", out, err)
 	}
 	if r := fsck(t, w.n, 0, "--repair"); len(r.Fetched) < 2 {

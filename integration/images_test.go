@@ -73,12 +73,15 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	base, shared := busybox(t), layer(t, files(0, 40)...)
 	refs := map[string]string{}
 	for name, layers := range map[string][]*image.Layer{
-		"a":      {base, shared, layer(t, files(30, 90)...)},                                  // a layer and payloads with b, payloads in two of its layers
-		"b":      {base, shared, layer(t, files(60, 120)...)},                                 // base is common to all but alone
-		"prefix": {base, shared},                                                              // all of it is in others
-		"alone":  {layer(t, files(200, 260)...), layer(t, image.File("small", "x"))},          // nothing is
-		"both":   {base, layer(t, files(300, 350)...), layer(t, files(300, 330)...)},          // in two namespaces
-		"leased": {base, layer(t, files(500, 520)...)},                                        // a build, say, has a lease on it
+		// a layer and payloads with b, payloads in two of its layers
+		"a": {base, shared, layer(t, files(30, 90)...)},
+		// base is common to all but alone
+		"b":      {base, shared, layer(t, files(60, 120)...)},
+		"prefix": {base, shared},                                                     // all of it is in others
+		"alone":  {layer(t, files(200, 260)...), layer(t, image.File("small", "x"))}, // nothing is
+		"both":   {base, layer(t, files(300, 350)...), layer(t, files(300, 330)...)}, // in two namespaces
+		// a build, say, has a lease on it
+		"leased": {base, layer(t, files(500, 520)...)},
 		"used":   {base, layer(t, files(400, 450)...), layer(t, image.File("etc/mark", "u"))}, // by a container
 	} {
 		refs[name] = push(t, r, name+":1", layers...)
@@ -94,7 +97,8 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	must(t, err)
 	chain, err := n.ChainID(ctx, refs["leased"])
 	must(t, err)
-	must(t, n.Client().LeasesService().AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" + node.Snapshotter}))
+	must(t, n.Client().LeasesService().AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" +
+		node.Snapshotter}))
 	settle(t, n)
 
 	checkShown(t, shownImages(t, n), refs)
@@ -128,7 +132,8 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 		t.Error(shown)
 	}
 	must(t, n.StopContainerd())
-	if out, err := dedupctl(t, n, "images"); err == nil || !strings.Contains(out, "containerd does not answer on containerd_address") {
+	if out, err := dedupctl(t, n, "images"); err == nil || !strings.Contains(out,
+		"containerd does not answer on containerd_address") {
 		t.Errorf("without containerd: %v: %s", err, out)
 	}
 }
@@ -150,13 +155,15 @@ func checkShown(t *testing.T, shown map[string]shownImage, refs map[string]strin
 		t.Errorf("an image that others contain: %+v", p)
 	}
 	alone := shown["default "+refs["alone"]]
-	if alone.ExclusiveBytes != alone.StoredBytes || alone.FreedBytes != alone.StoredBytes || alone.FreedBytes < alone.LogicalBytes {
+	if alone.ExclusiveBytes != alone.StoredBytes || alone.FreedBytes != alone.StoredBytes ||
+		alone.FreedBytes < alone.LogicalBytes {
 		t.Errorf("an image that shares nothing: %+v", alone)
 	}
 }
 
-// removes removes an image under all its names and compares what went from the disk with what was said. A pack keeps dead
-// payloads until it is merged, and two ingests at once may both have stored one: what is dead goes sooner or later than said.
+// removes removes an image under all its names and compares what went from the disk with what was said. A pack keeps
+// dead payloads until it is merged, and two ingests at once may both have stored one: what is dead goes sooner or later
+// than said.
 func removes(t *testing.T, n *node.Node, metrics string, ctx context.Context, ns string, refs []string) {
 	slices.Sort(refs)
 	want, ok := shownImages(t, n)[ns+" "+strings.Join(refs, " ")]
@@ -173,7 +180,8 @@ func removes(t *testing.T, n *node.Node, metrics string, ctx context.Context, ns
 	t.Logf("said %d bytes, with the dead ones %d, %d inodes, %d bytes of blobs; went %d, %d, %d",
 		want.FreedBytes, said, want.FreedInodes, want.FreedBlobBytes, got.Bytes, got.Inodes, gotBlobs.Bytes)
 	tables := 16384 * max(got.Inodes, 0) // what packs and images take for themselves
-	if !near(said, got.Bytes) && math.Abs(float64(got.Bytes-said)) > float64(tables) || !near(want.FreedBlobBytes, gotBlobs.Bytes) {
+	if !near(said, got.Bytes) && math.Abs(float64(got.Bytes-said)) > float64(tables) || !near(want.FreedBlobBytes,
+		gotBlobs.Bytes) {
 		t.Errorf("removing %v frees %+v and %d bytes of blobs, dedupctl images said %+v, and %d bytes with the dead ones",
 			refs, got, gotBlobs.Bytes, want, said)
 	}

@@ -79,7 +79,8 @@ func TestManifests(t *testing.T) {
 	}
 	container := template.Spec.Containers[0]
 	want := map[string]corev1.MountPropagationMode{
-		"/run/containerd-dedup-grpc": corev1.MountPropagationBidirectional, "/run/containerd": corev1.MountPropagationHostToContainer,
+		"/run/containerd-dedup-grpc":     corev1.MountPropagationBidirectional,
+		"/run/containerd":                corev1.MountPropagationHostToContainer,
 		"/var/lib/containerd-dedup-grpc": "", "/var/lib/containerd/io.containerd.content.v1.content": "",
 	}
 	for _, vm := range container.VolumeMounts {
@@ -108,8 +109,8 @@ func TestManifests(t *testing.T) {
 	}
 }
 
-// The DaemonSet's pod serves pods of its RuntimeClass, on a fresh machine through CRI as a kubelet starts them: both mount
-// in containerd's sight, other pods stay with overlayfs, and containers outlive the daemon's pod.
+// The DaemonSet's pod serves pods of its RuntimeClass, on a fresh machine through CRI as a kubelet starts them: both
+// mount in containerd's sight, other pods stay with overlayfs, and containers outlive the daemon's pod.
 func TestDaemonSet(t *testing.T) {
 	t.Parallel()
 	daemonSetServes(t, false)
@@ -184,7 +185,8 @@ func bootKubelet(t *testing.T, discard bool) *kubelet {
 	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
 	must(t, err)
 	k.machine = bootContainerd(t, func(_ *testing.T, o *machine.Options) {
-		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true", "SystemdCgroup = false", 1)
+		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true",
+			"SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
 			"[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"" + k.images["pause"] + "\"\n" +
 			fmt.Sprintf("[plugins.\"io.containerd.cri.v1.images\"]\n  discard_unpacked_layers = %v\n", discard) +
@@ -193,7 +195,8 @@ func bootKubelet(t *testing.T, discard bool) *kubelet {
 		for name, text := range k.m.config.Data {
 			o.Files["/configmap/"+name] = text
 		}
-		o.Binds = append(o.Binds, machine.Bind{Source: filepath.Join(root, "bin/dedupctl"), Target: "/usr/local/bin/dedupctl"})
+		o.Binds = append(o.Binds, machine.Bind{Source: filepath.Join(root, "bin/dedupctl"),
+			Target: "/usr/local/bin/dedupctl"})
 	})
 	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
 	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
@@ -223,7 +226,8 @@ func (k *kubelet) run(t *testing.T, script string) string {
 	t.Helper()
 	out, err := k.machine.Run(testContext(t), script)
 	if err != nil {
-		log, _ := k.machine.Run(testContext(t), "journalctl -n 60 -u containerd | grep -v 'loading plugin'; cat /var/log/pods/*.log")
+		log, _ := k.machine.Run(testContext(t), "journalctl -n 60 -u containerd | grep -v 'loading plugin'; cat "+
+			"/var/log/pods/*.log")
 		t.Fatal(err, log)
 	}
 	return out
@@ -300,7 +304,8 @@ func (k *kubelet) start(t *testing.T, handler, name string, config *cri.Containe
 	must(t, err)
 	ran, err := k.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandbox, RuntimeHandler: handler})
 	must(t, err)
-	made, err := k.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: ran.PodSandboxId, Config: config, SandboxConfig: sandbox})
+	made, err := k.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: ran.PodSandboxId, Config: config,
+		SandboxConfig: sandbox})
 	must(t, err)
 	_, err = k.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: made.ContainerId})
 	must(t, err)
@@ -309,7 +314,8 @@ func (k *kubelet) start(t *testing.T, handler, name string, config *cri.Containe
 
 func (k *kubelet) exec(t *testing.T, p pod, script string) string {
 	t.Helper()
-	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container, Cmd: []string{"sh", "-c", script}, Timeout: 60})
+	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container, Cmd: []string{"sh", "-c",
+		script}, Timeout: 60})
 	must(t, err)
 	return string(done.Stdout) + string(done.Stderr)
 }

@@ -54,7 +54,8 @@ func (m *matrixTable) add(row string, fetched, layers int) {
 
 func (m *matrixTable) String() string {
 	var text strings.Builder
-	text.WriteString("layer blobs asked of the registry / layers of the image; the config blob and the manifest come with every pull\n" +
+	text.WriteString("layer blobs asked of the registry / layers of the image; the config blob and the manifest come " +
+		"with every pull\n" +
 		"of an image that is new to the namespace. on-a-miss: containerd fetches what lies above a miss before it asks.\n" +
 		"ctr-local, and ctr of 1.7, which is the same client: all blobs are fetched before anybody is asked.\n")
 	w := tabwriter.NewWriter(&text, 0, 8, 2, ' ', 0)
@@ -102,7 +103,10 @@ func matrixNode(t *testing.T, table *matrixTable, title string, reference *node.
 	}
 	for _, cl := range []puller{
 		{name: "ctr", pull: pull(n.Pull), namespace: "ctr", other: "ctr-2"},
-		{name: "client", pull: func(ctx context.Context, ref string) error { return n.PullClient(ctx, node.Snapshotter, ref) }, namespace: "client", other: "client-2"},
+		{name: "client", pull: func(ctx context.Context, ref string) error {
+			return n.PullClient(ctx, node.Snapshotter,
+				ref)
+		}, namespace: "client", other: "client-2"},
 		{name: "ctr-local", pull: pull(n.PullLocal), namespace: "local", other: "local-2", fetchesAll: true},
 		{name: "CRI", pull: c.Pull, namespace: node.CRINamespace},
 	} {
@@ -121,19 +125,22 @@ func matrixNode(t *testing.T, table *matrixTable, title string, reference *node.
 
 func matrix(t *testing.T, table *matrixTable, n, reference *node.Node, cl puller) {
 	own := func(name string) *image.Layer {
-		return layer(t, image.Dir(name), payload(cl.name, name+"/file", 9000), image.File(name+"/small", cl.name), image.Symlink(name+"/link", "small"))
+		return layer(t, image.Dir(name), payload(cl.name, name+"/file", 9000), image.File(name+"/small", cl.name),
+			image.Symlink(name+"/link", "small"))
 	}
 	base, app, mid := own("base"), own("app"), own("mid")
 	again := func(opts image.LayerOptions) *image.Layer {
 		l, err := image.FromEntries(t.TempDir(), opts,
-			image.Dir("app"), payload(cl.name, "app/file", 9000), image.File("app/small", cl.name), image.Symlink("app/link", "small"))
+			image.Dir("app"), payload(cl.name, "app/file", 9000), image.File("app/small", cl.name), image.Symlink("app/link",
+				"small"))
 		must(t, err)
 		if l.Diff != app.Diff || l.Hash == app.Hash {
 			t.Fatalf("the layer in another compression (%+v) is not what the test needs", opts)
 		}
 		return l
 	}
-	zstd, level, plain := again(image.LayerOptions{Compression: image.Zstd}), again(image.LayerOptions{Level: 1}), again(image.LayerOptions{Compression: image.None})
+	zstd, level, plain := again(image.LayerOptions{Compression: image.Zstd}), again(image.LayerOptions{Level: 1}),
+		again(image.LayerOptions{Compression: image.None})
 	low, cut, over := whiteouts(t, cl.name)
 	registries := []*registry.Registry{startRegistry(t), startRegistry(t), startRegistry(t)}
 	for _, row := range []matrixRow{
@@ -155,7 +162,8 @@ func matrix(t *testing.T, table *matrixTable, n, reference *node.Node, cl puller
 	}
 }
 
-func matrixPull(t *testing.T, table *matrixTable, n, reference *node.Node, cl puller, row matrixRow, registries []*registry.Registry) {
+func matrixPull(t *testing.T, table *matrixTable, n, reference *node.Node, cl puller, row matrixRow,
+	registries []*registry.Registry) {
 	r := registries[row.registry]
 	ref := push(t, r, row.name+":1", row.layers...)
 	before, err := r.Log()
@@ -200,7 +208,8 @@ func whiteouts(t *testing.T, who string) (low, cut, over *image.Layer) {
 	low = layer(t,
 		image.Dir("w"), image.File("w/gone", who), image.File("w/back", "low"), image.File("w/type-file", "low"),
 		image.Dir("w/dir"), image.File("w/dir/below", "low"), image.Dir("w/dir/sub"), payload(who, "w/dir/sub/file", 5000),
-		image.Dir("w/opaque"), image.File("w/opaque/below", "low"), image.Dir("w/opaque/sub"), image.File("w/opaque/sub/below", "low"),
+		image.Dir("w/opaque"), image.File("w/opaque/below", "low"), image.Dir("w/opaque/sub"),
+		image.File("w/opaque/sub/below", "low"),
 		image.Dir("w/type-dir"), image.File("w/type-dir/below", "low"), image.Symlink("w/type-link", "dir"))
 	cut = layer(t,
 		image.Dir("w"), image.File("w/.wh.gone", ""), image.File("w/.wh.back", ""), image.File("w/.wh.dir", ""),
@@ -210,7 +219,8 @@ func whiteouts(t *testing.T, who string) (low, cut, over *image.Layer) {
 		image.Dir("w/type-link"), image.File("w/type-link/inside", "cut"))
 	over = layer(t,
 		image.Dir("w"), image.File("w/back", "over "+who), image.Dir("w/dir"), image.File("w/dir/new", "over"),
-		image.Dir("w/opaque"), image.Dir("w/opaque/sub"), image.File("w/opaque/sub/new", "over"), image.File("w/opaque/.wh.above", ""),
+		image.Dir("w/opaque"), image.Dir("w/opaque/sub"), image.File("w/opaque/sub/new", "over"),
+		image.File("w/opaque/.wh.above", ""),
 		image.Dir("w/type-dir"), image.File("w/type-dir/inside", "over"), image.Symlink("w/type-file", "type-dir"))
 	return low, cut, over
 }
@@ -268,13 +278,15 @@ func dumpIn(t *testing.T, n *node.Node, ctx context.Context, snapshotter, ref st
 func forget(t *testing.T, n *node.Node, ctx context.Context, layers []*image.Layer) {
 	t.Helper()
 	for _, l := range layers {
-		if err := n.Client().ContentStore().Delete(ctx, digest.Digest(l.Hash.String())); err != nil && !errdefs.IsNotFound(err) {
+		if err := n.Client().ContentStore().Delete(ctx, digest.Digest(l.Hash.String())); err != nil &&
+			!errdefs.IsNotFound(err) {
 			t.Fatal(err)
 		}
 	}
 	collectGarbage(t, n)
 	for _, l := range layers {
-		if _, err := os.Stat(filepath.Join(n.Dir(), "c/io.containerd.content.v1.content/blobs/sha256", l.Hash.Hex)); !os.IsNotExist(err) {
+		if _, err := os.Stat(filepath.Join(n.Dir(), "c/io.containerd.content.v1.content/blobs/sha256",
+			l.Hash.Hex)); !os.IsNotExist(err) {
 			t.Errorf("blob %s stays: %v", l.Hash, err)
 		}
 	}

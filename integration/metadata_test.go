@@ -13,8 +13,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
-// A damaged record of metadata.db harms its image alone; fsck names that; no garbage collection removes what the record may have been
-// about; and with the image removed and pulled again all is as before.
+// A damaged record of metadata.db harms its image alone; fsck names that; no garbage collection removes what the record
+// may have been about; and with the image removed and pulled again all is as before.
 func TestDamagedMetadata(t *testing.T) {
 	t.Parallel()
 	n := startDedup(t, node.Options{})
@@ -39,7 +39,8 @@ func TestDamagedMetadata(t *testing.T) {
 		t.Errorf("fsck finds %+v", r)
 	}
 	out, err := n.Run(ctx, node.Snapshotter, harmed, "true")
-	if err == nil || !strings.Contains(out+err.Error(), "its record in metadata.db is damaged") || !strings.Contains(out+err.Error(), "dedupctl fsck") {
+	if err == nil || !strings.Contains(out+err.Error(), "its record in metadata.db is damaged") ||
+		!strings.Contains(out+err.Error(), "dedupctl fsck") {
 		t.Errorf("a container of the harmed image: %q, %v", out, err)
 	}
 	if out, err := n.Run(ctx, node.Snapshotter, other, "echo", "fine"); err != nil || out != "fine\n" {
@@ -79,7 +80,8 @@ func changeRecord(t *testing.T, path, chain string) {
 				return nil
 			}
 			found = true
-			return all.Bucket(name).Bucket([]byte("labels")).Put([]byte("dedup-snapshotter.io/layer"), []byte(strings.Repeat("ab", 32)))
+			return all.Bucket(name).Bucket([]byte("labels")).Put([]byte("dedup-snapshotter.io/layer"),
+				[]byte(strings.Repeat("ab", 32)))
 		})
 	}))
 	must(t, db.Close())

@@ -27,7 +27,8 @@ func TestMetrics(t *testing.T) {
 	after := scrape(t, address)
 	// Layers are ingested ahead of their turn, and served or ingested in Prepare once their blobs are there: no hits.
 	misses := after.sum(requests, `door="prepare"`, `result="miss"`)
-	brought := after.sum(requests, `door="apply"`, `result="miss"`) + after.sum(requests, `door="prepare"`, `reason="ahead"`) +
+	brought := after.sum(requests, `door="apply"`, `result="miss"`) + after.sum(requests, `door="prepare"`,
+		`reason="ahead"`) +
 		after.sum(requests, `door="prepare"`, `reason="ingested"`)
 	if misses != 3 || brought != 3 || after.sum(requests, `result="hit"`) != 0 {
 		t.Errorf("a first pull of three layers: %v", after.of(requests))
@@ -35,10 +36,12 @@ func TestMetrics(t *testing.T) {
 	if got := after.sum("dedup_ingests_total", `source="blob"`, `result="new"`); got != 3 {
 		t.Errorf("%v layers were ingested, want 3", got)
 	}
-	if got, added := after.sum("dedup_ingest_bytes_total"), after.sum("dedup_ingest_added_bytes_total"); got < 4<<20 || added < 4<<20 || added > 2*got {
+	if got, added := after.sum("dedup_ingest_bytes_total"), after.sum("dedup_ingest_added_bytes_total"); got < 4<<20 ||
+		added < 4<<20 || added > 2*got {
 		t.Errorf("%v bytes were read, %v added", got, added)
 	}
-	if after.sum("dedup_ingest_seconds_total", `stage="read"`) <= 0 || after.sum("dedup_ingest_seconds_total", `stage="sync"`) <= 0 {
+	if after.sum("dedup_ingest_seconds_total", `stage="read"`) <= 0 || after.sum("dedup_ingest_seconds_total",
+		`stage="sync"`) <= 0 {
 		t.Errorf("no time was spent: %v", after.of("dedup_ingest_seconds_total"))
 	}
 
@@ -46,7 +49,8 @@ func TestMetrics(t *testing.T) {
 	other := push(t, second, "other:1", layers[2], layers[0], layers[1])
 	pull(t, n, node.Snapshotter, other)
 	before, after := after, scrape(t, address)
-	if hits := after.sum(requests, `door="prepare"`, `result="hit"`); hits != 3 || after.sum(requests) != before.sum(requests)+3 {
+	if hits := after.sum(requests, `door="prepare"`, `result="hit"`); hits != 3 ||
+		after.sum(requests) != before.sum(requests)+3 {
 		t.Errorf("a pull of three known layers: %v", after.of(requests))
 	}
 	if before.sum("dedup_ingest_bytes_total") != after.sum("dedup_ingest_bytes_total") {
@@ -54,8 +58,10 @@ func TestMetrics(t *testing.T) {
 	}
 	// Both images are counted, what is stored is so once.
 	logical, stored := after.sum("dedup_logical_bytes"), after.sum("dedup_stored_bytes")
-	if logical < 2*(3<<20) || stored > 8<<20 || after.sum("dedup_ratio") != logical/stored || after.sum("dedup_saved_bytes") != logical-stored {
-		t.Errorf("logical %v, stored %v, ratio %v, saved %v", logical, stored, after.sum("dedup_ratio"), after.sum("dedup_saved_bytes"))
+	if logical < 2*(3<<20) || stored > 8<<20 || after.sum("dedup_ratio") != logical/stored ||
+		after.sum("dedup_saved_bytes") != logical-stored {
+		t.Errorf("logical %v, stored %v, ratio %v, saved %v", logical, stored, after.sum("dedup_ratio"),
+			after.sum("dedup_saved_bytes"))
 	}
 
 	for _, ref := range []string{ref, other} {
@@ -64,8 +70,10 @@ func TestMetrics(t *testing.T) {
 	forget(t, n, ctx, nil) // collects garbage
 	eventually(t, "the layers to be gone", func() bool { return scrape(t, address).sum("dedup_layers") == 0 })
 	after = scrape(t, address)
-	if after.sum("dedup_gc_layers_total") != 3 || after.sum("dedup_gc_bytes_total") < 4<<20 || after.sum("dedup_gc_errors_total") != 0 {
-		t.Errorf("%v layers and %v bytes were removed, with %v errors", after.sum("dedup_gc_layers_total"), after.sum("dedup_gc_bytes_total"), after.sum("dedup_gc_errors_total"))
+	if after.sum("dedup_gc_layers_total") != 3 || after.sum("dedup_gc_bytes_total") < 4<<20 ||
+		after.sum("dedup_gc_errors_total") != 0 {
+		t.Errorf("%v layers and %v bytes were removed, with %v errors", after.sum("dedup_gc_layers_total"),
+			after.sum("dedup_gc_bytes_total"), after.sum("dedup_gc_errors_total"))
 	}
 }
 

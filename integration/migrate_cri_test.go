@@ -17,8 +17,8 @@ import (
 
 const criImages = "io.containerd.cri.v1.images"
 
-// A kubelet's node moves from overlayfs to dedup: after migrate and the switch of CRI's snapshotter all images are there, nothing is
-// pulled, the old pod runs on and a new one runs from dedup.
+// A kubelet's node moves from overlayfs to dedup: after migrate and the switch of CRI's snapshotter all images are
+// there, nothing is pulled, the old pod runs on and a new one runs from dedup.
 func TestMigrateCRI(t *testing.T) {
 	t.Parallel()
 	r := startRegistry(t)
@@ -26,7 +26,8 @@ func TestMigrateCRI(t *testing.T) {
 	must(t, err)
 	pause := pushImage(t, r, "pause:1", pauseImage)
 	app := push(t, r, "app:1", busybox(t), dataLayer(t))
-	n := startDedup(t, node.Options{CRI: true, PauseImage: pause, Plugins: map[string]map[string]any{criImages: {"snapshotter": "overlayfs"}}})
+	n := startDedup(t, node.Options{CRI: true, PauseImage: pause,
+		Plugins: map[string]map[string]any{criImages: {"snapshotter": "overlayfs"}}})
 	ctx := testContext(t)
 	c, err := n.CRI(ctx)
 	must(t, err)
@@ -57,7 +58,8 @@ func TestMigrateCRI(t *testing.T) {
 	if len(after) != len(before) {
 		t.Errorf("the registry was asked: %+v", after[len(before):])
 	}
-	for id, want := range map[string]string{oldPod: "overlayfs", old: "overlayfs", newPod: node.Snapshotter, fresh: node.Snapshotter} {
+	for id, want := range map[string]string{oldPod: "overlayfs", old: "overlayfs", newPod: node.Snapshotter,
+		fresh: node.Snapshotter} {
 		got, err := n.Client().ContainerService().Get(namespaces.WithNamespace(ctx, node.CRINamespace), id)
 		must(t, err)
 		if got.Snapshotter != want {
@@ -66,7 +68,8 @@ func TestMigrateCRI(t *testing.T) {
 	}
 	for _, id := range []string{old, fresh} {
 		eventually(t, "the container to read its files again and again", func() bool {
-			done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"sh", "-c", "test $(wc -c < /rounds) -gt 3"}, Timeout: 60})
+			done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"sh", "-c",
+				"test $(wc -c < /rounds) -gt 3"}, Timeout: 60})
 			return err == nil && done.ExitCode == 0
 		})
 	}
@@ -106,15 +109,20 @@ func startPod(t *testing.T, c *node.CRI, ref string, command ...string) (pod, co
 	sandbox := &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: node.NewID("pod"), Uid: node.NewID("uid"), Namespace: "test"},
 		LogDirectory: t.TempDir(),
-		Linux:        &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork}},
+		Linux: &cri.LinuxPodSandboxConfig{
+			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork},
+		},
 	}
 	run, err := c.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandbox})
 	must(t, err)
 	created, err := c.CreateContainer(ctx, &cri.CreateContainerRequest{
 		PodSandboxId: run.PodSandboxId, SandboxConfig: sandbox,
 		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: "main"}, Image: &cri.ImageSpec{Image: ref}, Command: command, LogPath: "main.log",
-			Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork}},
+			Metadata: &cri.ContainerMetadata{Name: "main"}, Image: &cri.ImageSpec{Image: ref}, Command: command,
+			LogPath: "main.log",
+			Linux: &cri.LinuxContainerConfig{
+				SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork},
+			},
 		},
 	})
 	must(t, err)

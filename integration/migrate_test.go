@@ -39,7 +39,8 @@ func freshDisk(t *testing.T) string {
 	if err != nil {
 		t.Skip("needs mkfs.ext4 (e2fsprogs)")
 	}
-	out, err := exec.CommandContext(testContext(t), mkfs, "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", file).CombinedOutput()
+	out, err := exec.CommandContext(testContext(t), mkfs, "-q", "-F", "-E",
+		"lazy_itable_init=0,lazy_journal_init=0,nodiscard", file).CombinedOutput()
 	if err != nil {
 		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
 	}
@@ -159,14 +160,16 @@ func TestAnalyzePredictsMigration(t *testing.T) {
 		t.Fatal(err, out)
 	}
 	must(t, json.Unmarshal([]byte(out), &a))
-	if again := diskUsed(t, disk); again-before > 256<<10 || before-again > 256<<10 { // containerd writes a little, to its log
+	// containerd writes a little, to its log
+	if again := diskUsed(t, disk); again-before > 256<<10 || before-again > 256<<10 {
 		t.Errorf("analyze changed the disk by %d bytes", again-before)
 	}
 	if len(a.Images) != len(images)+2 || a.Containers != 1 || a.InUse.Bytes <= 0 || a.Layers != a.DiffIDs+1 {
 		t.Errorf("%+v", a)
 	}
 	if a.Layer.Bytes >= a.Now.Bytes || a.File.Bytes >= a.Layer.Bytes || a.Python.Bytes >= a.File.Bytes {
-		t.Errorf("by layer %d, by file %d, with Python %d of %d bytes", a.Layer.Bytes, a.File.Bytes, a.Python.Bytes, a.Now.Bytes)
+		t.Errorf("by layer %d, by file %d, with Python %d of %d bytes", a.Layer.Bytes, a.File.Bytes, a.Python.Bytes,
+			a.Now.Bytes)
 	}
 	if len(a.Duplicates) == 0 || !strings.HasSuffix(a.Duplicates[0].Path, "-packages") {
 		t.Errorf("most duplicates are not where packages are: %+v", a.Duplicates)
@@ -181,7 +184,8 @@ func TestAnalyzePredictsMigration(t *testing.T) {
 	saved := before - diskUsed(t, disk)
 	predicted := a.Now.Bytes - a.InUse.Bytes - a.Python.Bytes
 	off := 100 * float64(predicted-saved) / float64(saved)
-	t.Logf("predicted %d bytes, saved %d: off by %.2f %%; now %d, in use %d, python %d", predicted, saved, off, a.Now.Bytes, a.InUse.Bytes, a.Python.Bytes)
+	t.Logf("predicted %d bytes, saved %d: off by %.2f %%; now %d, in use %d, python %d", predicted, saved, off,
+		a.Now.Bytes, a.InUse.Bytes, a.Python.Bytes)
 	if saved <= 0 || off < -2 || off > 2 {
 		t.Errorf("predicted %d bytes, saved %d: off by %.2f %%", predicted, saved, off)
 	}
@@ -191,7 +195,8 @@ func TestAnalyzePredictsMigration(t *testing.T) {
 func migrationImages(t *testing.T) (base *image.Layer, images map[string][]*image.Layer) {
 	t.Helper()
 	base, apps := demoImages(t)
-	images = map[string][]*image.Layer{"one:1": {apps[0]}, "two:1": {apps[1]}, "deep:1": {apps[0], layer(t, payload("deep", "own", 1<<20))}}
+	images = map[string][]*image.Layer{"one:1": {apps[0]}, "two:1": {apps[1]}, "deep:1": {apps[0],
+		layer(t, payload("deep", "own", 1<<20))}}
 	if os.Getenv("DEDUP_LONG") == "" {
 		return base, images
 	}
@@ -257,11 +262,13 @@ func migratesAndGoesBack(t *testing.T, opts node.Options) {
 		t.Errorf("dry run: %v, %+v", states, m)
 	}
 	// One image alone, as on a disk that has no room for all of them twice.
-	if states, m = migrate(t, n, false, "--remove-old", refs["two:1"]); len(states) != 1 || m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 {
+	if states, m = migrate(t, n, false, "--remove-old", refs["two:1"]); len(states) != 1 || m.Removed != 1 ||
+		m.Kept != 2 || m.RemovedBytes < 20_000 {
 		t.Errorf("one image: %v, %+v", states, m)
 	}
 	states, m = migrate(t, n, false, "--remove-old")
-	if m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 || !slices.Equal(m.Containers, []string{node.Namespace + "/" + running}) {
+	if m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 || !slices.Equal(m.Containers, []string{node.Namespace +
+		"/" + running}) {
 		t.Errorf("while a container runs: %v, %+v", states, m)
 	}
 	readsOn(t, n, pid)
@@ -296,7 +303,8 @@ func migratesPartly(t *testing.T, n *node.Node, refs map[string]string) {
 		args []string
 		want map[string]string
 	}{
-		{[]string{"--dry-run"}, map[string]string{"one:1": "to migrate", "two:1": "to migrate", "zstd:1": "to migrate", "partial:1": "incomplete"}},
+		{[]string{"--dry-run"}, map[string]string{"one:1": "to migrate", "two:1": "to migrate", "zstd:1": "to migrate",
+			"partial:1": "incomplete"}},
 		{nil, map[string]string{"one:1": "migrated", "two:1": "migrated", "zstd:1": "migrated", "partial:1": "incomplete"}},
 		{nil, map[string]string{"one:1": "present", "two:1": "present", "zstd:1": "present", "partial:1": "incomplete"}},
 	} {
@@ -307,10 +315,12 @@ func migratesPartly(t *testing.T, n *node.Node, refs map[string]string) {
 	}
 	out := migrateText(t, n)
 	hint := "dedupctl complete --namespace default " + refs["partial:1"]
-	if !strings.Contains(out, hint) || !strings.Contains(out, "1 image of 4 not migrated") || !strings.Contains(out, "migrate --remove-old removes") {
+	if !strings.Contains(out, hint) || !strings.Contains(out, "1 image of 4 not migrated") || !strings.Contains(out,
+		"migrate --remove-old removes") {
 		t.Errorf("%q is not in\n%s", hint, out)
 	}
-	if out, err := dedupctl(t, n, "complete", "--containerd-address", n.Address(), "--plain-http", "--hosts-dir", "", refs["partial:1"]); err != nil {
+	if out, err := dedupctl(t, n, "complete", "--containerd-address", n.Address(), "--plain-http", "--hosts-dir", "",
+		refs["partial:1"]); err != nil {
 		t.Fatal(err, out)
 	}
 	states, _ := migrate(t, n, false, refs["partial:1"])
@@ -325,7 +335,8 @@ func goesBack(t *testing.T, n *node.Node, refs map[string]string) {
 	must(t, err)
 	pid := pidOf(t, n, running)
 	states, m := migrate(t, n, false, "--undo", "--dry-run")
-	if states["one:1"] != "to migrate" || states["zstd:1"] != "to migrate" || m.Removed != 2 || m.Kept != 2 || m.RemovedBytes <= 0 {
+	if states["one:1"] != "to migrate" || states["zstd:1"] != "to migrate" || m.Removed != 2 || m.Kept != 2 ||
+		m.RemovedBytes <= 0 {
 		t.Errorf("dry run of undo: %v, %+v", states, m)
 	}
 	states, m = migrate(t, n, false, "--undo")

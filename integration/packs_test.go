@@ -61,7 +61,8 @@ func packed(n *node.Node) (sum int64) {
 	return sum
 }
 
-// dropCache takes all payloads out of the page cache, as far as nobody maps them: the packs, and what is mounted of them.
+// dropCache takes all payloads out of the page cache, as far as nobody maps them: the packs, and what is mounted of
+// them.
 func dropCache(t *testing.T, n *node.Node) {
 	t.Helper()
 	paths, err := filepath.Glob(filepath.Join(n.DedupRoot(), "packs/*.erofs"))

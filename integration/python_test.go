@@ -78,7 +78,8 @@ func pythonImages(t *testing.T) []pythonImage {
 	must(t, err)
 	oldBase, err := older.Debian(ctx)
 	must(t, err)
-	return append(images, pythonImage{"3.9", []*image.Layer{oldBase}, "import asyncio, email.mime.text, http.server, json, logging.config, sqlite3, unittest.mock, xml.sax"})
+	return append(images, pythonImage{"3.9", []*image.Layer{oldBase}, "import asyncio, email.mime.text, http.server, " +
+		"json, logging.config, sqlite3, unittest.mock, xml.sax"})
 }
 
 // Every compiled file that is valid for Python with overlayfs is valid for it with dedup, in a container with
@@ -102,8 +103,10 @@ func TestPythonUsesItsBytecode(t *testing.T) {
 				}
 				got, want := found[node.Snapshotter], found["overlayfs"]
 				t.Logf("%d valid, %d by hash, %d stale, %d without", got.Valid, got.Hashed, len(got.Stale), len(got.Missing))
-				if got.Valid != want.Valid || got.Valid < 400 || len(got.Stale) != len(want.Stale) || len(got.Missing) != len(want.Missing) {
-					t.Errorf("with overlayfs it is %d valid, %d stale, %d without; stale here: %q", want.Valid, len(want.Stale), len(want.Missing), got.Stale)
+				if got.Valid != want.Valid || got.Valid < 400 || len(got.Stale) != len(want.Stale) ||
+					len(got.Missing) != len(want.Missing) {
+					t.Errorf("with overlayfs it is %d valid, %d stale, %d without; stale here: %q", want.Valid, len(want.Stale),
+						len(want.Missing), got.Stale)
 				}
 				importsCompileNothing(t, n, ref, img.imports)
 			})
@@ -158,7 +161,8 @@ func TestPythonRunsNewCode(t *testing.T) {
 	changed := strings.Replace(source, version[0], `__version__ = "`+strings.Repeat("9", len(version[1]))+`"`, 1)
 	nines := strings.Repeat("9", len(version[1])) + "\n"
 
-	out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", "sed -i 's/"+version[1]+"/"+strings.Repeat("9", len(version[1]))+"/' "+edited+" && "+showEdited)
+	out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", "sed -i 's/"+version[1]+"/"+strings.Repeat("9",
+		len(version[1]))+"/' "+edited+" && "+showEdited)
 	must(t, err)
 	if out != nines {
 		t.Errorf("edited in a container: %q", out)
@@ -191,8 +195,10 @@ func upgradedByPip(t *testing.T, n *node.Node, ref string) {
 	must(t, err)
 	wheels, err := set.Wheels(testContext(t))
 	must(t, err)
-	pip := "python3 /mnt/" + inputs.Pip + " install --quiet --root-user-action=ignore --no-index --no-deps --break-system-packages --find-links /mnt/" + inputs.OlderWheels
-	out, err := n.RunWith(testContext(t), node.Snapshotter, []string{"--mount", "type=bind,src=" + wheels + ",dst=/mnt,options=rbind:ro"}, ref,
+	pip := "python3 /mnt/" + inputs.Pip + " install --quiet --root-user-action=ignore --no-index --no-deps " +
+		"--break-system-packages --find-links /mnt/" + inputs.OlderWheels
+	out, err := n.RunWith(testContext(t), node.Snapshotter, []string{"--mount", "type=bind,src=" + wheels +
+		",dst=/mnt,options=rbind:ro"}, ref,
 		"sh", "-c", showEdited+" && "+pip+" six==1.16.0 && "+showEdited)
 	must(t, err)
 	if got := strings.Fields(out); len(got) != 2 || got[0] == got[1] || got[1] != "1.16.0" {
@@ -209,7 +215,8 @@ func TestNormalizedOwnership(t *testing.T) {
 		return e
 	}
 	bb, first, second := busybox(t), layer(t, entry(0)), layer(t, entry(1000))
-	for fidelity, want := range map[content.Fidelity]string{content.Exact: "1000 1700001000\n", content.Python: "1000 1700001000\n", content.Normalized: "0 1700000000\n"} {
+	for fidelity, want := range map[content.Fidelity]string{content.Exact: "1000 1700001000\n",
+		content.Python: "1000 1700001000\n", content.Normalized: "0 1700000000\n"} {
 		n, r := startDedup(t, node.Options{Daemon: map[string]any{"fidelity": string(fidelity)}}), startRegistry(t)
 		pull(t, n, node.Snapshotter, push(t, r, "one:1", bb, first))
 		ref := push(t, r, "two:1", bb, second)

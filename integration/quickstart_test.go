@@ -20,10 +20,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
 
-// A fresh Debian that runs containerd, and a person who does what docs/quickstart.md says, command by command, and then what docs/operations.md says to
-// be rid of it again. Two things are
-// made to be as if there were a network: docker.io is answered for on loopback, and Go's modules are there. The build starts from an empty
-// cache with DEDUP_LONG=1.
+// A fresh Debian that runs containerd, and a person who does what docs/quickstart.md says, command by command, and then
+// what docs/operations.md says to be rid of it again. Two things are made to be as if there were a network: docker.io
+// is answered for on loopback, and Go's modules are there. The build starts from an empty cache with DEDUP_LONG=1.
 func TestQuickstart(t *testing.T) {
 	t.Parallel()
 	steps := commands(t, "docs/quickstart.md", "# Quick start")
@@ -89,27 +88,31 @@ func follow(t *testing.T, m *machine.Machine, step string) string {
 	}
 	t.Logf("$ %s\n%s", step, out)
 	if err != nil {
-		log, _ := m.Run(testContext(t), "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u containerd -u containerd-dedup-grpc")
+		log, _ := m.Run(testContext(t), "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u "+
+			"containerd -u containerd-dedup-grpc")
 		t.Fatalf("%v\n%s", err, log)
 	}
 	return out
 }
 
-// goBack has fsck run by a timer and then removes dedup, as docs/operations.md says, while a container runs. Nothing of it is
-// left, and the image is there.
+// goBack has fsck run by a timer and then removes dedup, as docs/operations.md says, while a container runs. Nothing of
+// it is left, and the image is there.
 func goBack(t *testing.T, m *machine.Machine) {
 	t.Helper()
 	for _, step := range commands(t, "docs/operations.md", "## Damage") {
 		follow(t, m, step)
 	}
-	if out := follow(t, m, "systemctl start dedup-fsck.service; systemctl is-active dedup-fsck.timer; systemctl disable --now --quiet dedup-fsck.timer; rm /etc/systemd/system/dedup-fsck.*"); out != "active\n" {
+	if out := follow(t, m, "systemctl start dedup-fsck.service; systemctl is-active dedup-fsck.timer; systemctl "+
+		"disable --now --quiet dedup-fsck.timer; rm /etc/systemd/system/dedup-fsck.*"); out != "active\n" {
 		t.Errorf("the timer is %q", out)
 	}
 	const image = "docker.io/library/python:3.12"
 	steps := commands(t, "docs/operations.md", "## Removal, back to overlayfs")
-	follow(t, m, "ctr run --detach --snapshotter dedup "+image+" kept sleep 1000; ctr task exec --exec-id a kept sh -c 'echo mine > /mine'")
+	follow(t, m, "ctr run --detach --snapshotter dedup "+image+" kept sleep 1000; ctr task exec --exec-id a kept sh "+
+		"-c 'echo mine > /mine'")
 	follow(t, m, steps[0])
-	if out := follow(t, m, "ctr run --rm --snapshotter overlayfs "+image+" new python3 -c 'print(1)'; ctr task exec --exec-id b kept sh -c 'cat /mine; wc -c < /usr/bin/python3'"); !strings.HasPrefix(out, "1\nmine\n") {
+	if out := follow(t, m, "ctr run --rm --snapshotter overlayfs "+image+" new python3 -c 'print(1)'; ctr task exec "+
+		"--exec-id b kept sh -c 'cat /mine; wc -c < /usr/bin/python3'"); !strings.HasPrefix(out, "1\nmine\n") {
 		t.Errorf("after %s: %q", steps[0], out)
 	}
 	// It is made anew.
@@ -122,7 +125,8 @@ func goBack(t *testing.T, m *machine.Machine) {
 	}
 	out := follow(t, m, `ctr run --rm --snapshotter overlayfs `+image+` new python3 -c 'print(2)'
 grep containerd-dedup-grpc /proc/mounts || true
-find /etc /usr /run /var/lib -xdev -name '*dedup*' -not -path '/etc/containerd-dedup-grpc*' 2>/dev/null || true`) // containerd removes snapshots meanwhile
+// containerd removes snapshots meanwhile
+find /etc /usr /run /var/lib -xdev -name '*dedup*' -not -path '/etc/containerd-dedup-grpc*' 2>/dev/null || true`)
 	if out != "2\n" {
 		t.Errorf("left after the removal: %q", out)
 	}
@@ -245,7 +249,8 @@ func pushPython(t *testing.T, r *registry.Registry) {
 	push(t, r, "library/python:3.12", debian)
 }
 
-// commands returns the shell commands of a Markdown file's blocks, or of one of its sections': one element for each line.
+// commands returns the shell commands of a Markdown file's blocks, or of one of its sections': one element for each
+// line.
 func commands(t *testing.T, file string, section ...string) (lines []string) {
 	t.Helper()
 	root, err := node.ModuleRoot()

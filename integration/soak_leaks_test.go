@@ -86,7 +86,8 @@ func (s *soak) sample(t *testing.T) soakSample {
 }
 
 func (s soakSample) String() string {
-	return fmt.Sprintf("%.0f open files, %.0f goroutines, %.0f MB of memory, %.1f MB of heap before the next collection, %d KB and %d inodes on the disk",
+	return fmt.Sprintf("%.0f open files, %.0f goroutines, %.0f MB of memory, %.1f MB of heap before the next "+
+		"collection, %d KB and %d inodes on the disk",
 		s.files, s.goroutines, s.rss/(1<<20), s.target/(1<<20), s.disk.Bytes>>10, s.disk.Inodes)
 }
 
@@ -111,7 +112,8 @@ func (s *soak) noGrowth(t *testing.T) {
 		{"goroutines", func(s soakSample) float64 { return s.goroutines }, 4},
 		{"bytes of memory", func(s soakSample) float64 { return s.rss }, 64 << 20},
 		{"bytes of heap", func(s soakSample) float64 { return s.target }, 8 << 20},
-		{"bytes on the disk", func(s soakSample) float64 { return float64(s.disk.Bytes) }, 1 << 20}, // metadata.db, directories
+		// metadata.db, directories
+		{"bytes on the disk", func(s soakSample) float64 { return float64(s.disk.Bytes) }, 1 << 20},
 		{"inodes on the disk", func(s soakSample) float64 { return float64(s.disk.Inodes) }, 0},
 	} {
 		before, after := smallest(early, row.of), smallest(late, row.of)

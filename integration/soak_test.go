@@ -177,7 +177,8 @@ func soakImages(t *testing.T, r *rand.Rand) (all []soakImage) {
 		for _, e := range entries {
 			h.Write([]byte(e.Content))
 		}
-		all = append(all, soakImage{push(t, registries[i%2], fmt.Sprintf("soak:%d", i), layers...), fmt.Sprintf("%x  -\n", h.Sum(nil))})
+		all = append(all, soakImage{push(t, registries[i%2], fmt.Sprintf("soak:%d", i), layers...), fmt.Sprintf("%x  -\n",
+			h.Sum(nil))})
 	}
 	return all
 }
@@ -235,8 +236,8 @@ func (s *soak) round(t *testing.T, i int, troubled bool) {
 	}
 }
 
-// makeTrouble stops, kills and starts the daemon and containerd until stop is closed, and at most as often as a client has
-// things to do.
+// makeTrouble stops, kills and starts the daemon and containerd until stop is closed, and at most as often as a client
+// has things to do.
 func (s *soak) makeTrouble(stop chan struct{}, troubled bool, r *rand.Rand) error {
 	for i := 0; troubled && i < s.plan.ops; i++ {
 		select {
@@ -320,8 +321,8 @@ func (c *soakClient) pull(ctx context.Context) error {
 	img := c.s.images[c.r.IntN(len(c.s.images))]
 	pull, tries := c.s.n.Pull, 1
 	if c.r.IntN(4) == 0 {
-		// containerd's own race, with any snapshotter: a client that unpacks by itself looks for the parent, and does not hold it; the
-		// garbage collection after an earlier removal may take it away before the next layer is prepared.
+		// containerd's own race, with any snapshotter: a client that unpacks by itself looks for the parent, and does not
+		// hold it; the garbage collection after an earlier removal may take it away before the next layer is prepared.
 		pull, tries = c.s.n.PullLocal, 3
 	}
 	err := pull(ctx, node.Snapshotter, img.ref)

@@ -8,8 +8,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// A layer that no container could be started from fails its pull, as with overlayfs: when it is applied, when it is known
-// from an image where it fits. Nothing of it stays.
+// A layer that no container could be started from fails its pull, as with overlayfs: when it is applied, when it is
+// known from an image where it fits. Nothing of it stays.
 func TestLayersThatDoNotFit(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
@@ -21,10 +21,14 @@ func TestLayersThatDoNotFit(t *testing.T) {
 		on   *image.Layer // what lies below
 		says string
 	}{
-		{"hard link before its target", layer(t, image.Hardlink("l", "late"), payload("unfit", "late", 8000)), base, `hard link "l" names "late", which no layer below has`},
-		{"hard link to nothing", layer(t, payload("unfit", "one", 8000), image.Hardlink("l", "nowhere")), base, `hard link "l" names "nowhere", which no layer below has`},
-		{"hard link to a directory below", layer(t, payload("unfit", "two", 8000), image.Hardlink("l", "there")), dir, `hard link "l" names "there", which is a directory`},
-		{"hard link in a base layer", layer(t, image.Hardlink("l", "nowhere")), nil, `hard link "l" names "nowhere", which no layer below has`},
+		{"hard link before its target", layer(t, image.Hardlink("l", "late"), payload("unfit", "late", 8000)), base,
+			`hard link "l" names "late", which no layer below has`},
+		{"hard link to nothing", layer(t, payload("unfit", "one", 8000), image.Hardlink("l", "nowhere")), base,
+			`hard link "l" names "nowhere", which no layer below has`},
+		{"hard link to a directory below", layer(t, payload("unfit", "two", 8000), image.Hardlink("l", "there")), dir,
+			`hard link "l" names "there", which is a directory`},
+		{"hard link in a base layer", layer(t, image.Hardlink("l", "nowhere")), nil,
+			`hard link "l" names "nowhere", which no layer below has`},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			layers := []*image.Layer{row.bad}
@@ -49,7 +53,8 @@ func TestLayersThatDoNotFit(t *testing.T) {
 		t.Errorf("the image that fits shows %d names", len(got))
 	}
 	bad := push(t, r, "unfit:known", dir, link)
-	if err := n.Pull(testContext(t), node.Snapshotter, bad); err == nil || !strings.Contains(err.Error(), `names "there", which is a directory`) {
+	if err := n.Pull(testContext(t), node.Snapshotter, bad); err == nil || !strings.Contains(err.Error(),
+		`names "there", which is a directory`) {
 		t.Errorf("a known layer on another parent: ctr says %v", err)
 	}
 	if got := dump(t, n, node.Snapshotter, good); len(got) != 3 {

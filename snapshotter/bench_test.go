@@ -57,9 +57,10 @@ func filled(b *testing.B, n int) (*Snapshotter, float64, time.Duration) {
 	ctx := namespaces.WithNamespace(b.Context(), "fill")
 	for i := range n {
 		blob := benchTar(b, i)
-		in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
-			return io.NopCloser(bytes.NewReader(blob)), nil
-		}})
+		in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
+			Open: func(context.Context) (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(blob)), nil
+			}})
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -236,7 +237,8 @@ func BenchmarkCheckMetadata(b *testing.B) {
 	}
 }
 
-// What containerd asks for after each of its garbage collections, on a node with 1,000 images of ten layers, and a container of each.
+// What containerd asks for after each of its garbage collections, on a node with 1,000 images of ten layers, and a
+// container of each.
 func BenchmarkCleanup(b *testing.B) {
 	const images, depth = 1000, 10
 	s, _, _ := filled(b, depth)
@@ -249,7 +251,8 @@ func BenchmarkCleanup(b *testing.B) {
 				if _, err := createSnapshot(ctx, snapshots.KindActive, key, parent, nil); err != nil {
 					return err
 				}
-				labels := map[string]string{labelLayer: ids[l].ID.Hex(), labelRef: digest.FromString(name).String(), labelNamespace: "default"}
+				labels := map[string]string{labelLayer: ids[l].ID.Hex(), labelRef: digest.FromString(name).String(),
+					labelNamespace: "default"}
 				if err := commitActive(ctx, key, name, "", snapshots.Usage{}, labels); err != nil {
 					return err
 				}

@@ -19,8 +19,8 @@ import (
 //	bucket  root page u64, sequence u64; where root is 0 a leaf page without header follows in the value
 //	free    page ids, sorted; where count is 0xffff the first is their number
 //
-// bbolt maps the file and believes it. What is damaged ends the process in a fault, or in a recursion without end, neither of
-// which can be recovered from. So this reads all of it before bbolt does.
+// bbolt maps the file and believes it. What is damaged ends the process in a fault, or in a recursion without end,
+// neither of which can be recovered from. So this reads all of it before bbolt does.
 const (
 	boltMagic    = 0xED0CDAED
 	boltVersion  = 2
@@ -47,8 +47,8 @@ type boltFile struct {
 	seen            []bool // pages that something names
 }
 
-// checkBolt tells what is wrong with a bolt file's structure. It may be anything. back tells that the file is whole, but as it
-// was before its last transaction.
+// checkBolt tells what is wrong with a bolt file's structure. It may be anything. back tells that the file is whole,
+// but as it was before its last transaction.
 func checkBolt(data []byte) (back bool, err error) {
 	f, err := newestMeta(data)
 	if err != nil {
@@ -125,7 +125,8 @@ func (f *boltFile) take(id uint64) (flags, count uint16, page []byte, err error)
 	return order.Uint16(head[8:]), order.Uint16(head[10:]), f.data[at : at+(overflow+1)*f.page], nil
 }
 
-// tree verifies a branch or leaf page and all below it. Keys lie in [low, high); nil is no limit. It returns the last key.
+// tree verifies a branch or leaf page and all below it. Keys lie in [low, high); nil is no limit. It returns the last
+// key.
 func (f *boltFile) tree(id uint64, low, high []byte) (last []byte, err error) {
 	flags, count, page, err := f.take(id)
 	if err != nil {
@@ -183,7 +184,8 @@ func (f *boltFile) leaf(id uint64, body []byte, count int, low, high []byte, inl
 	}
 	for i := range count {
 		e := body[i*boltElement:]
-		flags, pos, ksize, vsize := order.Uint32(e), uint64(order.Uint32(e[4:])), uint64(order.Uint32(e[8:])), uint64(order.Uint32(e[12:]))
+		flags, pos, ksize, vsize := order.Uint32(e), uint64(order.Uint32(e[4:])), uint64(order.Uint32(e[8:])),
+			uint64(order.Uint32(e[12:]))
 		both, ok := slice(body, count, i, pos, ksize+vsize)
 		if !ok || ksize == 0 || flags > 1 {
 			return nil, fmt.Errorf("element %d of page %d lies outside of it, or is of unknown type", i, id)
@@ -215,7 +217,8 @@ func (f *boltFile) bucket(id uint64, value []byte) error {
 		return err
 	}
 	page := value[boltBucket:]
-	if len(page) < boltHeader || order.Uint64(page) != 0 || order.Uint16(page[8:]) != flagLeaf || order.Uint32(page[12:]) != 0 {
+	if len(page) < boltHeader || order.Uint64(page) != 0 || order.Uint16(page[8:]) != flagLeaf ||
+		order.Uint32(page[12:]) != 0 {
 		return fmt.Errorf("a bucket in page %d is damaged", id)
 	}
 	_, err := f.leaf(id, page[boltHeader:], int(order.Uint16(page[10:])), nil, nil, true)

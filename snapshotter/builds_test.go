@@ -348,3 +348,36 @@ func TestCloseDuringALargeMerge(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Who waits for a chain image that somebody else builds can give up.
+func TestGivingUpAChainImage(t *testing.T) {
+	s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
+	s.cancelBuild(name)
+	s.wg.Wait() // what runs in the background looks at Step
+	building, goOn := make(chan bool), make(chan bool)
+	s.stepAt = func(step string) {
+		if step == "chain.staged" {
+			close(building)
+			<-goOn
+		}
+	}
+	built := make(chan error)
+	go func() {
+		_, err := s.View(ctx, "one/1/first", name)
+		built <- err
+	}()
+	<-building
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if _, err := s.View(short, "one/1/view", name); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+	close(goOn)
+	if err := <-built; err != nil {
+		t.Fatal(err)
+	}
+	if got := files(t, s, ctx, name); got["a"] != payload("a") {
+		t.Errorf("shows %d files", len(got))
+	}
+}

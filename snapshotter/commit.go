@@ -224,10 +224,13 @@ func (s *Snapshotter) advise(ctx context.Context) {
 		return
 	}
 	s.advised = true
-	log.G(ctx).Warn("a layer was unpacked by another differ, so every file of it was written and read once more than needed. " +
-		"Add the differ to containerd's config.toml: [proxy_plugins.dedup-diff] type = \"diff\", address = this daemon's socket; " +
+	log.G(ctx).Warn("a layer was unpacked by another differ, so every file of it was written and read once more than " +
+		"needed. " +
+		"Add the differ to containerd's config.toml: [proxy_plugins.dedup-diff] type = \"diff\", address = this daemon's " +
+		"socket; " +
 		"\"dedup-diff\" first in default of [plugins.\"io.containerd.service.v1.diff-service\"]; " +
-		"and differ = \"dedup-diff\" beside snapshotter = \"dedup\" in unpack_config of [plugins.\"io.containerd.transfer.v1.local\"]")
+		"and differ = \"dedup-diff\" beside snapshotter = \"dedup\" in unpack_config of " +
+		"[plugins.\"io.containerd.transfer.v1.local\"]")
 }
 
 // scheduleBuild builds the chain image of a committed snapshot: at once where it is known to be all of an

@@ -82,7 +82,8 @@ func (w *crashWorld) run(t *testing.T, seed uint64, after time.Duration) {
 	}
 	slices.Sort(known)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$", "-test.v")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%d\n%d\n%s", crashEnv, w.root, seed, w.round, strings.Join(known, "\n")))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%d\n%d\n%s", crashEnv, w.root, seed, w.round, strings.Join(known,
+		"\n")))
 	if errs, killed := w.watch(t, cmd, after); !killed {
 		t.Fatalf("the process ended by itself: %s", errs)
 	}
@@ -160,7 +161,8 @@ func (w *crashWorld) note(t *testing.T, line string) {
 // check opens the store and compares it with what clients know.
 func (w *crashWorld) check(t *testing.T, kill int) {
 	t.Helper()
-	s, err := New(t.Context(), Options{Root: w.root, RunDir: filepath.Join(w.root, "run"), Verity: testVerity(), PageCache: testPageCache()})
+	s, err := New(t.Context(), Options{Root: w.root, RunDir: filepath.Join(w.root, "run"), Verity: testVerity(),
+		PageCache: testPageCache()})
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}
@@ -172,7 +174,11 @@ func (w *crashWorld) check(t *testing.T, kill int) {
 	ctx := ns(t, "crash")
 	dropStrays(t, s, ctx, w.have)
 	names := map[string]bool{}
-	if err := s.Walk(ctx, func(_ context.Context, info snapshots.Info) error { names[info.Name] = true; return nil }); err != nil {
+	if err := s.Walk(ctx, func(_ context.Context,
+		info snapshots.Info) error {
+		names[info.Name] = true
+		return nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 	for name, known := range w.have {
@@ -310,7 +316,8 @@ func TestCrashChild(t *testing.T) {
 		}
 	}
 	c.r = rand.New(rand.NewPCG(seed, 3))
-	s, err := New(t.Context(), Options{Root: lines[0], RunDir: filepath.Join(lines[0], "run"), Verity: testVerity(), PageCache: testPageCache()})
+	s, err := New(t.Context(), Options{Root: lines[0], RunDir: filepath.Join(lines[0], "run"), Verity: testVerity(),
+		PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}

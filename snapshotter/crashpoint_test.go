@@ -22,9 +22,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
-// Every named step of ingest, commit, removal, garbage collection, repair and the making of chain images is one at which a process
-// kills itself: the first time that it comes by, in the middle and the last time. After each the store opens, shows all that
-// was committed byte for byte, verifies, and holds nothing else. A step that the work does not come by fails the test.
+// Every named step of ingest, commit, removal, garbage collection, repair and the making of chain images is one at
+// which a process kills itself: the first time that it comes by, in the middle and the last time. After each the store
+// opens, shows all that was committed byte for byte, verifies, and holds nothing else. A step that the work does not
+// come by fails the test.
 func TestKilledAtEveryStep(t *testing.T) {
 	needRoot(t)
 	if raceDetector {
@@ -69,7 +70,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 
 // stepNames are all there are; grep for step(" finds them.
 var stepNames = []string{
-	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested", "pending.noted",
+	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested",
+	"pending.noted",
 	"compared.noted",
 	"ingest.object", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
 	"facts.staged", "facts.renamed", "damaged.noted",
@@ -81,8 +83,8 @@ var stepNames = []string{
 
 const stepEnv = "DEDUP_CRASH_STEP"
 
-// crashSteps runs the work in a process that kills itself when it comes by a step for the nth time. It returns nil then, and how often
-// each step was come by when the work went through.
+// crashSteps runs the work in a process that kills itself when it comes by a step for the nth time. It returns nil
+// then, and how often each step was come by when the work went through.
 func crashSteps(t *testing.T, root, step string, nth int, w *crashWorld) map[string]int {
 	t.Helper()
 	if w == nil {
@@ -139,10 +141,11 @@ func TestCrashStepChild(t *testing.T) {
 	fmt.Println("\nended")
 }
 
-// crashWork comes by every step: layers from blobs and directories, known and new, large and small, their removal, damage and its
-// repair, views, and a garbage collection.
+// crashWork comes by every step: layers from blobs and directories, known and new, large and small, their removal,
+// damage and its repair, views, and a garbage collection.
 func crashWork(ctx context.Context, root, round string, hook func(string)) error {
-	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache(), Step: hook})
+	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
+		PageCache: testPageCache(), Step: hook})
 	if err != nil {
 		return err
 	}

@@ -78,7 +78,8 @@ func secureRoot(root string) error {
 	return os.Chmod(root, 0o700)
 }
 
-// createMetadata makes an empty metadata.db with all that storage and the sum of seals need in it: one without is none of ours.
+// createMetadata makes an empty metadata.db with all that storage and the sum of seals need in it: one without is none
+// of ours.
 func createMetadata(path string) error {
 	return create(path, func(path string) error {
 		ms, err := storage.NewMetaStore(path)

@@ -55,10 +55,11 @@ func TestLayerThatDoesNotFit(t *testing.T) {
 		want string // "" where it fits
 	}{
 		"target of the layer below": {linkTar(t, "a", false, nil), ""},
-		"no target":                 {linkTar(t, "nowhere", false, nil), `hard link "link" names "nowhere", which no layer below has`},
-		"before its target":         {linkTar(t, "late", true, nil), `hard link "link" names "late", which no layer below has`},
-		"a directory":               {linkTar(t, "d", false, nil), `hard link "link" names "d", which is a directory`},
-		"too many xattrs":           {linkTar(t, "a", false, large), "extended attributes"},
+		"no target": {linkTar(t, "nowhere", false, nil),
+			`hard link "link" names "nowhere", which no layer below has`},
+		"before its target": {linkTar(t, "late", true, nil), `hard link "link" names "late", which no layer below has`},
+		"a directory":       {linkTar(t, "d", false, nil), `hard link "link" names "d", which is a directory`},
+		"too many xattrs":   {linkTar(t, "a", false, large), "extended attributes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for door, push := range doors {
@@ -89,15 +90,18 @@ func TestLayerThatDoesNotFit(t *testing.T) {
 }
 
 // doors bring layer 1 of an image in, on a parent, and remove what a client removes when that fails.
-var doors = map[string]func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled, arrive func()) error{
+var doors = map[string]func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled,
+	arrive func()) error{
 	"apply": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled, arrive func()) error {
 		return applyOn(t, s, ctx, parent, map[string]string{labelRef: img.chains[1]}, img.tars[1])
 	},
-	"commit side by side": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled, arrive func()) error {
+	"commit side by side": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled,
+		arrive func()) error {
 		labels := map[string]string{labelRef: img.chains[1], labelDiffID: img.diffs[1], labelParentChain: img.chains[0]}
 		return applyOn(t, s, ctx, "", labels, img.tars[1], snapshots.WithParent(parent))
 	},
-	"blob at hand": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled, arrive func()) error {
+	"blob at hand": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled,
+		arrive func()) error {
 		arrive()
 		return served(prepare(s, ctx, parent, map[string]string{labelRef: img.chains[1]}))
 	},
@@ -106,7 +110,8 @@ var doors = map[string]func(t *testing.T, s *Snapshotter, ctx context.Context, p
 		defer s.layers.Release(in.Layer)
 		return served(prepare(s, ctx, parent, map[string]string{labelRef: img.chains[1]}))
 	},
-	"known and staged": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled, arrive func()) error {
+	"known and staged": func(t *testing.T, s *Snapshotter, ctx context.Context, parent string, img pulled,
+		arrive func()) error {
 		in := ingestTar(t, s, ctx, img.tars[1])
 		defer s.layers.Release(in.Layer)
 		labels := map[string]string{labelRef: img.chains[1], labelDiffID: img.diffs[1], labelParentChain: img.chains[0]}
@@ -133,9 +138,10 @@ func served(_ any, err error) error {
 
 func ingestTar(t *testing.T, s *Snapshotter, ctx context.Context, blob []byte) layer.Ingested {
 	t.Helper()
-	in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(blob)), nil
-	}})
+	in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
+		Open: func(context.Context) (io.ReadCloser, error) {
+			return io.NopCloser(bytes.NewReader(blob)), nil
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +149,8 @@ func ingestTar(t *testing.T, s *Snapshotter, ctx context.Context, blob []byte) l
 }
 
 // applyOn is Prepare, Apply and Commit, and what a client does when one fails.
-func applyOn(t *testing.T, s *Snapshotter, ctx context.Context, parent string, labels map[string]string, blob []byte, opts ...snapshots.Opt) error {
+func applyOn(t *testing.T, s *Snapshotter, ctx context.Context, parent string, labels map[string]string, blob []byte,
+	opts ...snapshots.Opt) error {
 	t.Helper()
 	mounts, err := prepare(s, ctx, parent, labels)
 	if err != nil {

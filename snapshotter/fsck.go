@@ -87,7 +87,8 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 	for _, f := range stored {
 		found = append(found, s.judge(ctx, f, broken))
 	}
-	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile, s.checkRecords, s.checkPending, s.checkStrays} {
+	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile,
+		s.checkRecords, s.checkPending, s.checkStrays} {
 		more, err := check(ctx, opts)
 		if err != nil {
 			return nil, err
@@ -132,7 +133,8 @@ func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[con
 		out.Snapshots = names
 	}
 	out.Fixed = !slices.ContainsFunc(f.Layers, func(id content.LayerID) bool { _, still := broken[id]; return still })
-	out.Hint = "the layer is out of service: `dedupctl fsck --repair` heals what can be had again; otherwise remove the images and pull them again"
+	out.Hint = "the layer is out of service: `dedupctl fsck --repair` heals what can be had again; otherwise remove " +
+		"the images and pull them again"
 	if out.Fixed {
 		out.Hint = ""
 	}
@@ -181,7 +183,8 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 		if problem == "" {
 			continue
 		}
-		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Images.Path(n), Problem: problem, Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
+		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Images.Path(n), Problem: problem,
+			Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
 		if f.Snapshots, err = s.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
 			return found, err
 		}
@@ -200,7 +203,8 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 func (s *Snapshotter) checkMetadataFile(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
 	path := s.path("metadata.db")
 	finding := func(problem, hint string) *Finding {
-		found = append(found, Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: path, Problem: problem}, Hint: hint})
+		found = append(found, Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: path, Problem: problem},
+			Hint: hint})
 		return &found[len(found)-1]
 	}
 	// Nobody else writes during a writable transaction.
@@ -210,14 +214,16 @@ func (s *Snapshotter) checkMetadataFile(ctx context.Context, opts CheckOptions) 
 			return err
 		}
 		if _, err := checkBolt(data); err != nil {
-			finding(err.Error(), "stop the daemon and put metadata.db back from a backup, or set another root and pull the images again")
+			finding(err.Error(), "stop the daemon and put metadata.db back from a backup, or set another root and pull the "+
+				"images again")
 			return errUnchanged
 		}
 		problem := compareWithDisk(path, data)
 		if problem == "" {
 			return errUnchanged
 		}
-		f := finding(problem+"; the daemon still has it whole", "`dedupctl fsck --repair` writes it again; do not stop the daemon before")
+		f := finding(problem+"; the daemon still has it whole", "`dedupctl fsck --repair` writes it again; do not stop "+
+			"the daemon before")
 		if opts.Repair {
 			if err := writeAgain(path, data); err != nil {
 				return fmt.Errorf("write it again: %w", err)
@@ -235,8 +241,8 @@ func (s *Snapshotter) checkMetadataFile(ctx context.Context, opts CheckOptions) 
 // errUnchanged ends a transaction without a write: a disk may have no room for one.
 var errUnchanged = errors.New("nothing was changed")
 
-// compareWithDisk tells where a file on the disk is not what the page cache has of it. A file system that cannot tell is
-// believed.
+// compareWithDisk tells where a file on the disk is not what the page cache has of it. A file system that cannot tell
+// is believed.
 func compareWithDisk(path string, cached []byte) (problem string) {
 	const step = 1 << 20
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
@@ -244,7 +250,8 @@ func compareWithDisk(path string, cached []byte) (problem string) {
 		return ""
 	}
 	defer unix.Close(fd)
-	buf, err := unix.Mmap(-1, 0, step, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // as aligned as disks want it
+	// as aligned as disks want it
+	buf, err := unix.Mmap(-1, 0, step, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
 	if err != nil {
 		return ""
 	}
@@ -282,7 +289,8 @@ func writeAgain(path string, data []byte) error {
 // checkRecords verifies what metadata.db says.
 func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
 	finding := func(problem, hint string, snapshots ...string) *Finding {
-		f := Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: problem}, Snapshots: snapshots, Hint: hint}
+		f := Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: problem},
+			Snapshots: snapshots, Hint: hint}
 		found = append(found, f)
 		return &found[len(found)-1]
 	}
@@ -322,12 +330,14 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 			"remove the images and containers that it harms, then `dedupctl fsck --repair`, and pull them again", harmed...)
 	}
 	if stored.lost {
-		f := finding("records of snapshots are lost", "nothing is removed for being unused until `dedupctl fsck --repair`", orphans...)
+		f := finding("records of snapshots are lost", "nothing is removed for being unused until `dedupctl fsck --repair`",
+			orphans...)
 		if opts.Repair {
 			if err := s.giveUpLost(ctx); err != nil {
 				return nil, fmt.Errorf("repair metadata.db: %w", err)
 			}
-			f.Fixed, f.Hint = true, "what containers without a record wrote lies in "+s.path(dirLost)+": remove that when you have looked"
+			f.Fixed, f.Hint = true, "what containers without a record wrote lies in "+s.path(dirLost)+
+				": remove that when you have looked"
 		}
 	}
 	if linked != "" {
@@ -355,7 +365,8 @@ func (s *Snapshotter) giveUpLost(ctx context.Context) error {
 		if strings.HasPrefix(dir, goingPrefix) {
 			continue
 		}
-		err = errors.Join(err, os.MkdirAll(s.path(dirLost), 0o700), os.Rename(s.path(dirSnapshots, dir), s.path(dirLost, dir)))
+		err = errors.Join(err, os.MkdirAll(s.path(dirLost), 0o700), os.Rename(s.path(dirSnapshots, dir),
+			s.path(dirLost, dir)))
 	}
 	return err
 }
@@ -376,7 +387,8 @@ func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (foun
 			return nil, context.Cause(ctx)
 		}
 		found = append(found, Finding{
-			Finding:   layer.Finding{Kind: PendingSnapshot, Path: s.path(dirSnapshots, p.id), Problem: "its files cannot be stored as a layer: " + err.Error()},
+			Finding: layer.Finding{Kind: PendingSnapshot, Path: s.path(dirSnapshots, p.id),
+				Problem: "its files cannot be stored as a layer: " + err.Error()},
 			Snapshots: []string{p.name},
 			Hint:      "remove the image or container that it belongs to",
 		})

@@ -18,14 +18,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A disk is filled to the last byte, or nearly so, again and again, while layers and directories come and go and the store is stopped and opened
-// again. Whatever fails says what to free; whatever worked is there; removing always works; and nothing else is left.
+// A disk is filled to the last byte, or nearly so, again and again, while layers and directories come and go and the
+// store is stopped and opened again. Whatever fails says what to free; whatever worked is there; removing always works;
+// and nothing else is left.
 func TestFullDiskAtRandom(t *testing.T) {
 	needRoot(t)
 	_, at := smallDisk(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	f := &fullDisk{t: t, at: at, root: filepath.Join(at, "root"), r: rand.New(rand.NewPCG(seed, 1)), have: map[string]string{}}
+	f := &fullDisk{t: t, at: at, root: filepath.Join(at, "root"), r: rand.New(rand.NewPCG(seed, 1)),
+		have: map[string]string{}}
 	t.Cleanup(func() {
 		if err := stop(f.s); err != nil {
 			t.Error(err)
@@ -60,7 +62,8 @@ func TestFullDiskAtRandom(t *testing.T) {
 			f.remove(false)
 		}
 	}
-	t.Logf("%d operations worked and %d failed; the store was opened %d times with a full disk, and %d times it was not", f.worked, f.failed, f.opened, f.refused)
+	t.Logf("%d operations worked and %d failed; the store was opened %d times with a full disk, and %d times it was not",
+		f.worked, f.failed, f.opened, f.refused)
 	if f.failed == 0 || f.worked == 0 {
 		t.Error("the disk was always full, or never")
 	}
@@ -72,7 +75,8 @@ func smallDisk(t *testing.T) (file, at string) {
 	dir := t.TempDir()
 	file, at = filepath.Join(dir, "disk"), filepath.Join(dir, "at")
 	for _, args := range [][]string{
-		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at}, {"mount", "-o", "loop", file, at},
+		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at}, {"mount", "-o", "loop", file,
+			at},
 	} {
 		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Skipf("%v: %v\n%s", args, err, out)
@@ -86,7 +90,8 @@ func smallDisk(t *testing.T) (file, at string) {
 	return file, at
 }
 
-// fullDisk is a store on a disk that is full now and then. have maps the names of committed snapshots to the content of the one file of each.
+// fullDisk is a store on a disk that is full now and then. have maps the names of committed snapshots to the content of
+// the one file of each.
 type fullDisk struct {
 	t                               *testing.T
 	at, root                        string
@@ -239,7 +244,8 @@ func (f *fullDisk) build(ctx context.Context) {
 		return
 	}
 	upper, _ := f.s.upperOf(mounts)
-	if os.WriteFile(filepath.Join(upper, "file"), []byte(data), 0o600) != nil || !f.expect("commit", f.s.Commit(ctx, name, key)) {
+	if os.WriteFile(filepath.Join(upper, "file"), []byte(data), 0o600) != nil || !f.expect("commit", f.s.Commit(ctx, name,
+		key)) {
 		must(f.t, f.s.Remove(ctx, key))
 		return
 	}

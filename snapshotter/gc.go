@@ -94,7 +94,8 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		return nil, err
 	}
 	for _, dir := range stray.dirs {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir), Problem: "no snapshot uses it"}})
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir),
+			Problem: "no snapshot uses it"}})
 	}
 	for _, n := range stray.chains {
 		f := Finding{Finding: layer.Finding{
@@ -106,7 +107,8 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		found = append(found, f)
 	}
 	for _, n := range stray.mounts {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.MountPoint(n), Problem: "no container or view uses it"}})
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.MountPoint(n),
+			Problem: "no container or view uses it"}})
 	}
 	for i := range found {
 		if fi, err := os.Lstat(found[i].Path); err == nil && fi.Mode().IsRegular() {
@@ -146,7 +148,8 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 	return found, nil
 }
 
-// detachLoop lets a loop device go. One that somebody has open, in a mount that the daemon does not see, goes when that does.
+// detachLoop lets a loop device go. One that somebody has open, in a mount that the daemon does not see, goes when that
+// does.
 func detachLoop(device string) error {
 	f, err := os.OpenFile(device, os.O_RDWR, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -187,8 +190,9 @@ func (s *Snapshotter) strayLoops() (found []Finding, err error) {
 			continue
 		}
 		found = append(found, Finding{
-			Finding: layer.Finding{Kind: StrayLoop, Path: device, Problem: "it is over " + path + " and mounted nowhere that the daemon sees"},
-			Hint:    "remove it with `dedupctl gc`",
+			Finding: layer.Finding{Kind: StrayLoop, Path: device, Problem: "it is over " + path +
+				" and mounted nowhere that the daemon sees"},
+			Hint: "remove it with `dedupctl gc`",
 		})
 	}
 	return found, nil

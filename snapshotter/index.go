@@ -54,8 +54,8 @@ func (x *index) get(key string) []string {
 // refFilter is how the filters begin by which containerd looks for the snapshot that answers a hit.
 var refFilter = regexp.MustCompile(`^labels\."containerd\.io/snapshot\.ref"=="?(sha256:[0-9a-f]{64})"?(?:,|$)`)
 
-// walk walks the snapshots that match any of the filters. It reads only what can match, where all of them name a target. Of a
-// damaged one only the name counts, so that containerd's garbage collector finds it. In a transaction.
+// walk walks the snapshots that match any of the filters. It reads only what can match, where all of them name a
+// target. Of a damaged one only the name counts, so that containerd's garbage collector finds it. In a transaction.
 func (s *Snapshotter) walk(ctx context.Context, fn func(snapshots.Info) error, fs ...string) error {
 	filter, err := filters.ParseAll(fs...)
 	if err != nil {

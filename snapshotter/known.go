@@ -63,10 +63,12 @@ func want(ctx context.Context, parent string, labels map[string]string) (w wante
 		if d := (content.DiffID{Sum: sum}); err == nil && w.leads(d) {
 			w.diffID = d
 		} else if base := (wanted{target: w.target}); err == nil && w.staged && base.leads(d) {
-			log.G(ctx).Warnf("ignoring label %s=%q: %s is the chainID of a base layer", labelParentChain, labels[labelParentChain], labels[labelRef])
+			log.G(ctx).Warnf("ignoring label %s=%q: %s is the chainID of a base layer", labelParentChain,
+				labels[labelParentChain], labels[labelRef])
 			w.parent, w.staged, w.diffID = content.ChainID{}, false, d
 		} else {
-			log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, w.parent, w.target.Digest())
+			log.G(ctx).Warnf("ignoring label %s=%q: it does not lead from parent %q to %s", labelDiffID, text, w.parent,
+				w.target.Digest())
 		}
 	}
 	if text := labels[labelCRIDigest]; text != "" {
@@ -81,7 +83,8 @@ func want(ctx context.Context, parent string, labels map[string]string) (w wante
 
 // serveKnown serves an extraction from a layer that is known or whose blob is at hand: it returns
 // ErrAlreadyExists or mounts. On a miss it returns neither.
-func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount, error) {
+func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount,
+	error) {
 	w, ok := want(ctx, parent, labels)
 	if !ok {
 		s.counters.answer(doorPrepare, false, reasonUntrusted)
@@ -109,8 +112,8 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 	return nil, s.commitKnown(ctx, key, parent, labels, in)
 }
 
-// OnMiss sets what is called when Prepare cannot serve a layer that will be applied: with the namespace, and the chain that
-// the layer ends. It must not block.
+// OnMiss sets what is called when Prepare cannot serve a layer that will be applied: with the namespace, and the chain
+// that the layer ends. It must not block.
 func (s *Snapshotter) OnMiss(fn func(ctx context.Context, namespace string, chain content.ChainID)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -176,7 +179,8 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 		return layer.Ingested{}, reasonBadBlob, false
 	}
 	if !w.leads(in.DiffID) {
-		log.G(ctx).Warnf("ignoring blob %s: its diffID %s does not lead from parent %q to %s", blob.Digest, in.DiffID.Digest(), w.parent, w.target.Digest())
+		log.G(ctx).Warnf("ignoring blob %s: its diffID %s does not lead from parent %q to %s", blob.Digest,
+			in.DiffID.Digest(), w.parent, w.target.Digest())
 		s.layers.Release(in.Layer)
 		return layer.Ingested{}, reasonBadBlob, false
 	}
@@ -231,7 +235,8 @@ func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (d content.DiffID,
 
 // commitKnown commits the target, unless the same namespace was served it before, and returns
 // ErrAlreadyExists. It takes the hold that in carries.
-func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, labels map[string]string, in layer.Ingested) error {
+func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, labels map[string]string,
+	in layer.Ingested) error {
 	ns, _ := namespaces.Namespace(ctx)
 	target := labels[labelRef]
 	labels = maps.Clone(labels)
@@ -269,7 +274,8 @@ func hitName(namespace, parent, target string) string {
 
 // stage creates an active snapshot that stands for a layer, and returns mounts that tell containerd
 // so (2.4 and newer). It takes the hold that in carries.
-func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string, in layer.Ingested) ([]mount.Mount, error) {
+func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string,
+	in layer.Ingested) ([]mount.Mount, error) {
 	labels = maps.Clone(labels)
 	maps.Copy(labels, s.claim(in.Layer))
 	labels[labelStaged] = "true"

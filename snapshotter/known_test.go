@@ -82,21 +82,25 @@ func (p pulled) write(t testing.TB, ctx context.Context, store ctdcontent.Store,
 	manifest := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 	for i, b := range p.tars {
 		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.Digest(p.diffs[i]))
-		manifest.Layers = append(manifest.Layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(b), Size: int64(len(b))})
+		manifest.Layers = append(manifest.Layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer,
+			Digest: digest.FromBytes(b), Size: int64(len(b))})
 	}
 	data, _ := json.Marshal(config)
 	manifest.Config = putBlob(t, ctx, store, ocispec.MediaTypeImageConfig, data, nil)
 	data, _ = json.Marshal(manifest)
-	putBlob(t, ctx, store, ocispec.MediaTypeImageManifest, data, map[string]string{"containerd.io/gc.ref.content.config": manifest.Config.Digest.String()})
+	putBlob(t, ctx, store, ocispec.MediaTypeImageManifest, data,
+		map[string]string{"containerd.io/gc.ref.content.config": manifest.Config.Digest.String()})
 	for _, i := range layers {
 		putBlob(t, ctx, store, ocispec.MediaTypeImageLayer, p.tars[i], nil)
 	}
 }
 
-func putBlob(t testing.TB, ctx context.Context, store ctdcontent.Store, mediaType string, data []byte, labels map[string]string) ocispec.Descriptor {
+func putBlob(t testing.TB, ctx context.Context, store ctdcontent.Store, mediaType string, data []byte,
+	labels map[string]string) ocispec.Descriptor {
 	t.Helper()
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc, ctdcontent.WithLabels(labels))
+	err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc,
+		ctdcontent.WithLabels(labels))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +112,8 @@ func openWith(t *testing.T, store ctdcontent.Store, fetchedOnly bool) *Snapshott
 	t.Helper()
 	needRoot(t)
 	root := t.TempDir()
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly, Verity: testVerity(), PageCache: testPageCache(), Blobs: blobs.New(store, nil)})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly,
+		Verity: testVerity(), PageCache: testPageCache(), Blobs: blobs.New(store, nil)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -162,7 +167,8 @@ func TestBlobAtHand(t *testing.T) {
 		t.Run(fmt.Sprintf("fetched only %v", fetchedOnly), func(t *testing.T) {
 			store := contentStore(t)
 			s, ctx := openWith(t, store, fetchedOnly), ns(t, "one")
-			img := newPulled(layerTar(t, map[string]string{"a": payload("a")}), layerTar(t, map[string]string{"b": payload("b")}))
+			img := newPulled(layerTar(t, map[string]string{"a": payload("a")}),
+				layerTar(t, map[string]string{"b": payload("b")}))
 			img.write(t, ctx, store, 0, 1)
 			base := servedBy(t, s, ctx, "", img, 0)
 			top := servedBy(t, s, ctx, base, img, 1)
@@ -191,11 +197,13 @@ func servedBy(t *testing.T, s *Snapshotter, ctx context.Context, parent string, 
 func TestBlobAtHandIsNotTheLayer(t *testing.T) {
 	store := contentStore(t)
 	s, ctx := openWith(t, store, false), ns(t, "one")
-	liar := newPulled(layerTar(t, map[string]string{"a": "a"}), layerTar(t, map[string]string{"b": "b"}), []byte("no tar at all"))
+	liar := newPulled(layerTar(t, map[string]string{"a": "a"}), layerTar(t, map[string]string{"b": "b"}),
+		[]byte("no tar at all"))
 	claimed := newPulled(layerTar(t, map[string]string{"good": "good"}))
 	liar.diffs[0], liar.chains[0] = claimed.diffs[0], claimed.chains[0]
 	liar.write(t, ctx, store, 0, 2)
-	for name, chain := range map[string]string{"other tar": liar.chains[0], "missing": liar.chains[1], "garbage": liar.chains[2]} {
+	for name, chain := range map[string]string{"other tar": liar.chains[0], "missing": liar.chains[1],
+		"garbage": liar.chains[2]} {
 		mounts, err := prepare(s, ctx, "", map[string]string{labelRef: chain})
 		if err != nil || mounts == nil {
 			t.Errorf("%s: %v", name, err)
@@ -220,7 +228,8 @@ func TestWrongHintsInPrepare(t *testing.T) {
 	store := contentStore(t)
 	s, ctx := openWith(t, store, false), ns(t, "one")
 	img := newPulled(layerTar(t, map[string]string{"a": payload("a")}), layerTar(t, map[string]string{"b": payload("b")}))
-	other := newPulled(layerTar(t, map[string]string{"x": payload("x")}), layerTar(t, map[string]string{"y": payload("y")}))
+	other := newPulled(layerTar(t, map[string]string{"x": payload("x")}),
+		layerTar(t, map[string]string{"y": payload("y")}))
 	for _, p := range []pulled{img, other} {
 		p.write(t, ctx, store, 0, 1)
 	}
@@ -229,7 +238,8 @@ func TestWrongHintsInPrepare(t *testing.T) {
 	otherBase := servedBy(t, s, ctx, "", other, 0)
 	// A blob that no image of the namespace explains: only a label leads to it.
 	putBlob(t, ns(t, "hints"), store, ocispec.MediaTypeImageLayer, other.tars[1], nil)
-	const diffID, parent, blob = "ignoring label " + labelDiffID, "ignoring label " + labelParentChain, "ignoring label " + labelCRIDigest
+	const diffID, parent, blob = "ignoring label " + labelDiffID, "ignoring label " + labelParentChain, "ignoring label " +
+		labelCRIDigest
 	for name, row := range map[string]struct {
 		parent string
 		target string
@@ -237,19 +247,29 @@ func TestWrongHintsInPrepare(t *testing.T) {
 		shows  string // a file of the layer that is served; "" for a miss
 		warns  string // "" where nothing is wrong with what was looked at
 	}{
-		"another diffID":              {base, img.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "b", diffID},
-		"no diffID":                   {base, img.chains[1], map[string]string{labelDiffID: "sha256:zz"}, "b", diffID},
-		"another parent":              {base, img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, "b", parent},
-		"no parent":                   {base, img.chains[1], map[string]string{labelParentChain: "x", labelDiffID: img.diffs[1]}, "b", parent},
-		"another blob":                {base, img.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "b", ""},
-		"no digest":                   {base, img.chains[1], map[string]string{labelCRIDigest: "../../etc/passwd"}, "b", blob},
+		"another diffID": {base, img.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "b", diffID},
+		"no diffID":      {base, img.chains[1], map[string]string{labelDiffID: "sha256:zz"}, "b", diffID},
+		"another parent": {base, img.chains[1], map[string]string{labelParentChain: other.chains[0],
+			labelDiffID: img.diffs[1]}, "b", parent},
+		"no parent": {base, img.chains[1], map[string]string{labelParentChain: "x",
+			labelDiffID: img.diffs[1]}, "b", parent},
+		"another blob": {base, img.chains[1],
+			map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "b", ""},
+		"no digest": {base, img.chains[1], map[string]string{labelCRIDigest: "../../etc/passwd"}, "b",
+			blob},
 		"unknown chain, known diffID": {base, other.chains[1], map[string]string{labelDiffID: other.diffs[1]}, "", diffID},
-		"unknown chain, known blob":   {base, other.chains[1], map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "", "ignoring blob " + digest.FromBytes(other.tars[1]).String()},
-		"unknown chain, no such blob": {base, other.chains[1], map[string]string{labelCRIDigest: digest.FromString("x").String()}, "", ""},
-		"chain of another parent":     {otherBase, img.chains[1], map[string]string{labelDiffID: img.diffs[1], labelParentChain: img.chains[0]}, "", parent},
-		"a base layer with a parent":  {"", img.chains[0], map[string]string{labelDiffID: img.diffs[0], labelParentChain: other.chains[0]}, "a", parent},
-		"a parent and no diffID":      {"", img.chains[1], map[string]string{labelParentChain: img.chains[0]}, "", ""},
-		"a parent that does not fit":  {"", img.chains[1], map[string]string{labelParentChain: other.chains[0], labelDiffID: img.diffs[1]}, "", diffID},
+		"unknown chain, known blob": {base, other.chains[1],
+			map[string]string{labelCRIDigest: digest.FromBytes(other.tars[1]).String()}, "", "ignoring blob " +
+				digest.FromBytes(other.tars[1]).String()},
+		"unknown chain, no such blob": {base, other.chains[1],
+			map[string]string{labelCRIDigest: digest.FromString("x").String()}, "", ""},
+		"chain of another parent": {otherBase, img.chains[1], map[string]string{labelDiffID: img.diffs[1],
+			labelParentChain: img.chains[0]}, "", parent},
+		"a base layer with a parent": {"", img.chains[0], map[string]string{labelDiffID: img.diffs[0],
+			labelParentChain: other.chains[0]}, "a", parent},
+		"a parent and no diffID": {"", img.chains[1], map[string]string{labelParentChain: img.chains[0]}, "", ""},
+		"a parent that does not fit": {"", img.chains[1], map[string]string{labelParentChain: other.chains[0],
+			labelDiffID: img.diffs[1]}, "", diffID},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx, said := logged(ns(t, "hints"))
@@ -291,7 +311,8 @@ func logged(ctx context.Context) (context.Context, *bytes.Buffer) {
 func TestStagedLayers(t *testing.T) {
 	store := contentStore(t)
 	s, ctx := openWith(t, store, false), ns(t, "one")
-	img := newPulled(layerTar(t, map[string]string{"a": payload("a"), "gone": "x"}), layerTar(t, map[string]string{"b": payload("b"), ".wh.gone": ""}), layerTar(t, map[string]string{"c": payload("c")}))
+	img := newPulled(layerTar(t, map[string]string{"a": payload("a"), "gone": "x"}),
+		layerTar(t, map[string]string{"b": payload("b"), ".wh.gone": ""}), layerTar(t, map[string]string{"c": payload("c")}))
 	img.write(t, ctx, store, 0, 1, 2)
 	base := servedBy(t, s, ctx, "", img, 0)
 	known := base
@@ -316,7 +337,8 @@ func TestStagedLayers(t *testing.T) {
 		parent = name
 	}
 	got := files(t, s, ctx, parent)
-	if _, hidden := got["gone"]; got["a"] != payload("a") || got["b"] != payload("b") || got["c"] != payload("c") || hidden {
+	if _, hidden := got["gone"]; got["a"] != payload("a") || got["b"] != payload("b") || got["c"] != payload("c") ||
+		hidden {
 		t.Errorf("shows %d files", len(got))
 	}
 	// One that is given up leaves nothing.
@@ -548,37 +570,4 @@ func look(s *Snapshotter, ctx context.Context, key, parent string, layers int) e
 		return nil
 	})
 	return errors.Join(err, s.Remove(ctx, key))
-}
-
-// Who waits for a chain image that somebody else builds can give up.
-func TestGivingUpAChainImage(t *testing.T) {
-	s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
-	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": payload("a")}), nil)
-	s.cancelBuild(name)
-	s.wg.Wait() // what runs in the background looks at Step
-	building, goOn := make(chan bool), make(chan bool)
-	s.stepAt = func(step string) {
-		if step == "chain.staged" {
-			close(building)
-			<-goOn
-		}
-	}
-	built := make(chan error)
-	go func() {
-		_, err := s.View(ctx, "one/1/first", name)
-		built <- err
-	}()
-	<-building
-	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
-	defer cancel()
-	if _, err := s.View(short, "one/1/view", name); !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v", err)
-	}
-	close(goOn)
-	if err := <-built; err != nil {
-		t.Fatal(err)
-	}
-	if got := files(t, s, ctx, name); got["a"] != payload("a") {
-		t.Errorf("shows %d files", len(got))
-	}
 }

@@ -151,7 +151,8 @@ func visible(info snapshots.Info) snapshots.Info {
 func checkUpdate(fieldpaths []string) error {
 	for _, p := range fieldpaths {
 		if strings.HasPrefix(p, "labels."+labelPrefix) {
-			return fmt.Errorf("label %s is set by the snapshotter alone: %w", strings.TrimPrefix(p, "labels."), errdefs.ErrInvalidArgument)
+			return fmt.Errorf("label %s is set by the snapshotter alone: %w", strings.TrimPrefix(p, "labels."),
+				errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

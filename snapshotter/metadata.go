@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// metaDB is metadata.db: containerd's storage package, and checksums of what that writes, of which bolt has none. What is read
-// wrong there would be paid for with a container's files, since its directory would belong to nobody.
+// metaDB is metadata.db: containerd's storage package, and checksums of what that writes, of which bolt has none. What
+// is read wrong there would be paid for with a container's files, since its directory would belong to nobody.
 //
 //	v1/snapshots/<name>  what storage says of a snapshot; a label of ours seals it
 //	v1/parents           storage's links from parents to children
@@ -39,14 +39,16 @@ var (
 )
 
 // errRecord: what metadata.db says of a snapshot is not what was written. Nothing may be made of it.
-var errRecord = fmt.Errorf("its record in metadata.db is damaged (`dedupctl fsck` names what it harms): %w", errdefs.ErrFailedPrecondition)
+var errRecord = fmt.Errorf("its record in metadata.db is damaged (`dedupctl fsck` names what it harms): %w",
+	errdefs.ErrFailedPrecondition)
 
 // openMetadata opens a file whose structure is whole. It has to hold what createMetadata writes.
 func openMetadata(ctx context.Context, path string) (*metaDB, error) {
 	ms, err := storage.NewMetaStore(path, func(o *bbolt.Options) error {
 		// bolt maps the file, and a read error in a mapping ends the process: what is locked is read once, here.
 		if o.Mlock = mayLock(); !o.Mlock {
-			log.G(ctx).Warn("metadata.db is not locked in memory, and a read error of its disk would end the daemon: raise LimitMEMLOCK to infinity, or add CAP_IPC_LOCK")
+			log.G(ctx).Warn("metadata.db is not locked in memory, and a read error of its disk would end the daemon: raise " +
+				"LimitMEMLOCK to infinity, or add CAP_IPC_LOCK")
 		}
 		return nil
 	})
@@ -56,7 +58,8 @@ func openMetadata(ctx context.Context, path string) (*metaDB, error) {
 	m := &metaDB{ms}
 	err = m.view(ctx, func(ctx context.Context) error {
 		v1, ours := txOf(ctx).Bucket(bucketStorage), txOf(ctx).Bucket(bucketOurs)
-		if v1 == nil || ours == nil || v1.Bucket(bucketSnapshots) == nil || v1.Bucket(bucketParents) == nil || len(ours.Get(keySum)) != 8 {
+		if v1 == nil || ours == nil || v1.Bucket(bucketSnapshots) == nil || v1.Bucket(bucketParents) == nil ||
+			len(ours.Get(keySum)) != 8 {
 			return errOthers
 		}
 		return nil
@@ -235,7 +238,8 @@ func soundChain(ctx context.Context, parent string) error {
 }
 
 // createSnapshot is storage.CreateSnapshot.
-func createSnapshot(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (id string, err error) {
+func createSnapshot(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (id string,
+	err error) {
 	if err := soundChain(ctx, parent); err != nil {
 		return "", err
 	}
@@ -247,7 +251,8 @@ func createSnapshot(ctx context.Context, kind snapshots.Kind, key, parent string
 }
 
 // commitActive is storage.CommitActive; parent is for a snapshot without one.
-func commitActive(ctx context.Context, key, name, parent string, usage snapshots.Usage, labels map[string]string) error {
+func commitActive(ctx context.Context, key, name, parent string, usage snapshots.Usage,
+	labels map[string]string) error {
 	_, active, _, err := getInfo(ctx, key)
 	if err != nil {
 		return err
@@ -274,8 +279,8 @@ func updateInfo(ctx context.Context, old, info snapshots.Info, fieldpaths ...str
 	return out, seal(ctx, info.Name, old.Labels[labelSeal])
 }
 
-// removeSnapshot is storage.Remove. A damaged record goes too, and then id is "": what it says belongs to the snapshot may be
-// another one's.
+// removeSnapshot is storage.Remove. A damaged record goes too, and then id is "": what it says belongs to the snapshot
+// may be another one's.
 func removeSnapshot(ctx context.Context, key string) (id string, info snapshots.Info, err error) {
 	id, info, _, err = getInfo(ctx, key)
 	switch {
@@ -406,7 +411,8 @@ func (r records) links() (want map[string][]byte, last uint64) {
 	return want, last
 }
 
-// checkLinks tells what is wrong with what can be made anew from the records, when all of these are whole. In a transaction.
+// checkLinks tells what is wrong with what can be made anew from the records, when all of these are whole. In a
+// transaction.
 func checkLinks(ctx context.Context, r records) (problem string) {
 	want, last := r.links()
 	v1 := txOf(ctx).Bucket(bucketStorage)

@@ -27,7 +27,8 @@ func bulkStore(t *testing.T) string {
 	s := open(t, root)
 	parent := ""
 	for i := range 3 {
-		parent, _ = unpack(t, s, "one", parent, layerTar(t, map[string]string{fmt.Sprint("f", i): strings.Repeat(fmt.Sprint(i), 5000)}), nil)
+		parent, _ = unpack(t, s, "one", parent,
+			layerTar(t, map[string]string{fmt.Sprint("f", i): strings.Repeat(fmt.Sprint(i), 5000)}), nil)
 	}
 	if _, err := s.Prepare(t.Context(), "container", parent); err != nil {
 		t.Fatal(err)
@@ -75,8 +76,8 @@ func stored(t *testing.T, root string) (paths []string) {
 	return paths
 }
 
-// A damaged metadata.db is refused with a word on what to do; nothing is removed, and with the right file in its place again
-// everything goes on.
+// A damaged metadata.db is refused with a word on what to do; nothing is removed, and with the right file in its place
+// again everything goes on.
 func TestDamagedMetadataIsRefused(t *testing.T) {
 	needRoot(t)
 	root := bulkStore(t)
@@ -95,7 +96,8 @@ func TestDamagedMetadataIsRefused(t *testing.T) {
 			s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact})
 			if err == nil {
 				t.Error("opened", stop(s))
-			} else if !strings.Contains(err.Error(), "metadata.db") || !strings.Contains(err.Error(), "nothing was removed; put the file back from a backup") {
+			} else if !strings.Contains(err.Error(), "metadata.db") || !strings.Contains(err.Error(),
+				"nothing was removed; put the file back from a backup") {
 				t.Error(err)
 			}
 			if diff := cmp.Diff(before, stored(t, root)); diff != "" {
@@ -160,7 +162,11 @@ func ruined(t *testing.T, whole []byte) map[string][]byte {
 			order.PutUint16(p[10:], 1)
 			order.PutUint64(p[24:], f.root)
 		}),
-		"another database": other("other", func(tx *bbolt.Tx) error { _, err := tx.CreateBucket([]byte("cats")); return err }),
+		"another database": other("other", func(tx *bbolt.Tx) error {
+			_,
+				err := tx.CreateBucket([]byte("cats"))
+			return err
+		}),
 		"a database of containerd": other("containerd", func(tx *bbolt.Tx) error {
 			b, err := tx.CreateBucket([]byte("v1"))
 			if err == nil {
@@ -218,8 +224,8 @@ func TestTornMeta(t *testing.T) {
 	}
 }
 
-// Whatever bytes of metadata.db change: it is refused; or bbolt reads all of it, and it says what it said or the damage is
-// found. A fault would end the test.
+// Whatever bytes of metadata.db change: it is refused; or bbolt reads all of it, and it says what it said or the damage
+// is found. A fault would end the test.
 func TestDamagedMetadataIsFound(t *testing.T) {
 	needRoot(t)
 	root := bulkStore(t)
@@ -289,7 +295,8 @@ func TestDamagedMetadataIsFound(t *testing.T) {
 		case back || contentOf(t, file.Name()) == said:
 			harmless++
 		default:
-			t.Errorf("it says something else, and is taken for whole:\n%s", cmp.Diff(strings.Split(said, "\n"), strings.Split(contentOf(t, file.Name()), "\n")))
+			t.Errorf("it says something else, and is taken for whole:\n%s", cmp.Diff(strings.Split(said, "\n"),
+				strings.Split(contentOf(t, file.Name()), "\n")))
 		}
 	}
 	t.Logf("%d of %d refused, %d harmless, of the others the damage was found", refused, n, harmless)
@@ -476,7 +483,8 @@ func TestMetadataIsLocked(t *testing.T) {
 	}
 	err := s.db.update(t.Context(), func(ctx context.Context) error {
 		for i := range 500 {
-			if _, err := createSnapshot(ctx, snapshots.KindView, fmt.Sprint("view-", i), "", map[string]string{"long": strings.Repeat("x", 2000)}); err != nil {
+			if _, err := createSnapshot(ctx, snapshots.KindView, fmt.Sprint("view-", i), "",
+				map[string]string{"long": strings.Repeat("x", 2000)}); err != nil {
 				return err
 			}
 		}

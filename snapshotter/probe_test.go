@@ -11,7 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A container that has changed the mode of a file under a kernel which needs metacopy=on goes on under one that does not.
+// A container that has changed the mode of a file under a kernel which needs metacopy=on goes on under one that does
+// not.
 func TestMetacopyOutlivesItsKernel(t *testing.T) {
 	root := t.TempDir()
 	s := open(t, root)

@@ -22,8 +22,8 @@ type origin struct {
 	chain     content.ChainID
 }
 
-// repair heals damaged layers from the blobs in containerd's content store, as far as they are there. Only what is wrong
-// with this node is an error: the caller looks at what is still damaged.
+// repair heals damaged layers from the blobs in containerd's content store, as far as they are there. Only what is
+// wrong with this node is an error: the caller looks at what is still damaged.
 func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]layer.Damage) error {
 	if len(damaged) == 0 {
 		return nil
@@ -59,7 +59,8 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 }
 
 // origins returns where the blobs of layers may be.
-func (s *Snapshotter) origins(ctx context.Context, layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
+func (s *Snapshotter) origins(ctx context.Context,
+	layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
 	all := map[content.LayerID][]origin{}
 	stored, err := s.db.records(ctx)
 	for _, sn := range stored.whole {

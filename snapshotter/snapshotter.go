@@ -42,8 +42,8 @@ type Options struct {
 	// MaxMemory is that of layer.Options.
 	MaxMemory int64
 	Step      func(name string)
-	// Verity says whether packs and chain images get fs-verity, and chain images are mounted over no other packs than those whose
-	// digests they hold; "" is lower.VerityOff.
+	// Verity says whether packs and chain images get fs-verity, and chain images are mounted over no other packs than
+	// those whose digests they hold; "" is lower.VerityOff.
 	Verity lower.Verity
 	// PageCache says what containers share in memory; "" is what the kernel can.
 	PageCache lower.PageCache
@@ -196,8 +196,8 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	return s, nil
 }
 
-// openMetadata opens what checkMetadata has found to be whole in structure. Damaged records are left alone: the snapshots that they
-// speak of do not work, others do.
+// openMetadata opens what checkMetadata has found to be whole in structure. Damaged records are left alone: the
+// snapshots that they speak of do not work, others do.
 func (s *Snapshotter) openMetadata(ctx context.Context) (err error) {
 	s.db, err = openMetadata(ctx, s.path("metadata.db"))
 	if errors.Is(err, errOthers) {
@@ -248,7 +248,8 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
 		Verity: s.kernel.NoVerity == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
-		Pressure: s.pressure, PacksMoved: s.packsMoved, HeldPacks: held, Step: s.opts.Step, User: stored.uses, Mounted: s.mountedLayers,
+		Pressure: s.pressure, PacksMoved: s.packsMoved, HeldPacks: held, Step: s.opts.Step, User: stored.uses,
+		Mounted: s.mountedLayers,
 	}, live)
 	if err != nil {
 		return fmt.Errorf("open layers: %w", err)
@@ -278,8 +279,8 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	return nil
 }
 
-// packsMoved notes at once which chain images are to be built anew, and removes in the background those that nothing uses. What moves
-// before chain images are looked at is found then.
+// packsMoved notes at once which chain images are to be built anew, and removes in the background those that nothing
+// uses. What moves before chain images are looked at is found then.
 func (s *Snapshotter) packsMoved(packs []content.PackID, damaged bool) {
 	select {
 	case <-s.opened:
@@ -345,7 +346,8 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 }
 
 // Update changes the labels of a snapshot. Private labels survive it.
-func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
+func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info,
+	err error) {
 	defer s.explain(&err)
 	if err := checkUpdate(fieldpaths); err != nil {
 		return out, err
@@ -369,8 +371,9 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 	return visible(out), err
 }
 
-// Usage of an active snapshot is that of its directory. The first committed one of a layer has what was added to the disk when it came, and all have
-// their part in what nobody has, so that the sum over all snapshots is what the disk holds, which is what the kubelet wants to know.
+// Usage of an active snapshot is that of its directory. The first committed one of a layer has what was added to the
+// disk when it came, and all have their part in what nobody has, so that the sum over all snapshots is what the disk
+// holds, which is what the kubelet wants to know.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	defer s.explain(&err)
 	var id string
@@ -429,82 +432,6 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 			return err
 		}
 	}
-	return nil
-}
-
-// Remove removes a snapshot without children. Its layer goes when nothing else names it.
-func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
-	defer s.explain(&err)
-	var id string
-	var info snapshots.Info
-	err = s.db.update(ctx, func(ctx context.Context) (err error) {
-		if id, info, err = removeSnapshot(ctx, key); err == nil {
-			s.refs.remove(info.Labels[labelRef], key)
-		}
-		return err
-	})
-	if err != nil {
-		if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
-			s.refs.add(info.Labels[labelRef], key)
-		}
-		return fmt.Errorf("remove snapshot %q: %w", key, err)
-	}
-	s.step("remove.recorded")
-	if id == "" { // what it said belongs to it may be another one's
-		return nil
-	}
-	s.ids.remove(id, key)
-	releaseAll(s, info)
-	ctx = context.WithoutCancel(ctx)
-	s.abandon(key, func(context.Context) {
-		if info.Kind != snapshots.KindCommitted {
-			s.unuse(ctx, id)
-			if err := s.layers.Unused(id); err != nil {
-				log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
-			}
-		}
-	})
-	return s.discard(ctx, id)
-}
-
-// unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may be why
-// he gives it up, so it does not count.
-func (s *Snapshotter) unuse(ctx context.Context, id string) {
-	n, orphaned, busy := s.chains.Users.Unuse(id)
-	release := func(ctx context.Context) {
-		if err := s.chains.Release(ctx, n); err != nil {
-			s.counters.removeError()
-			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
-		}
-	}
-	switch {
-	case orphaned && busy:
-		s.background(release)
-	case orphaned:
-		release(context.WithoutCancel(ctx))
-	}
-}
-
-// discard takes a snapshot's directory out of sight and deletes it in the background.
-func (s *Snapshotter) discard(ctx context.Context, id string) error {
-	gone := s.path(dirSnapshots, goingPrefix+id)
-	err := os.Rename(s.path(dirSnapshots, id), gone)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("remove snapshot directory: %w", err)
-	}
-	s.step("discard.renamed")
-	s.going.Store(filepath.Base(gone), true)
-	s.background(func(context.Context) {
-		defer s.going.Delete(filepath.Base(gone))
-		defer s.step("discard.done")
-		if err := os.RemoveAll(gone); err != nil {
-			s.counters.removeError()
-			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
-		}
-	})
 	return nil
 }
 

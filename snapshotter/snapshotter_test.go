@@ -28,7 +28,8 @@ import (
 func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
 	needRoot(t)
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: testVerity(), PageCache: testPageCache()})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact,
+		Verity: testVerity(), PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,7 +57,8 @@ func tarOfFiles(files map[string]string) ([]byte, error) {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for name, data := range files {
-		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(1700000000, 0)}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(1700000000,
+			0)}); err != nil {
 			return nil, err
 		}
 		if _, err := io.WriteString(w, data); err != nil {
@@ -72,7 +74,8 @@ func ns(t *testing.T, name string) context.Context {
 
 // unpack does for one layer what containerd does: Prepare, Apply, Commit. It
 // returns the committed name and whether the layer had to be applied.
-func unpack(t *testing.T, s *Snapshotter, namespace, parent string, blob []byte, labels map[string]string) (name string, applied bool) {
+func unpack(t *testing.T, s *Snapshotter, namespace, parent string, blob []byte, labels map[string]string) (name string,
+	applied bool) {
 	t.Helper()
 	ctx := ns(t, namespace)
 	var parentChain content.ChainID
@@ -94,9 +97,10 @@ func unpack(t *testing.T, s *Snapshotter, namespace, parent string, blob []byte,
 	if err != nil || !ok {
 		t.Fatalf("no extraction: %v, %v", mounts, err)
 	}
-	in, err := s.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(append([]byte(key), blob...)), Open: func(context.Context) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(blob)), nil
-	}})
+	in, err := s.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(append([]byte(key), blob...)),
+		Open: func(context.Context) (io.ReadCloser, error) {
+			return io.NopCloser(bytes.NewReader(blob)), nil
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +209,8 @@ func TestOnlyEmptyExtractionsAreApplied(t *testing.T) {
 		key   string
 		write bool
 		want  bool
-	}{{"default/1/extract-1 sha256:00", false, true}, {"default/2/extract-2 sha256:00", true, false}, {"default/3/container", false, false}} {
+	}{{"default/1/extract-1 sha256:00", false, true}, {"default/2/extract-2 sha256:00", true, false},
+		{"default/3/container", false, false}} {
 		mounts, err := s.Prepare(t.Context(), row.key, "")
 		if err != nil {
 			t.Fatal(err)
@@ -294,7 +299,8 @@ func TestWrongHintsAreIgnored(t *testing.T) {
 func TestPrivateLabelsSurviveUpdate(t *testing.T) {
 	root := t.TempDir()
 	s := open(t, root)
-	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": "text"}), map[string]string{"containerd.io/snapshot/x": "1"})
+	name, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": "text"}),
+		map[string]string{"containerd.io/snapshot/x": "1"})
 	info, err := s.Stat(t.Context(), name)
 	if err != nil {
 		t.Fatal(err)
@@ -446,7 +452,8 @@ func TestRemoveFreesEverything(t *testing.T) {
 func TestOneDaemonPerRoot(t *testing.T) {
 	root := t.TempDir()
 	open(t, root)
-	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run2")}); err == nil || !strings.Contains(err.Error(), "another daemon") {
+	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run2")}); err == nil ||
+		!strings.Contains(err.Error(), "another daemon") {
 		t.Error(err)
 	}
 }
@@ -462,7 +469,8 @@ func TestMissingMetadataIsRefused(t *testing.T) {
 	if err := os.Remove(filepath.Join(root, "metadata.db")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact}); err == nil || !strings.Contains(err.Error(), "metadata.db is missing") {
+	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"),
+		Fidelity: content.Exact}); err == nil || !strings.Contains(err.Error(), "metadata.db is missing") {
 		t.Fatalf("opened: %v", err)
 	}
 	for _, pattern := range []string{"packs/*", "layers/*"} {
@@ -478,7 +486,8 @@ func TestUnknownLayoutIsRefused(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(root, "format"), []byte("99\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run")}); err == nil || !strings.Contains(err.Error(), `version "99"`) {
+	if _, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run")}); err == nil ||
+		!strings.Contains(err.Error(), `version "99"`) {
 		t.Error(err)
 	}
 }

@@ -33,10 +33,11 @@ const (
 	reasonBlob  = "blob"  // by its blob in the content store, which is known
 
 	// Prepare, misses.
-	reasonUnknown   = "unknown"   // nobody has brought the layer in yet
-	reasonAhead     = "ahead"     // brought in a moment ago, ahead of its turn, by this very pull
-	reasonIngested  = "ingested"  // its blob lay in the content store, and was ingested there and then
-	reasonLate      = "late"      // its blob lies in the content store, but takes longer than Prepare may: Apply joins the ingest
+	reasonUnknown  = "unknown"  // nobody has brought the layer in yet
+	reasonAhead    = "ahead"    // brought in a moment ago, ahead of its turn, by this very pull
+	reasonIngested = "ingested" // its blob lay in the content store, and was ingested there and then
+	// its blob lies in the content store, but takes longer than Prepare may: Apply joins the ingest
+	reasonLate      = "late"
 	reasonBadBlob   = "bad_blob"  // its blob lay in the content store, and is of no use
 	reasonUnnamed   = "unnamed"   // the client does not say which layer it is
 	reasonUntrusted = "untrusted" // what it says does not fit together
@@ -50,10 +51,13 @@ const (
 // answers are all that there are, so that each is counted from 0.
 func answers() []Answer {
 	return []Answer{
-		{doorPrepare, true, reasonLabel}, {doorPrepare, true, reasonImage}, {doorPrepare, true, reasonChain}, {doorPrepare, true, reasonBlob},
+		{doorPrepare, true, reasonLabel}, {doorPrepare, true, reasonImage}, {doorPrepare, true, reasonChain},
+		{doorPrepare, true, reasonBlob},
 		{doorPrepare, false, reasonUnknown}, {doorPrepare, false, reasonAhead}, {doorPrepare, false, reasonIngested},
-		{doorPrepare, false, reasonLate}, {doorPrepare, false, reasonBadBlob}, {doorPrepare, false, reasonUnnamed}, {doorPrepare, false, reasonUntrusted},
-		{doorApply, true, reasonKnown}, {doorApply, true, reasonSame}, {doorApply, false, reasonNew}, {doorApply, false, reasonAhead},
+		{doorPrepare, false, reasonLate}, {doorPrepare, false, reasonBadBlob}, {doorPrepare, false, reasonUnnamed},
+		{doorPrepare, false, reasonUntrusted},
+		{doorApply, true, reasonKnown}, {doorApply, true, reasonSame}, {doorApply, false, reasonNew}, {doorApply, false,
+			reasonAhead},
 		{doorCommit, true, reasonSame}, {doorCommit, false, reasonNew},
 	}
 }

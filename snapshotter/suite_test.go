@@ -70,8 +70,10 @@ const suiteName = "overlayfs"
 
 func TestSuiteInProcess(t *testing.T) {
 	needRoot(t)
-	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error,
+		error) {
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
+			PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -81,8 +83,10 @@ func TestSuiteInProcess(t *testing.T) {
 
 func TestSuiteThroughSocket(t *testing.T) {
 	needRoot(t)
-	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), PageCache: testPageCache()})
+	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error,
+		error) {
+		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
+			PageCache: testPageCache()})
 		if err != nil {
 			return nil, nil, err
 		}

@@ -12,11 +12,13 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// layoutVersion is the version of the layout on disk, in the file "format". Any other one that is not in layouts is refused.
+// layoutVersion is the version of the layout on disk, in the file "format". Any other one that is not in layouts is
+// refused.
 const layoutVersion = "5"
 
-// layouts are the versions that are taken over, oldest first, each with what makes it the next. A step may be killed at any point: it is
-// then done again from its beginning, so what it finds done it leaves alone. The version is noted after each.
+// layouts are the versions that are taken over, oldest first, each with what makes it the next. A step may be killed at
+// any point: it is then done again from its beginning, so what it finds done it leaves alone. The version is noted
+// after each.
 var layouts = []struct {
 	version string
 	next    func(*Snapshotter, context.Context) error
@@ -47,7 +49,8 @@ func (s *Snapshotter) upgrade(ctx context.Context, version string) error {
 			err = s.noteFormat(next)
 		}
 		if err != nil {
-			return fmt.Errorf("upgrade %s from layout %s to %s (it goes on where it stopped): %w", s.opts.Root, layouts[i].version, next, err)
+			return fmt.Errorf("upgrade %s from layout %s to %s (it goes on where it stopped): %w", s.opts.Root,
+				layouts[i].version, next, err)
 		}
 	}
 	return nil
@@ -58,11 +61,12 @@ func (s *Snapshotter) sealMetadata(ctx context.Context) error {
 	return sealAll(ctx, s.path("metadata.db"))
 }
 
-// refuseFormer does nothing but move the version on: from here on payloads move into packs, and a build of before would miss them.
+// refuseFormer does nothing but move the version on: from here on payloads move into packs, and a build of before would
+// miss them.
 func (s *Snapshotter) refuseFormer(context.Context) error { return nil }
 
-// renewTrees moves payloads into packs, has the timestamps of Python's files follow from their sources (layer.Upgrade), and gives snapshots the new ids of their
-// layers. Chain images have other names then: the old ones are nobody's.
+// renewTrees moves payloads into packs, has the timestamps of Python's files follow from their sources (layer.Upgrade),
+// and gives snapshots the new ids of their layers. Chain images have other names then: the old ones are nobody's.
 func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 	if err := s.openMetadata(ctx); err != nil {
 		return err
@@ -99,7 +103,8 @@ func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 		})
 	}
 	return layer.Upgrade(ctx, layer.Options{
-		Root: s.opts.Root, Fidelity: s.opts.Fidelity, KeepUnnamed: !stored.complete(), Verity: s.kernel.NoVerity == nil, Step: s.opts.Step,
+		Root: s.opts.Root, Fidelity: s.opts.Fidelity, KeepUnnamed: !stored.complete(), Verity: s.kernel.NoVerity == nil,
+		Step: s.opts.Step,
 	}, former)
 }
 
@@ -120,7 +125,8 @@ func (r records) mounted() map[string][]content.LayerID {
 	return below
 }
 
-// mountedLayers returns the layers below snapshots that clients may have mounted; ok is false where not all snapshots are known.
+// mountedLayers returns the layers below snapshots that clients may have mounted; ok is false where not all snapshots
+// are known.
 func (s *Snapshotter) mountedLayers(ctx context.Context) (layers []content.LayerID, ok bool, err error) {
 	stored, err := s.db.records(ctx)
 	if err != nil {
@@ -134,5 +140,8 @@ func (s *Snapshotter) mountedLayers(ctx context.Context) (layers []content.Layer
 
 // uses tells whether there is a snapshot of this id that containers may have mounted.
 func (r records) uses(id string) bool {
-	return slices.ContainsFunc(r.whole, func(sn storedSnapshot) bool { return sn.id == id && sn.Kind != snapshots.KindCommitted })
+	return slices.ContainsFunc(r.whole, func(sn storedSnapshot) bool {
+		return sn.id == id &&
+			sn.Kind != snapshots.KindCommitted
+	})
 }

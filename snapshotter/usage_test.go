@@ -90,7 +90,8 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+	disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"),
+		filepath.Join(s.opts.Root, "chains"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,8 +104,8 @@ func addsUp(t *testing.T, s *Snapshotter, ctx context.Context) {
 	}
 }
 
-// CRI asks for the usage of a committed snapshot once, when it first sees it. What it adds up is what the disk holds nevertheless, while images that
-// share much come in.
+// CRI asks for the usage of a committed snapshot once, when it first sees it. What it adds up is what the disk holds
+// nevertheless, while images that share much come in.
 func TestUsageIsAskedOnce(t *testing.T) {
 	needRoot(t)
 	s := open(t, t.TempDir())
@@ -128,12 +129,14 @@ func TestUsageIsAskedOnce(t *testing.T) {
 		for _, n := range told {
 			sum += n
 		}
-		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"), filepath.Join(s.opts.Root, "chains"))
+		disk, err := layer.DiskUsage(ctx, filepath.Join(s.opts.Root, "packs"), filepath.Join(s.opts.Root, "layers"),
+			filepath.Join(s.opts.Root, "chains"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if off := float64(sum)/float64(disk.Bytes) - 1; off < -0.01 || off > 0.01 {
-			t.Errorf("%d snapshots were said to use %d bytes, the disk holds %d: %.1f %% off", len(told), sum, disk.Bytes, 100*off)
+			t.Errorf("%d snapshots were said to use %d bytes, the disk holds %d: %.1f %% off", len(told), sum, disk.Bytes,
+				100*off)
 		}
 	}
 	var tops []string

@@ -46,7 +46,8 @@ func verityRoot(t *testing.T) string {
 // openVerity opens a store until the test ends or stops it.
 func openVerity(t *testing.T, root string, v lower.Verity) *Snapshotter {
 	t.Helper()
-	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v, PageCache: testPageCache()})
+	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v,
+		PageCache: testPageCache()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +289,8 @@ func flip(t *testing.T, disk, path string, at int64) {
 	}
 	const fsIocFiemap = 0xc020660b
 	arg.start, arg.length, arg.flags, arg.count = uint64(at), 1, 1, 1 // FIEMAP_FLAG_SYNC
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&arg))); errno != 0 || arg.mapped != 1 {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&arg))); errno != 0 ||
+		arg.mapped != 1 {
 		t.Fatal("where the file lies:", errno, arg.mapped)
 	}
 	d, err := os.OpenFile(disk, os.O_RDWR, 0)
@@ -458,7 +460,8 @@ func TestVerityCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
-		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"), []byte(large), 0o600))
+		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"),
+			[]byte(large), 0o600))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -479,7 +482,8 @@ func TestVerityMissing(t *testing.T) {
 	if f, err := lower.Examine(root); err != nil || f.Verity == nil {
 		t.Skipf("this machine has fs-verity: %v", err)
 	}
-	if s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: lower.VerityOn}); err == nil {
+	if s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"),
+		Verity: lower.VerityOn}); err == nil {
 		t.Error(stop(s), "opened")
 	} else if !strings.Contains(err.Error(), "verity") {
 		t.Error(err)

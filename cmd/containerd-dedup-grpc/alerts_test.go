@@ -37,7 +37,8 @@ func checkAlerts(t *testing.T, names []string) {
 	about := map[string]bool{}
 	for _, g := range file.Groups {
 		for _, r := range g.Rules {
-			if r.Alert == "" || r.Annotations["summary"] == "" || r.Annotations["description"] == "" || r.Labels["severity"] == "" {
+			if r.Alert == "" || r.Annotations["summary"] == "" || r.Annotations["description"] == "" ||
+				r.Labels["severity"] == "" {
 				t.Errorf("alert %q is not whole", r.Alert)
 			}
 			for _, name := range checkExpr(t, "alert "+r.Alert, r.Expr, names) {
@@ -45,7 +46,8 @@ func checkAlerts(t *testing.T, names []string) {
 			}
 		}
 	}
-	for _, name := range []string{"dedup_root_free_bytes", "dedup_root_free_inodes", "dedup_damaged_layers", "dedup_gc_errors_total"} {
+	for _, name := range []string{"dedup_root_free_bytes", "dedup_root_free_inodes", "dedup_damaged_layers",
+		"dedup_gc_errors_total"} {
 		if !about[name] {
 			t.Errorf("no alert is about %s", name)
 		}

@@ -39,14 +39,14 @@ type Config struct {
 	// Blobs is "keep" (containerd's content store keeps the blobs of all images) or "drop" (those of layers that are
 	// stored here go, unless something needs them).
 	Blobs string `toml:"blobs"`
-	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out within
-	// ten seconds; what a power cut catches is found at the next start and has to be fetched again).
+	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out
+	// within ten seconds; what a power cut catches is found at the next start and has to be fetched again).
 	Durability string `toml:"durability"`
 	// Verity is "auto" (objects and chain images get fs-verity where the file system and the kernel have it), "on" (or the
 	// daemon does not start) or "off".
 	Verity string `toml:"verity"`
-	// PageCache is "shared" (equal files of all images are in memory once, for which the kernel needs data-only lower layers), "private"
-	// (the containers of one image share its files) or "": shared where the kernel can.
+	// PageCache is "shared" (equal files of all images are in memory once, for which the kernel needs data-only lower
+	// layers), "private" (the containers of one image share its files) or "": shared where the kernel can.
 	PageCache string `toml:"page_cache"`
 	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
 	// "2GB" or "100000".
@@ -132,7 +132,8 @@ func explainTOML(err error) error {
 const maxSocketPath = 107
 
 func (c Config) validate() error {
-	for key, path := range map[string]string{"root": c.Root, "address": c.Address, "run_dir": c.RunDir, "containerd_address": c.ContainerdAddress} {
+	for key, path := range map[string]string{"root": c.Root, "address": c.Address, "run_dir": c.RunDir,
+		"containerd_address": c.ContainerdAddress} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s = %q: want an absolute path", key, path)
 		}
@@ -180,7 +181,8 @@ func (c Config) validate() error {
 	if c.MetricsAddress != "" {
 		// A name could lead elsewhere tomorrow, and no address would mean all of them.
 		if _, err := netip.ParseAddrPort(c.MetricsAddress); err != nil {
-			return fmt.Errorf("metrics_address = %q: want an IP address and a port, such as \"127.0.0.1:9741\"", c.MetricsAddress)
+			return fmt.Errorf("metrics_address = %q: want an IP address and a port, such as \"127.0.0.1:9741\"",
+				c.MetricsAddress)
 		}
 	}
 	if c.PprofAddress != "" {
@@ -189,7 +191,8 @@ func (c Config) validate() error {
 		}
 	}
 	if err := log.SetLevel(c.LogLevel); err != nil {
-		return fmt.Errorf("log_level = %q: want \"trace\", \"debug\", \"info\", \"warn\", \"error\", \"fatal\" or \"panic\"", c.LogLevel)
+		return fmt.Errorf("log_level = %q: want \"trace\", \"debug\", \"info\", \"warn\", \"error\", \"fatal\" or \"panic\"",
+			c.LogLevel)
 	}
 	return nil
 }

@@ -77,7 +77,8 @@ func TestCgroupMemory(t *testing.T) {
 // systemd must not stop it for a helper process (igzip) that was killed.
 func TestUnitBoundsMemory(t *testing.T) {
 	text := readFile(t, unitFile)
-	for _, want := range []string{`MemoryHigh=\d+%`, `MemoryMax=\d+%`, "OOMPolicy=continue", "OOMScoreAdjust=-999", "Restart=always"} {
+	for _, want := range []string{`MemoryHigh=\d+%`, `MemoryMax=\d+%`, "OOMPolicy=continue", "OOMScoreAdjust=-999",
+		"Restart=always"} {
 		if !regexp.MustCompile("(?m)^" + want + "$").MatchString(text) {
 			t.Errorf("%s is missing", want)
 		}

@@ -29,7 +29,8 @@ type collector struct {
 // Describe sends nothing: the collector is unchecked, and its names are checked by a test.
 func (c collector) Describe(chan<- *prometheus.Desc) {}
 
-// Collect looks at no file of the store but the chain images: what it costs grows with layers and snapshots, not with objects.
+// Collect looks at no file of the store but the chain images: what it costs grows with layers and snapshots, not with
+// objects.
 func (c collector) Collect(out chan<- prometheus.Metric) {
 	e := emitter{out}
 	e.gauge("dedup_build_info", "1, with the daemon's version.", 1, "version", version)
@@ -72,18 +73,25 @@ func (c collector) holdings(e emitter, chains layer.Usage) {
 	e.count("dedup_pack_merged_bytes_total", "Bytes that merging packs has copied.", float64(packs.Merged))
 	e.gauge("dedup_stored_bytes", "What layers, payloads and chain images occupy.", float64(used.Bytes))
 	e.gauge("dedup_stored_inodes", "Inodes that layers, payloads and chain images occupy.", float64(used.Inodes))
-	e.gauge("dedup_logical_bytes", "Sizes of all regular files of all uses of layers: what plain directories would hold.", float64(logical.Bytes))
-	e.gauge("dedup_logical_inodes", "Entries of all uses of layers: the inodes that plain directories would need.", float64(logical.Inodes))
+	e.gauge("dedup_logical_bytes", "Sizes of all regular files of all uses of layers: what plain directories would hold.",
+		float64(logical.Bytes))
+	e.gauge("dedup_logical_inodes", "Entries of all uses of layers: the inodes that plain directories would need.",
+		float64(logical.Inodes))
 	e.gauge("dedup_saved_bytes", "dedup_logical_bytes less dedup_stored_bytes.", float64(logical.Bytes-used.Bytes))
 	e.gauge("dedup_saved_inodes", "dedup_logical_inodes less dedup_stored_inodes.", float64(logical.Inodes-used.Inodes))
 	if used.Bytes > 0 {
-		e.gauge("dedup_ratio", "dedup_logical_bytes divided by dedup_stored_bytes.", float64(logical.Bytes)/float64(used.Bytes))
+		e.gauge("dedup_ratio", "dedup_logical_bytes divided by dedup_stored_bytes.",
+			float64(logical.Bytes)/float64(used.Bytes))
 	}
 }
 
 func (c collector) snapshots(e emitter) {
 	counts := map[snapshots.Kind]int{snapshots.KindActive: 0, snapshots.KindView: 0, snapshots.KindCommitted: 0}
-	err := c.sn.Walk(context.Background(), func(_ context.Context, i snapshots.Info) error { counts[i.Kind]++; return nil })
+	err := c.sn.Walk(context.Background(), func(_ context.Context,
+		i snapshots.Info) error {
+		counts[i.Kind]++
+		return nil
+	})
 	if err != nil {
 		e.broken("dedup_snapshots", err)
 		return
@@ -101,7 +109,8 @@ func (c collector) work(e emitter) {
 		if a.Hit {
 			result = "hit"
 		}
-		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store had them, and why.",
+		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store "+
+			"had them, and why.",
 			float64(n), "door", a.Door, "result", result, "reason", a.Reason)
 	}
 	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.Builds))
@@ -115,31 +124,40 @@ func (c collector) work(e emitter) {
 	e.gauge("dedup_memory_bytes", memory, float64(most), "state", "max")
 	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
-		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.", float64(did.Checked.Unix()))
+		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.",
+			float64(did.Checked.Unix()))
 		for kind, n := range did.Findings {
-			e.gauge("dedup_fsck_findings", "What the last dedupctl fsck found and did not mend, by kind.", float64(n), "kind", string(kind))
+			e.gauge("dedup_fsck_findings", "What the last dedupctl fsck found and did not mend, by kind.", float64(n), "kind",
+				string(kind))
 		}
 	}
 	stored := c.sn.Layers().Stats()
-	const gcErrors = "Things that could not be removed: payloads or trees of layers, directories, chain images and mounts of snapshots."
+	const gcErrors = "Things that could not be removed: payloads or trees of layers, directories, chain images and " +
+		"mounts of snapshots."
 	e.count("dedup_gc_errors_total", gcErrors, float64(stored.RemoveErrors), "what", "layer")
 	e.count("dedup_gc_errors_total", gcErrors, float64(did.RemoveErrors), "what", "snapshot")
-	e.count("dedup_gc_layers_total", "Layers that were removed because nothing named them any more.", float64(stored.RemovedLayers))
-	e.count("dedup_gc_packs_total", "Packs that were removed because nothing named their payloads any more.", float64(stored.Removed.Inodes))
+	e.count("dedup_gc_layers_total", "Layers that were removed because nothing named them any more.",
+		float64(stored.RemovedLayers))
+	e.count("dedup_gc_packs_total", "Packs that were removed because nothing named their payloads any more.",
+		float64(stored.Removed.Inodes))
 	e.count("dedup_gc_bytes_total", "What removed packs had occupied.", float64(stored.Removed.Bytes))
 	e.gauge("dedup_swept_files", "Leftovers of an unclean stop that the last start removed.", float64(stored.Swept))
-	e.gauge("dedup_damaged_layers", "Layers that are out of service since their tree or an object is damaged: their images cannot be mounted (dedupctl fsck --repair).", float64(stored.Damaged))
+	e.gauge("dedup_damaged_layers", "Layers that are out of service since their tree or an object is damaged: their "+
+		"images cannot be mounted (dedupctl fsck --repair).", float64(stored.Damaged))
 }
 
 // running is work at this moment.
 func running(e emitter, work string, count int, oldest time.Time, bytes int64) {
-	e.gauge("dedup_work_running", "Ingests that are running, and chain images that are being built or wait for memory.", float64(count), "work", work)
+	e.gauge("dedup_work_running", "Ingests that are running, and chain images that are being built or wait for memory.",
+		float64(count), "work", work)
 	age := 0.0
 	if count > 0 {
 		age = time.Since(oldest).Seconds()
 	}
-	e.gauge("dedup_work_oldest_seconds", "How long the oldest of them has been running; 0 when there is none.", age, "work", work)
-	e.gauge("dedup_work_memory_bytes", "Memory of ingests: payloads on their way to the disk. Of builds: an estimate from the entries of their layers.",
+	e.gauge("dedup_work_oldest_seconds", "How long the oldest of them has been running; 0 when there is none.", age,
+		"work", work)
+	e.gauge("dedup_work_memory_bytes", "Memory of ingests: payloads on their way to the disk. Of builds: an estimate "+
+		"from the entries of their layers.",
 		float64(bytes), "work", work)
 }
 
@@ -148,11 +166,15 @@ func collectIngests(e emitter, stored layer.Stats) {
 		const ingests = "Blobs and directories that were read, by whether their layer was new."
 		e.count("dedup_ingests_total", ingests, float64(in.New), "source", source, "result", "new")
 		e.count("dedup_ingests_total", ingests, float64(in.Same), "source", source, "result", "same")
-		e.count("dedup_ingest_bytes_total", "Bytes that were read: of uncompressed tars, or of a directory's files.", float64(in.Bytes), "source", source)
-		e.count("dedup_ingest_added_bytes_total", "What ingests added to the disk.", float64(in.Added.Bytes), "source", source)
-		e.count("dedup_ingest_added_inodes_total", "Inodes that ingests added to the disk.", float64(in.Added.Inodes), "source", source)
+		e.count("dedup_ingest_bytes_total", "Bytes that were read: of uncompressed tars, or of a directory's files.",
+			float64(in.Bytes), "source", source)
+		e.count("dedup_ingest_added_bytes_total", "What ingests added to the disk.", float64(in.Added.Bytes), "source",
+			source)
+		e.count("dedup_ingest_added_inodes_total", "Inodes that ingests added to the disk.", float64(in.Added.Inodes),
+			"source", source)
 		for stage, took := range in.Stages {
-			e.count("dedup_ingest_seconds_total", "Time that the stages of ingests took; ingests run side by side.", took.Seconds(), "source", source, "stage", stage)
+			e.count("dedup_ingest_seconds_total", "Time that the stages of ingests took; ingests run side by side.",
+				took.Seconds(), "source", source, "stage", stage)
 		}
 	}
 	for kind, n := range stored.Failed {
@@ -167,7 +189,8 @@ func (c collector) disk(e emitter) {
 		e.broken("dedup_root_free_bytes", err)
 		return
 	}
-	e.gauge("dedup_root_free_bytes", "Free space of the file system of root, without what is reserved.", float64(st.Bavail)*float64(st.Frsize))
+	e.gauge("dedup_root_free_bytes", "Free space of the file system of root, without what is reserved.",
+		float64(st.Bavail)*float64(st.Frsize))
 	e.gauge("dedup_root_size_bytes", "Size of the file system of root, without what is reserved.",
 		float64(st.Blocks-st.Bfree+st.Bavail)*float64(st.Frsize))
 	e.gauge("dedup_root_free_inodes", "Free inodes of the file system of root.", float64(st.Ffree))
@@ -210,8 +233,10 @@ func serveMetrics(ctx context.Context, address string, calls calls, holds collec
 		}
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
-	stop, err = serveHTTP(ctx, address, &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: time.Minute})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError,
+		ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
+	stop, err = serveHTTP(ctx, address, &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout: time.Minute})
 	if err != nil {
 		return nil, fmt.Errorf("metrics_address: %w", err)
 	}

@@ -39,7 +39,8 @@ func TestMetrics(t *testing.T) {
 	ingest(t, c)
 	url := "http://" + c.MetricsAddress + "/metrics"
 	scrape := fetch(t, url)
-	for i := 0; i < 500 && !strings.Contains(scrape, "\ndedup_gc_layers_total 1\n"); i++ { // a layer goes in the background
+	// a layer goes in the background
+	for i := 0; i < 500 && !strings.Contains(scrape, "\ndedup_gc_layers_total 1\n"); i++ {
 		time.Sleep(10 * time.Millisecond)
 		scrape = fetch(t, url)
 	}
@@ -49,15 +50,18 @@ func TestMetrics(t *testing.T) {
 		t.Error(problems, err)
 	}
 	for _, want := range []string{
-		"dedup_layers 1", "dedup_objects 1", "dedup_packs 1", `dedup_pack_bytes{state="live"} 102400`, `dedup_pack_bytes{state="dead"} 0`, "dedup_logical_bytes 100000", "dedup_logical_inodes 2",
+		"dedup_layers 1", "dedup_objects 1", "dedup_packs 1", `dedup_pack_bytes{state="live"} 102400`,
+		`dedup_pack_bytes{state="dead"} 0`, "dedup_logical_bytes 100000", "dedup_logical_inodes 2",
 		`dedup_snapshots{kind="committed"} 1`, `dedup_snapshots{kind="active"} 1`, `dedup_snapshots{kind="view"} 0`,
 		`dedup_layer_requests_total{door="prepare",reason="unknown",result="miss"} 1`,
 		`dedup_layer_requests_total{door="prepare",reason="chain",result="hit"} 0`,
 		`dedup_layer_requests_total{door="commit",reason="new",result="miss"} 2`,
 		`dedup_ingests_total{result="new",source="directory"} 2`, `dedup_ingest_bytes_total{source="directory"} 150000`,
-		"dedup_gc_layers_total 1", "dedup_gc_packs_total 1", "dedup_gc_bytes_total 69632", `dedup_gc_errors_total{what="layer"} 0`,
+		"dedup_gc_layers_total 1", "dedup_gc_packs_total 1", "dedup_gc_bytes_total 69632",
+		`dedup_gc_errors_total{what="layer"} 0`,
 		`dedup_grpc_errors_total{code="NotFound",method="Stat"} 1`, "dedup_damaged_layers 0",
-		`dedup_work_running{work="build"} 0`, `dedup_work_running{work="ingest"} 0`, `dedup_work_oldest_seconds{work="build"} 0`,
+		`dedup_work_running{work="build"} 0`, `dedup_work_running{work="ingest"} 0`,
+		`dedup_work_oldest_seconds{work="build"} 0`,
 		`dedup_work_memory_bytes{work="ingest"} 0`,
 		`dedup_grpc_seconds_count{method="Prepare"} 3`, `dedup_grpc_seconds_count{method="Commit"} 2`,
 		`dedup_grpc_seconds_count{method="Mounts"} 0`, `dedup_grpc_seconds_count{method="Apply"} 0`,
@@ -121,7 +125,8 @@ func metricNames(scrape string) (names []string) {
 func checkDocumented(t *testing.T, names []string) {
 	t.Helper()
 	var documented []string
-	for _, m := range regexp.MustCompile("(?m)^\\| `(dedup_[a-z_]+)").FindAllStringSubmatch(readFile(t, "../../docs/monitoring.md"), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `(dedup_[a-z_]+)").FindAllStringSubmatch(readFile(t,
+		"../../docs/monitoring.md"), -1) {
 		documented = append(documented, m[1])
 	}
 	slices.Sort(documented)
@@ -185,7 +190,8 @@ func ingest(t *testing.T, c Config) {
 	must(client.Remove(t.Context(), &snapshotsapi.RemoveSnapshotRequest{Key: "gone"}))
 	must(client.Cleanup(t.Context(), &snapshotsapi.CleanupRequest{}))
 	ref := "sha256:" + strings.Repeat("0", 64)
-	must(client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "extract-1", Labels: map[string]string{"containerd.io/snapshot.ref": ref}}))
+	must(client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "extract-1",
+		Labels: map[string]string{"containerd.io/snapshot.ref": ref}}))
 	must(nil, os.WriteFile(filepath.Join(c.Root, "packs/stray"), nil, 0o400)) // nothing names it
 	fsck, err := dedupv1.NewControlClient(conn).Check(t.Context(), &dedupv1.CheckRequest{})
 	must(fsck, err)

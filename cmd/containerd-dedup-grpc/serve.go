@@ -94,7 +94,8 @@ func serve(ctx context.Context, c Config) (err error) {
 
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(listener) }()
-	log.G(ctx).WithFields(log.Fields{"version": version, "root": c.Root, "address": c.Address, "fidelity": c.Fidelity, "reuse": c.Reuse, "blobs": c.Blobs}).Info("serving")
+	log.G(ctx).WithFields(log.Fields{"version": version, "root": c.Root, "address": c.Address, "fidelity": c.Fidelity,
+		"reuse": c.Reuse, "blobs": c.Blobs}).Info("serving")
 	notify(ctx, daemon.SdNotifyReady)
 	select {
 	case err := <-done:
@@ -150,7 +151,8 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
 	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
-		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have to be fetched again")
+		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have " +
+			"to be fetched again")
 	}
 	stored := func(ctx context.Context) (blobs.Stored, error) { return snapshotter.StoredLayers(ctx, sn) }
 	trimmer = blobs.NewTrimmer(catalog, found, stored, nil)
@@ -223,12 +225,14 @@ func listen(address string) (net.Listener, error) {
 
 // recoverUnary and recoverStream answer a call that panics with an error: one bad call must not end the
 // daemon for all others.
-func recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+func recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any,
+	err error) {
 	defer answerPanic(ctx, info.FullMethod, &err)
 	return handler(ctx, req)
 }
 
-func recoverStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+func recoverStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo,
+	handler grpc.StreamHandler) (err error) {
 	defer answerPanic(stream.Context(), info.FullMethod, &err)
 	return handler(srv, stream)
 }

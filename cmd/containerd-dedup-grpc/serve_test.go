@@ -54,7 +54,8 @@ func start(t *testing.T, c Config) (stop func() error) {
 // its socket is root's alone.
 func TestServe(t *testing.T) {
 	c := testConfig(t)
-	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"), Net: "unixgram"})
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "notify"),
+		Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +74,8 @@ func TestServe(t *testing.T) {
 		}
 	}
 	expect("READY=1")
-	for path, mode := range map[string]os.FileMode{c.Address: 0o600 | os.ModeSocket, filepath.Dir(c.Address): 0o700 | os.ModeDir, c.Root: 0o700 | os.ModeDir} {
+	for path, mode := range map[string]os.FileMode{c.Address: 0o600 | os.ModeSocket,
+		filepath.Dir(c.Address): 0o700 | os.ModeDir, c.Root: 0o700 | os.ModeDir} {
 		if fi, err := os.Stat(path); err != nil || fi.Mode() != mode {
 			t.Errorf("%s has mode %v, want %v", path, fi.Mode(), mode)
 		}
@@ -83,7 +85,8 @@ func TestServe(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := snapshotsapi.NewSnapshotsClient(conn).Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "k"}); err != nil {
+	if _, err := snapshotsapi.NewSnapshotsClient(conn).Prepare(t.Context(),
+		&snapshotsapi.PrepareSnapshotRequest{Key: "k"}); err != nil {
 		t.Error(err)
 	}
 	second := c

@@ -27,10 +27,13 @@ func demoCommand() *cli.Command {
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "out", Value: "out", Usage: "directory for demo.json"},
 			&cli.IntFlag{Name: "runs", Value: 3, Usage: "repetitions; the table shows medians (and min-max)"},
-			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "dedup"), Usage: "snapshotters to measure, `NAME` may be overlayfs, native, erofs or dedup"},
+			&cli.StringSliceFlag{Name: "subject", Value: cli.NewStringSlice("overlayfs", "dedup"),
+				Usage: "snapshotters to measure, `NAME` may be overlayfs, native, erofs or dedup"},
 			&cli.StringFlag{Name: "fidelity", Usage: "of dedup: exact, python or normalized (default: the daemon's)"},
-			&cli.BoolFlag{Name: "igzip", Value: true, Usage: "let all subjects decompress with igzip (package isal), which containerd and dedup use where it is installed; --igzip=false: with Go's libraries"},
-			&cli.PathFlag{Name: "tmp", Usage: "directory for the nodes, on a disk as containerd would use (default: TMPDIR or /tmp)"},
+			&cli.BoolFlag{Name: "igzip", Value: true, Usage: "let all subjects decompress with igzip (package isal), which " +
+				"containerd and dedup use where it is installed; --igzip=false: with Go's libraries"},
+			&cli.PathFlag{Name: "tmp", Usage: "directory for the nodes, on a disk as containerd would use (default: TMPDIR " +
+				"or /tmp)"},
 			&cli.BoolFlag{Name: "json", Usage: "print demo.json instead of the table"},
 		},
 		Action: runDemo,
@@ -70,7 +73,8 @@ func runDemo(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, closeAll(all)) }()
 
-	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), igzip: igzip, command: []string{"python3", "-c", inputs.Imports}}
+	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), igzip: igzip, command: []string{"python3", "-c",
+		inputs.Imports}}
 	trials, err := interleave(ctx, p, pl, subjects, c.Int("runs"))
 	if err != nil {
 		return err
@@ -148,7 +152,8 @@ func finish(c *cli.Context, p *progress, r demoReport) error {
 	}
 	fmt.Println()
 	for _, img := range r.Images {
-		fmt.Printf("%s: %d layers, %.1f MB compressed, %.1f MB of tar\n", img.Name, img.Layers, float64(img.Blobs)/1e6, float64(img.Tars)/1e6)
+		fmt.Printf("%s: %d layers, %.1f MB compressed, %.1f MB of tar\n", img.Name, img.Layers, float64(img.Blobs)/1e6,
+			float64(img.Tars)/1e6)
 	}
 	fmt.Printf("containerd %s, kernel %s, %s CPUs, all decompress with %s, medians of %d runs\n\n",
 		r.Versions["containerd"], r.Machine["kernel"], r.Machine["cpus"], r.Versions["gunzip"], r.Runs)

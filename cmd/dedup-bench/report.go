@@ -88,7 +88,8 @@ const baseline = "overlayfs"
 
 // summarise turns trials into medians and ratios.
 func summarise(order []string, trials []trial) demoReport {
-	r := demoReport{Ratios: map[string]float64{}, Subjects: map[string]map[string]spread{}, Trials: trials, Time: time.Now().UTC(), order: order}
+	r := demoReport{Ratios: map[string]float64{}, Subjects: map[string]map[string]spread{}, Trials: trials,
+		Time: time.Now().UTC(), order: order}
 	for _, subject := range order {
 		row := map[string]spread{}
 		for _, m := range metrics {
@@ -198,7 +199,8 @@ func machine(dir string) map[string]string {
 	var st unix.Statfs_t
 	if unix.Statfs(dir, &st) == nil {
 		m["file_system"] = fmt.Sprintf("%#x", st.Type)
-		if name, ok := map[int64]string{0xef53: "ext4", 0x58465342: "xfs", 0x9123683e: "btrfs", 0x01021994: "tmpfs"}[int64(st.Type)]; ok {
+		if name, ok := map[int64]string{0xef53: "ext4", 0x58465342: "xfs", 0x9123683e: "btrfs",
+			0x01021994: "tmpfs"}[int64(st.Type)]; ok {
 			m["file_system"] = name
 		}
 	}

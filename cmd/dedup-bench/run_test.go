@@ -56,7 +56,8 @@ func userImages(t *testing.T) (refs []string) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"one", "two"} {
-		app, err := image.FromEntries(layers, image.LayerOptions{}, image.File(name, name+strings.Repeat("x", 100_000)), image.File("same", strings.Repeat("y", 100_000)))
+		app, err := image.FromEntries(layers, image.LayerOptions{}, image.File(name, name+strings.Repeat("x", 100_000)),
+			image.File("same", strings.Repeat("y", 100_000)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -89,7 +90,8 @@ func shortDir(t *testing.T) string {
 func TestRun(t *testing.T) {
 	bench, daemon := built(t)
 	refs, out, tmp := userImages(t), t.TempDir(), shortDir(t)
-	cmd := exec.Command(bench, "run", "--scenario", "cold,rebuild,known,delete,start,read", "--subject", "overlayfs,dedup,limit", "--runs", "1",
+	cmd := exec.Command(bench, "run", "--scenario", "cold,rebuild,known,delete,start,read", "--subject",
+		"overlayfs,dedup,limit", "--runs", "1",
 		"--image", refs[0], "--image", refs[1], "--daemon", daemon, "--out", out, "--tmp", tmp, "--json")
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -111,8 +113,10 @@ func TestRun(t *testing.T) {
 		return printed[i]
 	}
 	for _, subject := range []string{"overlayfs", "dedup"} {
-		for _, x := range [][2]string{{"cold", "pull"}, {"rebuild", "pull"}, {"known", "pull"}, {"delete", "the last images: space back"},
-			{"start", "first container"}, {"start", "20 at once, all"}, {"read", "find, cold"}, {"read", "read everything, warm"}} {
+		for _, x := range [][2]string{{"cold", "pull"}, {"rebuild", "pull"}, {"known", "pull"},
+			{"delete", "the last images: space back"},
+			{"start", "first container"}, {"start", "20 at once, all"}, {"read", "find, cold"},
+			{"read", "read everything, warm"}} {
 			if r := find(x[0], subject, x[1]); r.Median <= 0 || r.Unit != "s" || r.Runs != 1 {
 				t.Errorf("%s of %s: %+v", x[1], subject, r)
 			}

@@ -25,12 +25,14 @@ func screensCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "screens",
 		Usage: "play the self-hosted Sentry case, from analyze to the freed disk, and write what is seen into the docs",
-		Description: "Builds the images of five Python services in two releases, each with a pip install of its own, pulls them into a\n" +
+		Description: "Builds the images of five Python services in two releases, each with a pip install of its own, " +
+			"pulls them into a\n" +
 			"containerd with overlayfs on a disk of its own, runs a container of each service, and does then what an operator\n" +
 			"would: analyze, migrate, make the containers anew, remove what is old, look around. Needs root.",
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "tmp", Usage: "directory for the disk (default: TMPDIR or /tmp)"},
-			&cli.StringSliceFlag{Name: "docs", Usage: "Markdown `FILE` in which the lines between <!-- screen: NAME --> and <!-- end of screen --> are written anew"},
+			&cli.StringSliceFlag{Name: "docs", Usage: "Markdown `FILE` in which the lines between <!-- screen: NAME --> and " +
+				"<!-- end of screen --> are written anew"},
 			&cli.IntFlag{Name: "releases", Value: 2, Usage: "1 is enough to try the command"},
 		},
 		Action: func(c *cli.Context) error {
@@ -94,14 +96,17 @@ func (s *screens) play(ctx context.Context, tmp string, releases int) (err error
 		s.replace = strings.NewReplacer(
 			filepath.Join(s.node.Dir(), "containerd.toml"), "/etc/containerd/config.toml",
 			filepath.Join(s.node.Dir(), "c"), "/var/lib/containerd", s.node.DedupRoot(), "/var/lib/containerd-dedup-grpc",
-			s.node.DedupAddress(), "/run/containerd-dedup-grpc/containerd-dedup-grpc.sock", s.node.Address(), "/run/containerd/containerd.sock",
-			filepath.Join(s.node.Dir(), "run"), "/run/containerd-dedup-grpc", registry.Addr, "registry.example", s.node.Dir(), "/node")
+			s.node.DedupAddress(), "/run/containerd-dedup-grpc/containerd-dedup-grpc.sock", s.node.Address(),
+			"/run/containerd/containerd.sock",
+			filepath.Join(s.node.Dir(), "run"), "/run/containerd-dedup-grpc", registry.Addr, "registry.example", s.node.Dir(),
+			"/node")
 		return s.session(ctx, fleet)
 	})
 }
 
 // fleet builds and pushes the images, the first release first.
-func (s *screens) fleet(ctx context.Context, r *bench.Registry, home string, releases int) (fleet []fleetImage, err error) {
+func (s *screens) fleet(ctx context.Context, r *bench.Registry, home string, releases int) (fleet []fleetImage,
+	err error) {
 	set, err := inputs.Open(s.say)
 	if err != nil {
 		return nil, err
@@ -121,7 +126,8 @@ func (s *screens) fleet(ctx context.Context, r *bench.Registry, home string, rel
 		if err := image.Seed(home, base, release.Layer); err != nil {
 			return nil, err
 		}
-		img, err := image.New(image.Options{Env: []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, Cmd: []string{"python3"}}, base, release.Layer)
+		img, err := image.New(image.Options{Env: []string{"PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+			Cmd: []string{"python3"}}, base, release.Layer)
 		if err != nil {
 			return nil, err
 		}
@@ -291,7 +297,8 @@ func (s *screens) write(path string) error {
 		m := screenMark.FindStringSubmatch(block)
 		shown, ok := s.shown[m[2]]
 		if !ok {
-			unknown = errors.Join(unknown, fmt.Errorf("write screens: %s wants the screen %q, which is not among those that were seen", path, m[2]))
+			unknown = errors.Join(unknown, fmt.Errorf("write screens: %s wants the screen %q, which is not among those that "+
+				"were seen", path, m[2]))
 			return block
 		}
 		return m[1] + "```console\n" + strings.TrimRight(shown, "\n") + "\n```\n" + m[3]

@@ -34,7 +34,8 @@ func analyzeCommand() *cli.Command {
 			&cli.StringFlag{Name: "platform", Usage: "`OS/ARCH` of the image, where there are several (default: this machine's)"},
 			&cli.BoolFlag{Name: "verity", Usage: "count what fs-verity needs too, for a store on ext4 with the feature verity"},
 			&cli.BoolFlag{Name: "plain-http", Usage: "registries speak HTTP without TLS; on loopback they always do"},
-			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registries; the password may stand in DEDUP_REGISTRY_PASSWORD (default: what docker login stored)"},
+			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registries; the password " +
+				"may stand in DEDUP_REGISTRY_PASSWORD (default: what docker login stored)"},
 		},
 		Action: runAnalyze,
 	}
@@ -74,7 +75,8 @@ func runAnalyze(c *cli.Context) error {
 		return err
 	}
 	if n := len(v.LeftOut); n > 0 {
-		return fmt.Errorf("analyze: %s left out: the first because of: %s", plural(int64(n), "image", "images"), v.LeftOut[0].Error)
+		return fmt.Errorf("analyze: %s left out: the first because of: %s", plural(int64(n), "image", "images"),
+			v.LeftOut[0].Error)
 	}
 	return nil
 }
@@ -85,7 +87,8 @@ func (a *analysis) progress(elapsed time.Duration) string {
 	if a.done.Load() {
 		return size(read) + " read; making the chain images"
 	}
-	return fmt.Sprintf("%s of %s read (%s)%s", size(read), size(a.total), percent(min(read, a.total), a.total), remaining(elapsed, read, a.total))
+	return fmt.Sprintf("%s of %s read (%s)%s", size(read), size(a.total), percent(min(read, a.total), a.total),
+		remaining(elapsed, read, a.total))
 }
 
 // remaining says how long the rest takes if it goes on like this.
@@ -100,7 +103,8 @@ func remaining(elapsed time.Duration, done, total int64) string {
 func explainAnalyze(err error) error {
 	switch {
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("%w: what containerd and Docker store is root's alone; run as root (sudo dedupctl analyze ...)", err)
+		return fmt.Errorf("%w: what containerd and Docker store is root's alone; run as root (sudo dedupctl analyze ...)",
+			err)
 	case errors.Is(err, inventory.ErrUnknown), errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("analyze: %w (see dedupctl analyze --help)", err)
 	}
@@ -119,7 +123,8 @@ func writeAnalysis(w io.Writer, a Analysis) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "\tDISK\tSAVES\t\tINODES\tSAVES\t")
 		row := func(name string, u AnalysisUsage) {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", name, size(u.Bytes), signed(a.Now.Bytes-u.Bytes, size), percent(a.Now.Bytes-u.Bytes, a.Now.Bytes),
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", name, size(u.Bytes), signed(a.Now.Bytes-u.Bytes, size),
+				percent(a.Now.Bytes-u.Bytes, a.Now.Bytes),
 				count(u.Inodes), signed(a.Now.Inodes-u.Inodes, count), percent(a.Now.Inodes-u.Inodes, a.Now.Inodes))
 		}
 		fmt.Fprintf(w, "now, as overlayfs\t%s\t\t\t%s\t\t\n", size(a.Now.Bytes), count(a.Now.Inodes))
@@ -136,10 +141,12 @@ func writeAnalysis(w io.Writer, a Analysis) {
 			plural(a.Blobs.Inodes, "compressed blob", "compressed blobs"), size(a.Blobs.Bytes))
 	}
 	if a.Containers > 0 {
-		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where they are.\n",
+		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where "+
+			"they are.\n",
 			plural(a.Containers, "container lies", "containers lie"), size(a.InUse.Bytes), size(a.Writable.Bytes))
 	}
-	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and its packs.", plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
+	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and its packs.",
+		plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
 	if a.DeepImages > 0 {
 		fmt.Fprintf(w, " %s more than %d.", plural(a.DeepImages, "image has", "images have"), deepStack)
 	}
@@ -154,7 +161,8 @@ func writeDuplicatePrefixes(w io.Writer, a Analysis) {
 	if len(a.Duplicates) == 0 {
 		return
 	}
-	fmt.Fprintf(w, "\nThere more than once: %s, %s.\n", plural(a.AllDuplicates.Files, "file", "files"), size(a.AllDuplicates.Bytes))
+	fmt.Fprintf(w, "\nThere more than once: %s, %s.\n", plural(a.AllDuplicates.Files, "file", "files"),
+		size(a.AllDuplicates.Bytes))
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "BELOW\tDISK\t\tFILES")
 		for _, p := range a.Duplicates {
@@ -164,7 +172,8 @@ func writeDuplicatePrefixes(w io.Writer, a Analysis) {
 			}
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", path, size(p.Bytes), percent(p.Bytes, a.AllDuplicates.Bytes), count(p.Files))
 			for _, part := range p.Parts {
-				fmt.Fprintf(w, "  %s\t%s\t%s\t%s\n", part.Path, size(part.Bytes), percent(part.Bytes, a.AllDuplicates.Bytes), count(part.Files))
+				fmt.Fprintf(w, "  %s\t%s\t%s\t%s\n", part.Path, size(part.Bytes), percent(part.Bytes, a.AllDuplicates.Bytes),
+					count(part.Files))
 			}
 		}
 	})

@@ -32,7 +32,8 @@ func twoBuilds(t *testing.T) (base *image.Layer, apps [2]*image.Layer) {
 	}
 	base = build(image.Dir("lib"), image.File("lib/base", strings.Repeat("base", 5000)))
 	for i := range apps {
-		apps[i] = build(image.Dir("srv"), image.File("srv/same", strings.Repeat("same", 10_000)), image.File("srv/too", strings.Repeat("same", 10_000)),
+		apps[i] = build(image.Dir("srv"), image.File("srv/same", strings.Repeat("same", 10_000)), image.File("srv/too",
+			strings.Repeat("same", 10_000)),
 			image.File("srv/own", strings.Repeat(fmt.Sprint(i), 5000)))
 	}
 	return base, apps
@@ -51,11 +52,13 @@ func analyzed(t *testing.T, args ...string) (a Analysis) {
 // checkTwoBuilds checks what does not depend on where the images lie.
 func checkTwoBuilds(t *testing.T, a Analysis) {
 	t.Helper()
-	// 20,000 bytes for the base, 40,000 for all that is the same, and two times 5,000; a pack for each layer has four blocks more.
+	// 20,000 bytes for the base, 40,000 for all that is the same, and two times 5,000; a pack for each layer has four
+	// blocks more.
 	if want := (AnalysisUsage{5*4096 + 10*4096 + 2*2*4096 + 3*4*4096, 3}); a.Python.Packs != want || a.File.Packs != want {
 		t.Errorf("packs %+v and %+v, want %+v", a.File.Packs, a.Python.Packs, want)
 	}
-	if a.Layers != 3 || a.DiffIDs != 3 || a.Python.Trees.Inodes != 3 || a.Python.ChainImages.Inodes != 2 || a.DeepestLowerdirs != 2 || len(a.Images) != 2 {
+	if a.Layers != 3 || a.DiffIDs != 3 || a.Python.Trees.Inodes != 3 || a.Python.ChainImages.Inodes != 2 ||
+		a.DeepestLowerdirs != 2 || len(a.Images) != 2 {
 		t.Errorf("%+v", a)
 	}
 	// Every file, and the root and one more directory of each layer.
@@ -87,7 +90,8 @@ func TestAnalyzeReferences(t *testing.T) {
 	}
 	a := analyzed(t, refs...)
 	checkTwoBuilds(t, a)
-	if names := a.Images[1].Names; !slices.Equal(names, refs[1:]) || len(a.Sources) != 1 || a.Sources[0].Kind != "registry" {
+	if names := a.Images[1].Names; !slices.Equal(names, refs[1:]) || len(a.Sources) != 1 ||
+		a.Sources[0].Kind != "registry" {
 		t.Errorf("%+v", a)
 	}
 	fetched, err := r.Fetched()
@@ -104,7 +108,8 @@ func TestAnalyzeReferences(t *testing.T) {
 		t.Errorf("the base was fetched %d times", times)
 	}
 	code, out, errs := dedupctl(t, append([]string{"analyze"}, refs...)...)
-	for _, want := range []string{"registry: 2 images of 3 layers", "now, as overlayfs", "and Python's bytecode", "/srv ", "The deepest image stacks 2 lower directories"} {
+	for _, want := range []string{"registry: 2 images of 3 layers", "now, as overlayfs", "and Python's bytecode", "/srv ",
+		"The deepest image stacks 2 lower directories"} {
 		if code != exitOK || errs != "" || !strings.Contains(out, want) {
 			t.Errorf("exit code %d, %s; %q is not in\n%s", code, errs, want, out)
 		}
@@ -114,10 +119,12 @@ func TestAnalyzeReferences(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, out, errs = dedupctl(t, append([]string{"analyze"}, refs...)...)
-	if code != exitFailure || !strings.Contains(errs, "1 image left out") || !strings.Contains(out, "left out: "+refs[1]) || !strings.Contains(out, "now, as overlayfs") {
+	if code != exitFailure || !strings.Contains(errs, "1 image left out") || !strings.Contains(out, "left out: "+
+		refs[1]) || !strings.Contains(out, "now, as overlayfs") {
 		t.Errorf("exit code %d\n%s%s", code, out, errs)
 	}
-	if code, _, errs := dedupctl(t, "analyze", r.Ref("no/such:image")); code != exitFailure || !strings.Contains(errs, "no/such:image") {
+	if code, _, errs := dedupctl(t, "analyze", r.Ref("no/such:image")); code != exitFailure || !strings.Contains(errs,
+		"no/such:image") {
 		t.Errorf("exit code %d: %s", code, errs)
 	}
 }
@@ -154,7 +161,8 @@ func TestAnalyzeLayout(t *testing.T) {
 	}
 	// Two sources are analysed together: nothing is there twice that has the same diffID.
 	both := analyzed(t, filepath.Join(dir, "layout"), tarred)
-	if both.Layers != 6 || both.DiffIDs != 3 || both.Layer.Bytes*2 != both.Now.Bytes || both.Python.ChainImages.Inodes != 2 {
+	if both.Layers != 6 || both.DiffIDs != 3 || both.Layer.Bytes*2 != both.Now.Bytes ||
+		both.Python.ChainImages.Inodes != 2 {
 		t.Errorf("%+v", both)
 	}
 }
@@ -186,7 +194,8 @@ func TestAnalyzeRefusesOtherBlobs(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, out, errs := dedupctl(t, "analyze", dir)
-	if code != exitFailure || !strings.Contains(errs, "has the diffID "+apps[1].Diff.String()) || !strings.Contains(out, "no images there") {
+	if code != exitFailure || !strings.Contains(errs, "has the diffID "+apps[1].Diff.String()) || !strings.Contains(out,
+		"no images there") {
 		t.Errorf("exit code %d\n%s%s", code, out, errs)
 	}
 }
@@ -212,7 +221,8 @@ func TestAnalyzeErrors(t *testing.T) {
 		{[]string{dir, "--json"}, exitUsage, "--json stands behind an argument: flags come first"},
 		{[]string{"--nonsense"}, exitUsage, "see --help"},
 	} {
-		if code, out, errs := dedupctl(t, append([]string{"analyze"}, row.args...)...); code != row.code || out != "" || !strings.Contains(errs, row.want) {
+		if code, out, errs := dedupctl(t, append([]string{"analyze"}, row.args...)...); code != row.code || out != "" ||
+			!strings.Contains(errs, row.want) {
 			t.Errorf("%v: exit code %d, want %d with %q: %s%s", row.args, code, row.code, row.want, out, errs)
 		}
 	}
@@ -246,7 +256,8 @@ func TestAnalyzeDeepImage(t *testing.T) {
 	if a := analyzed(t, string(path)); a.DeepestLowerdirs != deepStack+1 || a.DeepImages != 1 || a.Layers != deepStack+1 {
 		t.Errorf("%d deep, %d images, %d layers", a.DeepestLowerdirs, a.DeepImages, a.Layers)
 	}
-	if _, out, _ := dedupctl(t, "analyze", string(path)); !strings.Contains(out, "The deepest image stacks 101 lower directories") || !strings.Contains(out, "1 image has more than 100.") {
+	if _, out, _ := dedupctl(t, "analyze", string(path)); !strings.Contains(out, "The deepest image stacks 101 lower "+
+		"directories") || !strings.Contains(out, "1 image has more than 100.") {
 		t.Error(out)
 	}
 }

@@ -79,8 +79,10 @@ func completeCommand() *cli.Command {
 func registryFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
-		&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password may stand in DEDUP_REGISTRY_PASSWORD"},
-		&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry", Value: "/etc/containerd/certs.d"},
+		&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password " +
+			"may stand in DEDUP_REGISTRY_PASSWORD"},
+		&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry",
+			Value: "/etc/containerd/certs.d"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "the registry speaks HTTP without TLS"},
 	}
 }
@@ -171,7 +173,8 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 	ns, _ := namespaces.Namespace(ctx)
 	img, err := ctd.ImageService().Get(ctx, name)
 	if errdefs.IsNotFound(err) {
-		return Completed{}, fmt.Errorf("no image %q in containerd's namespace %q: see `ctr -n %s images ls -q`, or name the namespace with --namespace", name, ns, ns)
+		return Completed{}, fmt.Errorf("no image %q in containerd's namespace %q: see `ctr -n %s images ls -q`, or name "+
+			"the namespace with --namespace", name, ns, ns)
 	}
 	if err != nil {
 		return Completed{}, fmt.Errorf("look up image %s: %w", name, err)
@@ -327,7 +330,8 @@ type completion struct {
 }
 
 func (c *completion) run(ctx context.Context, img images.Image, match platforms.MatchComparer) error {
-	children := images.SetChildrenMappedLabels(c.store, images.FilterPlatforms(images.ChildrenHandler(c.store), match), nil)
+	children := images.SetChildrenMappedLabels(c.store, images.FilterPlatforms(images.ChildrenHandler(c.store), match),
+		nil)
 	return images.Dispatch(ctx, images.Handlers(images.HandlerFunc(c.fetch), children), nil, img.Target)
 }
 

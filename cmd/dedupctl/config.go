@@ -34,8 +34,10 @@ func configCommand() *cli.Command {
 			Flags: []cli.Flag{
 				&cli.StringFlag{Name: "containerd-version", Usage: "write for this `VERSION`, without asking containerd"},
 				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerd},
-				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
-				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs", Value: defaultRoot},
+				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that " +
+					"the running containerd was started with"},
+				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs",
+					Value: defaultRoot},
 				&cli.BoolFlag{Name: "cri", Usage: "make it the kubelet's snapshotter, too"},
 				&cli.BoolFlag{Name: "daemonset", Usage: "for a daemon that runs as a pod: what others pull never asks it"},
 				&cli.BoolFlag{Name: "write", Usage: "install it as a drop-in, after asking"},

@@ -30,7 +30,8 @@ func TestConfigVersion(t *testing.T) {
 	}{
 		{"1.7", 2, false}, {"v1.7.24", 2, false}, {"1.7~ds1", 2, false}, {"1.10.0", 2, false}, {"2.0", 3, false},
 		{"2.3.7", 3, false}, {"v2.4.2", 3, true}, {"2.0-beta.1", 3, false}, {"2.10.0", 3, true}, {"3.1", 3, true},
-		{"1.6.8", 0, false}, {"0.9", 0, false}, {"", 0, false}, {"v", 0, false}, {"2", 0, false}, {"2.x", 0, false}, {"latest", 0, false},
+		{"1.6.8", 0, false}, {"0.9", 0, false}, {"", 0, false}, {"v", 0, false}, {"2", 0, false}, {"2.x", 0, false},
+		{"latest", 0, false},
 	} {
 		got, staging, err := configVersion(row.containerd)
 		if got != row.want || staging != row.staging || (err == nil) != (row.want > 0) {
@@ -59,7 +60,8 @@ func TestContainerdConfig(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			socket, root := filepath.Join(t.TempDir(), "s"), `/data/"quoted" \ root`
-			code, out, errs := dedupctl(t, append([]string{"--address", socket, "config", "containerd", "--root", root}, row.args...)...)
+			code, out, errs := dedupctl(t, append([]string{"--address", socket, "config", "containerd", "--root", root},
+				row.args...)...)
 			if code != exitOK || errs != "" {
 				t.Fatal(code, errs)
 			}
@@ -143,11 +145,13 @@ func TestCommandLineErrors(t *testing.T) {
 		{"config containerd --containerd-version new", exitUsage, []string{`"new": want one like 1.7`}},
 		{"config containerd --containerd-address " + none, exitFailure,
 			[]string{"containerd does not run: no socket " + none, "systemctl start containerd", "--containerd-version 2.1"}},
-		{"status --address " + none, exitFailure, []string{"does not run: no socket " + none, "systemctl start containerd-dedup-grpc", "--address"}},
+		{"status --address " + none, exitFailure, []string{"does not run: no socket " + none,
+			"systemctl start containerd-dedup-grpc", "--address"}},
 		{"--address " + none + " layers", exitFailure, []string{"no socket " + none}},
 		{"images --address " + none, exitFailure, []string{"no socket " + none}},
 		{"--json --address " + none + " duplicates", exitFailure, []string{"no socket " + none}},
-		{"status --address " + plain, exitFailure, []string{"nobody listens on " + plain, "journalctl -u containerd-dedup-grpc"}},
+		{"status --address " + plain, exitFailure, []string{"nobody listens on " + plain,
+			"journalctl -u containerd-dedup-grpc"}},
 	} {
 		t.Run(fmt.Sprintf("dedupctl %s", row.args), func(t *testing.T) {
 			code, out, errs := dedupctl(t, strings.Fields(row.args)...)
@@ -164,12 +168,14 @@ func TestCommandLineErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"--help"}, {"status", "--help"}, {"config", "--help"}, {"config", "containerd", "-h"}} {
+	for _, args := range [][]string{{"--help"}, {"status", "--help"}, {"config", "--help"}, {"config", "containerd",
+		"-h"}} {
 		if code, out, _ := dedupctl(t, args...); code != exitOK || !strings.Contains(out, "USAGE") {
 			t.Errorf("%v: exit code %d, %s", args, code, out)
 		}
 	}
-	if _, out, _ := dedupctl(t, "--help"); !strings.Contains(out, "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 ") {
+	if _, out, _ := dedupctl(t, "--help"); !strings.Contains(out, "Exit codes: 0 done, 1 it did not work, 2 the "+
+		"command line is wrong, 3 ") {
 		t.Error("the exit codes are not documented")
 	}
 }

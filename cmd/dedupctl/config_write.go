@@ -43,8 +43,10 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 		return err
 	}
 	if whole && have.Version < 2 && len(have.Files) > 0 {
-		return fmt.Errorf("%s is in the old format (version 1), which containerd 1.7 does not read together with a drop-in of version 2: "+
-			"put version = 2 at its top, write plugins by their full names (\"io.containerd.grpc.v1.cri\" for \"cri\"), then run this again", path)
+		return fmt.Errorf("%s is in the old format (version 1), which containerd 1.7 does not read together with a "+
+			"drop-in of version 2: "+
+			"put version = 2 at its top, write plugins by their full names (\"io.containerd.grpc.v1.cri\" for \"cri\"), "+
+			"then run this again", path)
 	}
 	dropIn, err := have.DropIn(text, whole)
 	if err != nil {
@@ -59,7 +61,8 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 		if err == nil {
 			conn.Close()
 		} else if !errors.Is(err, fs.ErrPermission) {
-			fmt.Fprintf(c.App.ErrWriter, "note: containerd-dedup-grpc does not run yet (no answer on %s): start it before you restart containerd, or pulls fail\n", p.Address)
+			fmt.Fprintf(c.App.ErrWriter, "note: containerd-dedup-grpc does not run yet (no answer on %s): start it before "+
+				"you restart containerd, or pulls fail\n", p.Address)
 		}
 	}
 	if err := carryOut(c, path, plan); err != nil {
@@ -158,7 +161,8 @@ func confirm(c *cli.Context, v ConfigChanges) error {
 		return nil
 	}
 	if !terminal(os.Stdin) {
-		return usageError{errors.New("this changes containerd's configuration and asks before it does: add --yes where nobody can answer")}
+		return usageError{errors.New("this changes containerd's configuration and asks before it does: add --yes where " +
+			"nobody can answer")}
 	}
 	for _, f := range v.Changes {
 		fmt.Fprintf(c.App.ErrWriter, "%s %s\n", f.Action, f.Path)

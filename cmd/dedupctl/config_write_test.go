@@ -58,16 +58,19 @@ func TestWriteAsks(t *testing.T) {
 			if _, err := io.WriteString(ours, answer); err != nil {
 				t.Fatal(err)
 			}
-			cmd := exec.Command(ctl, "--address", filepath.Join(dir, "none"), "config", "containerd", "--containerd-version", "2.1", "--containerd-config", config, "--write")
+			cmd := exec.Command(ctl, "--address", filepath.Join(dir, "none"), "config", "containerd", "--containerd-version",
+				"2.1", "--containerd-config", config, "--write")
 			cmd.Stdin = its
 			out, _ := cmd.CombinedOutput()
-			for _, want := range []string{"create " + filepath.Join(dir, "conf.d/dedup-snapshotter.toml"), "change " + config, "Go on? [y/N]"} {
+			for _, want := range []string{"create " + filepath.Join(dir, "conf.d/dedup-snapshotter.toml"), "change " + config,
+				"Go on? [y/N]"} {
 				if !strings.Contains(string(out), want) {
 					t.Errorf("%q is not in %s", want, out)
 				}
 			}
 			b, err := os.ReadFile(config)
-			if changed := string(b) != "version = 3\n"; err != nil || cmd.ProcessState.ExitCode() != code || changed != (code == exitOK) {
+			if changed := string(b) != "version = 3\n"; err != nil || cmd.ProcessState.ExitCode() != code ||
+				changed != (code == exitOK) {
 				t.Errorf("exit code %d, %v\n%s\n%s", cmd.ProcessState.ExitCode(), err, b, out)
 			}
 		})
@@ -107,12 +110,14 @@ func TestWriteIsOverridden(t *testing.T) {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.toml")
 	late := "version = 3\n[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"walking\"]\n"
-	for path, text := range map[string]string{config: "version = 3\nimports = [\"conf.d/*.toml\"]\n", filepath.Join(dir, "conf.d/zz.toml"): late} {
+	for path, text := range map[string]string{config: "version = 3\nimports = [\"conf.d/*.toml\"]\n", filepath.Join(dir,
+		"conf.d/zz.toml"): late} {
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	code, _, errs := dedupctl(t, "--address", filepath.Join(dir, "none"), "config", "containerd", "--write", "--yes", "--containerd-version", "2.1", "--containerd-config", config)
+	code, _, errs := dedupctl(t, "--address", filepath.Join(dir, "none"), "config", "containerd", "--write", "--yes",
+		"--containerd-version", "2.1", "--containerd-config", config)
 	if code != exitFailure || !strings.Contains(errs, "conf.d/zz.toml") || !strings.Contains(errs, "does not count") {
 		t.Error(code, errs)
 	}
@@ -126,12 +131,14 @@ func TestWriteToRelativePath(t *testing.T) {
 	if err := os.WriteFile("config.toml", []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"--address", filepath.Join(dir, "none"), "config", "containerd", "--yes", "--containerd-version", "2.1", "--containerd-config", "config.toml"}
+	args := []string{"--address", filepath.Join(dir, "none"), "config", "containerd", "--yes", "--containerd-version",
+		"2.1", "--containerd-config", "config.toml"}
 	if code, out, errs := dedupctl(t, append(args, "--write")...); code != exitOK {
 		t.Fatal(code, out, errs)
 	}
 	b, err := os.ReadFile("config.toml")
-	want := fmt.Sprintf("imports = [%q] # added by dedupctl config containerd\n", filepath.Join(dir, "conf.d/dedup-snapshotter.toml")) + text
+	want := fmt.Sprintf("imports = [%q] # added by dedupctl config containerd\n", filepath.Join(dir,
+		"conf.d/dedup-snapshotter.toml")) + text
 	if err != nil || string(b) != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, b, want)
 	}

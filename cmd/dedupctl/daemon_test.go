@@ -165,7 +165,8 @@ func (r *rig) commit(t *testing.T, name string, uid int) {
 		}
 		for file, bytes := range map[string]int{"large": 10_000, "small": 3} {
 			path := filepath.Join(upper, file)
-			if err := errors.Join(os.WriteFile(path, []byte(strings.Repeat("x", bytes)), 0o644), os.Chown(path, uid, uid)); err != nil {
+			if err := errors.Join(os.WriteFile(path, []byte(strings.Repeat("x", bytes)), 0o644), os.Chown(path, uid,
+				uid)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -205,7 +206,8 @@ func TestDaemon(t *testing.T) {
 	})
 	t.Run("a stranger is refused", func(t *testing.T) { checkStranger(t, r) })
 	stop()
-	if code, _, errs := r.run(t, "layers"); code != exitFailure || !strings.Contains(errs, "systemctl start containerd-dedup-grpc") {
+	if code, _, errs := r.run(t, "layers"); code != exitFailure || !strings.Contains(errs,
+		"systemctl start containerd-dedup-grpc") {
 		t.Error(code, errs)
 	}
 }
@@ -213,7 +215,8 @@ func TestDaemon(t *testing.T) {
 func checkEmpty(t *testing.T, r *rig) {
 	var s Status
 	r.json(t, &s, "status")
-	if s.Layers != 0 || s.LogicalBytes != 0 || s.Version != "v0.0.0-test" || s.Root != r.root || s.Fidelity != "python" || s.Reuse != "known" {
+	if s.Layers != 0 || s.LogicalBytes != 0 || s.Version != "v0.0.0-test" || s.Root != r.root || s.Fidelity != "python" ||
+		s.Reuse != "known" {
 		t.Errorf("%+v", s)
 	}
 	code, out, errs := r.run(t, "layers")
@@ -228,7 +231,8 @@ func checkEmpty(t *testing.T, r *rig) {
 func checkStatus(t *testing.T, r *rig) {
 	var s Status
 	r.json(t, &s, "status")
-	if s.Layers != 2 || s.Uses != 3 || s.Objects != 1 || s.LogicalBytes != 3*10_003 || s.ChainImages != 2 || s.ChainMounts != 2 {
+	if s.Layers != 2 || s.Uses != 3 || s.Objects != 1 || s.LogicalBytes != 3*10_003 || s.ChainImages != 2 ||
+		s.ChainMounts != 2 {
 		t.Errorf("%+v", s)
 	}
 	// A pack, two trees, two images, and three directories.
@@ -252,11 +256,13 @@ func checkStatus(t *testing.T, r *rig) {
 func checkLayers(t *testing.T, r *rig) {
 	var list []Layer
 	r.json(t, &list, "layers")
-	if len(list) != 2 || list[0].Uses+list[1].Uses != 3 || list[0].PayloadDigest != list[1].PayloadDigest || list[0].ID == list[1].ID {
+	if len(list) != 2 || list[0].Uses+list[1].Uses != 3 || list[0].PayloadDigest != list[1].PayloadDigest ||
+		list[0].ID == list[1].ID {
 		t.Fatalf("%+v", list)
 	}
 	for _, l := range list {
-		if _, err := os.Stat(filepath.Join(r.root, "layers", l.ID)); err != nil || l.LogicalBytes != 10_003 || l.Fidelity != "python" {
+		if _, err := os.Stat(filepath.Join(r.root, "layers", l.ID)); err != nil || l.LogicalBytes != 10_003 ||
+			l.Fidelity != "python" {
 			t.Errorf("%+v, %v", l, err)
 		}
 	}
@@ -287,7 +293,8 @@ func checkDuplicates(t *testing.T, r *rig) {
 		t.Errorf("%+v", d)
 	}
 	for title, rows := range map[string][]DuplicateRow{"/": d.Paths, "(none)": d.Types} {
-		if diff := cmp.Diff([]DuplicateRow{{Name: title, UsedFiles: 3, UsedBytes: 30_000, Objects: 1, StoredBytes: 10_000}}, rows); diff != "" {
+		if diff := cmp.Diff([]DuplicateRow{{Name: title, UsedFiles: 3, UsedBytes: 30_000, Objects: 1, StoredBytes: 10_000}},
+			rows); diff != "" {
 			t.Error(diff)
 		}
 	}
@@ -305,7 +312,8 @@ func checkStranger(t *testing.T, r *rig) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	ctl, config, containerd := filepath.Join(dir, "dedupctl"), filepath.Join(dir, "config.toml"), filepath.Join(dir, "containerd")
+	ctl, config, containerd := filepath.Join(dir, "dedupctl"), filepath.Join(dir, "config.toml"), filepath.Join(dir,
+		"containerd")
 	b, err := os.ReadFile(r.ctl)
 	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(ctl, b, 0o755), os.WriteFile(config, nil, 0o644),
 		os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
@@ -321,8 +329,10 @@ func checkStranger(t *testing.T, r *rig) {
 	defer l.Close()
 	ours, theirs := "permission denied on "+r.socket, "permission denied on "+containerd
 	for verb, want := range map[string]string{
-		"status": ours, "images": ours, "layers": ours, "duplicates": ours, "gc": ours, "gc --dry-run": ours, "fsck": ours, "fsck --repair": ours,
-		"doctor": "sudo dedupctl doctor", "complete --containerd-address " + containerd + " app:1": theirs, "migrate --containerd-address " + containerd: theirs,
+		"status": ours, "images": ours, "layers": ours, "duplicates": ours, "gc": ours, "gc --dry-run": ours, "fsck": ours,
+		"fsck --repair": ours,
+		"doctor":        "sudo dedupctl doctor", "complete --containerd-address " + containerd + " app:1": theirs,
+		"migrate --containerd-address " + containerd:                                             theirs,
 		"config containerd --containerd-address " + containerd:                                   theirs,
 		"config containerd --write --yes --containerd-version 2.1 --containerd-config " + config: "permission denied",
 		"analyze " + r.root: "permission denied",
@@ -330,7 +340,8 @@ func checkStranger(t *testing.T, r *rig) {
 		cmd := exec.Command(ctl, append([]string{"--address", r.socket}, strings.Fields(verb)...)...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		out, _ := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(string(out), want) || !strings.Contains(string(out), "root") {
+		if cmd.ProcessState.ExitCode() != exitFailure || !strings.Contains(string(out), want) ||
+			!strings.Contains(string(out), "root") {
 			t.Errorf("dedupctl %s: exit code %d, %s", verb, cmd.ProcessState.ExitCode(), out)
 		}
 	}
@@ -364,7 +375,8 @@ func TestOtherService(t *testing.T) {
 	go func() { _ = server.Serve(l) }()
 	defer server.Stop()
 
-	if code, _, errs := dedupctl(t, "status", "--address", socket); code != exitFailure || !strings.Contains(errs, "does not know this request") {
+	if code, _, errs := dedupctl(t, "status", "--address", socket); code != exitFailure || !strings.Contains(errs,
+		"does not know this request") {
 		t.Error(code, errs)
 	}
 	code, out, errs := dedupctl(t, "config", "containerd", "--containerd-address", socket, "--address", socket+".none")

@@ -24,12 +24,15 @@ func doctorCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "doctor",
 		Usage: "whether this node can serve images with dedup, and how well",
-		Description: "Tries out the kernel and the file system, and looks at the daemon, containerd and its configuration, and for\n" +
+		Description: "Tries out the kernel and the file system, and looks at the daemon, containerd and its " +
+			"configuration, and for\n" +
 			"mounts that were left behind. It changes nothing, and works while the daemon does not run.\n" +
-			"Exit codes: 0 no problem (there may be warnings), 1 it could not look, 2 the command line is wrong, 3 there is a problem.",
+			"Exit codes: 0 no problem (there may be warnings), 1 it could not look, 2 the command line is wrong, 3 there is " +
+			"a problem.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Usage: "the daemon's config `FILE`", Value: defaultDaemonConfig},
-			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
+			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the " +
+				"running containerd was started with"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "leave out what is as it should be"},
 		},
 		Action: runDoctor,
@@ -45,9 +48,11 @@ type Diagnosis struct {
 
 func runDoctor(c *cli.Context) error {
 	if os.Geteuid() != 0 {
-		return errors.New("doctor looks at mounts, other processes and sockets of root: run it as root (sudo dedupctl doctor)")
+		return errors.New("doctor looks at mounts, other processes and sockets of root: run it as root " +
+			"(sudo dedupctl doctor)")
 	}
-	settings, err := doctor.ReadSettings(c.String("config"), doctor.Settings{Root: defaultRoot, Address: defaultAddress, ContainerdAddress: defaultContainerd})
+	settings, err := doctor.ReadSettings(c.String("config"), doctor.Settings{Root: defaultRoot, Address: defaultAddress,
+		ContainerdAddress: defaultContainerd})
 	if err != nil {
 		return err
 	}
@@ -133,5 +138,6 @@ func writeDiagnosis(w io.Writer, d Diagnosis) {
 	if area != "" {
 		fmt.Fprintln(w)
 	}
-	fmt.Fprintf(w, "%s, %s\n", plural(int64(d.Problems), "problem", "problems"), plural(int64(d.Warnings), "warning", "warnings"))
+	fmt.Fprintf(w, "%s, %s\n", plural(int64(d.Problems), "problem", "problems"), plural(int64(d.Warnings), "warning",
+		"warnings"))
 }

@@ -21,7 +21,8 @@ func disk(t *testing.T, mkfs string, options ...string) string {
 	t.Helper()
 	dir := t.TempDir()
 	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "fs")
-	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 300<<20), os.Mkdir(target, 0o700)); err != nil {
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 300<<20),
+		os.Mkdir(target, 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	words := strings.Fields(mkfs)
@@ -32,7 +33,8 @@ func disk(t *testing.T, mkfs string, options ...string) string {
 	if out, err := exec.Command(path, append(words[1:], image)...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
-	m := mount.Mount{Type: strings.TrimPrefix(filepath.Ext(words[0]), "."), Source: image, Options: append(options, "loop")}
+	m := mount.Mount{Type: strings.TrimPrefix(filepath.Ext(words[0]), "."), Source: image, Options: append(options,
+		"loop")}
 	if err := m.Mount(target); err != nil {
 		t.Fatal(err)
 	}
@@ -67,10 +69,14 @@ func TestDoctorDisks(t *testing.T) {
 		want map[string]doctor.Severity
 	}{
 		{"ext4", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F") },
-			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok", "disk.inode-ratio": "ok", "disk.d_type": "ok", "disk.reflink": "info", "kernel.upper": "ok"}},
-		{"xfs", func(t *testing.T) string { return disk(t, "mkfs.xfs -q -f") }, map[string]doctor.Severity{"disk.type": "ok", "disk.inodes": "ok", "disk.reflink": "ok"}},
-		{"few inodes", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -i 131072") }, map[string]doctor.Severity{"disk.inode-ratio": "info"}},
-		{"no inodes left", func(t *testing.T) string { return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4) }, map[string]doctor.Severity{"disk.inodes": "warning"}},
+			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok", "disk.inode-ratio": "ok",
+				"disk.d_type": "ok", "disk.reflink": "info", "kernel.upper": "ok"}},
+		{"xfs", func(t *testing.T) string { return disk(t, "mkfs.xfs -q -f") }, map[string]doctor.Severity{"disk.type": "ok",
+			"disk.inodes": "ok", "disk.reflink": "ok"}},
+		{"few inodes", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -i 131072") },
+			map[string]doctor.Severity{"disk.inode-ratio": "info"}},
+		{"no inodes left", func(t *testing.T) string { return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4) },
+			map[string]doctor.Severity{"disk.inodes": "warning"}},
 		{"no space left", func(t *testing.T) string {
 			root := disk(t, "mkfs.ext4 -q -F")
 			if err := os.WriteFile(root+"/ballast", make([]byte, 300<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
@@ -78,18 +84,23 @@ func TestDoctorDisks(t *testing.T) {
 			}
 			return root
 		}, map[string]doctor.Severity{"disk.space": "problem"}},
-		{"entries without types", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -O ^filetype") }, map[string]doctor.Severity{"disk.d_type": "problem"}},
-		{"read-only", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F", "ro") }, map[string]doctor.Severity{"kernel.probe": "problem", "disk.writable": "problem"}},
-		{"tmpfs", func(t *testing.T) string { return mounted(t, "tmpfs", "size=50m") }, map[string]doctor.Severity{"disk.type": "warning", "kernel.erofs": "info"}},
+		{"entries without types", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -O ^filetype") },
+			map[string]doctor.Severity{"disk.d_type": "problem"}},
+		{"read-only", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F", "ro") },
+			map[string]doctor.Severity{"kernel.probe": "problem", "disk.writable": "problem"}},
+		{"tmpfs", func(t *testing.T) string { return mounted(t, "tmpfs", "size=50m") },
+			map[string]doctor.Severity{"disk.type": "warning", "kernel.erofs": "info"}},
 		{"overlayfs", func(t *testing.T) string {
 			dirs := []any{t.TempDir(), t.TempDir(), t.TempDir()}
-			return mounted(t, "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s/u,workdir=%[2]s/w", dirs[0], below(t, dirs[1].(string))))
+			return mounted(t, "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s/u,workdir=%[2]s/w", dirs[0],
+				below(t, dirs[1].(string))))
 		}, map[string]doctor.Severity{"disk.type": "warning", "kernel.upper": "problem"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			root := row.root(t)
 			config := filepath.Join(t.TempDir(), "config.toml")
-			text := fmt.Sprintf("root = %q\naddress = %q\ncontainerd_address = %q\nfidelity = \"exact\"\n", root, config+".sock", config+".none")
+			text := fmt.Sprintf("root = %q\naddress = %q\ncontainerd_address = %q\nfidelity = \"exact\"\n", root, config+".sock",
+				config+".none")
 			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -102,7 +113,8 @@ func TestDoctorDisks(t *testing.T) {
 			for check, severity := range row.want {
 				found := false
 				for _, f := range d.Findings {
-					found = found || f.Check == check && f.Severity == severity && (severity == doctor.OK || severity == doctor.Info || f.Remedy != "")
+					found = found || f.Check == check && f.Severity == severity && (severity == doctor.OK || severity == doctor.Info ||
+						f.Remedy != "")
 				}
 				if !found {
 					t.Errorf("%s is not %s: %v\n%s", check, severity, err, out)

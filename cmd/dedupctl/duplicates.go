@@ -14,7 +14,8 @@ func duplicatesCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "duplicates",
 		Usage: "what is stored once and used many times, and layers equal but for time and owner",
-		Description: "Where the saving comes from: by directory, by the ending of names, by package of pip and dpkg. FILES and\n" +
+		Description: "Where the saving comes from: by directory, by the ending of names, by package of pip and dpkg. " +
+			"FILES and\n" +
 			"USED count a file once for each use of its layer by a snapshot, OBJECTS and STORED once. Files of at most\n" +
 			"640 bytes are left out: they are stored in trees.",
 		Flags:  []cli.Flag{&cli.UintFlag{Name: "limit", Usage: "at most `N` rows of each kind (up to 1000)", Value: 10}},
@@ -115,10 +116,12 @@ func duplicatesOf(s Status, r *dedupv1.EqualResponse, rows *dedupv1.DuplicatesRe
 func writeDuplicates(w io.Writer, d Duplicates) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "used\t%s, %s\tevery layer as often as snapshots use it: %s of %s\n",
-			size(d.LogicalBytes), plural(d.LogicalEntries, "entry", "entries"), plural(d.Uses, "use", "uses"), plural(d.Layers, "layer", "layers"))
+			size(d.LogicalBytes), plural(d.LogicalEntries, "entry", "entries"), plural(d.Uses, "use", "uses"),
+			plural(d.Layers, "layer", "layers"))
 		fmt.Fprintf(w, "stored\t%s, %s\t%s, trees and chain images\n",
 			size(d.StoredBytes), plural(d.StoredInodes, "inode", "inodes"), plural(d.Objects, "object", "objects"))
-		fmt.Fprintf(w, "dedup ratio\t%s\t%s saved\n", ratio(d.LogicalBytes, d.StoredBytes), size(max(0, d.LogicalBytes-d.StoredBytes)))
+		fmt.Fprintf(w, "dedup ratio\t%s\t%s saved\n", ratio(d.LogicalBytes, d.StoredBytes),
+			size(max(0, d.LogicalBytes-d.StoredBytes)))
 	})
 	writeRows(w, "DIRECTORY", d.Paths)
 	writeRows(w, "ENDING", d.Types)

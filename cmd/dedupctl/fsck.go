@@ -57,7 +57,8 @@ func fsckCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "fsck",
 		Usage: "verify everything that is stored, and repair it",
-		Description: "Reads every object, tree and chain image from the disk, compares it with what its name says, and tells what is\n" +
+		Description: "Reads every object, tree and chain image from the disk, compares it with what its name says, and " +
+			"tells what is\n" +
 			"damaged, which images that harms, and what nothing uses. Pulls and containers go on meanwhile; a damaged layer\n" +
 			"is out of service until it is whole again. --repair takes what is damaged from the blobs in containerd's content\n" +
 			"store, or fetches them again from the registry that the image came from, and removes what nothing uses.\n" +
@@ -187,8 +188,8 @@ func (r *FsckReport) fetchable() bool {
 	return slices.ContainsFunc(r.Findings, func(f Finding) bool { return f.Damaged && !f.Fixed && len(f.Images) > 0 })
 }
 
-// fetch fetches the blobs of damaged images that the node lacks or has damaged. What does not work for one image may for another
-// that shares the layer.
+// fetch fetches the blobs of damaged images that the node lacks or has damaged. What does not work for one image may
+// for another that shares the layer.
 func (r *FsckReport) fetch(c *cli.Context) {
 	ctd, err := dialContainerd(c.Context, c.String("containerd-address"))
 	if err != nil {
@@ -273,7 +274,8 @@ func writeFsck(w io.Writer, r FsckReport) {
 		return
 	}
 	writeFindings(w, r.Findings)
-	fmt.Fprintf(w, "\n%s damaged, %s unused, %s repaired or removed\n", count(int64(r.Damaged)), count(int64(r.Unused)), count(int64(r.Fixed)))
+	fmt.Fprintf(w, "\n%s damaged, %s unused, %s repaired or removed\n", count(int64(r.Damaged)), count(int64(r.Unused)),
+		count(int64(r.Fixed)))
 	if len(r.Fetched) > 0 {
 		fmt.Fprintf(w, "%s fetched again\n", plural(int64(len(r.Fetched)), "blob", "blobs"))
 	}

@@ -24,13 +24,15 @@ func gcCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "gc",
 		Usage: "remove what nothing uses",
-		Description: "Layers and their objects go by themselves when the last image or container that uses them goes: remove images to\n" +
+		Description: "Layers and their objects go by themselves when the last image or container that uses them goes: " +
+			"remove images to\n" +
 			"free space. This removes what could not be removed then, after a crash or a full disk, and with --chain-images\n" +
 			"what is only kept to start the next container sooner. While the daemon does not run, --dry-run reads the store\n" +
 			"itself.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "dry-run", Usage: "list what would go"},
-			&cli.BoolFlag{Name: "chain-images", Usage: "the chain images that no container uses now, too; they are built again when needed"},
+			&cli.BoolFlag{Name: "chain-images", Usage: "the chain images that no container uses now, too; they are built " +
+				"again when needed"},
 			configFlag(),
 		},
 		Action: runGC,

@@ -146,7 +146,10 @@ func imageName(names []string) string {
 	if len(names) == 0 {
 		return "-"
 	}
-	best := slices.MinFunc(names, func(a, b string) int { return cmp.Compare(strings.Count(a, "sha256:"), strings.Count(b, "sha256:")) })
+	best := slices.MinFunc(names, func(a, b string) int {
+		return cmp.Compare(strings.Count(a, "sha256:"),
+			strings.Count(b, "sha256:"))
+	})
 	if len(names) > 1 {
 		return fmt.Sprintf("%s (+%d)", plain(best), len(names)-1)
 	}

@@ -108,7 +108,8 @@ func writeLayers(w io.Writer, list []Layer) {
 			inodes += l.AddedInodes
 		}
 	})
-	fmt.Fprintf(w, "\n%s, %s; storing them added %s and %s\n", plural(int64(len(list)), "layer", "layers"), size(logical), size(added), plural(inodes, "inode", "inodes"))
+	fmt.Fprintf(w, "\n%s, %s; storing them added %s and %s\n", plural(int64(len(list)), "layer", "layers"), size(logical),
+		size(added), plural(inodes, "inode", "inodes"))
 }
 
 // diffIDs writes the first of them, and how many more there are.

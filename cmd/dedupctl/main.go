@@ -61,10 +61,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 func newApp(stdout, stderr io.Writer) *cli.App {
 	app := &cli.App{
-		Name:            "dedupctl",
-		Usage:           "see what containerd-dedup-grpc stores, and set it up",
-		Version:         version,
-		Description:     "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage; doctor: there is a problem.",
+		Name:    "dedupctl",
+		Usage:   "see what containerd-dedup-grpc stores, and set it up",
+		Version: version,
+		Description: "Exit codes: 0 done, 1 it did not work, 2 the command line is wrong, 3 fsck: there is damage; " +
+			"doctor: there is a problem.",
 		HideHelpCommand: true,
 		Flags:           append(globalFlags(), cli.HelpFlag), // where there is a verb of that name, it is not added by itself
 		Commands: []*cli.Command{
@@ -121,7 +122,8 @@ func prepare(commands []*cli.Command) {
 			}
 			for _, arg := range c.Args().Slice() {
 				if len(arg) > 1 && arg[0] == '-' {
-					return usageError{fmt.Errorf("%s: %s stands behind an argument: flags come first (see --help)", c.Command.FullName(), arg)}
+					return usageError{fmt.Errorf("%s: %s stands behind an argument: flags come first (see --help)",
+						c.Command.FullName(), arg)}
 				}
 			}
 			return action(c)

@@ -18,18 +18,21 @@ func migrateCommand() *cli.Command {
 		Name:      "migrate",
 		Usage:     "bring images that another snapshotter has unpacked into dedup, without pulling them",
 		ArgsUsage: "[IMAGE...]",
-		Description: "Every image of the namespace that the other snapshotter has unpacked (or only those named) is unpacked with dedup\n" +
+		Description: "Every image of the namespace that the other snapshotter has unpacked (or only those named) is " +
+			"unpacked with dedup\n" +
 			"too, from the blobs in containerd's content store. Containers go on as they are: one that is made anew with\n" +
 			"the snapshotter dedup runs from dedup. --remove-old then frees what the other snapshotter holds of them, but for\n" +
 			"what containers use. --undo goes back: it unpacks with the other snapshotter and frees what dedup holds.\n" +
 			"Exit code 1 also when an image could not be migrated, after all others were; the output names it.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
-			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the images", Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
+			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "containerd `NAMESPACE` of the images",
+				Value: "default", EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.BoolFlag{Name: "all-namespaces", Aliases: []string{"A"}, Usage: "the images of all namespaces"},
 			&cli.StringFlag{Name: "from", Usage: "the other `SNAPSHOTTER`", Value: "overlayfs"},
 			&cli.StringFlag{Name: "to", Usage: "the name of dedup as a `SNAPSHOTTER` of containerd", Value: "dedup"},
-			&cli.BoolFlag{Name: "remove-old", Usage: "remove the other snapshotter's snapshots that no container uses, once dedup's are checked"},
+			&cli.BoolFlag{Name: "remove-old", Usage: "remove the other snapshotter's snapshots that no container uses, once " +
+				"dedup's are checked"},
 			&cli.BoolFlag{Name: "undo", Usage: "go back from dedup to the other snapshotter"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would be done"},
 		},
@@ -68,7 +71,10 @@ func runMigrate(c *cli.Context) error {
 		return fmt.Errorf("migrate: %w", err)
 	}
 	v := m.result()
-	if err := print(c, v, func(w io.Writer, v Migration) { writeMigration(w, v, c.Bool("undo"), m.removeOld) }); err != nil {
+	if err := print(c, v, func(w io.Writer, v Migration) {
+		writeMigration(w, v, c.Bool("undo"),
+			m.removeOld)
+	}); err != nil {
 		return err
 	}
 	return v.failure()
@@ -84,7 +90,8 @@ func (m *migration) run(c *cli.Context, spaces []string) error {
 	m.order()
 	for _, name := range m.only {
 		if !slices.ContainsFunc(m.stacks, func(s *stack) bool { return slices.Contains(s.Names, name) }) {
-			return fmt.Errorf("no image %q that %s has unpacked in namespace %s: see `ctr -n %s images ls -q`, or name the namespace with --namespace",
+			return fmt.Errorf("no image %q that %s has unpacked in namespace %s: see `ctr -n %s images ls -q`, or name the "+
+				"namespace with --namespace",
 				name, m.from, strings.Join(spaces, ", "), spaces[0])
 		}
 	}
@@ -96,7 +103,8 @@ func (m *migration) run(c *cli.Context, spaces []string) error {
 				return "checking what " + m.to + " has, and removing what " + m.from + " has"
 			}
 			done := m.done.Load()
-			return fmt.Sprintf("%s of %s of blobs unpacked (%s)%s", size(done), size(m.total), percent(done, m.total), remaining(time.Since(start), done, m.total))
+			return fmt.Sprintf("%s of %s of blobs unpacked (%s)%s", size(done), size(m.total), percent(done, m.total),
+				remaining(time.Since(start), done, m.total))
 		})
 		defer stop()
 		if err := m.execute(c.Context); err != nil {
@@ -110,7 +118,8 @@ func (m *migration) run(c *cli.Context, spaces []string) error {
 	return nil
 }
 
-// checkSnapshotters makes sure that containerd has the snapshotters: a missing one would look like one without snapshots.
+// checkSnapshotters makes sure that containerd has the snapshotters: a missing one would look like one without
+// snapshots.
 func checkSnapshotters(ctx context.Context, ctd *client.Client, names ...string) error {
 	resp, err := ctd.IntrospectionService().Plugins(ctx, "type==io.containerd.snapshotter.v1")
 	if err != nil {
@@ -168,7 +177,8 @@ func writeMigration(w io.Writer, v Migration, undo, removeOld bool) {
 	for _, i := range v.Images {
 		switch i.State {
 		case stateIncomplete:
-			fmt.Fprintf(w, "\n%s: %s not in the content store. Fetch what is missing, then migrate again:\n  dedupctl complete --namespace %s %s\n",
+			fmt.Fprintf(w, "\n%s: %s not in the content store. Fetch what is missing, then migrate again:\n  dedupctl "+
+				"complete --namespace %s %s\n",
 				i.Names[0], plural(int64(len(i.Missing)), "blob is", "blobs are"), i.Namespace, i.Names[0])
 		case stateFailed:
 			fmt.Fprintf(w, "\n%s: %s\n", i.Names[0], i.Error)
@@ -186,7 +196,8 @@ func writeMigration(w io.Writer, v Migration, undo, removeOld bool) {
 		fmt.Fprintf(w, "%s still has its snapshots: migrate --remove-old removes those that no container uses.\n", v.From)
 	}
 	if v.Kept > 0 {
-		fmt.Fprintf(w, "%s of %s stay, which containers or other images use.\n", plural(v.Kept, "snapshot", "snapshots"), v.From)
+		fmt.Fprintf(w, "%s of %s stay, which containers or other images use.\n", plural(v.Kept, "snapshot", "snapshots"),
+			v.From)
 	}
 	if len(v.Containers) > 0 {
 		fmt.Fprintf(w, "On them lie %s: %s\nMake these anew, with the snapshotter %s; what they lie on goes with them.\n",

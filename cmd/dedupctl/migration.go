@@ -109,7 +109,8 @@ func (m *migration) plan(ctx context.Context, namespace string) error {
 				return context.Cause(ctx)
 			}
 			if err != nil {
-				s = &stack{manifest: desc, MigrationImage: MigrationImage{Manifest: desc.Digest.String(), State: stateFailed, Missing: []string{}, Error: err.Error()}}
+				s = &stack{manifest: desc, MigrationImage: MigrationImage{Manifest: desc.Digest.String(), State: stateFailed,
+					Missing: []string{}, Error: err.Error()}}
 			}
 			if s == nil {
 				continue
@@ -162,7 +163,8 @@ func (m *migration) order() {
 // manifests returns the manifests at and below a descriptor that the content store has.
 func (m *migration) manifests(ctx context.Context, target ocispec.Descriptor) (found []ocispec.Descriptor, err error) {
 	store := m.ctd.ContentStore()
-	err = images.Walk(ctx, images.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	err = images.Walk(ctx, images.HandlerFunc(func(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor,
+		error) {
 		switch {
 		case images.IsManifestType(desc.MediaType):
 			found = append(found, desc)
@@ -274,8 +276,8 @@ func exists(ctx context.Context, sn snapshots.Snapshotter, name string) (bool, e
 	return err == nil && info.Kind == snapshots.KindCommitted, err
 }
 
-// execute unpacks what is to be unpacked, one image after the other, and goes on when one fails. An error is returned when
-// ctx ends, or nobody answers.
+// execute unpacks what is to be unpacked, one image after the other, and goes on when one fails. An error is returned
+// when ctx ends, or nobody answers.
 func (m *migration) execute(ctx context.Context) error {
 	for _, s := range m.stacks {
 		if s.State != stateMigrate {
@@ -287,7 +289,8 @@ func (m *migration) execute(ctx context.Context) error {
 				return context.Cause(ctx)
 			}
 			if errdefs.IsUnavailable(err) {
-				return fmt.Errorf("containerd, or its snapshotter %s, does not answer (systemctl start containerd-dedup-grpc; what is migrated stays so): %w", m.to, err)
+				return fmt.Errorf("containerd, or its snapshotter %s, does not answer (systemctl start containerd-dedup-grpc; "+
+					"what is migrated stays so): %w", m.to, err)
 			}
 			s.State, s.Error = stateFailed, err.Error()
 		} else {

@@ -65,7 +65,8 @@ type old struct {
 	sizes map[string]int64
 }
 
-// lookAtOld finds the snapshots of From in a namespace: which are in use, and what those of images to be removed occupy.
+// lookAtOld finds the snapshots of From in a namespace: which are in use, and what those of images to be removed
+// occupy.
 func (m *migration) lookAtOld(ctx context.Context, namespace string) (o old, err error) {
 	ctx = namespaces.WithNamespace(ctx, namespace)
 	o = old{map[string]snapshots.Info{}, map[string]bool{}, map[string]int64{}}
@@ -133,8 +134,9 @@ func (m *migration) namespaces() []string {
 	return slices.Sorted(maps.Keys(set))
 }
 
-// remove takes From's snapshots of the images away that To has: it takes the label off that keeps them, and has containerd
-// collect its garbage. What a container uses, containerd keeps. In a dry run nothing is removed, and everything counted.
+// remove takes From's snapshots of the images away that To has: it takes the label off that keeps them, and has
+// containerd collect its garbage. What a container uses, containerd keeps. In a dry run nothing is removed, and
+// everything counted.
 func (m *migration) remove(ctx context.Context) error {
 	for _, ns := range m.namespaces() {
 		nsCtx := namespaces.WithNamespace(ctx, ns)
@@ -180,7 +182,8 @@ func (m *migration) remove(ctx context.Context) error {
 func (m *migration) collect(ctx context.Context, namespace string) (map[string]snapshots.Info, error) {
 	for _, s := range m.settled(namespace) {
 		label := gcLabel(m.from)
-		_, err := m.ctd.ContentStore().Update(ctx, content.Info{Digest: s.config, Labels: map[string]string{label: ""}}, "labels."+label)
+		_, err := m.ctd.ContentStore().Update(ctx, content.Info{Digest: s.config, Labels: map[string]string{label: ""}},
+			"labels."+label)
 		if err != nil && !errdefs.IsNotFound(err) {
 			return nil, fmt.Errorf("release the snapshots of %s: %w", s.Names[0], err)
 		}
@@ -203,8 +206,8 @@ func (m *migration) collect(ctx context.Context, namespace string) (map[string]s
 	return left, nil
 }
 
-// users notes who lies on snapshots of the images: containers of containerd's, and what else has made a snapshot. Docker tells
-// containerd of a container only when it starts; it names the snapshots after it.
+// users notes who lies on snapshots of the images: containers of containerd's, and what else has made a snapshot.
+// Docker tells containerd of a container only when it starts; it names the snapshots after it.
 func (m *migration) users(ctx context.Context, namespace string, o old) error {
 	all, err := m.ctd.ContainerService().List(ctx)
 	if err != nil {

@@ -49,23 +49,26 @@ func testLayer(name string, bytes int64) *dedupv1.Layer {
 	}
 }
 
+func text(write func(*strings.Builder)) string {
+	var b strings.Builder
+	write(&b)
+	return "\n" + b.String()
+}
+
 func TestText(t *testing.T) {
-	text := func(write func(*strings.Builder)) string {
-		var b strings.Builder
-		write(&b)
-		return "\n" + b.String()
-	}
 	equal := &dedupv1.EqualResponse{Groups: []*dedupv1.EqualGroup{{
 		PayloadDigest: "sha256:" + strings.Repeat("e", 64), Entries: 25_000, LogicalBytes: 412_000_000,
 		Layers: []*dedupv1.Layer{testLayer("a", 412_000_000), testLayer("b", 412_000_000)},
 	}}}
 	rows := &dedupv1.DuplicatesResponse{
 		Paths: []*dedupv1.DuplicateRow{
-			{Name: "/usr/lib/python3/dist-packages", UsedFiles: 60_000, UsedBytes: 900_000_000, Objects: 10_000, StoredBytes: 100_000_000},
+			{Name: "/usr/lib/python3/dist-packages", UsedFiles: 60_000, UsedBytes: 900_000_000, Objects: 10_000,
+				StoredBytes: 100_000_000},
 			{Name: "/opt/evil\x1b[2J\tname", UsedFiles: 2, UsedBytes: 2000, Objects: 1, StoredBytes: 1000},
 			{Name: "/opt/once", UsedFiles: 1, UsedBytes: 1000, Objects: 1, StoredBytes: 1000},
 		},
-		Packages: []*dedupv1.DuplicateRow{{Name: "numpy (pip)", UsedFiles: 4000, UsedBytes: 80_000_000, Objects: 1000, StoredBytes: 20_000_000}},
+		Packages: []*dedupv1.DuplicateRow{{Name: "numpy (pip)", UsedFiles: 4000, UsedBytes: 80_000_000, Objects: 1000,
+			StoredBytes: 20_000_000}},
 	}
 	for _, row := range []struct{ name, got, want string }{
 		{"status", text(func(b *strings.Builder) { writeStatus(b, testStatus()) }), `
@@ -92,9 +95,10 @@ aaaaaaaaaaaa  eeeeeeeeeeee  aaaaaaaaaaaa  python    25,000   1.00 kB  100 B    8
 `},
 		{"images, what frees most first", text(func(b *strings.Builder) {
 			writeImages(b, imagesOf([]*dedupv1.Image{
-				{Namespace: "default", Names: []string{"app:1"}, LogicalBytes: 1_200_000_000, StoredBytes: 900_000_000, ExclusiveBytes: 300_000_000, Users: 2},
-				{Namespace: "k8s.io", Names: []string{"docker.io/app@sha256:1", "docker.io/app:1", "sha256:2"}, LogicalBytes: 300, StoredBytes: 2000, ExclusiveBytes: 500,
-					FreedBytes: 500, FreedInodes: 3, FreedBlobBytes: 800},
+				{Namespace: "default", Names: []string{"app:1"}, LogicalBytes: 1_200_000_000, StoredBytes: 900_000_000,
+					ExclusiveBytes: 300_000_000, Users: 2},
+				{Namespace: "k8s.io", Names: []string{"docker.io/app@sha256:1", "docker.io/app:1", "sha256:2"},
+					LogicalBytes: 300, StoredBytes: 2000, ExclusiveBytes: 500, FreedBytes: 500, FreedInodes: 3, FreedBlobBytes: 800},
 			}))
 		}), `
 NAMESPACE  IMAGE                 SIZE     STORED   SHARED   EXCLUSIVE  FREES  INODES  BLOBS  USED BY
@@ -160,7 +164,8 @@ func TestJSONIsComplete(t *testing.T) {
 
 // An empty list is [] in JSON, for whoever loops over it.
 func TestJSONOfNothing(t *testing.T) {
-	b, err := json.Marshal([]any{layersOf(nil), duplicatesOf(Status{}, nil, nil), imagesOf(nil), imagesOf([]*dedupv1.Image{{}}), layersOf([]*dedupv1.Layer{{}})})
+	b, err := json.Marshal([]any{layersOf(nil), duplicatesOf(Status{}, nil, nil), imagesOf(nil),
+		imagesOf([]*dedupv1.Image{{}}), layersOf([]*dedupv1.Layer{{}})})
 	if err != nil || strings.Contains(string(b), "null") {
 		t.Errorf("%s, %v", b, err)
 	}

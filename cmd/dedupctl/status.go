@@ -99,14 +99,17 @@ func writeStatus(w io.Writer, s Status) {
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "daemon\t%s, fidelity %s, reuse %s\n", s.Version, s.Fidelity, s.Reuse)
 		fmt.Fprintf(w, "root\t%s\n", s.Root)
-		fmt.Fprintf(w, "layers\t%s for %s, used %s by snapshots\n", count(s.Layers), plural(s.DiffIDs, "diffID", "diffIDs"), plural(s.Uses, "time", "times"))
+		fmt.Fprintf(w, "layers\t%s for %s, used %s by snapshots\n", count(s.Layers), plural(s.DiffIDs, "diffID", "diffIDs"),
+			plural(s.Uses, "time", "times"))
 		fmt.Fprintf(w, "objects\t%s\n", count(s.Objects))
 		fmt.Fprintf(w, "logical\t%s, %s\n", size(s.LogicalBytes), plural(s.LogicalEntries, "entry", "entries"))
 		fmt.Fprintf(w, "stored\t%s, %s\n", size(s.StoredBytes), plural(s.StoredInodes, "inode", "inodes"))
-		fmt.Fprintf(w, "dedup ratio\t%s in bytes, %s in inodes\n", ratio(s.LogicalBytes, s.StoredBytes), ratio(s.LogicalEntries, s.StoredInodes))
+		fmt.Fprintf(w, "dedup ratio\t%s in bytes, %s in inodes\n", ratio(s.LogicalBytes, s.StoredBytes),
+			ratio(s.LogicalEntries, s.StoredInodes))
 		fmt.Fprintf(w, "free\t%s of %s (%s)\n", size(s.FreeBytes), size(s.TotalBytes), percent(s.FreeBytes, s.TotalBytes))
 		if s.TotalInodes > 0 {
-			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes), percent(s.FreeInodes, s.TotalInodes))
+			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes), percent(s.FreeInodes,
+				s.TotalInodes))
 		}
 		fmt.Fprintf(w, "fs-verity\t%s\n", s.Verity)
 		if s.Blobs != "" { // an older daemon does not say

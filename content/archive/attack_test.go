@@ -54,25 +54,31 @@ func TestDotDotPath(t *testing.T) {
 
 func TestSymlinkEscape(t *testing.T) {
 	refuses(t, map[string]refusal{
-		"relative":       {writeTar(t, symlink("evil", "../outside"), file("evil/f", "x")), "above the root", false},
-		"deep":           {writeTar(t, symlink("evil/a/b", "../../../x"), file("evil/a/b/f", "x")), "above the root", false},
-		"absolute":       {writeTar(t, symlink("evil", "/../x"), file("evil/f", "x")), "above the root", false},
-		"chain":          {writeTar(t, symlink("a", ".."), symlink("evil", "a"), file("evil/f", "x")), "above the root", false},
-		"whiteout":       {writeTar(t, symlink("evil", ".."), file("evil/.wh.etc", "")), "above the root", false},
-		"opaque":         {writeTar(t, symlink("evil", ".."), file("evil/.wh..wh..opq", "")), "above the root", false},
-		"loop":           {writeTar(t, symlink("evil", "b"), symlink("b", "evil"), file("evil/f", "x")), "more than 255 symlinks", false},
-		"self":           {writeTar(t, symlink("evil", "evil"), file("evil/f", "x")), "more than 255 symlinks", false},
-		"growing":        {writeTar(t, symlink("evil", "evil/"+strings.Repeat("x/", 1000)), file("evil/f", "x")), "too long", false},
-		"too deep after": {writeTar(t, symlink("evil", strings.Repeat("x/", 2040)), file("evil/"+strings.Repeat("y", 100), "x")), "longer than 4095", false},
+		"relative": {writeTar(t, symlink("evil", "../outside"), file("evil/f", "x")), "above the root", false},
+		"deep":     {writeTar(t, symlink("evil/a/b", "../../../x"), file("evil/a/b/f", "x")), "above the root", false},
+		"absolute": {writeTar(t, symlink("evil", "/../x"), file("evil/f", "x")), "above the root", false},
+		"chain": {writeTar(t, symlink("a", ".."), symlink("evil", "a"), file("evil/f", "x")), "above the root",
+			false},
+		"whiteout": {writeTar(t, symlink("evil", ".."), file("evil/.wh.etc", "")), "above the root", false},
+		"opaque":   {writeTar(t, symlink("evil", ".."), file("evil/.wh..wh..opq", "")), "above the root", false},
+		"loop": {writeTar(t, symlink("evil", "b"), symlink("b", "evil"), file("evil/f", "x")),
+			"more than 255 symlinks", false},
+		"self": {writeTar(t, symlink("evil", "evil"), file("evil/f", "x")), "more than 255 symlinks", false},
+		"growing": {writeTar(t, symlink("evil", "evil/"+strings.Repeat("x/", 1000)), file("evil/f", "x")), "too long",
+			false},
+		"too deep after": {writeTar(t, symlink("evil", strings.Repeat("x/", 2040)), file("evil/"+strings.Repeat("y", 100),
+			"x")), "longer than 4095", false},
 	})
 }
 
 func TestBelowNonDirectory(t *testing.T) {
 	refuses(t, map[string]refusal{
-		"file":            {writeTar(t, file("evil", "x"), file("evil/f", "x")), `"evil" is not a directory`, false},
-		"deeper":          {writeTar(t, file("evil", "x"), file("evil/a/f", "x")), `"evil" is not a directory`, false},
-		"symlink to file": {writeTar(t, file("f", "x"), symlink("evil", "f"), file("evil/a", "x")), `"f" is not a directory`, false},
-		"whiteout device": {writeTar(t, special(tar.TypeChar, "evil", 0, 0), file("evil/a", "x")), `"evil" is not a directory`, false},
+		"file":   {writeTar(t, file("evil", "x"), file("evil/f", "x")), `"evil" is not a directory`, false},
+		"deeper": {writeTar(t, file("evil", "x"), file("evil/a/f", "x")), `"evil" is not a directory`, false},
+		"symlink to file": {writeTar(t, file("f", "x"), symlink("evil", "f"), file("evil/a", "x")), `"f" is not a directory`,
+			false},
+		"whiteout device": {writeTar(t, special(tar.TypeChar, "evil", 0, 0), file("evil/a", "x")),
+			`"evil" is not a directory`, false},
 	})
 }
 
@@ -119,9 +125,11 @@ func TestHostileNames(t *testing.T) {
 func TestOverlayXattr(t *testing.T) {
 	for _, name := range []string{"redirect", "metacopy", "opaque", "whiteout", "anything"} {
 		refuses(t, map[string]refusal{
-			name:           {writeTar(t, file("evil", "x", xattr("trusted.overlay."+name, "/aa/bb"))), "trusted.overlay." + name, false},
-			name + "/dir":  {writeTar(t, dir("evil", xattr("trusted.overlay."+name, "x"))), "trusted.overlay." + name, false},
-			name + "/link": {writeTar(t, file("f", "x"), link("evil", "f", xattr("trusted.overlay."+name, "y"))), "trusted.overlay." + name, false},
+			name: {writeTar(t, file("evil", "x", xattr("trusted.overlay."+name, "/aa/bb"))), "trusted.overlay." + name,
+				false},
+			name + "/dir": {writeTar(t, dir("evil", xattr("trusted.overlay."+name, "x"))), "trusted.overlay." + name, false},
+			name + "/link": {writeTar(t, file("f", "x"), link("evil", "f", xattr("trusted.overlay."+name, "y"))),
+				"trusted.overlay." + name, false},
 		})
 	}
 }
@@ -147,16 +155,18 @@ func TestHostileXattrs(t *testing.T) {
 		"capability revision": {x("security.capability", capability(0x04000000, 0, 0, 0, 0)), "security.capability", false},
 		"capability size":     {x("security.capability", capability(0x03000000, 0, 0, 0, 0)), "security.capability", false},
 		"capability flags":    {x("security.capability", capability(0x02000002, 0, 0, 0, 0)), "security.capability", false},
-		"capability no user":  {x("security.capability", capability(0x03000000, 0, 0, 0, 0, 1<<32-1)), "names no user", false},
-		"ACL short":           {x("system.posix_acl_access", "\x02\x00"), "POSIX ACL", false},
-		"ACL version":         {x("system.posix_acl_access", "\x03\x00\x00\x00"), "POSIX ACL", false},
-		"ACL cut":             {x("system.posix_acl_access", fullACL[:len(fullACL)-1]), "POSIX ACL", false},
-		"ACL lacks":           {access(user, group), "lacks entries", false},
-		"ACL order":           {access(group, user, other), "out of order", false},
-		"ACL twice":           {access(user, user, group, other), "out of order", false},
-		"ACL after end":       {access(user, group, other, other), "out of order", false},
-		"ACL no mask":         {access(user, [3]uint32{aclUser, 7, 1}, group, other), "ACL", false},
-		"ACL nobody":          {access(user, [3]uint32{aclUser, 7, aclNoID}, group, [3]uint32{aclMask, 7, 0}, other), "ACL", false},
+		"capability no user": {x("security.capability", capability(0x03000000, 0, 0, 0, 0, 1<<32-1)), "names no user",
+			false},
+		"ACL short":     {x("system.posix_acl_access", "\x02\x00"), "POSIX ACL", false},
+		"ACL version":   {x("system.posix_acl_access", "\x03\x00\x00\x00"), "POSIX ACL", false},
+		"ACL cut":       {x("system.posix_acl_access", fullACL[:len(fullACL)-1]), "POSIX ACL", false},
+		"ACL lacks":     {access(user, group), "lacks entries", false},
+		"ACL order":     {access(group, user, other), "out of order", false},
+		"ACL twice":     {access(user, user, group, other), "out of order", false},
+		"ACL after end": {access(user, group, other, other), "out of order", false},
+		"ACL no mask":   {access(user, [3]uint32{aclUser, 7, 1}, group, other), "ACL", false},
+		"ACL nobody": {access(user, [3]uint32{aclUser, 7, aclNoID}, group, [3]uint32{aclMask, 7, 0}, other), "ACL",
+			false},
 		"ACL permissions":     {access([3]uint32{aclUserObj, 8, 0}, group, other), "permissions", false},
 		"ACL tag":             {access(user, group, [3]uint32{0x40, 7, 0}, other), "tag 0x40", false},
 		"default ACL of file": {x("system.posix_acl_default", fullACL), "not a directory", false},
@@ -167,13 +177,15 @@ func TestHostileXattrs(t *testing.T) {
 // us is so for the kernel.
 func TestReferenceRefusesXattrs(t *testing.T) {
 	for name, x := range map[string][2]string{
-		"bare namespace":      {"user.", "1"},
-		"long value":          {"user.a", strings.Repeat("v", 1<<16+1)},
-		"capability size":     {"security.capability", capability(0x03000000, 0, 0, 0, 0)},
-		"capability no user":  {"security.capability", capability(0x03000000, 0, 0, 0, 0, 1<<32-1)},
-		"ACL lacks":           {"system.posix_acl_access", acl([3]uint32{aclUserObj, 7, 0})},
-		"ACL no mask":         {"system.posix_acl_access", acl([3]uint32{aclUserObj, 7, 0}, [3]uint32{aclUser, 7, 1}, [3]uint32{aclGroupObj, 7, 0}, [3]uint32{aclOther, 7, 0})},
-		"ACL nobody":          {"system.posix_acl_access", strings.Replace(fullACL, "\xd2\x04\x00\x00", "\xff\xff\xff\xff", 1)},
+		"bare namespace":     {"user.", "1"},
+		"long value":         {"user.a", strings.Repeat("v", 1<<16+1)},
+		"capability size":    {"security.capability", capability(0x03000000, 0, 0, 0, 0)},
+		"capability no user": {"security.capability", capability(0x03000000, 0, 0, 0, 0, 1<<32-1)},
+		"ACL lacks":          {"system.posix_acl_access", acl([3]uint32{aclUserObj, 7, 0})},
+		"ACL no mask": {"system.posix_acl_access", acl([3]uint32{aclUserObj, 7, 0}, [3]uint32{aclUser, 7, 1},
+			[3]uint32{aclGroupObj, 7, 0}, [3]uint32{aclOther, 7, 0})},
+		"ACL nobody": {"system.posix_acl_access", strings.Replace(fullACL, "\xd2\x04\x00\x00", "\xff\xff\xff\xff",
+			1)},
 		"default ACL of file": {"system.posix_acl_default", fullACL},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -200,15 +212,20 @@ func TestHostileNumbers(t *testing.T) {
 		return func(b []byte) { copy(b[at:at+n], bytes.Repeat([]byte{0xff}, n)) }
 	}
 	refuses(t, map[string]refusal{
-		"uid -1":        {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: negative(108, 8)}), "owner -1:100", false},
-		"uid no change": {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: base256(108, 8, 0xff, 0xff, 0xff, 0xff)}), "owner 4294967295", false},
-		"gid cut off":   {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: base256(116, 8, 1, 0, 0, 0, 0)}), "owner 1000:4294967296", false},
-		"major":         {writeTar(t, special(tar.TypeChar, "evil", 4096, 0)), "device number", false},
-		"minor":         {writeTar(t, special(tar.TypeBlock, "evil", 1, 1<<20)), "device number", false},
-		"minor below 0": {rawTar(raw{name: "evil", typeflag: '3', gnu: true, patch: negative(337, 8)}), "device number", false},
-		"size below 0":  {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: negative(124, 12)}), "invalid tar header", true},
-		"type":          {rawTar(raw{name: "evil", typeflag: 'Z'}), `unknown member type 'Z'`, false},
-		"volume label":  {rawTar(raw{name: "evil", typeflag: 'V'}), `unknown member type 'V'`, false},
+		"uid -1": {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: negative(108, 8)}), "owner -1:100",
+			false},
+		"uid no change": {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: base256(108, 8, 0xff, 0xff, 0xff, 0xff)}),
+			"owner 4294967295", false},
+		"gid cut off": {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: base256(116, 8, 1, 0, 0, 0, 0)}),
+			"owner 1000:4294967296", false},
+		"major": {writeTar(t, special(tar.TypeChar, "evil", 4096, 0)), "device number", false},
+		"minor": {writeTar(t, special(tar.TypeBlock, "evil", 1, 1<<20)), "device number", false},
+		"minor below 0": {rawTar(raw{name: "evil", typeflag: '3', gnu: true, patch: negative(337, 8)}), "device number",
+			false},
+		"size below 0": {rawTar(raw{name: "evil", typeflag: '0', gnu: true, patch: negative(124, 12)}), "invalid tar header",
+			true},
+		"type":         {rawTar(raw{name: "evil", typeflag: 'Z'}), `unknown member type 'Z'`, false},
+		"volume label": {rawTar(raw{name: "evil", typeflag: 'V'}), `unknown member type 'V'`, false},
 	})
 }
 

@@ -43,7 +43,8 @@ func benchTar(b *testing.B) []byte {
 			for size := 64 << r.IntN(12); body.Len() < size; {
 				body.WriteString(words[r.IntN(len(words))])
 			}
-			members = append(members, file(fmt.Sprintf("usr/lib/python3/dist-packages/package%d/module%d.py", d, f), body.String()))
+			members = append(members, file(fmt.Sprintf("usr/lib/python3/dist-packages/package%d/module%d.py", d, f),
+				body.String()))
 		}
 	}
 	return writeTar(b, members...)

@@ -164,7 +164,8 @@ func (b *blobReader) explain(format string, n int64, err error) error {
 	case errors.Is(err, errNoVerdict):
 		return fmt.Errorf("%s: after %d uncompressed bytes: %w", format, n, err)
 	case errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF):
-		return fmt.Errorf("%s: blob is truncated after %d uncompressed bytes: %w: %w", format, n, ErrInvalid, io.ErrUnexpectedEOF)
+		return fmt.Errorf("%s: blob is truncated after %d uncompressed bytes: %w: %w", format, n, ErrInvalid,
+			io.ErrUnexpectedEOF)
 	case errors.Is(err, ErrMemory):
 		return fmt.Errorf("%s: %w", format, err)
 	case errors.Is(err, zstd.ErrWindowSizeExceeded) || errors.Is(err, zstd.ErrDecoderSizeExceeded):

@@ -67,7 +67,8 @@ func decompress(blob io.Reader) ([]byte, error) {
 		}
 		seen.Write(rest)
 		if file, ferr := decompressFile(path, seen.Bytes()); !bytes.Equal(file, other) || (oerr == nil) != (ferr == nil) {
-			return data, fmt.Errorf("igzip gives %d bytes and %v from a pipe, %d and %v from a file", len(other), oerr, len(file), ferr)
+			return data, fmt.Errorf("igzip gives %d bytes and %v from a pipe, %d and %v from a file", len(other), oerr,
+				len(file), ferr)
 		}
 	}
 	return data, err
@@ -232,7 +233,8 @@ func decompressors() map[string]string {
 }
 
 func TestReadAfterClose(t *testing.T) {
-	for name, blob := range map[string][]byte{"plain": []byte("data"), "gzip": gzipped(t, []byte("data")), "zstd": zstded(t, []byte("data"))} {
+	for name, blob := range map[string][]byte{"plain": []byte("data"), "gzip": gzipped(t, []byte("data")),
+		"zstd": zstded(t, []byte("data"))} {
 		r, err := Decompress(bytes.NewReader(blob), nil)
 		if err != nil {
 			t.Fatal(err)

@@ -113,7 +113,8 @@ func TestReadDir(t *testing.T) {
 		`"d" dir 0755` + at + ` opaque`,
 		`"d/e" dir 0755` + at + ` user.overlay.opaque=79`,
 		`"d/e/gone" whiteout`,
-		`"d/link" file 0600` + at + ` 1 bytes ` + sum8("x") + ` security.capability=` + hexOf(netRaw) + ` user.long=` + strings.Repeat("76", 1000),
+		`"d/link" file 0600` + at + ` 1 bytes ` + sum8("x") + ` security.capability=` + hexOf(netRaw) + ` user.long=` +
+			strings.Repeat("76", 1000),
 		`"empty" file 4755` + at + ` 0 bytes`,
 		`"f" hardlink -> "d/link"`,
 		`"p" fifo 0600` + at,

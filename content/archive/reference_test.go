@@ -67,7 +67,8 @@ func checkEntries(t *testing.T, entries []*content.Entry) {
 			t.Fatalf("%q has no parent directory", e.Path)
 		}
 		if e.Kind == content.Hardlink {
-			if o := byPath[e.Target]; o == nil || o.Kind == content.Hardlink || o.Kind == content.Dir || o.Kind == content.Whiteout {
+			if o := byPath[e.Target]; o == nil || o.Kind == content.Hardlink || o.Kind == content.Dir ||
+				o.Kind == content.Whiteout {
 				t.Fatalf("hardlink %q to %q has no inode before it", e.Path, e.Target)
 			}
 		}

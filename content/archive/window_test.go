@@ -43,7 +43,8 @@ func TestWindowsOfReference(t *testing.T) {
 			want, werr := io.ReadAll(r)
 			must(t, r.Close())
 			got, gerr := decompressBy("", bytes.NewReader(wide))
-			if (werr == nil) != (size <= maxZstdWindow) || (gerr == nil) != (werr == nil) || werr == nil && !bytes.Equal(got, want) {
+			if (werr == nil) != (size <= maxZstdWindow) || (gerr == nil) != (werr == nil) || werr == nil &&
+				!bytes.Equal(got, want) {
 				t.Errorf("containerd: %d bytes, %v; ours: %d bytes, %v", len(want), werr, len(got), gerr)
 			}
 		})
@@ -58,7 +59,8 @@ func TestWindowsAreAskedFor(t *testing.T) {
 		opts = append([]zstd.EOption{zstd.WithWindowSize(8 << 20), zstd.WithSingleSegment(false)}, opts...)
 		return withWindow(zstded(t, data, opts...), window)
 	}
-	zeros := zstded(t, make([]byte, 1<<20), zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false)) // blocks of one byte
+	// blocks of one byte
+	zeros := zstded(t, make([]byte, 1<<20), zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false))
 	for name, row := range map[string]struct {
 		blob []byte
 		want []int64

@@ -25,17 +25,21 @@ var chains = []struct {
 	{"20,000 hard links to a file of a directory of 200,000", func() [][]*content.Entry {
 		links := filesOf(0, 0, 1, 1)
 		for i := range 20_000 {
-			links = append(links, &content.Entry{Path: fmt.Sprintf("d/l%08d", i), Kind: content.LowerLink, Target: "d/00000001", Mode: 0o644, Mtime: content.Time{Sec: int64(i)}})
+			links = append(links, &content.Entry{Path: fmt.Sprintf("d/l%08d", i), Kind: content.LowerLink, Target: "d/00000001",
+				Mode: 0o644, Mtime: content.Time{Sec: int64(i)}})
 		}
 		return [][]*content.Entry{filesOf(200_000, 0, 1, 1), links}
 	}},
 	{"200,000 symlinks named *.py with bytecode", func() [][]*content.Entry {
 		entries := append(filesOf(0, 0, 1, 1), &content.Entry{Path: "d/__pycache__", Kind: content.Dir, Mode: 0o755})
 		for i := range 200_000 {
-			entries = append(entries, &content.Entry{Path: fmt.Sprintf("d/m%08d.py", i), Kind: content.Symlink, Target: "../s.py"},
-				&content.Entry{Path: fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), Kind: content.Regular, Mode: 0o644, Size: 1, Data: []byte("x")})
+			entries = append(entries, &content.Entry{Path: fmt.Sprintf("d/m%08d.py", i), Kind: content.Symlink,
+				Target: "../s.py"},
+				&content.Entry{Path: fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), Kind: content.Regular, Mode: 0o644,
+					Size: 1, Data: []byte("x")})
 		}
-		return [][]*content.Entry{append(entries, &content.Entry{Path: "s.py", Kind: content.Regular, Mode: 0o644, Size: 1, Data: []byte("x")})}
+		return [][]*content.Entry{append(entries, &content.Entry{Path: "s.py", Kind: content.Regular, Mode: 0o644, Size: 1,
+			Data: []byte("x")})}
 	}},
 	{"100 layers that touch the same 10,000 files", func() (layers [][]*content.Entry) {
 		for i := range 100 {
@@ -55,7 +59,8 @@ func filesOf(n, from, step int, mtime int64) []*content.Entry {
 	return out
 }
 
-// BenchmarkChain makes chain images of tree files: read, merged, written. peak-MB is the most that the heap held at a time.
+// BenchmarkChain makes chain images of tree files: read, merged, written. peak-MB is the most that the heap held at a
+// time.
 func BenchmarkChain(b *testing.B) {
 	for _, c := range chains {
 		b.Run(strings.ReplaceAll(c.name, " ", "_"), func(b *testing.B) {

@@ -11,14 +11,14 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
-// CheckChain looks at a whole chain image over packs, of this many bytes: that its bytes are those that were written, and
-// that each file with a payload points to where a pack has one of that size, and sends overlayfs to the same. A wrong
-// place would show zeros or another payload, and no error. packs returns what a pack says of itself, nil where it is not
-// to be had. It does not look at payloads.
+// CheckChain looks at a whole chain image over packs, of this many bytes: that its bytes are those that were written,
+// and that each file with a payload points to where a pack has one of that size, and sends overlayfs to the same. A
+// wrong place would show zeros or another payload, and no error. packs returns what a pack says of itself, nil where it
+// is not to be had. It does not look at payloads.
 //
-// It returns the payloads that the image shows, and where. Whether they are the right ones is for the caller to say: who
-// builds the image once more over these places gets the same bytes. What is wrong is an error that wraps ErrDamaged; the
-// image is then to be built again.
+// It returns the payloads that the image shows, and where. Whether they are the right ones is for the caller to say:
+// who builds the image once more over these places gets the same bytes. What is wrong is an error that wraps
+// ErrDamaged; the image is then to be built again.
 func CheckChain(ctx context.Context, r io.ReaderAt, size int64, packs func(content.PackID) *Pack) (
 	places map[content.ObjectID]content.Place, err error,
 ) {

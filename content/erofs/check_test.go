@@ -65,7 +65,8 @@ func TestCheckChain(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if again := (Options{Packs: o.Packs, Redirect: redirect, Place: placeIn(places)}); !bytes.Equal(img, written(t, nested(root), again)) {
+			if again := (Options{Packs: o.Packs, Redirect: redirect, Place: placeIn(places)}); !bytes.Equal(img,
+				written(t, nested(root), again)) {
 				t.Error("an image over the places that were found is another")
 			}
 			other := func(change func(*Pack)) []*Pack { return []*Pack{a.Pack, changed(b.Pack, change)} }

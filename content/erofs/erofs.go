@@ -38,8 +38,8 @@
 //	    nothing      empty file, device, or bytes in data blocks (layout "plain")
 //
 // A chain image is mounted with its packs, in the order of the list: device=<pack>,device=<pack>. It comes in two
-// flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also have
-// overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over
+// flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also
+// have overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over
 // <chain>::<pack>::<pack> the bytes come from the mounted packs, so all images share them in memory. An overlay over a
 // shared image alone would look for payloads in vain. The root of a shared image has a whiteout named like each of its
 // packs, so that an overlay in which packs are layers like any other shows none of them.

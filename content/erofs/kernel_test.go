@@ -110,8 +110,8 @@ func mountOverlay(t *testing.T, lower string) string {
 	return ""
 }
 
-// compareFiles compares all bytes of a directory, and that each file in it has a small inode number of its own. Whiteouts do
-// not count: shared images have some, and overlays show none.
+// compareFiles compares all bytes of a directory, and that each file in it has a small inode number of its own.
+// Whiteouts do not count: shared images have some, and overlays show none.
 func compareFiles(t *testing.T, root string, want map[string][]byte) {
 	t.Helper()
 	files, err := os.ReadDir(root)

@@ -136,7 +136,8 @@ func tortureKinds(o objects) *tree.Node {
 }
 
 func tortureXattrs(o objects) *tree.Node {
-	capability := content.Xattr{Name: "security.capability", Value: []byte("\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")}
+	capability := content.Xattr{Name: "security.capability",
+		Value: []byte("\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00")}
 	access := content.Xattr{Name: "system.posix_acl_access", Value: acl(1000)}
 	fallback := content.Xattr{Name: "system.posix_acl_default", Value: acl(70_000)}
 	longest := content.Xattr{Name: "user." + strings.Repeat("n", maxXattrName-len("user.")), Value: []byte("v")}
@@ -155,7 +156,8 @@ func tortureXattrs(o objects) *tree.Node {
 		leaf("biggest-large", withXattrs(o.file(text(3000, 6)), biggest)),
 		leaf("biggest-symlink", withXattrs(symlink("biggest"), content.Xattr{Name: "trusted.big", Value: biggest.Value})),
 		leaf("empty-value", withXattrs(o.file(nil), content.Xattr{Name: "user.e"})),
-		leaf("longest", withXattrs(entry(content.Fifo), content.Xattr{Name: "trusted" + longest.Name[4:252], Value: longest.Value})),
+		leaf("longest", withXattrs(entry(content.Fifo), content.Xattr{Name: "trusted" + longest.Name[4:252],
+			Value: longest.Value})),
 		leaf("longest-file", withXattrs(o.file(nil), longest)),
 		leaf("many1", withXattrs(o.file(nil), slices.Clone(many)...)),
 		leaf("many2", withXattrs(o.file(text(2000, 1)), slices.Clone(many)...)),
@@ -174,7 +176,8 @@ func tortureXattrs(o objects) *tree.Node {
 
 func tortureNames() *tree.Node {
 	var nodes []*tree.Node
-	for _, name := range []string{"!", "-x", ".a", "..b", ".\x01", "...", "a\nb", `back\slash`, "\xff\xfe", "\x01", "é", " ", "a", "a.", "a-", "A"} {
+	for _, name := range []string{"!", "-x", ".a", "..b", ".\x01", "...", "a\nb", `back\slash`, "\xff\xfe", "\x01", "é",
+		" ", "a", "a.", "a-", "A"} {
 		nodes = append(nodes, leaf(name, entry(content.Fifo)))
 	}
 	for i := range 100 {

@@ -86,7 +86,8 @@ func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err e
 	if err != nil {
 		return u, err
 	}
-	p.devices = append(p.devices, erofs.Device{Pack: id, Tag: content.Sum{}.Hex(), Blocks: uint32(size / content.BlockSize)})
+	p.devices = append(p.devices, erofs.Device{Pack: id, Tag: content.Sum{}.Hex(),
+		Blocks: uint32(size / content.BlockSize)})
 	u = file(size)
 	if hashed {
 		u.Bytes += verity.Space(size)
@@ -94,8 +95,8 @@ func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err e
 	return u, nil
 }
 
-// Of returns what a store would occupy that held the drafts and the chain images of the chains. Packs are counted as they come in; merging
-// small ones later gives back a few blocks each.
+// Of returns what a store would occupy that held the drafts and the chain images of the chains. Packs are counted as
+// they come in; merging small ones later gives back a few blocks each.
 func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (s Store, err error) {
 	stored := &packs{places: map[content.ObjectID]content.Place{}}
 	seen := map[content.LayerID]bool{}
@@ -131,7 +132,8 @@ func treeOf(d layer.Draft, f content.Fidelity) layer.DraftTree {
 }
 
 // chainImages makes every chain image, one for each processor at a time, and counts its bytes.
-func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain, stored *packs) (layer.Usage, error) {
+func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain, stored *packs) (layer.Usage,
+	error) {
 	var distinct []Chain
 	seen := map[string]bool{}
 	for _, c := range chains {
@@ -272,8 +274,8 @@ const (
 )
 
 // Duplicates tells where the files lie that are there more than once, pairs of Python's bytecode and source counted as
-// content.Python stores them: the largest prefixes, each without what others of them name, most bytes first, and the sum of
-// all. copies tells for each draft how many directories have its files.
+// content.Python stores them: the largest prefixes, each without what others of them name, most bytes first, and the
+// sum of all. copies tells for each draft how many directories have its files.
 func Duplicates(drafts []layer.Draft, copies []int) (top []Prefix, all Prefix, err error) {
 	root := &folder{}
 	seen := map[content.ObjectID]bool{}

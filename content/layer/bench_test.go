@@ -49,7 +49,10 @@ func benchIngest(b *testing.B, fresh bool) {
 	open := benchLayer(b)
 	s := openStore(b, b.TempDir(), content.Python)
 	blob := func(i int) Blob {
-		return Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }}
+		return Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser,
+			error) {
+			return open(), nil
+		}}
 	}
 	hold, err := s.IngestBlob(b.Context(), blob(-1))
 	if err != nil {
@@ -90,7 +93,8 @@ func BenchmarkIngestKnown(b *testing.B) { benchIngest(b, false) }
 func BenchmarkLookup(b *testing.B) {
 	open := benchLayer(b)
 	s := openStore(b, b.TempDir(), content.Python)
-	in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString("blob"), Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+	in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString("blob"),
+		Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -104,10 +108,11 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-// BenchmarkDurability ingests new layers one after the other, each on the disk before it is served, or later, or with fs-verity
-// too, where the file system of TMPDIR has it.
+// BenchmarkDurability ingests new layers one after the other, each on the disk before it is served, or later, or with
+// fs-verity too, where the file system of TMPDIR has it.
 func BenchmarkDurability(b *testing.B) {
-	for name, opts := range map[string]Options{"strict": {}, "deferred": {Durability: Deferred}, "strict+verity": {Verity: true}} {
+	for name, opts := range map[string]Options{"strict": {}, "deferred": {Durability: Deferred},
+		"strict+verity": {Verity: true}} {
 		b.Run(name, func(b *testing.B) {
 			open := benchLayer(b)
 			opts.Root = b.TempDir()
@@ -120,7 +125,8 @@ func BenchmarkDurability(b *testing.B) {
 			}
 			b.Cleanup(func() { closeStore(b, s) })
 			for i := 0; b.Loop(); i++ {
-				in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+				in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(fmt.Sprint(i)),
+					Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -135,8 +141,8 @@ func BenchmarkDurability(b *testing.B) {
 	}
 }
 
-// BenchmarkRemove removes one layer of 750 files, 500 of which others have too, from stores of different sizes. DEDUP_LONG adds
-// one of 1,000,000 objects in 2,000 layers; what opening it takes, and its memory, is reported beside.
+// BenchmarkRemove removes one layer of 750 files, 500 of which others have too, from stores of different sizes.
+// DEDUP_LONG adds one of 1,000,000 objects in 2,000 layers; what opening it takes, and its memory, is reported beside.
 func BenchmarkRemove(b *testing.B) {
 	sizes := []int{20, 200}
 	if os.Getenv("DEDUP_LONG") != "" {
@@ -147,7 +153,8 @@ func BenchmarkRemove(b *testing.B) {
 	}
 }
 
-// manyFiles is layer i: 250 files that layer i-1 has as well, and 250 that layer i+1 has; an odd one has 250 to itself on top.
+// manyFiles is layer i: 250 files that layer i-1 has as well, and 250 that layer i+1 has; an odd one has 250 to itself
+// on top.
 func manyFiles(b *testing.B, i int) []byte {
 	var m []member
 	for f := range 500 {
@@ -155,10 +162,12 @@ func manyFiles(b *testing.B, i int) []byte {
 		if f%2 == 1 {
 			owner = i + 1
 		}
-		m = append(m, member{name: fmt.Sprintf("f%d", f), data: strings.Repeat(fmt.Sprintf("%d of layer %d\n", f/2, owner), 60)})
+		m = append(m, member{name: fmt.Sprintf("f%d", f), data: strings.Repeat(fmt.Sprintf("%d of layer %d\n", f/2, owner),
+			60)})
 	}
 	for f := range 250 * (i % 2) {
-		m = append(m, member{name: fmt.Sprintf("own-%d", f), data: strings.Repeat(fmt.Sprintf("own %d of layer %d\n", f, i), 60)})
+		m = append(m, member{name: fmt.Sprintf("own-%d", f), data: strings.Repeat(fmt.Sprintf("own %d of layer %d\n", f, i),
+			60)})
 	}
 	return makeTar(b, m...)
 }

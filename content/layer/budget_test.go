@@ -33,7 +33,8 @@ func openSmall(t testing.TB) *Store {
 func idle(t *testing.T, s *Store) {
 	t.Helper()
 	if len(s.budget.small) != 0 || len(s.budget.large) != 0 || s.budget.active != 0 {
-		t.Errorf("%d small and %d large shares are taken, %d active", len(s.budget.small), len(s.budget.large), s.budget.active)
+		t.Errorf("%d small and %d large shares are taken, %d active", len(s.budget.small), len(s.budget.large),
+			s.budget.active)
 	}
 }
 
@@ -73,7 +74,8 @@ func TestMaxMemory(t *testing.T) {
 			}
 			release()
 			_, err = s.ReserveChain(t.Context(), slicesOf(in.Layer, 100))
-			if name == "many files" && (!errors.Is(err, archive.ErrMemory) || !strings.Contains(err.Error(), "chain of 100 layers")) {
+			if name == "many files" && (!errors.Is(err, archive.ErrMemory) || !strings.Contains(err.Error(),
+				"chain of 100 layers")) {
 				t.Errorf("a chain of 100: %v", err)
 			}
 			idle(t, s)
@@ -91,7 +93,10 @@ func slicesOf(id content.LayerID, n int) (ids []content.LayerID) {
 }
 
 func tarBlob(data []byte) Blob {
-	return Blob{Digest: digest.FromBytes(data), Open: func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }}
+	return Blob{Digest: digest.FromBytes(data), Open: func(context.Context) (io.ReadCloser,
+		error) {
+		return io.NopCloser(bytes.NewReader(data)), nil
+	}}
 }
 
 // deepTar has few members whose directories nobody mentions, two thousand for each.
@@ -107,8 +112,9 @@ func deepTar(t testing.TB) []byte {
 func TestIngestCountsForBuild(t *testing.T) {
 	s := openStore(t, t.TempDir(), content.Exact)
 	for name, data := range map[string][]byte{
-		"deep":  deepTar(t),
-		"plain": makeTar(t, member{name: "a", data: "x"}, member{name: "b/c", data: strings.Repeat("y", 700)}, member{name: "b/.wh.gone"}),
+		"deep": deepTar(t),
+		"plain": makeTar(t, member{name: "a", data: "x"}, member{name: "b/c", data: strings.Repeat("y", 700)},
+			member{name: "b/.wh.gone"}),
 	} {
 		var kept int64
 		blob := tarBlob(data)
@@ -116,7 +122,8 @@ func TestIngestCountsForBuild(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		entries, err := archive.ReadTar(t.Context(), bytes.NewReader(data), newDrafter(nil), func(n int64) error { kept += n; return nil })
+		entries, err := archive.ReadTar(t.Context(), bytes.NewReader(data), newDrafter(nil),
+			func(n int64) error { kept += n; return nil })
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -159,7 +166,8 @@ func TestArrivingWaitsForNothing(t *testing.T) {
 	s := openSmall(t)
 	arriving := smallBlob(5000, 1)
 	arriving.Arriving = true
-	if _, err := s.IngestBlob(t.Context(), arriving); !errors.Is(err, ErrUnverified) || !errors.Is(err, archive.ErrMemory) {
+	if _, err := s.IngestBlob(t.Context(), arriving); !errors.Is(err, ErrUnverified) ||
+		!errors.Is(err, archive.ErrMemory) {
 		t.Errorf("a large one: %v", err)
 	}
 	for range smallShares / 2 {

@@ -45,8 +45,8 @@ const (
 )
 
 // Check compares every tree and every object with its name, reading them from the disk, and looks for files that
-// nothing names. What is damaged is out of service from then on, and what was and is whole again, back in it. Others may
-// use the store meanwhile. progress hears, from one goroutine at a time, how many of how many bytes have been read.
+// nothing names. What is damaged is out of service from then on, and what was and is whole again, back in it. Others
+// may use the store meanwhile. progress hears, from one goroutine at a time, how many of how many bytes have been read.
 func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]Finding, error) {
 	var findings []Finding
 	objectBytes, _ := s.objects.Packs().Used()
@@ -109,8 +109,8 @@ func (s *Store) checkTrees(ctx context.Context, read func(int64)) error {
 	return nil
 }
 
-// LookAgain verifies once more what is known to be damaged of a layer, and heals it if it is not any more: a disk may not have
-// answered for a while.
+// LookAgain verifies once more what is known to be damaged of a layer, and heals it if it is not any more: a disk may
+// not have answered for a while.
 func (s *Store) LookAgain(ctx context.Context, id content.LayerID) error {
 	d, damaged := s.Damaged()[id]
 	if !damaged {
@@ -179,7 +179,8 @@ func (s *Store) Findings() (findings []Finding) {
 	byObject := map[content.ObjectID][]content.LayerID{}
 	for id, d := range s.Damaged() {
 		if d.Tree != nil {
-			findings = append(findings, Finding{Kind: DamagedTree, Path: s.treePath(id), Problem: d.Tree.Error(), Layers: []content.LayerID{id}})
+			findings = append(findings, Finding{Kind: DamagedTree, Path: s.treePath(id), Problem: d.Tree.Error(),
+				Layers: []content.LayerID{id}})
 		}
 		for _, o := range d.Objects {
 			byObject[o] = append(byObject[o], id)
@@ -210,7 +211,8 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 		}
 		s.mu.Unlock()
 		if !known && err == nil {
-			findings = append(findings, Finding{Kind: Orphan, Path: s.path(dirLayers, f.Name()), Problem: "no snapshot uses this layer", Bytes: content.Blocks(fi.Size())})
+			findings = append(findings, Finding{Kind: Orphan, Path: s.path(dirLayers, f.Name()),
+				Problem: "no snapshot uses this layer", Bytes: content.Blocks(fi.Size())})
 		}
 	}
 	if s.uncounted() {
@@ -218,7 +220,8 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 	}
 	objects, err := s.objects.Orphans(ctx, remove)
 	for _, o := range objects {
-		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer needs what is in this file", Bytes: o.Bytes})
+		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer needs what is in this file",
+			Bytes: o.Bytes})
 	}
 	return findings, err
 }
@@ -236,8 +239,8 @@ func (s *Store) RemoveOrphans(ctx context.Context) ([]Finding, error) {
 func (s *Store) Orphans(ctx context.Context) ([]Finding, error) { return s.orphans(ctx, false) }
 
 // Repair ingests the blob of a layer that is out of service once more: what the layer needs and is damaged is written
-// anew. Of the layer's other facts it knows nothing, so a blob that gives another layer is an error, and changes nothing.
-// b.Open may be called more than once.
+// anew. Of the layer's other facts it knows nothing, so a blob that gives another layer is an error, and changes
+// nothing. b.Open may be called more than once.
 func (s *Store) Repair(ctx context.Context, id content.LayerID, b Blob) error {
 	s.mu.RLock()
 	st := s.layers[id]

@@ -71,7 +71,8 @@ func checkStore(t *testing.T, s *Store) []Finding {
 	return found
 }
 
-// payloadDamages are what can happen to a payload in a pack. b is the payload's bytes on the disk, up to the end of its last block.
+// payloadDamages are what can happen to a payload in a pack. b is the payload's bytes on the disk, up to the end of its
+// last block.
 var payloadDamages = map[string]func(b, other []byte){
 	"flipped": func(b, _ []byte) { b[len(b)/2] ^= 0x10 },
 	"hole":    func(b, _ []byte) { clear(b) },
@@ -93,8 +94,8 @@ func harmPayload(t *testing.T, s *Store, data, how, other string) (path string) 
 	return path
 }
 
-// Two layers share an object, and a third has nothing to do with it. Whatever happens to a payload or to a tree, Check finds it
-// and names the right layers; these are out of service, also after a restart, until a blob is ingested again.
+// Two layers share an object, and a third has nothing to do with it. Whatever happens to a payload or to a tree, Check
+// finds it and names the right layers; these are out of service, also after a restart, until a blob is ingested again.
 func TestDamage(t *testing.T) {
 	shared := member{name: "shared", data: big("shared")}
 	tars := [][]byte{
@@ -102,7 +103,8 @@ func TestDamage(t *testing.T) {
 		makeTar(t, shared, member{name: "two", data: big("two")}),
 		makeTar(t, member{name: "three", data: big("three")}),
 	}
-	run := func(name, how string, harmed int, kind FindingKind, harm func(t *testing.T, s *Store, ids []content.LayerID) string) {
+	run := func(name, how string, harmed int, kind FindingKind, harm func(t *testing.T, s *Store,
+		ids []content.LayerID) string) {
 		t.Run(name+" "+how, func(t *testing.T) {
 			root := t.TempDir()
 			s := openStore(t, root, content.Python)
@@ -194,11 +196,12 @@ func TestDamagedPack(t *testing.T) {
 		"table":      {func(t *testing.T, path, _ string) { flip(t, path, -300) }, false, true},
 		"trailer":    {func(t *testing.T, path, _ string) { flip(t, path, -20) }, false, true},
 		"grown":      {damages["grown"], false, true},
-		"cut":        {func(t *testing.T, path, _ string) { writeFile(t, path, readFile(t, path)[:2*content.BlockSize]) }, true, true},
-		"empty":      {damages["empty"], true, true},
-		"deleted":    {damages["deleted"], true, true},
-		"swapped":    {damages["swapped"], true, true},
-		"directory":  {damages["directory"], true, true},
+		"cut": {func(t *testing.T, path, _ string) { writeFile(t, path, readFile(t, path)[:2*content.BlockSize]) },
+			true, true},
+		"empty":     {damages["empty"], true, true},
+		"deleted":   {damages["deleted"], true, true},
+		"swapped":   {damages["swapped"], true, true},
+		"directory": {damages["directory"], true, true},
 	}
 	for name, d := range all {
 		for _, restart := range []bool{false, true} {
@@ -213,7 +216,8 @@ func TestDamagedPack(t *testing.T) {
 				d.harm(t, pathOf(big("first")), pathOf(big("other")))
 				if restart {
 					s = reopen(t, s, root, ids...)
-				} else if found := checkStore(t, s); !slices.ContainsFunc(found, func(f Finding) bool { return f.Kind == DamagedPack }) {
+				} else if found := checkStore(t, s); !slices.ContainsFunc(found,
+					func(f Finding) bool { return f.Kind == DamagedPack }) {
 					t.Errorf("found %+v", found)
 				}
 				if d.harms || restart && d.lost {
@@ -273,7 +277,8 @@ func expectService(t *testing.T, s *Store, ids, harmed []content.LayerID, tars [
 func TestMissingObjectIsFoundAfterCrash(t *testing.T) {
 	root := t.TempDir()
 	s := openStore(t, root, content.Python)
-	a, b := ingest(t, s, makeTar(t, member{name: "a", data: big("a")})), ingest(t, s, makeTar(t, member{name: "b", data: big("b")}))
+	a, b := ingest(t, s, makeTar(t, member{name: "a", data: big("a")})),
+		ingest(t, s, makeTar(t, member{name: "b", data: big("b")}))
 	gone, _ := s.objects.Place(content.ObjectID{Sum: sha(big("a"))})
 	crash(t, s)
 	if err := os.Remove(s.objects.Packs().Path(gone.Pack)); err != nil {
@@ -312,7 +317,8 @@ func TestLastLayersAreVerifiedAfterReboot(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			old, last := ingest(t, s, makeTar(t, member{name: "old", data: big("old")})), ingest(t, s, makeTar(t, member{name: "last", data: big("last")}))
+			old, last := ingest(t, s, makeTar(t, member{name: "old", data: big("old")})),
+				ingest(t, s, makeTar(t, member{name: "last", data: big("last")}))
 			long := time.Now().Add(-time.Hour)
 			if err := os.Chtimes(s.treePath(old.Layer), long, long); err != nil {
 				t.Fatal(err)

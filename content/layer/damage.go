@@ -158,8 +158,8 @@ func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
 	}
 }
 
-// DistrustPack looks at a pack that cannot be mounted. What is whole in it is copied to another one; what is not takes its layers out of
-// service.
+// DistrustPack looks at a pack that cannot be mounted. What is whole in it is copied to another one; what is not takes
+// its layers out of service.
 func (s *Store) DistrustPack(ctx context.Context, id content.PackID, why error) error {
 	log.G(ctx).WithError(why).Errorf("pack %s is damaged: verifying each payload in it", s.objects.Packs().Path(id))
 	err := s.verifyObjects(ctx, s.objects.Distrust(id, why), func(int64) {})
@@ -189,7 +189,8 @@ func (s *Store) heal(ctx context.Context, sync func() error) error {
 		if st.damage == nil {
 			continue
 		}
-		d := Damage{Tree: st.damage.Tree, Objects: slices.DeleteFunc(slices.Clone(st.damage.Objects), func(o content.ObjectID) bool { return !s.objects.IsBad(o) })}
+		d := Damage{Tree: st.damage.Tree, Objects: slices.DeleteFunc(slices.Clone(st.damage.Objects),
+			func(o content.ObjectID) bool { return !s.objects.IsBad(o) })}
 		changed = changed || len(d.Objects) != len(st.damage.Objects)
 		if st.damage = &d; d.Tree == nil && len(d.Objects) == 0 {
 			st.damage = nil

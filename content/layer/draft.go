@@ -233,7 +233,8 @@ func (d *drafter) asPython(entries []*content.Entry, canonical map[*content.Entr
 	return copies, found
 }
 
-func draftTree(f content.Fidelity, entries []*content.Entry, canonical map[*content.Entry]content.Entry, t *tree.Tar) (DraftTree, error) {
+func draftTree(f content.Fidelity, entries []*content.Entry, canonical map[*content.Entry]content.Entry,
+	t *tree.Tar) (DraftTree, error) {
 	enc := tree.Encode(f, entries)
 	facts := tree.Facts{Fidelity: f, Payload: tree.PayloadDigest(entries, canonical), Entries: int64(len(entries))}
 	below := tree.BelowOf(entries)

@@ -24,7 +24,8 @@ func TestDraftBlob(t *testing.T) {
 		"long bytecode": makeTar(t,
 			member{"long.py", source, m, 0}, member{"long.pyc", pycOf(m, uint32(len(source)), code), m, 0},
 			member{"stale.py", source, m, 0}, member{"stale.pyc", pycOf(m-1, uint32(len(source)), code), m, 0}),
-		"large": makeTar(t, member{"large", string(bytes.Repeat([]byte("0123456789abcdef"), bufferMax/16+1)), m, 0}, member{"small", "x", m, 0}),
+		"large": makeTar(t, member{"large", string(bytes.Repeat([]byte("0123456789abcdef"), bufferMax/16+1)), m, 0},
+			member{"small", "x", m, 0}),
 	} {
 		for _, f := range []content.Fidelity{content.Exact, content.Python} {
 			t.Run(fmt.Sprintf("%s, %s", name, f), func(t *testing.T) {
@@ -61,7 +62,8 @@ func TestDraftBlob(t *testing.T) {
 func TestDraftDir(t *testing.T) {
 	dir := t.TempDir()
 	source := big("import os")
-	for name, data := range map[string]string{"a.py": source, "a.pyc": pycOf(1700000000, uint32(len(source)), big("code")), "large": big("large"), "tiny": "x"} {
+	for name, data := range map[string]string{"a.py": source, "a.pyc": pycOf(1700000000, uint32(len(source)), big("code")),
+		"large": big("large"), "tiny": "x"} {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(data), 0o644); err != nil {
 			t.Fatal(err)
@@ -98,7 +100,8 @@ func TestDraftDir(t *testing.T) {
 
 func TestDraftOfBadBlob(t *testing.T) {
 	whole := compress(t, pythonLayer(t, 1700000000, 0), 1)
-	for name, blob := range map[string][]byte{"truncated": whole[:len(whole)/2], "no tar": compress(t, bytes.Repeat([]byte("x"), 2000), 1)} {
+	for name, blob := range map[string][]byte{"truncated": whole[:len(whole)/2], "no tar": compress(t,
+		bytes.Repeat([]byte("x"), 2000), 1)} {
 		if _, err := DraftBlob(t.Context(), digest.FromBytes(blob), bytes.NewReader(blob)); err == nil {
 			t.Errorf("%s: no error", name)
 		}

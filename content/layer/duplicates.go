@@ -12,8 +12,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// Duplicates tell where what is stored once and used many times comes from. Each list has the row first that saves most.
-// Payloads that lie inline in trees are not counted.
+// Duplicates tell where what is stored once and used many times comes from. Each list has the row first that saves
+// most. Payloads that lie inline in trees are not counted.
 type Duplicates struct {
 	Paths    []Duplicate // directories, as pathGroup says
 	Types    []Duplicate // endings of file names

@@ -36,8 +36,8 @@ type written struct {
 	doubt atomic.Bool
 }
 
-// openRoot returns a file of its own for syncfs: the kernel tells of a write that failed once to each file that was open when it
-// did. With one for all, the first ingest to ask would learn it, and the one that wrote would not.
+// openRoot returns a file of its own for syncfs: the kernel tells of a write that failed once to each file that was
+// open when it did. With one for all, the first ingest to ask would learn it, and the one that wrote would not.
 func (s *Store) openRoot() (int, error) {
 	fd, err := unix.Openat(s.rootFd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

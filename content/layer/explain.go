@@ -19,7 +19,8 @@ type explained struct {
 func (e explained) Error() string { return e.error.Error() + " (" + e.hint + ")" }
 func (e explained) Unwrap() error { return e.error }
 
-// Explain adds what to do to errors of the system, once. They are of the file system of root where they name no other path.
+// Explain adds what to do to errors of the system, once. They are of the file system of root where they name no other
+// path.
 func Explain(err error, root string) error {
 	if err == nil || Explained(err) {
 		return err

@@ -18,13 +18,16 @@ func TestExplain(t *testing.T) {
 		err  error
 		want string
 	}{
-		{at("/root/layers/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of /root, or remove images)"},
-		{at("/run/chains/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of /run/chains/x, or remove images)"},
+		{at("/root/layers/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of /root, " +
+			"or remove images)"},
+		{at("/run/chains/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of " +
+			"/run/chains/x, or remove images)"},
 		{fmt.Errorf("sync: %w", unix.EIO), "input/output error (the disk under /root does not work"},
 		{fmt.Errorf("outer: %w", Explain(at("/root/x", unix.EMFILE), "/root")), "too many open files (the daemon for /root"},
 	} {
 		err := Explain(row.err, "/root")
-		if !strings.Contains(err.Error(), row.want) || !errors.Is(err, row.err) || strings.Count(err.Error(), "(") != 1 || !Explained(err) {
+		if !strings.Contains(err.Error(), row.want) || !errors.Is(err, row.err) || strings.Count(err.Error(), "(") != 1 ||
+			!Explained(err) {
 			t.Errorf("%v, want %s", err, row.want)
 		}
 	}

@@ -43,7 +43,8 @@ func (f *flights) stop() {
 
 // do runs ingest once for all callers of a digest that meet. share turns the one hold
 // of a result into as many as callers are left, possibly none.
-func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error), share func(Ingested, int)) (Ingested, error) {
+func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error),
+	share func(Ingested, int)) (Ingested, error) {
 	f.mu.Lock()
 	fl := f.byBlob[blob]
 	if fl == nil {
@@ -75,7 +76,8 @@ func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(contex
 }
 
 // start runs an ingest. Under mu.
-func (f *flights) start(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error), share func(Ingested, int)) *flight {
+func (f *flights) start(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error),
+	share func(Ingested, int)) *flight {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	fl := &flight{cancel: cancel, done: make(chan struct{})}
 	f.byBlob[blob] = fl

@@ -19,13 +19,15 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// Taking over a store whose trees have format 2, in which all pairs of Python's files had one timestamp: each tree is written anew with
-// the timestamps of today, as an ingest of the layer's blob would write it, and so under another id. What is new of it is on the disk
-// before the caller notes the new id, and what is old goes after that. So a process may end at any point, and the next one
-// goes on; beyond what the store occupies it needs the compiled files of one layer at a time.
+// Taking over a store whose trees have format 2, in which all pairs of Python's files had one timestamp: each tree is
+// written anew with the timestamps of today, as an ingest of the layer's blob would write it, and so under another id.
+// What is new of it is on the disk before the caller notes the new id, and what is old goes after that. So a process
+// may end at any point, and the next one goes on; beyond what the store occupies it needs the compiled files of one
+// layer at a time.
 //
-// Containers that run over an old chain image look objects up in objects/ (upgrade.go), by the names of then. These stay there until the
-// last of the snapshots that there were is removed, or the machine starts again: the file "former" has a line for each of them.
+// Containers that run over an old chain image look objects up in objects/ (upgrade.go), by the names of then. These
+// stay there until the last of the snapshots that there were is removed, or the machine starts again: the file "former"
+// has a line for each of them.
 //
 //	boot <boot id>
 //	user <id of a snapshot>
@@ -43,7 +45,8 @@ type FormerStore struct {
 	Renamed func(ctx context.Context, from, to content.LayerID) error
 }
 
-// Upgrade takes over a store of format 2 that nobody has open. A layer that cannot be read is left as it is, and out of service.
+// Upgrade takes over a store of format 2 that nobody has open. A layer that cannot be read is left as it is, and out of
+// service.
 func Upgrade(ctx context.Context, opts Options, former FormerStore) (err error) {
 	opts.Durability, opts.Reserve, opts.Pressure = Strict, Reserve{}, nil
 	s, err := newStore(opts)
@@ -111,7 +114,8 @@ func Upgrade(ctx context.Context, opts Options, former FormerStore) (err error) 
 }
 
 // takeOver writes one tree anew, and removes the old one.
-func (s *Store) takeOver(ctx context.Context, id content.LayerID, renamed func(context.Context, content.LayerID, content.LayerID) error) error {
+func (s *Store) takeOver(ctx context.Context, id content.LayerID, renamed func(context.Context, content.LayerID,
+	content.LayerID) error) error {
 	f, ok, err := tree.ReadFormer(s.treePath(id), id)
 	if err != nil || !ok {
 		return err
@@ -184,11 +188,13 @@ func (s *Store) rewrite(ss *session, id content.LayerID, f tree.Former) (now con
 	return enc.ID, err
 }
 
-// formerBytecode finds the timestamp .pyc of a tree, as a session does while the payloads come by, and takes their flags away.
+// formerBytecode finds the timestamp .pyc of a tree, as a session does while the payloads come by, and takes their
+// flags away.
 func (s *Store) formerBytecode(f tree.Former) (map[*content.Entry]pyc, error) {
 	found := map[*content.Entry]pyc{}
 	for _, e := range f.Entries {
-		if e.Kind != content.Regular || !strings.HasSuffix(e.Path, ".pyc") || e.Size < content.PycHeaderLen || e.Size > bufferMax {
+		if e.Kind != content.Regular || !strings.HasSuffix(e.Path, ".pyc") || e.Size < content.PycHeaderLen ||
+			e.Size > bufferMax {
 			continue
 		}
 		head := e.Data
@@ -213,7 +219,8 @@ func (s *Store) formerBytecode(f tree.Former) (map[*content.Entry]pyc, error) {
 	return found, nil
 }
 
-// keepFormer notes the objects that old chain images refer to and new trees may not, for as long as containers have them mounted.
+// keepFormer notes the objects that old chain images refer to and new trees may not, for as long as containers have
+// them mounted.
 func (s *Store) keepFormer(users map[string][]content.LayerID) error {
 	boot := bootID()
 	if last, err := os.ReadFile(s.path(fileRunning)); err == nil && string(last) != boot && boot != unknownBoot {
@@ -314,8 +321,8 @@ func (s *Store) isFormer(id content.ObjectID) bool {
 	return s.former.objects[id]
 }
 
-// Unused notes that a snapshot has been removed: after the last one of those from before an upgrade, what only they needed goes with the
-// next round of moving.
+// Unused notes that a snapshot has been removed: after the last one of those from before an upgrade, what only they
+// needed goes with the next round of moving.
 func (s *Store) Unused(user string) error {
 	s.mu.Lock()
 	k := s.former

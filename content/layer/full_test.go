@@ -116,8 +116,8 @@ func TestDiskThatIsFull(t *testing.T) {
 	}
 }
 
-// Ingests stop at the reserve, of bytes and of inodes, after asking for what can be freed. What the store knows comes in
-// all the same, and when there is room again, the rest.
+// Ingests stop at the reserve, of bytes and of inodes, after asking for what can be freed. What the store knows comes
+// in all the same, and when there is room again, the rest.
 func TestReserve(t *testing.T) {
 	for name, row := range map[string]struct {
 		inodes  int
@@ -131,7 +131,8 @@ func TestReserve(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			root := smallDisk(t, row.inodes)
 			var asked int
-			s, err := Open(t.Context(), Options{Root: root, Reserve: row.reserve, Pressure: func(context.Context) { asked++ }}, nil)
+			s, err := Open(t.Context(), Options{Root: root, Reserve: row.reserve, Pressure: func(context.Context) { asked++ }},
+				nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -154,7 +155,8 @@ func TestReserve(t *testing.T) {
 			}
 			before := statfs(t, root)
 			_, err = s.IngestBlob(t.Context(), blobOf(makeTar(t, row.layer...)))
-			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(), "remove images") {
+			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(),
+				"remove images") {
 				t.Fatalf("beyond the reserve: %v", err)
 			}
 			if asked != 1 {

@@ -135,7 +135,8 @@ func (s *Store) ingestBlob(ctx context.Context, b Blob, want goal) (Ingested, er
 		return Ingested{}, err
 	}
 	s.counters.ingested(ofBlobs, in, st.size, clock)
-	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size, "added": in.Added.Bytes}).Debug("ingested blob")
+	log.G(ctx).WithFields(clock.fields()).WithFields(log.Fields{"blob": b.Digest, "bytes": st.size,
+		"added": in.Added.Bytes}).Debug("ingested blob")
 	return in, nil
 }
 
@@ -157,7 +158,8 @@ func (s *Store) IngestDir(ctx context.Context, d Dir) (Ingested, error) {
 		err = werr
 	}
 	if err != nil {
-		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper, s.explain(errors.Join(err, ss.end(nil)))))
+		return Ingested{}, s.counters.failed(fmt.Errorf("ingest directory %s: %w", d.Upper,
+			s.explain(errors.Join(err, ss.end(nil)))))
 	}
 	clock.mark(stageRead)
 	in, err := s.finish(ss, entries, nil, clock)
@@ -344,7 +346,8 @@ func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) 
 }
 
 // publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
-func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool, err error) {
+func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool,
+	err error) {
 	sealed, err := ss.objects.Seal()
 	if err != nil {
 		return Usage{}, false, err
@@ -382,7 +385,8 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 
 // commit renames a tree into place, also over a damaged one. counted tells that the store had counted the layer's
 // objects before.
-func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) (counted bool, err error) {
+func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) (counted bool,
+	err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.layers[id]

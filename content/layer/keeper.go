@@ -13,8 +13,8 @@ const (
 	quiet = 2 * time.Second
 	// latest is when they are merged though something does.
 	latest = time.Minute
-	// dropAfter is how long after that the kernel forgets the pages of the packs' own files. Before it they help the first container of
-	// a new image; then they are held a second time by the file systems in the packs.
+	// dropAfter is how long after that the kernel forgets the pages of the packs' own files. Before it they help the first
+	// container of a new image; then they are held a second time by the file systems in the packs.
 	dropAfter = 10 * time.Second
 	// dropEvery is how often it forgets those that reads have brought in since.
 	dropEvery = 5 * time.Minute
@@ -95,7 +95,8 @@ func (s *Store) moveRest(ctx context.Context) {
 	}
 }
 
-// Compact merges packs that are small, or mostly dead, until the policy is content. The daemon does it in the background.
+// Compact merges packs that are small, or mostly dead, until the policy is content. The daemon does it in the
+// background.
 func (s *Store) Compact(ctx context.Context) error {
 	if !s.compactor.Needed() {
 		return nil

@@ -67,8 +67,8 @@ type Options struct {
 	MaxMemory int64
 	// Pressure is called when the reserve is reached, to free what can be freed; may be nil.
 	Pressure func(context.Context)
-	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may be nil. It is asked
-	// while payloads of the layout before packs are left.
+	// Mounted returns the layers below snapshots that clients may have mounted, and false where that cannot be told; may
+	// be nil. It is asked while payloads of the layout before packs are left.
 	Mounted func(context.Context) (layers []content.LayerID, ok bool, err error)
 	// User tells whether a snapshot of this id is there, of those that Upgrade was told of; nil for none.
 	User func(id string) bool
@@ -233,8 +233,8 @@ func (s *Store) insert(id content.LayerID, st *state, size int64) {
 // Wait waits until what has been released by now is removed.
 func (s *Store) Wait() { s.gc.Wait() }
 
-// Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller holds the layers. An object
-// that no pack has takes its layers out of service, and the error wraps ErrDamaged.
+// Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller
+// holds the layers. An object that no pack has takes its layers out of service, and the error wraps ErrDamaged.
 func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
 	placed, err := s.objects.Places(ids)
 	if errors.Is(err, object.ErrDamaged) {

@@ -134,7 +134,8 @@ func check(t testing.TB, s *Store) {
 	}
 }
 
-// checkPacks verifies, on a closed store, that packs hold exactly these objects, each whole, and that no other file is there.
+// checkPacks verifies, on a closed store, that packs hold exactly these objects, each whole, and that no other file is
+// there.
 func checkPacks(t testing.TB, s *Store, refs map[content.ObjectID]bool) {
 	t.Helper()
 	packs, err := object.Open(s.path(dirPacks), t.TempDir(), object.Options{})
@@ -285,7 +286,8 @@ func TestFidelityDoesNotMix(t *testing.T) {
 
 // pycOf is a timestamp .pyc of CPython 3.11 for a source of the given mtime and size.
 func pycOf(mtime, size uint32, code string) string {
-	b := []byte{0xa7, 0x0d, '\r', '\n', 0, 0, 0, 0, 0, 0, 0, 0, byte(size), byte(size >> 8), byte(size >> 16), byte(size >> 24)}
+	b := []byte{0xa7, 0x0d, '\r', '\n', 0, 0, 0, 0, 0, 0, 0, 0, byte(size), byte(size >> 8), byte(size >> 16),
+		byte(size >> 24)}
 	content.SetPycTime(b, mtime)
 	return string(b) + code
 }
@@ -299,7 +301,8 @@ func pythonLayer(t testing.TB, mtime int64, uid int) []byte {
 		member{"p/__pycache__/stale.cpython-311.pyc", stamp(-1), mtime + 1, uid},
 		member{"p/__pycache__/lone.cpython-311.pyc", stamp(0), mtime + 1, uid},
 		member{"p/__pycache__/tiny.cpython-311.pyc", pycOf(uint32(mtime), 4, "t"), mtime + 1, uid},
-		member{"p/m.py", src, mtime, uid}, member{"p/stale.py", src + "#", mtime, uid}, member{"p/tiny.py", "pass", mtime, uid})
+		member{"p/m.py", src, mtime, uid}, member{"p/stale.py", src + "#", mtime, uid}, member{"p/tiny.py", "pass", mtime,
+			uid})
 }
 
 func TestPythonPairs(t *testing.T) {
@@ -371,7 +374,8 @@ func TestHardlinkedBytecode(t *testing.T) {
 		if _, err := io.WriteString(w, code); err != nil {
 			t.Fatal(err)
 		}
-		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("a%d.pyc", i), Typeflag: tar.TypeLink, Linkname: name, Uid: i}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("a%d.pyc", i), Typeflag: tar.TypeLink, Linkname: name,
+			Uid: i}); err != nil {
 			t.Fatal(err)
 		}
 	}

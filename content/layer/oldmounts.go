@@ -16,8 +16,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// neededByOldMounts tells what in objects/ overlays may look up that were mounted before the upgrade: the objects of all
-// layers below snapshots that may be mounted, as long as one such overlay is seen.
+// neededByOldMounts tells what in objects/ overlays may look up that were mounted before the upgrade: the objects of
+// all layers below snapshots that may be mounted, as long as one such overlay is seen.
 func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) bool, error) {
 	all := func(content.ObjectID) bool { return true }
 	none := func(content.ObjectID) bool { return false }

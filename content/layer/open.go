@@ -17,9 +17,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
-// Open opens or creates the store below opts.Root. live names every layer that a
-// snapshot refers to, once per reference: each gets one hold, every other layer is
-// removed unless opts say otherwise. What an unclean stop may have damaged is found here; live layers that are damaged are out of service.
+// Open opens or creates the store below opts.Root. live names every layer that a snapshot refers to, once per
+// reference: each gets one hold, every other layer is removed unless opts say otherwise. What an unclean stop may have
+// damaged is found here; live layers that are damaged are out of service.
 func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, err error) {
 	s, err := newStore(opts)
 	if err != nil {
@@ -228,7 +228,8 @@ func bootID() string {
 
 // load reads the headers of all trees. suspects
 // are the layers whose trees were written since a time that is not zero.
-func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID, err error) {
+func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID,
+	err error) {
 	dir, err := os.ReadDir(s.path(dirLayers))
 	if err != nil {
 		return nil, fmt.Errorf("list layers: %w", err)
@@ -279,7 +280,8 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 func (s *Store) sweep(ctx context.Context) error {
 	for _, st := range s.layers {
 		if !st.counted {
-			log.G(ctx).Warn("the trees of some layers are damaged: objects that nothing else names stay until these are repaired or removed")
+			log.G(ctx).Warn("the trees of some layers are damaged: objects that nothing else names stay until these are " +
+				"repaired or removed")
 			s.leaked.Store(true)
 			_, err := s.objects.Settle(true)
 			return err

@@ -99,8 +99,8 @@ func pairOf(e *content.Entry, h content.PycHeader, entries []*content.Entry, lin
 // maxSymlinks is the kernel's limit for one path walk.
 const maxSymlinks = 40
 
-// follow finds what a path leads to inside a layer, through symlinks and never out of the root, or returns nil. What a layer has is what
-// a container sees of it, whatever is below.
+// follow finds what a path leads to inside a layer, through symlinks and never out of the root, or returns nil. What a
+// layer has is what a container sees of it, whatever is below.
 func follow(entries []*content.Entry, path string) *content.Entry {
 	if e := entryAt(entries, path); e == nil || e.Kind == content.Regular {
 		return e // nearly always

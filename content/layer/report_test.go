@@ -16,7 +16,8 @@ func TestReport(t *testing.T) {
 		makeTar(t, member{name: "a", data: large, mtime: 1}),
 		makeTar(t, member{name: "a", data: large, mtime: 2, uid: 7}), // equal to the first but for time and owner
 		makeTar(t, member{name: "b", data: large, mtime: 1}),
-		makeTar(t, member{name: "b", data: large, mtime: 1}, member{name: "b", data: large, mtime: 1}), // another tar of the third
+		// another tar of the third
+		makeTar(t, member{name: "b", data: large, mtime: 1}, member{name: "b", data: large, mtime: 1}),
 	}
 	uses := map[content.LayerID]int{}
 	for _, b := range tars {
@@ -32,7 +33,8 @@ func TestReport(t *testing.T) {
 	}
 	for i, l := range list {
 		facts, err := s.Facts(l.ID)
-		if err != nil || l.Holds != uses[l.ID] || len(l.DiffIDs) != uses[l.ID] || l.Bytes != 10_000 || l.Payload != facts.Payload || l.Usage != facts.Usage {
+		if err != nil || l.Holds != uses[l.ID] || len(l.DiffIDs) != uses[l.ID] || l.Bytes != 10_000 ||
+			l.Payload != facts.Payload || l.Usage != facts.Usage {
 			t.Errorf("%+v, %v", l, err)
 		}
 		if i > 0 && list[i-1].ID.Hex() >= l.ID.Hex() {
@@ -54,7 +56,8 @@ func TestEqualGroupsLargestFirst(t *testing.T) {
 	layer := func(payload byte, bytes int64) Listed {
 		return Listed{Facts: Facts{Bytes: bytes, Payload: content.PayloadDigest{Sum: content.Sum{payload}}}}
 	}
-	groups := EqualGroups([]Listed{layer(3, 5), layer(1, 10), layer(2, 5), layer(1, 10), layer(9, 99), layer(2, 5), layer(3, 5)})
+	groups := EqualGroups([]Listed{layer(3, 5), layer(1, 10), layer(2, 5), layer(1, 10), layer(9, 99), layer(2, 5),
+		layer(3, 5)})
 	var order []byte
 	for _, g := range groups {
 		order = append(order, g[0].Payload.Sum[0])
@@ -71,7 +74,8 @@ func TestMeasure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	in, err := s.IngestBlob(t.Context(), blobOf(makeTar(t, member{name: "a", data: string(make([]byte, 1_000_000)), mtime: 1})))
+	in, err := s.IngestBlob(t.Context(), blobOf(makeTar(t, member{name: "a", data: string(make([]byte, 1_000_000)),
+		mtime: 1})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +84,8 @@ func TestMeasure(t *testing.T) {
 		t.Fatal(err)
 	}
 	// An object and a tree; the file system may have moved blocks of its own.
-	if after.Inodes-before.Inodes != 2 || in.Added.Inodes != 2 || after.Bytes-before.Bytes < 1_000_000 || after.Bytes-before.Bytes > 1_100_000 {
+	if after.Inodes-before.Inodes != 2 || in.Added.Inodes != 2 || after.Bytes-before.Bytes < 1_000_000 ||
+		after.Bytes-before.Bytes > 1_100_000 {
 		t.Errorf("%+v, then %+v; the ingest says %+v", before, after, in.Added)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

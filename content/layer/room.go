@@ -71,7 +71,8 @@ func (s *Store) hasRoom(size int64) error {
 	space, inodes := s.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize), s.opts.Reserve.Inodes.of(int64(st.Files))
 	switch {
 	case size > free-space && size > 0:
-		return fmt.Errorf("a file of %d bytes, and %s has %d bytes free, %d of them in reserve: %w", size, s.root, free, space, unix.ENOSPC)
+		return fmt.Errorf("a file of %d bytes, and %s has %d bytes free, %d of them in reserve: %w", size, s.root, free,
+			space, unix.ENOSPC)
 	case free < space:
 		return fmt.Errorf("%s has %d bytes free, and reserve_space keeps %d: %w", s.root, free, space, unix.ENOSPC)
 	// A file system without a fixed number of inodes says 0 of 0, or as many as fit into its free space.

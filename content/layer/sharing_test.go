@@ -24,7 +24,8 @@ func TestSharing(t *testing.T) {
 		for file := range 30 {
 			if random.IntN(3) == 0 {
 				data := strings.Repeat(fmt.Sprintf("%d ", file), 1000+3000*file)
-				members = append(members, member{name: fmt.Sprintf("f-%d", file), data: data}, member{name: fmt.Sprintf("again-%d", file), data: data})
+				members = append(members, member{name: fmt.Sprintf("f-%d", file), data: data}, member{name: fmt.Sprintf("again-%d",
+					file), data: data})
 			}
 		}
 		ingest(t, s, makeTar(t, members...))
@@ -84,7 +85,8 @@ func TestDuplicates(t *testing.T) {
 	python := []member{
 		{name: site + "numpy/core.py", data: data("core")},
 		{name: site + "numpy/fast.cpython-311-x86_64-linux-gnu.so", data: data("fast")},
-		{name: site + "numpy-1.2.dist-info/RECORD", data: "numpy/core.py,sha256=x,4000\n\"numpy/fast.cpython-311-x86_64-linux-gnu.so\",,\n../../../bin/f2py,,\n../../../../../../etc/shadow,,\n/etc/shadow,,\n"},
+		{name: site + "numpy-1.2.dist-info/RECORD",
+			data: "numpy/core.py,sha256=x,4000\n\"numpy/fast.cpython-311-x86_64-linux-gnu.so\",,\n../../../bin/f2py,,\n../../../../../../etc/shadow,,\n/etc/shadow,,\n"},
 		{name: "usr/bin/f2py", data: data("f2py")},
 		{name: site + "loose.py", data: data("loose")},
 	}
@@ -119,7 +121,8 @@ func TestDuplicates(t *testing.T) {
 		if d := cmp.Diff(want, byName(d.Packages)); d != "" {
 			t.Error(d)
 		}
-		if got := byName(d.Paths)["/usr/lib/python3.11/site-packages"]; got.Files != 6 || got.Used != 26_000 || got.Objects != 3 || got.Stored != 13_000 {
+		if got := byName(d.Paths)["/usr/lib/python3.11/site-packages"]; got.Files != 6 || got.Used != 26_000 ||
+			got.Objects != 3 || got.Stored != 13_000 {
 			t.Errorf("%+v", got)
 		}
 		types := byName(d.Types)

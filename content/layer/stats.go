@@ -30,8 +30,8 @@ type Stats struct {
 	Blobs, Dirs Ingests
 	// Failed ingests by the kind of what went wrong; every kind is there.
 	Failed map[Failure]int64
-	// Removed is what went because nothing named it any more: layers, and packs. Swept are files that an unclean stop had left, and
-	// Open removed.
+	// Removed is what went because nothing named it any more: layers, and packs. Swept are files that an unclean stop had
+	// left, and Open removed.
 	Removed       Usage // of packs
 	RemovedLayers int64
 	RemoveErrors  int64

@@ -29,8 +29,8 @@ import (
 //	objects/<2 hex>/<62 hex>   named by the sha256 of its bytes
 //	objects/boot               the boot in which moving them began
 //
-// Open moves them into packs: a batch at a time is copied, sealed and synced, and only then removed. So each payload
-// is in one place or in two at any moment, and a store that was killed meanwhile goes on where it stopped. Overlays that
+// Open moves them into packs: a batch at a time is copied, sealed and synced, and only then removed. So each payload is
+// in one place or in two at any moment, and a store that was killed meanwhile goes on where it stopped. Overlays that
 // were mounted before look payloads up in objects/ for as long as they last. What they may need stays there as well,
 // until they are gone.
 const (
@@ -77,8 +77,8 @@ type mover struct {
 	lost   int
 }
 
-// moveOld moves what is in objects/ into packs, as far as there is room, and removes what nobody needs there. Others may
-// use the store meanwhile. What could not be moved stays bad.
+// moveOld moves what is in objects/ into packs, as far as there is room, and removes what nobody needs there. Others
+// may use the store meanwhile. What could not be moved stays bad.
 func (s *Store) moveOld(ctx context.Context) (err error) {
 	s.old.mu.Lock()
 	defer s.old.mu.Unlock()

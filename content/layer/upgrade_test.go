@@ -70,8 +70,10 @@ func oldStore(t testing.TB, root string) (layers []content.LayerID, tars [][]byt
 	}
 	s := openStore(t, root, content.Python)
 	tars = [][]byte{
-		makeTar(t, member{name: "a", data: big("a")}, member{name: "large", data: largePayload}, member{name: "t", data: "tiny"}),
-		makeTar(t, member{name: "b", data: big("b")}, member{name: "b2", data: big("b2")}, member{name: "s", data: big("shared")}),
+		makeTar(t, member{name: "a", data: big("a")}, member{name: "large", data: largePayload},
+			member{name: "t", data: "tiny"}),
+		makeTar(t, member{name: "b", data: big("b")}, member{name: "b2", data: big("b2")},
+			member{name: "s", data: big("shared")}),
 		makeTar(t, member{name: "c", data: big("c")}, member{name: "s", data: big("shared")}),
 	}
 	for _, b := range tars {
@@ -114,7 +116,8 @@ func objectFiles(t testing.TB, root string) (ids []content.ObjectID) {
 	return ids
 }
 
-// A store of the old layout opens as one of packs: nothing is lost, nothing stays behind, whatever else lies in objects/.
+// A store of the old layout opens as one of packs: nothing is lost, nothing stays behind, whatever else lies in
+// objects/.
 func TestUpgrade(t *testing.T) {
 	for _, row := range []struct {
 		name  string
@@ -220,7 +223,8 @@ func TestUpgradeKeepsOrder(t *testing.T) {
 	}
 }
 
-// A payload that is damaged before the upgrade takes its layers out of service, and no others; it is written anew by a pull.
+// A payload that is damaged before the upgrade takes its layers out of service, and no others; it is written anew by a
+// pull.
 func TestUpgradeOfDamaged(t *testing.T) {
 	for how, harm := range damages {
 		for _, payload := range []string{big("shared"), largePayload} {
@@ -392,7 +396,8 @@ func TestUpgradeUnderMounts(t *testing.T) {
 	}
 	s := open()
 	expectLeft(s, big("b"), big("b2"), big("shared"), big("c"))
-	if b, err := os.ReadFile(filepath.Join(merged, content.ObjectID{Sum: sha(big("b"))}.Path())); err != nil || string(b) != big("b") {
+	if b, err := os.ReadFile(filepath.Join(merged, content.ObjectID{Sum: sha(big("b"))}.Path())); err != nil ||
+		string(b) != big("b") {
 		t.Errorf("read through the old mount: %v", err)
 	}
 	closeStore(t, s)
@@ -474,8 +479,8 @@ func TestMountsOver(t *testing.T) {
 	}
 }
 
-// An upgrade needs room for one batch. What does not fit is out of service until there is room, and comes back without a
-// restart.
+// An upgrade needs room for one batch. What does not fit is out of service until there is room, and comes back without
+// a restart.
 func TestUpgradeOnFullDisk(t *testing.T) {
 	at := smallDisk(t, 6000)
 	root := filepath.Join(at, "root")

@@ -2,11 +2,12 @@ package layer
 
 import "github.com/dedup-snapshotter/dedup-snapshotter/content"
 
-// What a payload that many layers name costs cannot be said of one of them: whoever goes, it stays. But whoever adds uses up
-// may have asked once and for all (CRI does, for committed snapshots), so what a use has must not change when others come. So one
-// use of a layer, the first, claims all that is on the disk by then and that nobody has claimed: what the layer's ingest added, and what removed
-// layers left behind that others need. What has come since, such as chain images, is divided among all uses in proportion to the layers'
-// sizes, until the next one claims it. The sum over all uses is what the disk holds, at any time.
+// What a payload that many layers name costs cannot be said of one of them: whoever goes, it stays. But whoever adds
+// uses up may have asked once and for all (CRI does, for committed snapshots), so what a use has must not change when
+// others come. So one use of a layer, the first, claims all that is on the disk by then and that nobody has claimed:
+// what the layer's ingest added, and what removed layers left behind that others need. What has come since, such as
+// chain images, is divided among all uses in proportion to the layers' sizes, until the next one claims it. The sum
+// over all uses is what the disk holds, at any time.
 
 // weight is a layer's part in the division; an empty one still has a tree.
 func (st *state) weight() int64 { return st.facts.Bytes + content.BlockSize }
@@ -25,8 +26,8 @@ func (s *Store) used() Usage {
 	return Usage{Bytes: bytes + dirBytes + s.trees.Bytes + old.Bytes, Inodes: inodes + dirs + s.trees.Inodes + old.Inodes}
 }
 
-// Claim makes one use of a held layer stand for all that nobody has claimed; more is as in Share. ok is false when another use of the
-// layer has a claim.
+// Claim makes one use of a held layer stand for all that nobody has claimed; more is as in Share. ok is false when
+// another use of the layer has a claim.
 func (s *Store) Claim(id content.LayerID, more Usage) (u Usage, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -43,8 +44,8 @@ func (s *Store) unclaimed(more Usage) Usage {
 	}
 }
 
-// Share returns the part that one use of a layer has in all that is stored; claimed tells that Claim was called for it, and more is what the caller
-// stores beside it for all of them.
+// Share returns the part that one use of a layer has in all that is stored; claimed tells that Claim was called for it,
+// and more is what the caller stores beside it for all of them.
 func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,8 +66,8 @@ func (s *Store) Share(id content.LayerID, claimed bool, more Usage) (u Usage) {
 	return u
 }
 
-// shrinkClaims has the claims of all uses together be no more than what is there: merging packs gives back space that had been
-// claimed. They shrink alike, and what is lost by rounding one is added to the next. Under mu.
+// shrinkClaims has the claims of all uses together be no more than what is there: merging packs gives back space that
+// had been claimed. They shrink alike, and what is lost by rounding one is added to the next. Under mu.
 func (s *Store) shrinkClaims(more Usage) {
 	all := s.used()
 	all.Bytes, all.Inodes = all.Bytes+more.Bytes, all.Inodes+more.Inodes

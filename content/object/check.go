@@ -16,7 +16,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
-// Read returns an object's bytes. The caller holds a reference to it. One that is found to be damaged is bad from then on.
+// Read returns an object's bytes. The caller holds a reference to it. One that is found to be damaged is bad from then
+// on.
 func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 	var b []byte
 	err := s.at(id, func(p *pack, x extent) error {
@@ -56,7 +57,8 @@ func (s *Store) Head(id content.ObjectID, n int) (head []byte, err error) {
 }
 
 func isDamage(err error) bool {
-	return errors.Is(err, ErrDamaged) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.EIO) || errors.Is(err, fs.ErrNotExist)
+	return errors.Is(err, ErrDamaged) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, unix.EIO) || errors.Is(err, fs.ErrNotExist)
 }
 
 // at calls fn with an object's place, and again where the object has moved meanwhile.
@@ -81,7 +83,8 @@ func (s *Store) at(id content.ObjectID, fn func(*pack, extent) error) error {
 	}
 }
 
-// Where describes an object's place for a message: the file, and what is wrong with it as far as a look at the file tells.
+// Where describes an object's place for a message: the file, and what is wrong with it as far as a look at the file
+// tells.
 func (s *Store) Where(id content.ObjectID) (path, problem string) {
 	place, ok := s.Place(id)
 	if !ok {
@@ -200,7 +203,8 @@ func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *Ver
 	return size, nil
 }
 
-// Distrust notes that a pack is damaged, so that Compact copies what is whole in it, and returns the objects that lie there.
+// Distrust notes that a pack is damaged, so that Compact copies what is whole in it, and returns the objects that lie
+// there.
 func (s *Store) Distrust(id content.PackID, why error) (ids []content.ObjectID) {
 	s.lock()
 	defer s.unlock()
@@ -217,7 +221,8 @@ func (s *Store) Distrust(id content.PackID, why error) (ids []content.ObjectID) 
 	return ids
 }
 
-// DamagedPack is a pack of which not all is what it was that its trailer vouches for. Compact copies what is whole in it.
+// DamagedPack is a pack of which not all is what it was that its trailer vouches for. Compact copies what is whole in
+// it.
 type DamagedPack struct {
 	Path string
 	Err  error

@@ -16,8 +16,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
-// A container's first opens cost more the more packs its image has (20: as one, 60: 1.5 times, 200: 2.5 times), and a pack's dead
-// slots cost disk. So packs are merged by size, as logs are: what has come in lately is copied more often than what is large.
+// A container's first opens cost more the more packs its image has (20: as one, 60: 1.5 times, 200: 2.5 times), and a
+// pack's dead slots cost disk. So packs are merged by size, as logs are: what has come in lately is copied more often
+// than what is large.
 const (
 	// tierWidth is how many packs of one size there may be, before they are merged; the next size is as many times larger.
 	tierWidth = 6
@@ -46,7 +47,10 @@ func plan(packs []packState, room int64) []content.PackID {
 	packs = slices.DeleteFunc(slices.Clone(packs), func(p packState) bool {
 		return p.live == 0 || p.live > room // the last holder lets it go; more room has to come
 	})
-	slices.SortFunc(packs, func(a, b packState) int { return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.id, b.id)) })
+	slices.SortFunc(packs, func(a, b packState) int {
+		return cmp.Or(cmp.Compare(a.live, b.live),
+			cmp.Compare(a.id, b.id))
+	})
 	var sparse []packState
 	tiers := map[int][]packState{}
 	for _, p := range packs {
@@ -146,8 +150,8 @@ func (c *Compactor) next() []content.PackID {
 	return plan(states, room/content.BlockSize)
 }
 
-// Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to be bad stays
-// where it is, and is bad then; so does its pack, which is not tried again in this call.
+// Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to
+// be bad stays where it is, and is bad then; so does its pack, which is not tried again in this call.
 func (c *Compactor) Compact(ctx context.Context) error {
 	c.merging.Lock()
 	defer c.merging.Unlock()
@@ -235,7 +239,8 @@ func (c *Compactor) merge(ctx context.Context, ids []content.PackID) (err error)
 }
 
 // copyLive appends the objects of packs to another one, pack by pack in the order in which they lie.
-func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied, bytes int64, err error) {
+func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied,
+	bytes int64, err error) {
 	for _, m := range c.s.objectsOf(ids) {
 		if ctx.Err() != nil {
 			return nil, 0, context.Cause(ctx)

@@ -19,13 +19,13 @@
 //
 // # How a payload comes in, moves and goes
 //
-// A Writer puts the new payloads of one ingest into a pack of its own. Others see them once it is sealed, so two ingests
-// at the same time may both store a payload; the second copy is dead from the beginning. Seal does not sync: the owner of a layer
-// syncs the file system once before the layer becomes visible.
+// A Writer puts the new payloads of one ingest into a pack of its own. Others see them once it is sealed, so two
+// ingests at the same time may both store a payload; the second copy is dead from the beginning. Seal does not sync:
+// the owner of a layer syncs the file system once before the layer becomes visible.
 //
 // An object without references leaves its slot dead. A pack without live slots and without holders is unlinked; a
-// Compactor copies what lives in others into a new pack. The same payload in two packs is no contradiction: the newer pack counts, which
-// makes merging safe at every step.
+// Compactor copies what lives in others into a new pack. The same payload in two packs is no contradiction: the newer
+// pack counts, which makes merging safe at every step.
 package object
 
 import (

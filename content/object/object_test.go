@@ -181,7 +181,8 @@ func TestPutStream(t *testing.T) {
 	data := bytes.Repeat([]byte("large "), 1<<20)
 	sum := func() content.ObjectID { return idOf(data) }
 	for i, want := range []int64{int64(len(data)), 0} {
-		if id, added, err := w.PutStream(bytes.NewReader(data), int64(len(data)), sum); err != nil || added != want || id != idOf(data) {
+		if id, added, err := w.PutStream(bytes.NewReader(data), int64(len(data)), sum); err != nil || added != want ||
+			id != idOf(data) {
 			t.Fatal(i, added, err)
 		}
 	}
@@ -219,7 +220,8 @@ func TestSealedTwice(t *testing.T) {
 			}
 		}
 	}
-	if err := errors.Join(a.End([]content.ObjectID{id, idOf(payload(0))}), b.End([]content.ObjectID{id, idOf(payload(1))})); err != nil {
+	if err := errors.Join(a.End([]content.ObjectID{id, idOf(payload(0))}),
+		b.End([]content.ObjectID{id, idOf(payload(1))})); err != nil {
 		t.Fatal(err)
 	}
 	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {

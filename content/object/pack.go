@@ -68,8 +68,8 @@ func (p *pack) device() erofs.Device {
 	return erofs.Device{Pack: p.id, Tag: p.tag, Blocks: p.blocks}
 }
 
-// Open opens or creates the directory of packs. staging, on the same file system, takes those that are being written. Load, then
-// Settle have to follow before anything else. A pack that is damaged does not keep others from being served.
+// Open opens or creates the directory of packs. staging, on the same file system, takes those that are being written.
+// Load, then Settle have to follow before anything else. A pack that is damaged does not keep others from being served.
 func Open(dir, staging string, opts Options) (*Store, error) {
 	if !opts.ReadOnly {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -249,8 +249,8 @@ func newPack(f *os.File, read *erofs.Pack) *pack {
 	return p
 }
 
-// Settle ends the loading: payloads that nothing has named are dead, and objects that no pack has are bad. With keepDead nothing is
-// removed: it is not known what is named. It returns how many files it removed.
+// Settle ends the loading: payloads that nothing has named are dead, and objects that no pack has are bad. With
+// keepDead nothing is removed: it is not known what is named. It returns how many files it removed.
 func (s *Store) Settle(keepDead bool) (removed int, err error) {
 	s.lock()
 	s.packs.keepDead, s.settled = keepDead, true
@@ -296,8 +296,8 @@ func packIDs(devices []erofs.Device) (ids []content.PackID) {
 // Release gives the packs up.
 func (p *Placed) Release() error { return p.of.Release(p.IDs()) }
 
-// Places finds the places of objects that the caller has references to, all at one moment. An object without one is bad, and the error
-// wraps ErrDamaged.
+// Places finds the places of objects that the caller has references to, all at one moment. An object without one is
+// bad, and the error wraps ErrDamaged.
 func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 	placed := &Placed{of: s.packs, places: make(map[content.ObjectID]content.Place, len(ids))}
 	counts := map[*pack]int{}
@@ -343,8 +343,8 @@ type OrphanFile struct {
 	Bytes int64
 }
 
-// Orphans looks for files in the directory of packs that hold no object and that no chain image names, and removes them if asked
-// to. Others may use the store meanwhile.
+// Orphans looks for files in the directory of packs that hold no object and that no chain image names, and removes them
+// if asked to. Others may use the store meanwhile.
 func (s *Store) Orphans(ctx context.Context, remove bool) (found []OrphanFile, err error) {
 	names, err := os.ReadDir(s.packs.dir)
 	if err != nil {

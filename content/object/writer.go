@@ -13,8 +13,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
-// Writer takes the payloads of one ingest. Put and PutStream may be called concurrently; Seal and End follow when they have
-// returned. Every Put takes one reference, which End gives back.
+// Writer takes the payloads of one ingest. Put and PutStream may be called concurrently; Seal and End follow when they
+// have returned. Every Put takes one reference, which End gives back.
 type Writer struct {
 	s *Store
 
@@ -120,9 +120,10 @@ func (w *Writer) keep(id content.ObjectID, pack *filling, n uint32, size int64) 
 	return size
 }
 
-// PutStream is Put for a payload that is too large for memory. sum returns the id of what has been read from r by then, which has to be
-// size bytes.
-func (w *Writer) PutStream(r io.Reader, size int64, sum func() content.ObjectID) (id content.ObjectID, added int64, err error) {
+// PutStream is Put for a payload that is too large for memory. sum returns the id of what has been read from r by then,
+// which has to be size bytes.
+func (w *Writer) PutStream(r io.Reader, size int64, sum func() content.ObjectID) (id content.ObjectID, added int64,
+	err error) {
 	w.mu.Lock()
 	pack, err := w.begun(size)
 	w.mu.Unlock()

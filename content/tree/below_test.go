@@ -70,21 +70,29 @@ func TestCheckLinks(t *testing.T) {
 		{"nothing below", [][]*content.Entry{low("d/a")}, "which no layer below has"},
 		{"a directory", [][]*content.Entry{base, low("d")}, "which is a directory"},
 		{"below a file", [][]*content.Entry{base, low("f/x")}, "which no layer below has"},
-		{"removed", [][]*content.Entry{base, {root, dir("d", 1, content.Implied), {Path: "d/a", Kind: content.Whiteout}}, low("d/a")}, "which no layer below has"},
-		{"its directory removed", [][]*content.Entry{base, {root, {Path: "d", Kind: content.Whiteout}}, low("d/a")}, "which no layer below has"},
-		{"its directory replaced", [][]*content.Entry{base, {root, dir("d", 1, content.Opaque), file("d/b", "", 1)}, low("d/a")}, "which no layer below has"},
-		{"in a replaced directory", [][]*content.Entry{base, {root, dir("d", 1, content.Opaque), file("d/b", "", 1)}, low("d/b")}, ""},
-		{"its directory is a file now", [][]*content.Entry{base, {root, file("d", "", 1)}, low("d/a")}, "which no layer below has"},
+		{"removed", [][]*content.Entry{base, {root, dir("d", 1, content.Implied), {Path: "d/a", Kind: content.Whiteout}},
+			low("d/a")}, "which no layer below has"},
+		{"its directory removed", [][]*content.Entry{base, {root, {Path: "d", Kind: content.Whiteout}}, low("d/a")},
+			"which no layer below has"},
+		{"its directory replaced", [][]*content.Entry{base, {root, dir("d", 1, content.Opaque), file("d/b", "", 1)},
+			low("d/a")}, "which no layer below has"},
+		{"in a replaced directory", [][]*content.Entry{base, {root, dir("d", 1, content.Opaque), file("d/b", "", 1)},
+			low("d/b")}, ""},
+		{"its directory is a file now", [][]*content.Entry{base, {root, file("d", "", 1)}, low("d/a")},
+			"which no layer below has"},
 		{"the root replaced", [][]*content.Entry{base, {dir("", 0, content.Opaque)}, low("d/a")}, "which no layer below has"},
 		{"two layers down", [][]*content.Entry{base, {root, dir("d", 1, 0), file("d/b", "", 1)}, {root}, low("d/a")}, ""},
-		{"a link of a layer below", [][]*content.Entry{base, low("d/a"), {root, {Path: "m", Kind: content.LowerLink, Target: "l"}}}, ""},
+		{"a link of a layer below", [][]*content.Entry{base, low("d/a"), {root, {Path: "m", Kind: content.LowerLink,
+			Target: "l"}}}, ""},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			err := treeFiles(t.TempDir()).check(t, row.layers)
-			if (err != nil) != (row.want != "") || err != nil && !(errors.Is(err, ErrUnfit) && strings.Contains(err.Error(), row.want)) {
+			if (err != nil) != (row.want != "") || err != nil && !(errors.Is(err, ErrUnfit) && strings.Contains(err.Error(),
+				row.want)) {
 				t.Errorf("got %v, want %q", err, row.want)
 			}
-			if _, merr := Merge(t.Context(), row.layers...); (merr != nil) != (err != nil) || merr != nil && !strings.Contains(merr.Error(), row.want) {
+			if _, merr := Merge(t.Context(), row.layers...); (merr != nil) != (err != nil) || merr != nil &&
+				!strings.Contains(merr.Error(), row.want) {
 				t.Errorf("Merge says %v", merr)
 			}
 		})
@@ -126,8 +134,10 @@ func TestCheckLinksLikeMerge(t *testing.T) {
 // What a layer's links may add to one inode is counted once for each name of an attribute, and stands in the facts.
 func TestBelow(t *testing.T) {
 	x := func(name, value string) content.Xattr { return content.Xattr{Name: name, Value: []byte(value)} }
-	entries := []*content.Entry{dir("", 0, 0), {Path: "a", Kind: content.LowerLink, Target: "t", Xattrs: []content.Xattr{x("user.a", "1"), x("user.b", "22")}},
-		{Path: "b", Kind: content.LowerLink, Target: "t", Xattrs: []content.Xattr{x("user.a", "4444")}}, {Path: "c", Kind: content.Regular, Xattrs: []content.Xattr{x("user.c", "1")}}}
+	entries := []*content.Entry{dir("", 0, 0), {Path: "a", Kind: content.LowerLink, Target: "t",
+		Xattrs: []content.Xattr{x("user.a", "1"), x("user.b", "22")}},
+		{Path: "b", Kind: content.LowerLink, Target: "t", Xattrs: []content.Xattr{x("user.a", "4444")}},
+		{Path: "c", Kind: content.Regular, Xattrs: []content.Xattr{x("user.c", "1")}}}
 	want := Below{Links: 2, Xattrs: 6 + 4 + 8 + 6 + 2 + 8}
 	got := BelowOf(entries)
 	if d := cmp.Diff(want, got); d != "" {

@@ -21,7 +21,8 @@ func sitePackages(packages int) []*content.Entry {
 		dir := fmt.Sprintf("%s/package_%d", root, p)
 		entries = append(entries, &content.Entry{Path: dir, Kind: content.Dir, Mode: 0o755})
 		for f := range 50 {
-			e := &content.Entry{Path: fmt.Sprintf("%s/module_%d.py", dir, f), Kind: content.Regular, Mode: 0o644, Mtime: content.Time{Sec: int64(p)}}
+			e := &content.Entry{Path: fmt.Sprintf("%s/module_%d.py", dir, f), Kind: content.Regular, Mode: 0o644,
+				Mtime: content.Time{Sec: int64(p)}}
 			if f%3 == 0 {
 				e.Data = []byte("from . import everything\n")
 				e.Size = int64(len(e.Data))

@@ -101,8 +101,8 @@ func (b *inMemory) WriteAt(p []byte, off int64) (int, error) {
 	return copy((*b)[off:], p), nil
 }
 
-// Write writes a tree file, from its beginning, and returns its length. facts may depend on that, which is 0 when it is first
-// asked; what it returns may differ only in Layer and UsedBytes.
+// Write writes a tree file, from its beginning, and returns its length. facts may depend on that, which is 0 when it is
+// first asked; what it returns may differ only in Layer and UsedBytes.
 func (enc Encoded) Write(w io.WriterAt, facts func(length int64) Facts) (int64, error) {
 	objects := enc.encoding.objects()
 	if n := int64(len(objects)) + enc.length; n > maxDecoded {
@@ -208,21 +208,25 @@ func Decode(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry
 	return f, entries, nil
 }
 
-// decodeFile decodes a tree while it is decompressed, so that its encoding is never held; it says nothing of it before all
-// has been verified.
+// decodeFile decodes a tree while it is decompressed, so that its encoding is never held; it says nothing of it before
+// all has been verified.
 func decodeFile(file []byte, id content.LayerID) (content.Fidelity, []*content.Entry, error) {
 	_, _, frames, err := splitHeader(file)
 	if err != nil {
 		return "", nil, err
 	}
-	z, err := zstd.NewReader(bytes.NewReader(frames), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxDecoded))
+	z, err := zstd.NewReader(bytes.NewReader(frames), zstd.WithDecoderConcurrency(1),
+		zstd.WithDecoderMaxMemory(maxDecoded))
 	if err != nil {
 		return "", nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	defer z.Close()
 	h := sha256.New()
 	src := io.TeeReader(z, h)
-	f, entries, err := decodeTree(func(field func(protowire.Number, uint64, []byte) error) error { return readFields(src, field) })
+	f, entries, err := decodeTree(func(field func(protowire.Number, uint64, []byte) error) error {
+		return readFields(src,
+			field)
+	})
 	if err != nil {
 		return "", nil, err
 	}
@@ -315,8 +319,8 @@ func readHeader(file *os.File) (f Facts, objectFrame int, at int64, err error) {
 	return f, objectFrame, int64(len(head) - len(rest)), nil
 }
 
-// Length returns how long a tree's encoding is, but for its objects, as its file declares it: who reads it finds out whether that is
-// so.
+// Length returns how long a tree's encoding is, but for its objects, as its file declares it: who reads it finds out
+// whether that is so.
 func Length(path string, id content.LayerID) (int64, error) {
 	file, err := os.Open(path)
 	if err != nil {
@@ -402,7 +406,8 @@ func appendFacts(b []byte, f Facts) []byte {
 	return b
 }
 
-// appendFixed writes a varint that takes as many bytes whatever it is, so that it can be written over. Decoders know no difference.
+// appendFixed writes a varint that takes as many bytes whatever it is, so that it can be written over. Decoders know no
+// difference.
 func appendFixed(b []byte, n protowire.Number, v uint64) []byte {
 	b = protowire.AppendTag(b, n, protowire.VarintType)
 	for range 9 {

@@ -18,9 +18,9 @@ type File struct {
 	Object content.ObjectID
 }
 
-// Files reads a tree file, verifies it against its id, and calls fn for each regular file in it: for reports over
-// many layers, at a fraction of what Read takes. The file is the same variable in every call; what it points to is valid during
-// the call, and must not be changed. An error of fn ends it and is returned as it is.
+// Files reads a tree file, verifies it against its id, and calls fn for each regular file in it: for reports over many
+// layers, at a fraction of what Read takes. The file is the same variable in every call; what it points to is valid
+// during the call, and must not be changed. An error of fn ends it and is returned as it is.
 func Files(path string, id content.LayerID, fn func(*File) error) error {
 	file, err := os.ReadFile(path)
 	if err != nil {

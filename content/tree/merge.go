@@ -75,8 +75,8 @@ func newMerger(ctx context.Context) *merger {
 	}
 }
 
-// show replaces entries by what containers see of them. What that is follows from the entry alone: a layer changes nothing of what it
-// does not name.
+// show replaces entries by what containers see of them. What that is follows from the entry alone: a layer changes
+// nothing of what it does not name.
 func (m *merger) show(n *Node, shown map[*content.Entry]*content.Entry) {
 	if e := n.Entry; e.Flags&content.PySource != 0 {
 		if shown[e] == nil {
@@ -166,7 +166,8 @@ func setRoot(root *Node, e *content.Entry) error {
 // collect finds the inodes that this layer takes from elsewhere: its own first, then
 // those of the layers below, before this layer hides any of them.
 func (m *merger) collect(entries []*content.Entry) (inodes, error) {
-	in := inodes{links: map[string]*content.Entry{}, lower: map[*content.Entry]*content.Entry{}, implied: map[*content.Entry]*content.Entry{}}
+	in := inodes{links: map[string]*content.Entry{}, lower: map[*content.Entry]*content.Entry{},
+		implied: map[*content.Entry]*content.Entry{}}
 	m.followed = map[*Node]followed{}
 	for i, e := range entries {
 		if err := m.stopped(i); err != nil {
@@ -350,7 +351,10 @@ func (l *level) seek(name string) (child *Node, looked int, err error) {
 	}
 	end = min(end, len(old))
 	looked += bits.Len(uint(end - l.at))
-	i, _ := slices.BinarySearchFunc(old[l.at:end], name, func(c *Node, name string) int { return strings.Compare(c.Name, name) })
+	i, _ := slices.BinarySearchFunc(old[l.at:end], name, func(c *Node, name string) int {
+		return strings.Compare(c.Name,
+			name)
+	})
 	l.at += i
 	if l.at == len(old) || old[l.at].Name != name {
 		return nil, looked, nil

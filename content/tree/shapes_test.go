@@ -51,7 +51,8 @@ func shapes() []shape {
 		{"hard links to one file of a large directory", func(n int) [][]*content.Entry {
 			links := []*content.Entry{root, dir("l", 1, 0)}
 			for i := range n {
-				links = append(links, &content.Entry{Path: fmt.Sprintf("l/%08d", i), Kind: content.LowerLink, Target: "d/00000001", Mtime: content.Time{Sec: int64(i)}})
+				links = append(links, &content.Entry{Path: fmt.Sprintf("l/%08d", i), Kind: content.LowerLink, Target: "d/00000001",
+					Mtime: content.Time{Sec: int64(i)}})
 			}
 			return [][]*content.Entry{numbered(0, 1, 10*n), links}
 		}},
@@ -62,7 +63,8 @@ func shapes() []shape {
 			}
 			layers := [][]*content.Entry{names}
 			for i := range 20 {
-				layers = append(layers, []*content.Entry{root, {Path: fmt.Sprintf("x%02d", i), Kind: content.LowerLink, Target: fmt.Sprintf("d/l%08d", i)}})
+				layers = append(layers, []*content.Entry{root, {Path: fmt.Sprintf("x%02d", i), Kind: content.LowerLink,
+					Target: fmt.Sprintf("d/l%08d", i)}})
 			}
 			return layers
 		}},
@@ -83,7 +85,8 @@ func shapes() []shape {
 func pythonLinks(n int) []*content.Entry {
 	entries := []*content.Entry{dir("", 0, 0), dir("d", 1, 0), dir("d/__pycache__", 1, 0), file("real.py", "x", 1)}
 	for i := range n {
-		entries = append(entries, link(fmt.Sprintf("d/m%08d.py", i), "../real.py"), file(fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), "x", 1))
+		entries = append(entries, link(fmt.Sprintf("d/m%08d.py", i), "../real.py"),
+			file(fmt.Sprintf("d/__pycache__/m%08d.cpython-311.pyc", i), "x", 1))
 	}
 	return sorted(entries)
 }
@@ -259,8 +262,10 @@ func TestMergeLinksOfLinks(t *testing.T) {
 	}
 	n, err := Merge(t.Context(),
 		[]*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"}, file("z", "z", 1)},
-		[]*content.Entry{root, lower("c", "b", 2, "user.x", "user.y"), {Path: "d", Kind: content.Hardlink, Target: "c"}, lower("e", "a", 3)},
-		[]*content.Entry{root, {Path: "a", Kind: content.Whiteout}, {Path: "b", Kind: content.Whiteout}, lower("f", "d", 4, "user.a", "user.y"), lower("y", "z", 9)},
+		[]*content.Entry{root, lower("c", "b", 2, "user.x", "user.y"), {Path: "d", Kind: content.Hardlink, Target: "c"},
+			lower("e", "a", 3)},
+		[]*content.Entry{root, {Path: "a", Kind: content.Whiteout}, {Path: "b", Kind: content.Whiteout}, lower("f", "d", 4,
+			"user.a", "user.y"), lower("y", "z", 9)},
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -271,7 +276,8 @@ func TestMergeLinksOfLinks(t *testing.T) {
 			t.Errorf("%s is another inode than c", name)
 		}
 	}
-	want := []content.Xattr{{Name: "user.a", Value: []byte("f")}, {Name: "user.x", Value: []byte("c")}, {Name: "user.y", Value: []byte("f")}}
+	want := []content.Xattr{{Name: "user.a", Value: []byte("f")}, {Name: "user.x", Value: []byte("c")},
+		{Name: "user.y", Value: []byte("f")}}
 	if d := cmp.Diff(want, c.Xattrs); d != "" || c.Mtime.Sec != 4 || string(c.Data) != "one" {
 		t.Error(d, c)
 	}
@@ -283,7 +289,8 @@ func TestMergeLinksOfLinks(t *testing.T) {
 // Paths resolve as the kernel resolves them: 40 symlinks, never out of the root, and alike however often they are
 // asked for.
 func TestResolve(t *testing.T) {
-	entries := []*content.Entry{dir("", 0, 0), dir("d", 1, 0), dir("d/e", 1, 0), file("d/e/f", "f", 1), link("abs", "/d/e"), link("up", "d/../../../d"), link("loop", "loop2"),
+	entries := []*content.Entry{dir("", 0, 0), dir("d", 1, 0), dir("d/e", 1, 0), file("d/e/f", "f", 1),
+		link("abs", "/d/e"), link("up", "d/../../../d"), link("loop", "loop2"),
 		link("loop2", "./loop"), link("dead", "d/none"), link("d/back", "../up/e"), link("twice", "abs/../back/f")}
 	for i := range 45 {
 		entries = append(entries, link(fmt.Sprintf("s%02d", i), fmt.Sprintf("s%02d", i+1)))
@@ -297,8 +304,10 @@ func TestResolve(t *testing.T) {
 		path string
 		want string // "" for nothing
 	}{
-		{"d/e", "d/e"}, {"abs", "d/e"}, {"abs/f", "d/e/f"}, {"up/e", "d/e"}, {"d/back/f", "d/e/f"}, {"twice", "d/e/f"}, {"loop", ""}, {"loop2", ""}, {"dead", ""},
-		{"s45", "d"}, {"s06", "d"}, {"s05", ""}, {"s00", ""}, {"s06/e", "d/e"}, {"s07/back", ""}, {"s09/back", "d/e"}, {"../../abs/./f", "d/e/f"}, {"d/none", ""},
+		{"d/e", "d/e"}, {"abs", "d/e"}, {"abs/f", "d/e/f"}, {"up/e", "d/e"}, {"d/back/f", "d/e/f"}, {"twice", "d/e/f"},
+		{"loop", ""}, {"loop2", ""}, {"dead", ""},
+		{"s45", "d"}, {"s06", "d"}, {"s05", ""}, {"s00", ""}, {"s06/e", "d/e"}, {"s07/back", ""}, {"s09/back", "d/e"},
+		{"../../abs/./f", "d/e/f"}, {"d/none", ""},
 	} {
 		for _, again := range []bool{false, true} {
 			var want *Node

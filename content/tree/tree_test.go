@@ -26,7 +26,8 @@ func object(s string) content.ObjectID {
 func torture() []*content.Entry {
 	return []*content.Entry{
 		{Kind: content.Dir, Mode: 0o755},
-		{Path: "a", Kind: content.Dir, Mode: 0o1777, UID: 1 << 31, GID: 70000, Flags: content.Opaque, Mtime: content.Time{Sec: -5, Nsec: 999999999}},
+		{Path: "a", Kind: content.Dir, Mode: 0o1777, UID: 1 << 31, GID: 70000, Flags: content.Opaque,
+			Mtime: content.Time{Sec: -5, Nsec: 999999999}},
 		{Path: "a/\xff\xfe", Kind: content.Regular, Mode: 0o4755, Size: 5, Data: []byte("hello"),
 			Xattrs: []content.Xattr{{Name: "security.capability", Value: []byte{1, 0, 2}}, {Name: "user.empty"}}},
 		{Path: "a/big", Kind: content.Regular, Mode: 0o644, Size: 1 << 40, Object: object("big")},
@@ -44,8 +45,10 @@ func torture() []*content.Entry {
 func TestTreeFileRoundTrip(t *testing.T) {
 	entries := torture()
 	facts := Facts{
-		Fidelity: content.Python, Payload: PayloadDigest(entries, nil), Entries: 10, Bytes: 1 << 40, UsedBytes: 8192, UsedInodes: 3,
-		Tars: []Tar{{DiffID: content.DiffID(object("d")), Fidelity: content.Python, Size: 10240, Blobs: []digest.Digest{digest.FromString("blob")}}},
+		Fidelity: content.Python, Payload: PayloadDigest(entries, nil), Entries: 10, Bytes: 1 << 40, UsedBytes: 8192,
+		UsedInodes: 3,
+		Tars: []Tar{{DiffID: content.DiffID(object("d")), Fidelity: content.Python, Size: 10240,
+			Blobs: []digest.Digest{digest.FromString("blob")}}},
 	}
 	enc := Encode(content.Python, entries)
 	facts.Layer = enc.ID
@@ -180,13 +183,16 @@ func dir(path string, mtime int64, flags content.Flags) *content.Entry {
 }
 
 func file(path, data string, mtime int64) *content.Entry {
-	return &content.Entry{Path: path, Kind: content.Regular, Mode: 0o644, Size: int64(len(data)), Data: []byte(data), Mtime: content.Time{Sec: mtime}}
+	return &content.Entry{Path: path, Kind: content.Regular, Mode: 0o644, Size: int64(len(data)), Data: []byte(data),
+		Mtime: content.Time{Sec: mtime}}
 }
 
 func TestMerge(t *testing.T) {
 	base := []*content.Entry{
-		dir("", 0, 0), dir("d", 1, 0), file("d/a", "a1", 1), file("d/b", "b1", 1), dir("d/sub", 1, 0), file("d/sub/x", "x", 1),
-		dir("e", 1, 0), file("e/f", "f", 1), {Path: "l", Kind: content.Symlink, Target: "d"}, {Path: "lib", Kind: content.Symlink, Target: "/usr/lib"},
+		dir("", 0, 0), dir("d", 1, 0), file("d/a", "a1", 1), file("d/b", "b1", 1), dir("d/sub", 1, 0), file("d/sub/x", "x",
+			1),
+		dir("e", 1, 0), file("e/f", "f", 1), {Path: "l", Kind: content.Symlink, Target: "d"},
+		{Path: "lib", Kind: content.Symlink, Target: "/usr/lib"},
 		dir("usr", 1, 0), {Path: "usr/lib", Kind: content.Dir, Mode: 0o711, Mtime: content.Time{Sec: 4}},
 	}
 	for _, row := range []struct {
@@ -194,14 +200,21 @@ func TestMerge(t *testing.T) {
 		layer []*content.Entry
 		want  string
 	}{
-		{"whiteout", []*content.Entry{dir("d", 2, 0), {Path: "d/a", Kind: content.Whiteout}, {Path: "d/sub", Kind: content.Whiteout}, {Path: "e", Kind: content.Whiteout}, {Path: "nothing", Kind: content.Whiteout}},
+		{"whiteout", []*content.Entry{dir("d", 2, 0), {Path: "d/a", Kind: content.Whiteout},
+			{Path: "d/sub", Kind: content.Whiteout}, {Path: "e", Kind: content.Whiteout},
+			{Path: "nothing", Kind: content.Whiteout}},
 			"/d 1 755 2 \n/d/b 2 644 1 b1\n/l 3 0 0 d\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
 		{"opaque", []*content.Entry{dir("d", 2, content.Opaque), file("d/n", "n", 2)},
-			"/d 1 755 2 \n/d/n 2 644 2 n\n/e 1 755 1 \n/e/f 2 644 1 f\n/l 3 0 0 d\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
-		{"implied keeps metadata", []*content.Entry{dir("d", 0, content.Implied), file("d/a", "a2", 2), dir("lib", 0, content.Implied), file("lib/so", "s", 2)},
-			"/d 1 755 1 \n/d/a 2 644 2 a2\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 1 755 1 \n/e/f 2 644 1 f\n/l 3 0 0 d\n/lib 1 711 4 \n/lib/so 2 644 2 s\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
-		{"dir over file, file over dir", []*content.Entry{dir("d", 2, 0), dir("d/a", 2, 0), file("d/a/in", "i", 2), file("e", "e", 2), file("l", "l", 2)},
-			"/d 1 755 2 \n/d/a 1 755 2 \n/d/a/in 2 644 2 i\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 2 644 2 e\n/l 2 644 2 l\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+			"/d 1 755 2 \n/d/n 2 644 2 n\n/e 1 755 1 \n/e/f 2 644 1 f\n/l 3 0 0 d\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 " +
+				"\n/usr/lib 1 711 4 \n"},
+		{"implied keeps metadata", []*content.Entry{dir("d", 0, content.Implied), file("d/a", "a2", 2),
+			dir("lib", 0, content.Implied), file("lib/so", "s", 2)},
+			"/d 1 755 1 \n/d/a 2 644 2 a2\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 1 755 1 \n/e/f 2 644 1 " +
+				"f\n/l 3 0 0 d\n/lib 1 711 4 \n/lib/so 2 644 2 s\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
+		{"dir over file, file over dir", []*content.Entry{dir("d", 2, 0), dir("d/a", 2, 0), file("d/a/in", "i", 2),
+			file("e", "e", 2), file("l", "l", 2)},
+			"/d 1 755 2 \n/d/a 1 755 2 \n/d/a/in 2 644 2 i\n/d/b 2 644 1 b1\n/d/sub 1 755 1 \n/d/sub/x 2 644 1 x\n/e 2 644 " +
+				"2 e\n/l 2 644 2 l\n/lib 3 0 0 /usr/lib\n/usr 1 755 1 \n/usr/lib 1 711 4 \n"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			n, err := Merge(t.Context(), base, append([]*content.Entry{dir("", 0, content.Implied)}, row.layer...))
@@ -217,17 +230,21 @@ func TestMerge(t *testing.T) {
 
 func TestMergeHardlinks(t *testing.T) {
 	root := dir("", 0, 0)
-	base := []*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"}, file("c", "c", 1)}
+	base := []*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"},
+		file("c", "c", 1)}
 	n, err := Merge(t.Context(), base, []*content.Entry{root, {Path: "a", Kind: content.Whiteout},
-		{Path: "l", Kind: content.LowerLink, Target: "a", Mode: 0o600, Mtime: content.Time{Sec: 9}}, {Path: "m", Kind: content.Hardlink, Target: "l"}})
+		{Path: "l", Kind: content.LowerLink, Target: "a", Mode: 0o600, Mtime: content.Time{Sec: 9}},
+		{Path: "m", Kind: content.Hardlink, Target: "l"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	b, l, m := n.child("b"), n.child("l"), n.child("m")
-	if n.child("a") != nil || b.Entry != l.Entry || l.Entry != m.Entry || string(l.Entry.Data) != "one" || l.Entry.Mode != 0o600 || l.Entry.Mtime.Sec != 9 {
+	if n.child("a") != nil || b.Entry != l.Entry || l.Entry != m.Entry || string(l.Entry.Data) != "one" ||
+		l.Entry.Mode != 0o600 || l.Entry.Mtime.Sec != 9 {
 		t.Error(show(n))
 	}
-	if _, err := Merge(t.Context(), base, []*content.Entry{root, {Path: "l", Kind: content.LowerLink, Target: "nope"}}); err == nil || !strings.Contains(err.Error(), "nope") {
+	if _, err := Merge(t.Context(), base, []*content.Entry{root, {Path: "l", Kind: content.LowerLink,
+		Target: "nope"}}); err == nil || !strings.Contains(err.Error(), "nope") {
 		t.Error(err)
 	}
 }
@@ -307,7 +324,8 @@ func TestFiles(t *testing.T) {
 	if err := Files(path, enc.ID, func(*File) error { calls++; return stop }); err != stop || calls != 1 {
 		t.Error(err, calls)
 	}
-	if err := Files(path, content.LayerID{}, func(*File) error { t.Error("a damaged tree is shown"); return nil }); err == nil {
+	if err := Files(path, content.LayerID{},
+		func(*File) error { t.Error("a damaged tree is shown"); return nil }); err == nil {
 		t.Error("a damaged tree is no error")
 	}
 	for n := range file { // no cut may panic, or pass for the whole

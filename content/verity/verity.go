@@ -1,8 +1,9 @@
-// Package verity is fs-verity: the kernel keeps a tree of hashes beside a file's bytes, compares every block that it reads
-// from the disk with it, and lets nobody write to the file again. A read of other bytes is EIO, in a program's mmap SIGBUS.
+// Package verity is fs-verity: the kernel keeps a tree of hashes beside a file's bytes, compares every block that it
+// reads from the disk with it, and lets nobody write to the file again. A read of other bytes is EIO, in a program's
+// mmap SIGBUS.
 //
-// A file's digest names its bytes: it is the sha256 of a descriptor that holds the size and the root of the tree. It depends on
-// nothing else, so that the same bytes have the same digest on every file system.
+// A file's digest names its bytes: it is the sha256 of a descriptor that holds the size and the root of the tree. It
+// depends on nothing else, so that the same bytes have the same digest on every file system.
 package verity
 
 import (
@@ -32,8 +33,8 @@ const (
 	busyTries = 1000
 )
 
-// Enable gives a file that is open for reading fs-verity, and says whether it had none before. Nobody may have it open for
-// writing. The file's bytes and the tree are written to the disk, and are not yet sure to survive a power cut.
+// Enable gives a file that is open for reading fs-verity, and says whether it had none before. Nobody may have it open
+// for writing. The file's bytes and the tree are written to the disk, and are not yet sure to survive a power cut.
 func Enable(fd int) (enabled bool, err error) {
 	arg := unix.FsverityEnableArg{Version: 1, Hash_algorithm: SHA256, Block_size: blockSize}
 	for try := 0; ; try++ {
@@ -99,8 +100,8 @@ func Probe(dir string) error {
 	return errors.Join(err, os.Remove(f.Name()))
 }
 
-// Space returns how many bytes of the disk the hashes and the descriptor of a file of this size take on ext4 and f2fs, which keep
-// them behind the file's end, in blocks of 4 KiB. btrfs keeps them among its metadata, tightly packed.
+// Space returns how many bytes of the disk the hashes and the descriptor of a file of this size take on ext4 and f2fs,
+// which keep them behind the file's end, in blocks of 4 KiB. btrfs keeps them among its metadata, tightly packed.
 func Space(size int64) int64 {
 	blocks := (size + blockSize - 1) / blockSize
 	total := int64(1) // the descriptor's

@@ -92,7 +92,8 @@ func TestEnable(t *testing.T) {
 		if err := errors.Join(unix.Fstat(fd, &st), unix.Fstatfs(fd, &fs)); err != nil {
 			t.Fatal(err)
 		}
-		if want := int64(size+blockSize-1)/blockSize*blockSize + Space(int64(size)); fs.Type == unix.EXT4_SUPER_MAGIC && st.Blocks*512 != want {
+		if want := int64(size+blockSize-1)/blockSize*blockSize + Space(int64(size)); fs.Type == unix.EXT4_SUPER_MAGIC &&
+			st.Blocks*512 != want {
 			t.Errorf("%d bytes occupy %d, want %d", size, st.Blocks*512, want)
 		}
 		if err := unix.Close(fd); err != nil {

@@ -1,4 +1,5 @@
-// Package disk serves a file by FUSE, so that a test sees what a loop device over it reads, writes and flushes, and may refuse it.
+// Package disk serves a file by FUSE, so that a test sees what a loop device over it reads, writes and flushes, and may
+// refuse it.
 package disk
 
 import (
@@ -28,7 +29,8 @@ var ErrMissing = errors.New("needs FUSE")
 const name = "disk"
 
 // Serve mounts a directory that holds the file, and returns its path. The kernel caches nothing of it. This process
-// serves it: who maps a file into memory that lies on such a disk has to be another one, since a page fault could wait for itself.
+// serves it: who maps a file into memory that lies on such a disk has to be another one, since a page fault could wait
+// for itself.
 func Serve(dir string, d Disk) (path string, stop func() error, err error) {
 	server, err := fs.Mount(dir, &root{disk: d}, &fs.Options{MountOptions: fuse.MountOptions{
 		FsName: "test-disk", Name: "test-disk", DirectMount: true, MaxWrite: 1 << 20, DisableXAttrs: true,

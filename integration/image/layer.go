@@ -167,7 +167,8 @@ func Load(dir, path string) (*Layer, error) {
 	if err := json.Unmarshal(data, &r); err != nil {
 		return nil, fmt.Errorf("load layer %s: %w", path, err)
 	}
-	l := &Layer{Hash: r.Digest, Diff: r.DiffID, Length: r.Length, TarSize: r.TarSize, Media: r.Media, compress: r.Compression}
+	l := &Layer{Hash: r.Digest, Diff: r.DiffID, Length: r.Length, TarSize: r.TarSize, Media: r.Media,
+		compress: r.Compression}
 	l.File = filepath.Join(dir, "sha256", r.Digest.Hex)
 	if info, err := os.Stat(l.File); err != nil || info.Size() != r.Length {
 		return nil, fmt.Errorf("load layer %s: its blob is not whole: %w", path, err)

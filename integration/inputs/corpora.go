@@ -53,7 +53,8 @@ func makers() []maker {
 		{"node", "a Node.js service: npm packages, and Node.js itself", []node.Command{npm}, makeNode,
 			[]string{"/opt/node/bin/node", "-e", "require('/srv/app/node_modules/express'); console.log('ok')"}},
 		{"java-thin", "a Java service: its jars side by side, as Jib lays them out", []node.Command{maven}, makeThin, nil},
-		{"java-fat", "the same Java service as one jar that holds the others, as Spring Boot packs it", []node.Command{maven}, makeFat, nil},
+		{"java-fat", "the same Java service as one jar that holds the others, as Spring Boot packs it", []node.Command{maven},
+			makeFat, nil},
 		{"binary", "one static Go program; a rebuild stamps another version into it", nil, makeBinary,
 			[]string{"/usr/local/bin/crane", "version"}},
 	}
@@ -87,7 +88,8 @@ func (s *Set) Corpus(ctx context.Context, name string) (Corpus, error) {
 	}
 	var apps []*image.Layer
 	for build := 1; build <= 3; build++ {
-		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s-%d", m.name, build), func(ctx context.Context) (*image.Layer, error) {
+		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s-%d", m.name, build), func(ctx context.Context) (*image.Layer,
+			error) {
 			return s.makeApp(ctx, m, build)
 		})
 		if err != nil {
@@ -171,12 +173,14 @@ func (s *Set) mlCorpus(ctx context.Context) (Corpus, error) {
 		if err := ml.download(ctx, OlderWheels, mlUpgrades); err != nil {
 			return nil, err
 		}
-		return ml.install(ctx, root, install{name: "app-3", packages: upgraded(lines(mlRequirements), lines(mlUpgrades)), check: ml.kit.imports})
+		return ml.install(ctx, root, install{name: "app-3", packages: upgraded(lines(mlRequirements), lines(mlUpgrades)),
+			check: ml.kit.imports})
 	})
 	if err != nil {
 		return Corpus{}, err
 	}
-	return Corpus{"ml", "a machine learning service: tensorflow for CPUs, scipy, pandas, pyarrow and others", follow(base, next, append(apps, app)),
+	return Corpus{"ml", "a machine learning service: tensorflow for CPUs, scipy, pandas, pyarrow and others",
+		follow(base, next, append(apps, app)),
 		[]string{"/usr/bin/python3", "-B", "-c", "import numpy; print('ok')"}}, nil
 }
 
@@ -208,13 +212,17 @@ func (s *Set) debianCorpus(ctx context.Context) (Corpus, error) {
 		apt  string // options of the second run of apt-get
 	}{{First, s, ""}, {Rebuild, s, ""}, {Upgrade, s, "-t bookworm-backports"}, {BaseChange, newer, ""}} {
 		name := "corpus-debian-" + strings.ReplaceAll(v.what, " ", "-")
-		l, err := s.cached(ctx, name, func(ctx context.Context) (*image.Layer, error) { return v.set.flattened(ctx, v.what, v.apt) })
+		l, err := s.cached(ctx, name, func(ctx context.Context) (*image.Layer, error) {
+			return v.set.flattened(ctx, v.what,
+				v.apt)
+		})
 		if err != nil {
 			return Corpus{}, err
 		}
 		versions = append(versions, Version{v.what, []*image.Layer{l}})
 	}
-	return Corpus{"debian", "Debian with a few tools, each image one layer; the upgrade takes newer versions of some from backports", versions,
+	return Corpus{"debian", "Debian with a few tools, each image one layer; the upgrade takes newer versions of some " +
+		"from backports", versions,
 		[]string{"/usr/bin/git", "--version"}}, nil
 }
 
@@ -236,14 +244,16 @@ func (s *Set) flattened(ctx context.Context, what, options string) (_ *image.Lay
 			return nil, err
 		}
 	}
-	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, filepath.Join(work, "upper"), filepath.Join(work, "work"))
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, filepath.Join(work, "upper"), filepath.Join(work,
+		"work"))
 	if err := unix.Mount("overlay", root, "overlay", 0, opts); err != nil {
 		return nil, fmt.Errorf("mount overlay: %w", err)
 	}
 	script := "set -e; export DEBIAN_FRONTEND=noninteractive\napt-get -q update\n" +
 		"apt-get -qy install --no-install-recommends " + tools + "\n"
 	if options != "" {
-		script += "sed -E 's/ bookworm / bookworm-backports /' /etc/apt/sources.list > /etc/apt/sources.list.d/backports.list\n" +
+		script += "sed -E 's/ bookworm / bookworm-backports /' /etc/apt/sources.list > " +
+			"/etc/apt/sources.list.d/backports.list\n" +
 			"apt-get -q update\napt-get -qy install --no-install-recommends " + options + " " + tools + "\n"
 	}
 	script += "apt-get clean\n"

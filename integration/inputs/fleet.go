@@ -43,15 +43,25 @@ six==1.16.0
 `
 
 // everywhere is what every service imports.
-const everywhere = "async-timeout requests certifi idna charset-normalizer urllib3 six attrs click sentry-sdk python-dateutil pyyaml typing-extensions"
+const everywhere = "async-timeout requests certifi idna charset-normalizer urllib3 six attrs click sentry-sdk " +
+	"python-dateutil pyyaml typing-extensions"
 
 // services are the packages of a fleet's services, beside those that all have.
 var services = []struct{ name, packages, check string }{
-	{"web", "django asgiref sqlparse djangorestframework drf-spectacular psycopg2-binary redis jsonschema referencing rpds-py jsonschema-specifications uritemplate inflection phonenumberslite", "import django.db.models, rest_framework, redis"},
-	{"worker", "django asgiref sqlparse celery billiard kombu amqp vine tzlocal click-didyoumean click-plugins click-repl prompt-toolkit wcwidth redis psycopg2-binary boto3 botocore s3transfer jmespath", "import django.db.models, celery, boto3"},
-	{"ingest", "sentry-arroyo confluent-kafka sentry-kafka-schemas sentry-protos protobuf fastjsonschema msgpack python-rapidjson redis regex", "import confluent_kafka, msgpack, redis"},
-	{"storage", "google-cloud-storage google-cloud-core google-api-core google-auth google-crc32c google-resumable-media googleapis-common-protos protobuf proto-plus pyasn1 pyasn1-modules cryptography cffi pycparser boto3 botocore s3transfer jmespath", "import google.cloud.storage, boto3"},
-	{"query", "snuba-sdk parsimonious regex confluent-kafka redis opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions grpcio protobuf jsonschema referencing rpds-py jsonschema-specifications", "import snuba_sdk, redis, grpc"},
+	{"web", "django asgiref sqlparse djangorestframework drf-spectacular psycopg2-binary redis jsonschema referencing " +
+		"rpds-py jsonschema-specifications uritemplate inflection phonenumberslite",
+		"import django.db.models, rest_framework, redis"},
+	{"worker", "django asgiref sqlparse celery billiard kombu amqp vine tzlocal click-didyoumean click-plugins " +
+		"click-repl prompt-toolkit wcwidth redis psycopg2-binary boto3 botocore s3transfer jmespath",
+		"import django.db.models, celery, boto3"},
+	{"ingest", "sentry-arroyo confluent-kafka sentry-kafka-schemas sentry-protos protobuf fastjsonschema msgpack " +
+		"python-rapidjson redis regex", "import confluent_kafka, msgpack, redis"},
+	{"storage", "google-cloud-storage google-cloud-core google-api-core google-auth google-crc32c " +
+		"google-resumable-media googleapis-common-protos protobuf proto-plus pyasn1 pyasn1-modules cryptography cffi " +
+		"pycparser boto3 botocore s3transfer jmespath", "import google.cloud.storage, boto3"},
+	{"query", "snuba-sdk parsimonious regex confluent-kafka redis opentelemetry-api opentelemetry-sdk " +
+		"opentelemetry-semantic-conventions grpcio protobuf jsonschema referencing rpds-py jsonschema-specifications",
+		"import snuba_sdk, redis, grpc"},
 }
 
 // Release is the application layer of one service of a fleet, on the Debian layer.

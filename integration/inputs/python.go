@@ -102,7 +102,8 @@ func (s *Set) download(ctx context.Context, name, requirements string) error {
 	args := []string{"download", "--quiet", "--python-version", s.kit.python, "--implementation", "cp",
 		"--only-binary=:all:", "--dest", staging, "--requirement", list, "pip==" + pipVersion, "--platform", "any"}
 	arch := map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
-	for _, glibc := range []string{"_2_36", "_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1"} {
+	for _, glibc := range []string{"_2_36", "_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12",
+		"2010", "_2_5", "1"} {
 		args = append(args, "--platform", "manylinux"+glibc+"_"+arch)
 	}
 	pip, err := node.LookPath(node.Pip.Name)
@@ -179,7 +180,8 @@ func (s *Set) pip(ctx context.Context, root string, in install) error {
 	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8", "PIP_ROOT_USER_ACTION=ignore"}
 	args := append([]string{root, "python3", "/mnt/" + Pip, "install",
-		"--quiet", "--no-index", "--no-cache-dir", "--break-system-packages", "--no-deps", "--find-links", "/mnt/wheels", "--find-links", "/mnt/" + OlderWheels}, in.packages...)
+		"--quiet", "--no-index", "--no-cache-dir", "--break-system-packages", "--no-deps", "--find-links", "/mnt/wheels",
+		"--find-links", "/mnt/" + OlderWheels}, in.packages...)
 	chroot, err := node.LookPath("chroot")
 	if err != nil {
 		return fmt.Errorf("install: %w", err)

@@ -44,8 +44,9 @@ func hierarchies() (list []hierarchy, err error) {
 	return list, nil
 }
 
-// makeGroups gives the machine a cgroup in the hierarchies that it shall see, and returns their directories and what boot.sh
-// mounts: "2" for the second version alone, where that has the cpu controller, else the controllers of the first.
+// makeGroups gives the machine a cgroup in the hierarchies that it shall see, and returns their directories and what
+// boot.sh mounts: "2" for the second version alone, where that has the cpu controller, else the controllers of the
+// first.
 func makeGroups() (groups, mounts []string, err error) {
 	all, err := hierarchies()
 	if err != nil {
@@ -80,7 +81,8 @@ func makeGroups() (groups, mounts []string, err error) {
 			}
 		}
 	}
-	if !slices.ContainsFunc(mounts, func(c string) bool { return strings.Contains(c, "cpu") }) || !slices.Contains(mounts, "name=systemd") {
+	if !slices.ContainsFunc(mounts, func(c string) bool { return strings.Contains(c, "cpu") }) || !slices.Contains(mounts,
+		"name=systemd") {
 		return groups, nil, fmt.Errorf("%w: a cgroup hierarchy with the cpu controller, and one for systemd", node.ErrMissing)
 	}
 	return groups, mounts, nil

@@ -122,7 +122,8 @@ func (m *Machine) start(root string, controllers []string) error {
 		return fmt.Errorf("boot: %w", err)
 	}
 	defer log.Close()
-	args := []string{"--mount", "--pid", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "--propagation", "private",
+	args := []string{"--mount", "--pid", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child", "--propagation",
+		"private",
 		"bash", "-c", bootScript, "boot", m.opts.Dir, root, strings.Join(controllers, " ")}
 	for _, b := range m.opts.Binds {
 		mode := "ro"
@@ -195,12 +196,13 @@ func (m *Machine) Log() string {
 	return string(data[max(0, len(data)-4000):])
 }
 
-// Run runs a bash script in the machine as root, in root's home directory, and returns its standard output. It ends at the
-// first command that fails. The error holds all that it printed.
+// Run runs a bash script in the machine as root, in root's home directory, and returns its standard output. It ends at
+// the first command that fails. The error holds all that it printed.
 func (m *Machine) Run(ctx context.Context, script string) (string, error) {
 	cmd := exec.CommandContext(ctx, "nsenter", "--target", fmt.Sprint(m.init), "--all", "--root", "--wd", "--",
 		"bash", "-euo", "pipefail", "-c", "cd /root\n"+script)
-	cmd.Env = append([]string{"HOME=/root", "LANG=C.UTF-8", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, m.opts.Env...)
+	cmd.Env = append([]string{"HOME=/root", "LANG=C.UTF-8",
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, m.opts.Env...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {

@@ -54,7 +54,8 @@ func rootfs(ctx context.Context, say func(string)) (string, error) {
 	}
 	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
 		// debootstrap leaves /proc mounted there when it is interrupted.
-		return "", errors.Join(fmt.Errorf("make the machine's root: %w\n%s", err, out[max(0, len(out)-4000):]), node.UnmountBelow(staging))
+		return "", errors.Join(fmt.Errorf("make the machine's root: %w\n%s", err, out[max(0, len(out)-4000):]),
+			node.UnmountBelow(staging))
 	}
 	if err := os.Rename(staging, root); err != nil {
 		return "", fmt.Errorf("make the machine's root: %w", err)

@@ -98,8 +98,9 @@ func (n *Node) criConfig(version int) table {
 	if version == 2 {
 		sandboxes["snapshotter"] = snapshotter
 		return table{"io.containerd.grpc.v1.cri": table{
-			"sandbox_image": n.opts.PauseImage, "stats_collect_period": 1, "disable_apparmor": true, "restrict_oom_score_adj": true,
-			"containerd": sandboxes, "cni": cni,
+			"sandbox_image": n.opts.PauseImage, "stats_collect_period": 1, "disable_apparmor": true,
+			"restrict_oom_score_adj": true,
+			"containerd":             sandboxes, "cni": cni,
 		}}
 	}
 	return table{

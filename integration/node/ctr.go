@@ -47,8 +47,11 @@ func (n *Node) Pull(ctx context.Context, snapshotter, ref string) error {
 
 // PullClient is Pull as nerdctl does it: with containerd's client library, unpacking what arrives.
 func (n *Node) PullClient(ctx context.Context, snapshotter, ref string, opts ...client.RemoteOpt) error {
-	plain := docker.NewResolver(docker.ResolverOptions{Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts))})
-	opts = append([]client.RemoteOpt{client.WithPullUnpack, client.WithPullSnapshotter(snapshotter), client.WithResolver(plain)}, opts...)
+	plain := docker.NewResolver(docker.ResolverOptions{
+		Hosts: docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchAllHosts)),
+	})
+	opts = append([]client.RemoteOpt{client.WithPullUnpack, client.WithPullSnapshotter(snapshotter),
+		client.WithResolver(plain)}, opts...)
 	_, err := n.client.Pull(ctx, ref, opts...)
 	if err != nil {
 		return fmt.Errorf("client pull %s: %w", ref, err)
@@ -84,7 +87,8 @@ func (n *Node) Run(ctx context.Context, snapshotter, ref string, command ...stri
 }
 
 // RunWith is Run with further flags of ctr run.
-func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, ref string, command ...string) (string, error) {
+func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, ref string, command ...string) (string,
+	error) {
 	args := append([]string{"run", "--rm"}, n.runFlags(snapshotter)...)
 	args = append(append(args, flags...), ref, NewID("run"))
 	return n.Ctr(ctx, append(args, command...)...)
@@ -170,9 +174,11 @@ func (n *Node) Active(ctx context.Context, snapshotter, ref string, look func(ro
 	return n.withSnapshot(ctx, snapshotter, ref, snapshots.Snapshotter.Prepare, look)
 }
 
-type makeSnapshot func(sn snapshots.Snapshotter, ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
+type makeSnapshot func(sn snapshots.Snapshotter, ctx context.Context, key, parent string,
+	opts ...snapshots.Opt) ([]mount.Mount, error)
 
-func (n *Node) withSnapshot(ctx context.Context, snapshotter, ref string, create makeSnapshot, look func(string) error) (err error) {
+func (n *Node) withSnapshot(ctx context.Context, snapshotter, ref string, create makeSnapshot,
+	look func(string) error) (err error) {
 	chain, err := n.ChainID(ctx, ref)
 	if err != nil {
 		return err

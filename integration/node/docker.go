@@ -14,17 +14,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Docker is a dockerd on a node's containerd, without networks. Nothing is installed: the distribution's packages are unpacked into
-// the cache.
+// Docker is a dockerd on a node's containerd, without networks. Nothing is installed: the distribution's packages are
+// unpacked into the cache.
 type Docker struct {
 	node    *Node
 	tools   string
 	process *process
 }
 
-// StartDocker fetches or builds dockerd if need be, starts it and waits until it serves. With a snapshotter it is Docker 29 with the
-// containerd image store on that one, else the distribution's dockerd with its own storage driver overlay2. The caller
-// closes it before the node.
+// StartDocker fetches or builds dockerd if need be, starts it and waits until it serves. With a snapshotter it is
+// Docker 29 with the containerd image store on that one, else the distribution's dockerd with its own storage driver
+// overlay2. The caller closes it before the node.
 func (n *Node) StartDocker(ctx context.Context, snapshotter string) (*Docker, error) {
 	tools, err := fetchDocker(ctx, n.opts.Say)
 	if err != nil {
@@ -38,9 +38,11 @@ func (n *Node) StartDocker(ctx context.Context, snapshotter string) (*Docker, er
 			return nil, err
 		}
 		// Time namespaces want a newer runc than Debian 12 has.
-		args = []string{"--storage-driver", snapshotter, "--feature", "containerd-snapshotter=true", "--feature", "time-namespaces=false"}
+		args = []string{"--storage-driver", snapshotter, "--feature", "containerd-snapshotter=true", "--feature",
+			"time-namespaces=false"}
 	}
-	args = append(args, "--data-root", d.Root(), "--exec-root", filepath.Join(n.dir, "run/docker"), "--pidfile", filepath.Join(n.dir, "run/docker.pid"),
+	args = append(args, "--data-root", d.Root(), "--exec-root", filepath.Join(n.dir, "run/docker"), "--pidfile",
+		filepath.Join(n.dir, "run/docker.pid"),
 		"--containerd", n.Address(), "--host", d.host(),
 		"--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false", "--userland-proxy=false")
 	if d.process, err = startProcess("docker", n.LogPath("docker"), d.env(), bin, args...); err != nil {
@@ -80,7 +82,8 @@ func (d *Docker) env() []string {
 
 // Run runs Docker's client and returns its standard output.
 func (d *Docker) Run(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(d.tools, "usr/bin/docker"), append([]string{"--host", d.host()}, args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(d.tools, "usr/bin/docker"), append([]string{"--host", d.host()},
+		args...)...)
 	cmd.Env = d.env()
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
@@ -151,7 +154,8 @@ func downloadDocker(ctx context.Context, dir string) error {
 	}
 	packages := []string{"docker.io"}
 	for line := range strings.Lines(string(out)) {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: lib"); ok && !strings.Contains(name, "<") && name != "c6" {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: lib"); ok && !strings.Contains(name, "<") &&
+			name != "c6" {
 			packages = append(packages, "lib"+name)
 		}
 	}

@@ -23,7 +23,8 @@ func MkfsErofs() (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%w: a mkfs.erofs that knows --tar (erofs-utils 1.7 or later), which containerd's erofs differ runs", ErrMissing)
+	return "", fmt.Errorf("%w: a mkfs.erofs that knows --tar (erofs-utils 1.7 or later), which containerd's erofs "+
+		"differ runs", ErrMissing)
 }
 
 func readsTars(path string) bool {

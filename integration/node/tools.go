@@ -95,13 +95,15 @@ func BuildRunc(ctx context.Context, say func(string)) (string, error) {
 // BuildPromtool returns the path of Prometheus's promtool, built like Build does, but without service discovery, which
 // is most of it. It still takes a few minutes.
 func BuildPromtool(ctx context.Context, say func(string)) (string, error) {
-	dir, err := buildModule(ctx, "promtool", say, "", "-tags=remove_all_sd", "github.com/prometheus/prometheus/cmd/promtool")
+	dir, err := buildModule(ctx, "promtool", say, "", "-tags=remove_all_sd",
+		"github.com/prometheus/prometheus/cmd/promtool")
 	return filepath.Join(dir, "promtool"), err
 }
 
 // buildModule builds packages of the module integration/tools/<name> into the cache.
 // The directory appears by a rename, so it is complete whenever it exists.
-func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string, error) {
+func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string,
+	error) {
 	return buildWith(ctx, name, say, "CGO_ENABLED=0", ldflags, packages...)
 }
 

@@ -76,7 +76,8 @@ func (r *replay) image(c cut, to *os.File) error {
 	return nil
 }
 
-// keeper chooses among the pages of one write: nearly half of the writes stay as they are, as many get lost, and the others are torn.
+// keeper chooses among the pages of one write: nearly half of the writes stay as they are, as many get lost, and the
+// others are torn.
 func (c cut) keeper(r *rand.Rand) func([]byte) bool {
 	share := 0
 	switch c.fate {

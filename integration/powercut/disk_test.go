@@ -101,7 +101,8 @@ type fileSystem struct {
 }
 
 var (
-	ext4 = fileSystem{"ext4", "e2fsprogs", 256 << 20, []string{"mkfs.ext4", "-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard"}, nil}
+	ext4 = fileSystem{"ext4", "e2fsprogs", 256 << 20, []string{"mkfs.ext4", "-q", "-F", "-b", "4096", "-E",
+		"lazy_itable_init=0,lazy_journal_init=0,nodiscard"}, nil}
 	// mkfs.xfs makes none smaller than 300 MiB. Images of one disk have one uuid.
 	xfs = fileSystem{"xfs", "xfsprogs", 300 << 20, []string{"mkfs.xfs", "-q", "-f", "-K"}, []string{"nouuid"}}
 )
@@ -143,7 +144,8 @@ func copySparse(to, from *os.File) error {
 		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		if err := writePages(to, buf[:n], start, func(page []byte) bool { return string(page) != string(zeros[:len(page)]) }); err != nil {
+		if err := writePages(to, buf[:n], start,
+			func(page []byte) bool { return string(page) != string(zeros[:len(page)]) }); err != nil {
 			return err
 		}
 		start += int64(n)

@@ -35,8 +35,9 @@ func TestMain(m *testing.M) {
 
 // A store whose power is cut, after any flush and between, with what was not flushed lost, kept or kept in part, loses
 // nothing that was acknowledged and holds nothing else. Where durability is deferred, what the cut caught is out of
-// service, and never wrong - but for layers whose blobs may be dropped, which are whole. DEDUP_LONG=1 cuts after every flush, several times over, and DEDUP_POWERCUTS=n that often in each recording;
-// DEDUP_POWERCUT_SEED=n repeats a choice, though not how the clients' work interleaved.
+// service, and never wrong - but for layers whose blobs may be dropped, which are whole. DEDUP_LONG=1 cuts after every
+// flush, several times over, and DEDUP_POWERCUTS=n that often in each recording; DEDUP_POWERCUT_SEED=n repeats a
+// choice, though not how the clients' work interleaved.
 func TestPowerCut(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: it mounts file systems")
@@ -110,7 +111,8 @@ func record(t *testing.T, on fileSystem, durability layer.Durability, seed uint6
 			flushes++
 		}
 	}
-	t.Logf("seed %d: %d operations by clients; %d writes (%d MB) and %d flushes of the disk", seed, ops, len(rp.log)-flushes, bytes>>20, flushes)
+	t.Logf("seed %d: %d operations by clients; %d writes (%d MB) and %d flushes of the disk", seed, ops,
+		len(rp.log)-flushes, bytes>>20, flushes)
 	start := time.Now()
 	tried, refused := tryCuts(t, on, durability, dir, w, rp)
 	counts := [3]int{}
@@ -150,7 +152,8 @@ func format(t *testing.T, dir string, on fileSystem) (d *disk, base *os.File) {
 	if out, err := exec.Command(mkfs, append(on.mkfs[1:], files[0].Name())...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
-	if err := errors.Join(copySparse(files[1], files[0]), copySparse(files[2], files[0]), os.Remove(files[0].Name())); err != nil {
+	if err := errors.Join(copySparse(files[1], files[0]), copySparse(files[2], files[0]),
+		os.Remove(files[0].Name())); err != nil {
 		t.Fatal(err)
 	}
 	return &disk{file: files[1]}, files[2]
@@ -238,7 +241,8 @@ func workPart(t *testing.T, d *disk, job task, w world, kill bool) world {
 }
 
 // tryCuts tries cuts, two at a time, until one fails. refused is how often a snapshot was out of service.
-func tryCuts(t *testing.T, on fileSystem, durability layer.Durability, dir string, w world, rp *replay) (tried []cut, refused int) {
+func tryCuts(t *testing.T, on fileSystem, durability layer.Durability, dir string, w world, rp *replay) (tried []cut,
+	refused int) {
 	t.Helper()
 	refs := &references{made: map[reference]rootfs.Tree{}}
 	var wg sync.WaitGroup

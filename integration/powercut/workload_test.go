@@ -328,9 +328,10 @@ func ingest(ctx context.Context, sn *snapshotter.Snapshotter, mounts []mount.Mou
 	if err != nil || !ok {
 		return fmt.Errorf("is no extraction (%v): %w", ok, err)
 	}
-	in, err := sn.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(blob)), nil
-	}})
+	in, err := sn.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
+		Open: func(context.Context) (io.ReadCloser, error) {
+			return io.NopCloser(bytes.NewReader(blob)), nil
+		}})
 	if err != nil {
 		return err
 	}
@@ -347,7 +348,8 @@ func digestOf(b []byte) content.Sum {
 
 // build is a directory that somebody else filled, and that is ingested after its commit.
 func (c *client) build(ctx context.Context) error {
-	s := snapshot{Parent: c.parent(), Recipe: c.recipe(), Fidelity: content.Normalized} // a restart may change it before the ingest
+	// a restart may change it before the ingest
+	s := snapshot{Parent: c.parent(), Recipe: c.recipe(), Fidelity: content.Normalized}
 	s.Recipe.Plain = true
 	s.Name = fmt.Sprintf("%s/%d-%x/built", c.ns, c.w.ops.Load(), c.r.Uint64())
 	return c.do(s, func() (string, error) {

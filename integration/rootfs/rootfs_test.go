@@ -64,10 +64,11 @@ func TestDiffSeesEachChange(t *testing.T) {
 		{"mode", "other: mode is 4755, want 0644", func(r string) error {
 			return os.Chmod(filepath.Join(r, "other"), 0o755|os.ModeSetuid)
 		}},
-		{"mtime", "other: mtime is 2001-09-09T01:46:40.123456788Z, want 2001-09-09T01:46:40.123456789Z", func(r string) error {
-			at := time.Unix(1e9, 123456788)
-			return os.Chtimes(filepath.Join(r, "other"), at, at)
-		}},
+		{"mtime", "other: mtime is 2001-09-09T01:46:40.123456788Z, want 2001-09-09T01:46:40.123456789Z",
+			func(r string) error {
+				at := time.Unix(1e9, 123456788)
+				return os.Chtimes(filepath.Join(r, "other"), at, at)
+			}},
 		{"xattr", `other: xattr user.x is "1", want absent`, func(r string) error {
 			return unix.Setxattr(filepath.Join(r, "other"), "user.x", []byte("1"), 0)
 		}},

@@ -149,7 +149,8 @@ func metadata() []image.Entry {
 // the access ACL's mode bits, linux/posix_acl_xattr.h.
 func acl1000() string {
 	buf := binary.LittleEndian.AppendUint32(nil, 2)
-	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, 7, 1000}, {4, 5, ^uint32(0)}, {0x10, 7, ^uint32(0)}, {0x20, 0, ^uint32(0)}} {
+	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, 7, 1000}, {4, 5, ^uint32(0)}, {0x10, 7, ^uint32(0)},
+		{0x20, 0, ^uint32(0)}} {
 		buf = binary.LittleEndian.AppendUint16(buf, uint16(e[0]))
 		buf = binary.LittleEndian.AppendUint16(buf, uint16(e[1]))
 		buf = binary.LittleEndian.AppendUint32(buf, e[2])
@@ -225,12 +226,15 @@ func marked(name string, attrs ...string) image.Entry {
 // below is what above deletes, replaces and changes.
 func below() []image.Entry {
 	var entries []image.Entry
-	for _, dir := range []string{"w", "w/opaque", "w/opaque/sub", "w/opaque-late", "w/opaque-xattr", "w/opaque-both", "w/opaque-user", "w/deleted", "w/deleted/sub", "w/dir-to-file", "w/dir-to-link", "w/kept", "w/again"} {
+	for _, dir := range []string{"w", "w/opaque", "w/opaque/sub", "w/opaque-late", "w/opaque-xattr", "w/opaque-both",
+		"w/opaque-user", "w/deleted", "w/deleted/sub", "w/dir-to-file", "w/dir-to-link", "w/kept", "w/again"} {
 		entries = append(entries, image.Dir(dir))
 	}
-	for _, file := range []string{"w/file", "w/opaque/gone", "w/opaque/sub/gone", "w/opaque/replaced", "w/opaque-late/gone",
+	for _, file := range []string{"w/file", "w/opaque/gone", "w/opaque/sub/gone", "w/opaque/replaced",
+		"w/opaque-late/gone",
 		"w/opaque-xattr/stays", "w/opaque-both/gone", "w/opaque-user/stays",
-		"w/deleted/sub/f", "w/dir-to-file/f", "w/dir-to-link/f", "w/file-to-dir", "w/kept/f", "w/kept/g", "w/again/old", "w/mode", "w/linked", "w/lower"} {
+		"w/deleted/sub/f", "w/dir-to-file/f", "w/dir-to-link/f", "w/file-to-dir", "w/kept/f", "w/kept/g", "w/again/old",
+		"w/mode", "w/linked", "w/lower"} {
 		entries = append(entries, image.File(file, "below "+file))
 	}
 	return append(entries, image.Symlink("w/link", "file"), image.Symlink("w/link-to-dir", "kept"),

@@ -15,8 +15,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Suites of Debian whose kernels run. After the slash comes the flavour of the kernel, where it is not the one for clouds
-// on amd64.
+// Suites of Debian whose kernels run. After the slash comes the flavour of the kernel, where it is not the one for
+// clouds on amd64.
 const (
 	Bullseye = "bullseye" // Debian 11, Linux 5.10
 	Bookworm = "bookworm" // Debian 12, Linux 6.1

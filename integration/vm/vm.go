@@ -73,8 +73,8 @@ func Require(ctx context.Context, name string, say func(string)) error {
 	return node.Require(ctx, say, emulator, busybox, ext4, btrfs, xz)
 }
 
-// Run boots a machine, runs the script, and returns what was printed. The machine is gone then. A script that fails is an
-// error.
+// Run boots a machine, runs the script, and returns what was printed. The machine is gone then. A script that fails is
+// an error.
 func Run(ctx context.Context, opts Options) (string, error) {
 	initrd, err := makeInitrd(ctx, opts)
 	if err != nil {
@@ -170,7 +170,8 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 		}
 	}
 	file := filepath.Join(opts.Dir, "initrd.img")
-	pack := exec.CommandContext(ctx, bin, "sh", "-c", `cd "$1" && "$2" find . | "$2" cpio -o -H newc > "$3"`, "pack", root, bin, file)
+	pack := exec.CommandContext(ctx, bin, "sh", "-c", `cd "$1" && "$2" find . | "$2" cpio -o -H newc > "$3"`, "pack", root,
+		bin, file)
 	if out, err := pack.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("make initrd: %w\n%s", err, out)
 	}

@@ -61,9 +61,10 @@ func build(t *testing.T, arch, path string, args ...string) {
 	}
 }
 
-// The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower layers, and
-// on an ext4 with fs-verity, which other machines may lack; those of fs-verity on the newest Linux too, where overlayfs wants no metacopy, and on
-// btrfs. What kills processes at some millisecond is left out: here a millisecond is nothing.
+// The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower
+// layers, and on an ext4 with fs-verity, which other machines may lack; those of fs-verity on the newest Linux too,
+// where overlayfs wants no metacopy, and on btrfs. What kills processes at some millisecond is left out: here a
+// millisecond is nothing.
 func TestUnitTests(t *testing.T) {
 	packages := []string{"content/verity", "content/object", "content/layer", "snapshotter"}
 	built := t.TempDir()
@@ -77,8 +78,10 @@ func TestUnitTests(t *testing.T) {
 		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut"},
 	} {
 		t.Run(fmt.Sprintf("%s on %s", row.suite, row.fs), func(t *testing.T) {
-			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: row.fs, Files: map[string]string{}, Script: "set -e\nuname -r\n"}
-			ran := []string{"TestEnable", "TestVerityRefusesOtherPacks", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage", "TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"}
+			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: row.fs, Files: map[string]string{},
+				Script: "set -e\nuname -r\n"}
+			ran := []string{"TestEnable", "TestVerityRefusesOtherPacks", "TestVerityOnAndOff", "TestVerityDoesNotSealDamage",
+				"TestVerityAfterRestore", "TestVerityCommit", "TestRestartAndReboot"}
 			if row.fs == Ext4 {
 				opts.Script += "export DEDUP_TEST_DISK=/dev/vda\n"
 				ran = append(ran, "TestVerityRefusesFlippedBits")
@@ -89,7 +92,8 @@ func TestUnitTests(t *testing.T) {
 			for _, pkg := range packages {
 				name, path := testBinary(t, opts.Kernel.Arch, built, pkg)
 				opts.Files[name] = path
-				opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.run '%s' -test.skip 'TestKilled|TestCrash'\n", pkg, name, row.tests)
+				opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.run '%s' -test.skip 'TestKilled|TestCrash'\n", pkg,
+					name, row.tests)
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Hour) // a machine that hangs
 			defer cancel()
@@ -113,10 +117,12 @@ func TestImages(t *testing.T) {
 		suite string
 		ran   []string
 	}{
-		{Bookworm, []string{"Pack/loop", "ChainOverPacks/private_loop", "LargePayloads/loop/pack", "LargePayloads/loop/chain"}},
+		{Bookworm, []string{"Pack/loop", "ChainOverPacks/private_loop", "LargePayloads/loop/pack",
+			"LargePayloads/loop/chain"}},
 		{TrixieArm, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
 		{TrixieArm16K, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
-		{Trixie, []string{"Pack/file", "ChainOverPacks/private_file", "ChainOverPacks/private_loop", "ChainOverPacks/shared_file",
+		{Trixie, []string{"Pack/file", "ChainOverPacks/private_file", "ChainOverPacks/private_loop",
+			"ChainOverPacks/shared_file",
 			"ChainOverPacks/shared_loop", "ChainOverManyPacks", "LargePayloads/file/overlay"}},
 	} {
 		t.Run(row.suite, func(t *testing.T) {

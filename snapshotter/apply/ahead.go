@@ -18,9 +18,9 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
-// containerd downloads an image's layers side by side, but applies them one after the other, each when its blob is whole; and
-// one gzip stream keeps one core busy. So from the first Prepare of an image on, its layers are ingested ahead,
-// while they are still on their way: their own Apply then finds them known, or joins.
+// containerd downloads an image's layers side by side, but applies them one after the other, each when its blob is
+// whole; and one gzip stream keeps one core busy. So from the first Prepare of an image on, its layers are ingested
+// ahead, while they are still on their way: their own Apply then finds them known, or joins.
 const (
 	// aheadIdle ends a run ahead after the last Apply of its image, and frees what nobody asked for.
 	aheadIdle = 10 * time.Second
@@ -30,8 +30,8 @@ const (
 	aheadWindow = 4
 	// arrivalWait is how long after a Prepare its blob may take to be on its way.
 	arrivalWait = 5 * time.Second
-	// arrivalPatience is how long a blob has to be on its way before it is read while it arrives. That costs a hash of it, and its
-	// bytes come through the daemon: one that is there in a moment is better read as a file.
+	// arrivalPatience is how long a blob has to be on its way before it is read while it arrives. That costs a hash of it,
+	// and its bytes come through the daemon: one that is there in a moment is better read as a file.
 	arrivalPatience = 250 * time.Millisecond
 )
 
@@ -150,8 +150,10 @@ func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Des
 	})
 }
 
-// next returns the first of the layers whose blob is there or on its way, without it, and its place; -1 when there is none.
-func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, seen arrivals, progress func()) (layer.Blob, int) {
+// next returns the first of the layers whose blob is there or on its way, without it, and its place; -1 when there is
+// none.
+func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, seen arrivals, progress func()) (layer.Blob,
+	int) {
 	for i := range min(aheadWindow, len(layers)) {
 		if blob, err := a.blobs.Blob(ctx, layers[i]); err == nil {
 			blob.Ahead = true

@@ -42,13 +42,15 @@ func (a *Applier) Close() {
 // Apply ingests a blob for the active snapshot that mounts belong to, and returns the descriptor of
 // its uncompressed tar. What is not ours to serve is ErrNotImplemented, so that containerd asks
 // its next differ.
-func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (ocispec.Descriptor, error) {
+func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount,
+	_ ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	upper, ok, err := a.snapshots.Extraction(ctx, mounts)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	if !ok {
-		return ocispec.Descriptor{}, fmt.Errorf("the mounts are not of an empty extraction snapshot of dedup: %w", errdefs.ErrNotImplemented)
+		return ocispec.Descriptor{}, fmt.Errorf("the mounts are not of an empty extraction snapshot of dedup: %w",
+			errdefs.ErrNotImplemented)
 	}
 	if !archive.KnownMediaType(desc.MediaType) {
 		return ocispec.Descriptor{}, unknownMediaType(desc)
@@ -80,7 +82,8 @@ func unknownMediaType(desc ocispec.Descriptor) error {
 	if strings.HasSuffix(desc.MediaType, "+encrypted") {
 		class = errdefs.ErrNotImplemented
 	}
-	return fmt.Errorf("layer %s has media type %q: dedup-diff unpacks tar, tar+gzip and tar+zstd layers of OCI and docker: %w", desc.Digest, desc.MediaType, class)
+	return fmt.Errorf("layer %s has media type %q: dedup-diff unpacks tar, tar+gzip and tar+zstd layers of OCI and "+
+		"docker: %w", desc.Digest, desc.MediaType, class)
 }
 
 func classify(err error) error {

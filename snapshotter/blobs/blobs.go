@@ -90,7 +90,8 @@ func (s *Store) noAnswer(ctx, short context.Context, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.deaf = time.Now()
-	return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
+	return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket "+
+		"of the containerd that calls: %w", err)
 }
 
 // silent reports that containerd has not answered lately, so that what can do without does not wait again.

@@ -43,10 +43,12 @@ func contentStore(t testing.TB) ctdcontent.Store {
 	return metadata.NewDB(db, files, nil).ContentStore()
 }
 
-func write(t testing.TB, ctx context.Context, store ctdcontent.Store, mediaType string, data []byte, labels map[string]string) ocispec.Descriptor {
+func write(t testing.TB, ctx context.Context, store ctdcontent.Store, mediaType string, data []byte,
+	labels map[string]string) ocispec.Descriptor {
 	t.Helper()
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(data), Size: int64(len(data))}
-	if err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc, ctdcontent.WithLabels(labels)); err != nil {
+	if err := ctdcontent.WriteBlob(ctx, store, desc.Digest.String(), bytes.NewReader(data), desc,
+		ctdcontent.WithLabels(labels)); err != nil {
 		t.Fatal(err)
 	}
 	return desc
@@ -61,7 +63,8 @@ type testImage struct {
 }
 
 func newImage(name string, n int) testImage {
-	img := testImage{manifest: ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}}
+	img := testImage{manifest: ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageManifest}}
 	img.config.RootFS.Type = "layers"
 	for i := range n {
 		blob := fmt.Appendf(nil, "layer %d of %s", i, name)
@@ -82,7 +85,8 @@ func (img testImage) write(t testing.TB, ctx context.Context, store ctdcontent.S
 	config, _ := json.Marshal(img.config)
 	img.manifest.Config = write(t, ctx, store, ocispec.MediaTypeImageConfig, config, nil)
 	manifest, _ := json.Marshal(img.manifest)
-	write(t, ctx, store, ocispec.MediaTypeImageManifest, manifest, map[string]string{labelConfig: img.manifest.Config.Digest.String()})
+	write(t, ctx, store, ocispec.MediaTypeImageManifest, manifest,
+		map[string]string{labelConfig: img.manifest.Config.Digest.String()})
 }
 
 func (img testImage) writeLayer(t testing.TB, ctx context.Context, store ctdcontent.Store, i int) {
@@ -113,7 +117,8 @@ func find(t *testing.T, ctx context.Context, s *Store, chain content.ChainID, hi
 
 func TestFind(t *testing.T) {
 	store := contentStore(t)
-	s, ctx, other := New(store, nil), namespaces.WithNamespace(t.Context(), "one"), namespaces.WithNamespace(t.Context(), "two")
+	s, ctx, other := New(store, nil), namespaces.WithNamespace(t.Context(), "one"), namespaces.WithNamespace(t.Context(),
+		"two")
 	img := newImage("app", 3)
 	if got := find(t, ctx, s, img.chains[1], ""); got != "" {
 		t.Errorf("found %q in an empty store", got)
@@ -138,7 +143,8 @@ func TestFind(t *testing.T) {
 		t.Errorf("another namespace finds %q by digest", got)
 	}
 	// A hint serves where no image tells.
-	if got := find(t, ctx, s, content.ChainID{Sum: content.Sum{1}}, digest.FromBytes(img.blobs[1])); got != "layer 1 of app" {
+	if got := find(t, ctx, s, content.ChainID{Sum: content.Sum{1}},
+		digest.FromBytes(img.blobs[1])); got != "layer 1 of app" {
 		t.Errorf("the hint finds %q", got)
 	}
 	if got := find(t, ctx, s, content.ChainID{Sum: content.Sum{1}}, "sha256:short"); got != "" {
@@ -161,7 +167,8 @@ func TestFindOtherCompression(t *testing.T) {
 	img.write(t, ctx, store)
 	again := newImage("app", 2)
 	again.blobs[1] = []byte("the same in zstd")
-	again.manifest.Layers[1].Digest, again.manifest.Layers[1].Size = digest.FromBytes(again.blobs[1]), int64(len(again.blobs[1]))
+	again.manifest.Layers[1].Digest, again.manifest.Layers[1].Size = digest.FromBytes(again.blobs[1]),
+		int64(len(again.blobs[1]))
 	again.write(t, ctx, store)
 	again.writeLayer(t, ctx, store, 1)
 	if got := find(t, ctx, s, img.chains[1], ""); got != "the same in zstd" {
@@ -209,7 +216,8 @@ func TestHostileImages(t *testing.T) {
 			img.writeLayer(t, ctx, store, i)
 		}
 	}
-	for _, text := range []string{"", "null", "[]", "{", `{"layers": 7}`, `{"layers":[{"digest":""}],"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":""}}`} {
+	for _, text := range []string{"", "null", "[]", "{", `{"layers": 7}`,
+		`{"layers":[{"digest":""}],"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":""}}`} {
 		write(t, ctx, store, ocispec.MediaTypeImageManifest, []byte(text+" "), map[string]string{labelConfig: "x"})
 	}
 	good := newImage("good", 1)

@@ -126,7 +126,8 @@ func (c *Catalog) graphs(ctx context.Context) (all []*graph, err error) {
 
 func (c *Catalog) explain(ctx, short context.Context, err error) error {
 	if short.Err() != nil && ctx.Err() == nil {
-		return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket of the containerd that calls: %w", err)
+		return fmt.Errorf("containerd does not answer on containerd_address: set it in the daemon's config to the socket "+
+			"of the containerd that calls: %w", err)
 	}
 	return fmt.Errorf("ask containerd: %w", err)
 }
@@ -159,7 +160,9 @@ func (c *Catalog) Version(ctx context.Context) (string, error) {
 
 // snapshotters returns the names under which containerd knows the snapshotter.
 func (c *Catalog) snapshotters(ctx context.Context) ([]string, error) {
-	resp, err := c.plugins.Plugins(ctx, &introspection.PluginsRequest{Filters: []string{"type==io.containerd.snapshotter.v1"}})
+	resp, err := c.plugins.Plugins(ctx, &introspection.PluginsRequest{
+		Filters: []string{"type==io.containerd.snapshotter.v1"},
+	})
 	if err != nil {
 		return nil, errgrpc.ToNative(err)
 	}

@@ -139,7 +139,8 @@ func (s *Store) Below(ctx context.Context, chain content.ChainID) (p Part, ok bo
 // tell its blob and its diffID. ok is false when there is no such image, or its blob is not
 // (or not wholly) in the content store. hint names a blob that may be the one; it may be empty, or wrong.
 // What an image says of its layers is its maker's word: the caller compares the diffID after the ingest.
-func (s *Store) Find(ctx context.Context, chain content.ChainID, hint digest.Digest) (b layer.Blob, ok bool, err error) {
+func (s *Store) Find(ctx context.Context, chain content.ChainID, hint digest.Digest) (b layer.Blob, ok bool,
+	err error) {
 	places, err := s.places(ctx, chain)
 	if err != nil {
 		return b, false, err
@@ -181,8 +182,8 @@ func (s *Store) With(ctx context.Context, blob digest.Digest) ([]*Image, error) 
 	return im.blob(blob), nil
 }
 
-// Above returns the images of a namespace that have a chain, each with the place of the layer that ends it, from what has been
-// looked up before, without asking containerd.
+// Above returns the images of a namespace that have a chain, each with the place of the layer that ends it, from what
+// has been looked up before, without asking containerd.
 func (s *Store) Above(namespace string, chain content.ChainID) (found []Part) {
 	for _, p := range s.imagesOf(namespace).chain(chain) {
 		found = append(found, Part{p.image, p.i})
@@ -269,8 +270,10 @@ func (s *Store) read(ctx context.Context, info ctdcontent.Info) (*Image, error) 
 	if err := s.decode(ctx, info, &manifest); err != nil {
 		return nil, err
 	}
-	if len(manifest.Layers) == 0 || len(manifest.Layers) > maxLayers || !ctdimages.IsConfigType(manifest.Config.MediaType) {
-		return nil, fmt.Errorf("%d layers, config of type %q: %w", len(manifest.Layers), manifest.Config.MediaType, errSenseless)
+	if len(manifest.Layers) == 0 || len(manifest.Layers) > maxLayers ||
+		!ctdimages.IsConfigType(manifest.Config.MediaType) {
+		return nil, fmt.Errorf("%d layers, config of type %q: %w", len(manifest.Layers), manifest.Config.MediaType,
+			errSenseless)
 	}
 	if manifest.Config.Digest.Validate() != nil {
 		return nil, fmt.Errorf("config %q: %w", manifest.Config.Digest, errSenseless)

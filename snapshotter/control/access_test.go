@@ -57,7 +57,8 @@ func newFixture(t testing.TB) *fixture {
 	if err := os.WriteFile(f.secret, []byte(marker+strings.Repeat("x", 5000)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	sn, err := snapshotter.New(t.Context(), snapshotter.Options{Root: filepath.Join(dir, "root"), RunDir: filepath.Join(dir, "run")})
+	sn, err := snapshotter.New(t.Context(), snapshotter.Options{Root: filepath.Join(dir, "root"),
+		RunDir: filepath.Join(dir, "run")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +74,8 @@ func newFixture(t testing.TB) *fixture {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	nobody, err := grpc.NewClient("unix://"+filepath.Join(dir, "none"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	nobody, err := grpc.NewClient("unix://"+filepath.Join(dir, "none"),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +88,8 @@ func newFixture(t testing.TB) *fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(f.watch) })
-	if _, err := unix.InotifyAddWatch(f.watch, f.secret, unix.IN_OPEN|unix.IN_ACCESS|unix.IN_MODIFY|unix.IN_ATTRIB|unix.IN_DELETE_SELF); err != nil {
+	if _, err := unix.InotifyAddWatch(f.watch, f.secret,
+		unix.IN_OPEN|unix.IN_ACCESS|unix.IN_MODIFY|unix.IN_ATTRIB|unix.IN_DELETE_SELF); err != nil {
 		t.Fatal(err)
 	}
 	return f
@@ -178,12 +181,13 @@ func methods() (names []string) {
 	return names
 }
 
-// FuzzControlShowsNoFiles sends any bytes to any method: no answer and no error may hold a byte of a file, of the node or of an
-// image, and no file outside of the store may even be opened.
+// FuzzControlShowsNoFiles sends any bytes to any method: no answer and no error may hold a byte of a file, of the node
+// or of an image, and no file outside of the store may even be opened.
 func FuzzControlShowsNoFiles(f *testing.F) {
 	fixture := newFixture(f)
 	all := methods()
-	names := []string{fixture.secret, "../../secret", "/etc/shadow", "sha256:" + strings.Repeat("0", 64), strings.Repeat("f", 64), "x\x00y", strings.Repeat("../", 2000)}
+	names := []string{fixture.secret, "../../secret", "/etc/shadow", "sha256:" + strings.Repeat("0", 64),
+		strings.Repeat("f", 64), "x\x00y", strings.Repeat("../", 2000)}
 	for i := range all {
 		f.Add(uint8(i), []byte{})
 		for field := protowire.Number(1); field <= 3; field++ {
@@ -224,7 +228,8 @@ func FuzzControlShowsNoFiles(f *testing.F) {
 // The watch and the search work: what they look for is found where it is.
 func TestAccessTestSees(t *testing.T) {
 	f := newFixture(t)
-	if answer, err := f.ask(t, "/dedup.v1.Control/Duplicates", nil); err != nil || !bytes.Contains(answer, []byte("/usr/lib")) {
+	if answer, err := f.ask(t, "/dedup.v1.Control/Duplicates", nil); err != nil || !bytes.Contains(answer,
+		[]byte("/usr/lib")) {
 		t.Errorf("%q, %v", answer, err)
 	}
 	if b, err := os.ReadFile(f.secret); err != nil || !bytes.HasPrefix(b, []byte(marker)) {

@@ -62,7 +62,8 @@ func kinds(t *testing.T) map[string]Kernel {
 
 func kernel(f Features, shared, loop bool) Kernel {
 	return Kernel{
-		Shared: shared, Metacopy: shared && f.Metacopy, Loop: loop, Defaults: f.Defaults, NoVerity: errors.New("not asked for"),
+		Shared: shared, Metacopy: shared && f.Metacopy, Loop: loop, Defaults: f.Defaults,
+		NoVerity: errors.New("not asked for"),
 	}
 }
 

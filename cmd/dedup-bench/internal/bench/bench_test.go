@@ -121,7 +121,8 @@ func TestRebuilt(t *testing.T) {
 	pyc := "magi\x00\x00\x00\x00" + string(binary.LittleEndian.AppendUint32(nil, 1000)) + "sizecode"
 	l, err := image.FromEntries(t.TempDir(), image.LayerOptions{},
 		image.Dir("usr"), image.Entry{Name: site + "Wanted/a.py", Content: "a", Time: time.Unix(1000, 0)},
-		image.File(site+"Wanted/a.pyc", pyc), image.File(site+"wanted-1.0.dist-info/RECORD", "r"), image.File(site+"other/b.py", "b"))
+		image.File(site+"Wanted/a.pyc", pyc), image.File(site+"wanted-1.0.dist-info/RECORD", "r"),
+		image.File(site+"other/b.py", "b"))
 	if err != nil {
 		t.Fatal(err)
 	}

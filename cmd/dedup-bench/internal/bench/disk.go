@@ -48,7 +48,8 @@ func withDisk(ctx context.Context, parent string, size int64, fn func(dir string
 		return fmt.Errorf("make a disk: %w", err)
 	}
 	// Nothing is left to the kernel to initialise later, in the middle of a measurement.
-	out, err := exec.CommandContext(ctx, "/sbin/mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", image).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "/sbin/mkfs.ext4", "-q", "-F", "-E",
+		"lazy_itable_init=0,lazy_journal_init=0,nodiscard", image).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("make a disk: mkfs.ext4 (package e2fsprogs): %w: %s", err, out)
 	}

@@ -109,7 +109,10 @@ func (s *stage) makeLayers(ctx context.Context, dir string) ([]*image.Layer, err
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			layers[i], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error { return writePayloads(w, spool, dealt[i], i) })
+			layers[i], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error {
+				return writePayloads(w, spool,
+					dealt[i], i)
+			})
 			return err
 		})
 	}

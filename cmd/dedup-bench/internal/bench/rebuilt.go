@@ -42,7 +42,8 @@ func rebuilt(w io.Writer, l *image.Layer, build int, keep func(pkg string) bool)
 	}
 	text := fmt.Appendf(nil, "build %d\n%s", build, strings.Repeat(fmt.Sprintf("line of build %d\n", build), 200))
 	return errors.Join(
-		tw.WriteHeader(&tar.Header{Name: "build", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(text)), ModTime: image.DefaultTime}),
+		tw.WriteHeader(&tar.Header{Name: "build", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(text)),
+			ModTime: image.DefaultTime}),
 		writeAll(tw, text), tw.Close())
 }
 

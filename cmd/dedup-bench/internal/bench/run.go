@@ -118,7 +118,10 @@ func Run(ctx context.Context, opts Options) (out Outcome, err error) {
 }
 
 func runGroup(ctx context.Context, g group, opts Options, out *Outcome, e *estimate) (err error) {
-	names := slices.DeleteFunc(slices.Clone(g.scenarios), func(name string) bool { return !slices.Contains(opts.Scenarios, name) })
+	names := slices.DeleteFunc(slices.Clone(g.scenarios), func(name string) bool {
+		return !slices.Contains(opts.Scenarios,
+			name)
+	})
 	title := strings.Join(names, ", ")
 	s, err := newStage(opts)
 	if err != nil {
@@ -158,7 +161,8 @@ func runGroup(ctx context.Context, g group, opts Options, out *Outcome, e *estim
 			}
 			out.Samples = append(out.Samples, samples...)
 			left := e.took(time.Since(start))
-			opts.Say(fmt.Sprintf("%s, run %d of %d, %s: %s (about %s left)", title, run+1, opts.Runs, subject.Name, brief(samples), left))
+			opts.Say(fmt.Sprintf("%s, run %d of %d, %s: %s (about %s left)", title, run+1, opts.Runs, subject.Name,
+				brief(samples), left))
 		}
 		slices.Reverse(order) // so that a machine that gets slower or faster favours none
 	}

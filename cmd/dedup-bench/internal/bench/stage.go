@@ -111,7 +111,8 @@ func (s *stage) copyImage(ctx context.Context, r *Registry, ref string) (Image, 
 	}
 	s.opts.Say("copying " + ref + " into a registry on loopback")
 	platform := v1.Platform{OS: "linux", Architecture: runtime.GOARCH}
-	from, err := remote.Image(parsed, remote.WithContext(ctx), remote.WithPlatform(platform), remote.WithAuthFromKeychain(authn.DefaultKeychain))
+	from, err := remote.Image(parsed, remote.WithContext(ctx), remote.WithPlatform(platform),
+		remote.WithAuthFromKeychain(authn.DefaultKeychain))
 	if err != nil {
 		return Image{}, fmt.Errorf("image %s: %w", ref, err)
 	}
@@ -157,7 +158,8 @@ func (s *stage) warmImage(ctx context.Context) (Image, error) {
 
 // cached returns layers that build makes, from the cache where they are there already. key names
 // everything that decides what they hold; build puts blobs below dir.
-func cached(ctx context.Context, key string, count int, build func(dir string) ([]*image.Layer, error)) ([]*image.Layer, error) {
+func cached(ctx context.Context, key string, count int, build func(dir string) ([]*image.Layer, error)) ([]*image.Layer,
+	error) {
 	cache, err := node.CacheDir()
 	if err != nil {
 		return nil, err

@@ -26,7 +26,8 @@ type Trial struct {
 }
 
 // take runs fn on a fresh disk and node, warmed up with a small image.
-func take(ctx context.Context, opts Options, s Subject, warm *Image, fn func(context.Context, *Trial) error) (samples []report.Sample, err error) {
+func take(ctx context.Context, opts Options, s Subject, warm *Image, fn func(context.Context,
+	*Trial) error) (samples []report.Sample, err error) {
 	// 12.4 GB of small files take twice that, and 2.3 million inodes.
 	size := max(diskSize, int64(2*opts.Scale)<<30)
 	err = withDisk(ctx, opts.Tmp, size, func(dir string) (err error) {
@@ -96,7 +97,8 @@ func (t *Trial) wants(scenario string) bool { return slices.Contains(t.opts.Scen
 // record keeps a figure, if its scenario is asked for.
 func (t *Trial) record(scenario, metric, unit string, value float64) {
 	if t.wants(scenario) {
-		t.samples = append(t.samples, report.Sample{Scenario: scenario, Subject: t.Subject.Name, Metric: metric, Unit: unit, Value: value})
+		t.samples = append(t.samples, report.Sample{Scenario: scenario, Subject: t.Subject.Name, Metric: metric, Unit: unit,
+			Value: value})
 	}
 }
 

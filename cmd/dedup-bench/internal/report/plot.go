@@ -198,7 +198,8 @@ func addBar(p *plot.Plot, at float64, x Result, scale float64, c color.Color) er
 	if x.Min == x.Max {
 		return nil
 	}
-	errs, err := plotter.NewYErrorBars(ranged{plotter.XYs{{X: at, Y: x.Median / scale}}, (x.Median - x.Min) / scale, (x.Max - x.Median) / scale})
+	errs, err := plotter.NewYErrorBars(ranged{plotter.XYs{{X: at, Y: x.Median / scale}}, (x.Median - x.Min) / scale,
+		(x.Max - x.Median) / scale})
 	if err != nil {
 		return err
 	}

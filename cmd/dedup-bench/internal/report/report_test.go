@@ -16,7 +16,8 @@ import (
 
 func samples() []Sample {
 	var all []Sample
-	for subject, values := range map[string][]float64{"overlayfs": {8, 4, 5}, "erofs": {1.5, 1.5, 1.5}, "dedup": {1, 3, 2}, "dedup-exact": {3}} {
+	for subject, values := range map[string][]float64{"overlayfs": {8, 4, 5}, "erofs": {1.5, 1.5, 1.5}, "dedup": {1, 3, 2},
+		"dedup-exact": {3}} {
 		for _, v := range values {
 			all = append(all, Sample{"cold", subject, "pull", "s", v}, Sample{"cold", subject, "disk", "bytes", v * 1e6})
 		}
@@ -45,9 +46,11 @@ func TestSummarise(t *testing.T) {
 
 // A second run replaces what it measured again and nothing else.
 func TestMerge(t *testing.T) {
-	old := []Result{{Scenario: "cold", Subject: "a", Metric: "gone"}, {Scenario: "cold", Subject: "b"}, {Scenario: "start", Subject: "a"}}
+	old := []Result{{Scenario: "cold", Subject: "a", Metric: "gone"}, {Scenario: "cold", Subject: "b"}, {Scenario: "start",
+		Subject: "a"}}
 	newer := []Result{{Scenario: "cold", Subject: "a", Metric: "pull"}}
-	want := []Result{{Scenario: "cold", Subject: "b"}, {Scenario: "start", Subject: "a"}, {Scenario: "cold", Subject: "a", Metric: "pull"}}
+	want := []Result{{Scenario: "cold", Subject: "b"}, {Scenario: "start", Subject: "a"}, {Scenario: "cold", Subject: "a",
+		Metric: "pull"}}
 	if diff := cmp.Diff(want, Merge(old, newer)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -72,7 +75,8 @@ func TestResultsFile(t *testing.T) {
 	for _, x := range list {
 		if x["scenario"] == "cold" && x["subject"] == "dedup" && x["metric"] == "pull" {
 			found = true
-			want := map[string]any{"scenario": "cold", "subject": "dedup", "metric": "pull", "unit": "s", "median": 2.0, "min": 1.0, "max": 3.0, "runs": 3.0}
+			want := map[string]any{"scenario": "cold", "subject": "dedup", "metric": "pull", "unit": "s", "median": 2.0,
+				"min": 1.0, "max": 3.0, "runs": 3.0}
 			if diff := cmp.Diff(want, x); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
@@ -166,7 +170,8 @@ func TestPlots(t *testing.T) {
 
 // A figure of nothing but zeros, and one of a single subject, can be drawn.
 func TestPlotsOfLittle(t *testing.T) {
-	zero := Summarise([]Sample{{"cold", "erofs", "CPU", "s", 0}, {"cold", "overlayfs", "CPU", "s", 0}, {"rebuild", "dedup", "pull", "s", 1}})
+	zero := Summarise([]Sample{{"cold", "erofs", "CPU", "s", 0}, {"cold", "overlayfs", "CPU", "s", 0}, {"rebuild", "dedup",
+		"pull", "s", 1}})
 	if err := sample(zero).Plots(t.TempDir()); err != nil {
 		t.Error(err)
 	}

@@ -26,7 +26,8 @@ func (r Report) Print(w io.Writer) error {
 		fmt.Fprintln(w, "\nagainst the targets:")
 		tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		for _, t := range list {
-			fmt.Fprintf(tw, "%s\t%s / %s\t%.3f\t(%s)\twant <= %.3g\t%s\n", t.title(), t.subject, t.reference, t.ratio, t.ranged(), t.want, t.verdict())
+			fmt.Fprintf(tw, "%s\t%s / %s\t%.3f\t(%s)\twant <= %.3g\t%s\n", t.title(), t.subject, t.reference, t.ratio,
+				t.ranged(), t.want, t.verdict())
 		}
 		if err := tw.Flush(); err != nil {
 			return err
@@ -42,7 +43,8 @@ func (r Report) Print(w io.Writer) error {
 // rows is a head, and one row for each metric of a scenario.
 func (r Report) rows(scenario string) [][]string {
 	subjects := r.subjects(scenario)
-	divisors := slices.DeleteFunc(append([]string{r.Baseline}, r.References...), func(name string) bool { return !slices.Contains(subjects, name) })
+	divisors := slices.DeleteFunc(append([]string{r.Baseline}, r.References...),
+		func(name string) bool { return !slices.Contains(subjects, name) })
 	head := append([]string{""}, subjects...)
 	type pair struct{ subject, by string }
 	var pairs []pair
@@ -92,7 +94,8 @@ func (r Report) Markdown(plots string) string {
 		}
 		b.WriteString("| | divided | ratio (min-max) | target | |\n| --- | --- | --- | --- | --- |\n")
 		for _, t := range list {
-			fmt.Fprintf(&b, "| %s | %s / %s | %.3f (%s) | %.3g | %s |\n", t.title(), t.subject, t.reference, t.ratio, t.ranged(), t.want, t.verdict())
+			fmt.Fprintf(&b, "| %s | %s / %s | %.3f (%s) | %.3g | %s |\n", t.title(), t.subject, t.reference, t.ratio, t.ranged(),
+				t.want, t.verdict())
 		}
 	}
 	for _, scenario := range r.scenarios() {

@@ -7,7 +7,8 @@ var descriptions = []struct{ name, text string }{
 	{"cold", "pull of an image that shares nothing with the node"},
 	{"rebuild", "pull of the same content built again: other times and owners, from another registry"},
 	{"known", "pull of the same layers on another parent, from another registry"},
-	{"delete", "removal of an image while a rebuild of it stays, and then of the others, until the file system has the space back"},
+	{"delete", "removal of an image while a rebuild of it stays, and then of the others, until the file system has " +
+		"the space back"},
 	{"start", "from the request for a container to its first output"},
 	{"mapped", "the same, each container in a user namespace with another mapping"},
 	{"read", "all files of a mounted root, and Python imports in a container; cold and warm"},

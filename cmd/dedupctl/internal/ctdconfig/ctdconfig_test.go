@@ -61,13 +61,14 @@ func files(t *testing.T, dir string) map[string]string {
 // removing it leaves everything as it was before.
 func TestInstallAndRemove(t *testing.T) {
 	for name, text := range map[string]string{
-		"a version and tables":   "# mine\nversion = 3 # really\nroot = \"/x\"\n\n[grpc]\n  address = \"/y\"\n",
-		"no version":             "root = \"/x\"\n[grpc]\naddress = \"/y\"\n",
-		"tables alone":           "[grpc]\naddress = \"/y\"\n",
-		"empty":                  "",
-		"no newline":             "version = 3",
-		"imports":                "version = 3\nimports = [\"/etc/other.toml\"] # others\n[grpc]\n",
-		"a trailing comma":       "version = 3\nimports = [\n  \"/etc/a.toml\", # a, ]\n  '/etc/b#].toml' , # \"c\"\n  # none\n]\n",
+		"a version and tables": "# mine\nversion = 3 # really\nroot = \"/x\"\n\n[grpc]\n  address = \"/y\"\n",
+		"no version":           "root = \"/x\"\n[grpc]\naddress = \"/y\"\n",
+		"tables alone":         "[grpc]\naddress = \"/y\"\n",
+		"empty":                "",
+		"no newline":           "version = 3",
+		"imports":              "version = 3\nimports = [\"/etc/other.toml\"] # others\n[grpc]\n",
+		"a trailing comma": "version = 3\nimports = [\n  \"/etc/a.toml\", # a, ]\n  '/etc/b#].toml' , # \"c\"\n  # " +
+			"none\n]\n",
 		"escapes":                "version = 3\nimports = [\"/etc/\\\"]a.toml\"]\n",
 		"empty imports":          "imports = []\nversion = 3\n",
 		"imports on many lines":  "version = 3\nimports = [\n  \"/etc/a.toml\", # a\n  \"/etc/b*.toml\",\n]\n[grpc]\n",
@@ -225,7 +226,8 @@ imports = ["more.toml"]
 		entry := func(sn, differ string) map[string]any {
 			return map[string]any{"platform": "linux", "snapshotter": sn, "differ": differ}
 		}
-		if d := cmp.Diff([]map[string]any{entry("overlayfs", "mine"), entry("dedup", "dedup-diff")}, Tables(table(plugins, Transfer)["unpack_config"])); d != "" {
+		if d := cmp.Diff([]map[string]any{entry("overlayfs", "mine"), entry("dedup", "dedup-diff")},
+			Tables(table(plugins, Transfer)["unpack_config"])); d != "" {
 			t.Error(d)
 		}
 		// 1.7 has taken more.toml's section for the whole of it; 2.x reads the others beside ours.

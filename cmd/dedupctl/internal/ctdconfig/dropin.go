@@ -42,7 +42,8 @@ func DropInPath(config string) (string, error) {
 	}
 	for _, pattern := range Strings(values["imports"]) {
 		dir, names := filepath.Split(absolute(config, pattern))
-		if ok, err := filepath.Match(names, dropInName); ok && err == nil && names != dropInName && !strings.Contains(dir, "*") {
+		if ok, err := filepath.Match(names, dropInName); ok && err == nil && names != dropInName && !strings.Contains(dir,
+			"*") {
 			return filepath.Join(dir, dropInName), nil
 		}
 	}
@@ -158,10 +159,12 @@ func Install(config string, dropIn []byte, version int) ([]Change, error) {
 	}
 	switch {
 	case strings.Contains(config, "/rancher/"):
-		return nil, fmt.Errorf("k3s and RKE2 write %s anew at every start: put what `dedupctl config containerd` prints into the template beside it "+
+		return nil, fmt.Errorf("k3s and RKE2 write %s anew at every start: put what `dedupctl config containerd` prints "+
+			"into the template beside it "+
 			"(config-v3.toml.tmpl, or config.toml.tmpl for containerd 1.7)", config)
 	case strings.Contains(config, "/docker/containerd/"):
-		return nil, fmt.Errorf("dockerd writes %s anew at every start: install containerd as a service of its own, which dockerd then uses", config)
+		return nil, fmt.Errorf("dockerd writes %s anew at every start: install containerd as a service of its own, which "+
+			"dockerd then uses", config)
 	}
 	edited, err := addImport(config, text, values, path)
 	if err != nil {

@@ -64,7 +64,10 @@ func Listener(ctx context.Context, socket string) (p Process, err error) {
 	}
 	var cred *unix.Ucred
 	var cerr error
-	if err := raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+	if err := raw.Control(func(fd uintptr) {
+		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET,
+			unix.SO_PEERCRED)
+	}); err != nil {
 		return p, err
 	}
 	if cerr != nil {
@@ -74,7 +77,8 @@ func Listener(ctx context.Context, socket string) (p Process, err error) {
 	proc := fmt.Sprintf("/proc/%d/", p.Pid)
 	line, err := os.ReadFile(proc + "cmdline")
 	if err != nil {
-		return p, fmt.Errorf("look at the process that listens on %s (pid %d; 0 is one in another pid namespace): %w", socket, p.Pid, err)
+		return p, fmt.Errorf("look at the process that listens on %s (pid %d; 0 is one in another pid namespace): %w", socket,
+			p.Pid, err)
 	}
 	p.Args = strings.Split(strings.TrimRight(string(line), "\x00"), "\x00")
 	own, err := os.Readlink("/proc/self/ns/mnt")

@@ -35,7 +35,8 @@ func (n *node) lookAtDisk(context.Context) {
 	n.lookAtInodes(st)
 	dir, err := os.MkdirTemp(n.place(), "probe-disk-")
 	if err != nil {
-		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root", "root %s cannot be written to: %v", n.Settings.Root, err)
+		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root",
+			"root %s cannot be written to: %v", n.Settings.Root, err)
 		return
 	}
 	defer os.RemoveAll(dir)
@@ -65,7 +66,8 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 		return
 	}
 	used := 1 - float64(st.Ffree)/float64(st.Files)
-	const remedy = "remove images; a new file system for root with more inodes (mkfs.ext4 -i 8192), or XFS, which has no fixed number"
+	const remedy = "remove images; a new file system for root with more inodes (mkfs.ext4 -i 8192), or XFS, which has " +
+		"no fixed number"
 	switch text := fmt.Sprintf("%.0f %% of %d inodes are used, %d are free", 100*used, st.Files, st.Ffree); {
 	case used >= 0.99:
 		n.add(Problem, "disk.inodes", remedy, "%s: pulls will fail", text)
@@ -78,7 +80,8 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 	perInode := float64(st.Bavail) * float64(st.Frsize) / max(float64(st.Ffree), 1)
 	if perInode > 2*objectSize {
 		n.add(Info, "disk.inode-ratio", "for images of many small files: mkfs.ext4 -i 8192, or XFS",
-			"there is one free inode for %.0f KiB of free space, and an object of Python images takes about %d KiB: inodes will be used up first", perInode/1024, objectSize>>10)
+			"there is one free inode for %.0f KiB of free space, and an object of Python images takes about %d KiB: inodes "+
+				"will be used up first", perInode/1024, objectSize>>10)
 		return
 	}
 	n.ok("disk.inode-ratio", "one free inode for %.0f KiB of free space", perInode/1024)
@@ -104,7 +107,8 @@ func (n *node) lookAtTypes(dir string) {
 		return
 	}
 	if buf[offsetOfType] == unix.DT_UNKNOWN {
-		n.add(Problem, "disk.d_type", "XFS: mkfs.xfs -n ftype=1; other file systems: ext4", "directories do not tell the types of their entries, which overlayfs needs")
+		n.add(Problem, "disk.d_type", "XFS: mkfs.xfs -n ftype=1; other file systems: ext4",
+			"directories do not tell the types of their entries, which overlayfs needs")
 		return
 	}
 	n.ok("disk.d_type", "directories tell the types of their entries")
@@ -124,7 +128,8 @@ func (n *node) lookAtReflink(dir string) {
 	}
 	defer to.Close()
 	if err := unix.IoctlFileClone(int(to.Fd()), int(from.Fd())); err != nil {
-		n.add(Info, "disk.reflink", "XFS has them, if a container's changes to large files matter", "no reflinks (%v): a container that changes a file gets a copy of all of it", err)
+		n.add(Info, "disk.reflink", "XFS has them, if a container's changes to large files matter",
+			"no reflinks (%v): a container that changes a file gets a copy of all of it", err)
 		return
 	}
 	n.ok("disk.reflink", "reflinks: a container that changes a file shares what it leaves alone")

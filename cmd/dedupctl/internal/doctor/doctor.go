@@ -111,7 +111,8 @@ func Examine(ctx context.Context, opts Options) ([]Finding, error) {
 }
 
 func (n *node) add(s Severity, check, remedy, format string, args ...any) {
-	n.findings = append(n.findings, Finding{Check: check, Severity: s, Message: fmt.Sprintf(format, args...), Remedy: remedy})
+	n.findings = append(n.findings, Finding{Check: check, Severity: s, Message: fmt.Sprintf(format, args...),
+		Remedy: remedy})
 }
 
 func (n *node) ok(check, format string, args ...any) { n.add(OK, check, "", format, args...) }
@@ -126,7 +127,8 @@ func (n *node) lookAtDaemon(ctx context.Context) {
 	self, err := n.Ask(ctx)
 	if err != nil {
 		what, _, _ := strings.Cut(err.Error(), "\n")
-		n.add(Problem, "daemon.runs", "systemctl start containerd-dedup-grpc; its log: journalctl -u containerd-dedup-grpc; or name its socket with --address", "%s", what)
+		n.add(Problem, "daemon.runs", "systemctl start containerd-dedup-grpc; its log: journalctl -u "+
+			"containerd-dedup-grpc; or name its socket with --address", "%s", what)
 	} else {
 		n.self = self
 		n.Settings.Root, n.Settings.RunDir, n.Settings.ContainerdAddress = self.Root, self.RunDir, self.ContainerdAddress
@@ -151,7 +153,8 @@ func (n *node) lookAtStore() {
 		return
 	}
 	if damaged := n.self.DamagedLayers; damaged > 0 {
-		n.add(Problem, "daemon.damage", "dedupctl fsck names the images; dedupctl fsck --repair heals what can be had again", "%d layers are damaged and out of service", damaged)
+		n.add(Problem, "daemon.damage", "dedupctl fsck names the images; dedupctl fsck --repair heals what can be had again",
+			"%d layers are damaged and out of service", damaged)
 	} else {
 		n.ok("daemon.damage", "no layer is known to be damaged (dedupctl fsck verifies all)")
 	}
@@ -169,7 +172,8 @@ func (n *node) lookAtStore() {
 			blobs, float64(n.self.DroppableBytes)/1e6)
 	}
 	if n.self.Refuses != "" {
-		n.add(Problem, "daemon.reserve", "dedupctl images tells what removing each image frees; dedupctl gc --chain-images; or a smaller reserve_space or reserve_inodes",
+		n.add(Problem, "daemon.reserve", "dedupctl images tells what removing each image frees; dedupctl gc "+
+			"--chain-images; or a smaller reserve_space or reserve_inodes",
 			"new layers are refused: %s", n.self.Refuses)
 	} else {
 		n.ok("daemon.reserve", "new layers are taken: the reserve of space and inodes is free")
@@ -200,11 +204,13 @@ func (n *node) lookAtSocket() {
 		n.add(Problem, "daemon.socket", "move it away, or set another address", "%s is no socket", n.Address)
 	case uid != 0 || fi.Mode().Perm()&0o077 != 0:
 		n.add(Problem, "daemon.socket", fmt.Sprintf("chown root:root %s && chmod 0600 %s", n.Address, n.Address),
-			"%s has mode %#o and belongs to uid %d: who can connect to it is root on this node", n.Address, fi.Mode().Perm(), uid)
+			"%s has mode %#o and belongs to uid %d: who can connect to it is root on this node", n.Address, fi.Mode().Perm(),
+			uid)
 	default:
 		n.ok("daemon.socket", "%s is root's alone", n.Address)
 	}
-	n.lookAtDirectory("daemon.socket-directory", filepath.Dir(n.Address), 0o022, "others can put a socket of their own in its place")
+	n.lookAtDirectory("daemon.socket-directory", filepath.Dir(n.Address), 0o022, "others can put a socket of their "+
+		"own in its place")
 }
 
 func (n *node) lookAtRoot() {

@@ -43,7 +43,8 @@ func MapsIDs(root string) error {
 func (n *node) lookAtKernel(context.Context) {
 	f, err := lower.Examine(n.place())
 	if err != nil {
-		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v", n.place(), err)
+		n.add(Problem, "kernel.probe", "the message names what is missing", "mounts could not be tried out in %s: %v",
+			n.place(), err)
 		return
 	}
 	n.sayKernel(f)
@@ -53,14 +54,16 @@ func (n *node) lookAtKernel(context.Context) {
 func (n *node) sayKernel(f lower.Features) {
 	switch {
 	case f.Erofs != nil:
-		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
+		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop "+
+			"devices are needed too (modprobe loop)",
 			"EROFS images over packs cannot be mounted (Linux 5.16 or newer has them): %v", f.Erofs)
 	case f.Counted != nil:
 		n.add(Info, "kernel.erofs", "a kernel that does not count them (most do not)", "EROFS is mounted from loop devices, "+
 			"one for each image that runs: this kernel counts an EROFS file as a stacked file system, and a container could "+
 			"mount no overlay (%v)", f.Counted)
 	case f.Loop:
-		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)", "EROFS is mounted from loop devices, one for each image that runs, and for each of its packs")
+		n.add(Info, "kernel.erofs", "Linux 6.12 or newer needs none (where root is not on tmpfs or overlayfs)",
+			"EROFS is mounted from loop devices, one for each image that runs, and for each of its packs")
 	default:
 		n.ok("kernel.erofs", "EROFS is mounted straight from its files")
 	}
@@ -74,9 +77,11 @@ func (n *node) sayKernel(f lower.Features) {
 	case f.Erofs != nil || f.Upper != nil:
 	case f.DataOnly != nil:
 		n.add(Info, "kernel.data-only", "a kernel of Linux 6.5 or newer (Debian 13, Ubuntu 24.04 and later have one)",
-			"overlayfs does not serve data-only lower layers (%v): page_cache is private, and only containers of one image share memory", f.DataOnly)
+			"overlayfs does not serve data-only lower layers (%v): page_cache is private, and only containers of one image "+
+				"share memory", f.DataOnly)
 	case f.Metacopy:
-		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, with metacopy=on")
+		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, "+
+			"with metacopy=on")
 	default:
 		n.ok("kernel.data-only", "overlayfs serves data-only lower layers, without metacopy")
 	}
@@ -134,7 +139,8 @@ func sayMode(n *node, f lower.Features) {
 
 func lookAtVerity(n *node, missing error) {
 	if missing != nil {
-		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, not by the read that meets it", missing)
+		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, "+
+			"not by the read that meets it", missing)
 		return
 	}
 	n.ok("kernel.fs-verity", "the file system has fs-verity")
@@ -142,8 +148,10 @@ func lookAtVerity(n *node, missing error) {
 
 func fileSystem(magic int64) string {
 	names := map[int64]string{
-		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs", unix.TMPFS_MAGIC: "tmpfs",
-		unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.NFS_SUPER_MAGIC: "nfs", unix.FUSE_SUPER_MAGIC: "fuse", 0x2fc12fc1: "zfs",
+		unix.EXT4_SUPER_MAGIC: "ext4", unix.XFS_SUPER_MAGIC: "xfs", unix.BTRFS_SUPER_MAGIC: "btrfs",
+		unix.TMPFS_MAGIC:           "tmpfs",
+		unix.OVERLAYFS_SUPER_MAGIC: "overlayfs", unix.NFS_SUPER_MAGIC: "nfs", unix.FUSE_SUPER_MAGIC: "fuse",
+		0x2fc12fc1:            "zfs",
 		unix.F2FS_SUPER_MAGIC: "f2fs", 0xca451a4e: "bcachefs",
 	}
 	if name := names[magic]; name != "" {

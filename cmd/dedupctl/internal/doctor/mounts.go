@@ -33,7 +33,8 @@ func (n *node) lookAtMounts(context.Context) {
 	}
 	if n.self != nil {
 		for _, point := range n.self.IdleMounts {
-			n.add(Info, "mounts.idle", "dedupctl gc; else it goes with its image", "%s: a chain image that no container uses is still mounted", point)
+			n.add(Info, "mounts.idle", "dedupctl gc; else it goes with its image", "%s: a chain image that no container "+
+				"uses is still mounted", point)
 		}
 	}
 	if len(leaked) == 0 {
@@ -51,7 +52,8 @@ func (n *node) leaks(mounts []*mountinfo.Info) (leaked []leak, chains int) {
 		name := filepath.Base(m.Mountpoint)
 		switch {
 		case strings.HasPrefix(m.Mountpoint, root+"/probe-"), strings.HasPrefix(m.Mountpoint, run+"/view-"):
-			leaked = append(leaked, leak{m.Mountpoint, "left by a process that was killed; the daemon's next start takes it away"})
+			leaked = append(leaked, leak{m.Mountpoint,
+				"left by a process that was killed; the daemon's next start takes it away"})
 		case filepath.Dir(m.Mountpoint) == run+"/chains" && m.FSType == "erofs":
 			chains++
 			if seen[m.Mountpoint] {

@@ -62,7 +62,8 @@ func databases(t *testing.T, root string) string {
 	defer db.Close()
 	store := metadata.NewImageStore(metadata.NewDB(db, nil, nil))
 	for i := range 40 {
-		img := images.Image{Name: fmt.Sprint("image-", i), Target: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}}
+		img := images.Image{Name: fmt.Sprint("image-", i),
+			Target: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}}
 		if _, err := store.Create(namespaces.WithNamespace(t.Context(), "default"), img); err != nil {
 			t.Fatal(err)
 		}
@@ -107,7 +108,8 @@ func TestDamagedDatabases(t *testing.T) {
 			if err := os.WriteFile(path, bad, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := readOverlayfs(t.Context(), dir, Options{}); err == nil || !strings.Contains(err.Error(), filepath.Base(path)) {
+			if _, err := readOverlayfs(t.Context(), dir, Options{}); err == nil || !strings.Contains(err.Error(),
+				filepath.Base(path)) {
 				t.Errorf("%s, %s: %v", filepath.Base(path), name, err)
 			}
 		}

@@ -70,7 +70,8 @@ type Layer struct {
 // ErrUnknown is wrapped when a source is none of the known kinds.
 var ErrUnknown = errors.New("nothing that can be analysed")
 
-// Read finds out what there is at the sources: paths, or images' references. Those of registries make one inventory together.
+// Read finds out what there is at the sources: paths, or images' references. Those of registries make one inventory
+// together.
 func Read(ctx context.Context, sources []string, opts Options) (all []*Inventory, err error) {
 	if opts.Platform.OS == "" {
 		opts.Platform = platforms.DefaultSpec()
@@ -136,7 +137,8 @@ func readDir(ctx context.Context, dir string, opts Options) (*Inventory, error) 
 	case has("l") || filepath.Base(dir) == "overlay2":
 		return readOverlay2(ctx, dir)
 	}
-	return nil, fmt.Errorf("%s has no %s (containerd), no overlay2 (Docker; with the containerd image store its images are in %s) and no index.json (OCI layout): %w",
+	return nil, fmt.Errorf("%s has no %s (containerd), no overlay2 (Docker; with the containerd image store its "+
+		"images are in %s) and no index.json (OCI layout): %w",
 		dir, overlayfsRoot, "/var/lib/containerd", ErrUnknown)
 }
 
@@ -205,7 +207,8 @@ func blob(desc ocispec.Descriptor, diffID content.DiffID, open func(context.Cont
 			defer r.Close()
 			d, err := layer.DraftBlob(ctx, desc.Digest, counting{r, read})
 			if err == nil && d.DiffID != diffID {
-				err = fmt.Errorf("blob %s has the diffID %s, and its image says %s", desc.Digest, d.DiffID.Digest(), diffID.Digest())
+				err = fmt.Errorf("blob %s has the diffID %s, and its image says %s", desc.Digest, d.DiffID.Digest(),
+					diffID.Digest())
 			}
 			return d, err
 		},
@@ -236,7 +239,8 @@ func newStacks(kind string) *stacks {
 }
 
 // add adds an image; makeLayer is asked for each layer that is new.
-func (s *stacks) add(name string, diffIDs []digest.Digest, makeLayer func(i int, diffID content.DiffID) (Layer, error)) error {
+func (s *stacks) add(name string, diffIDs []digest.Digest, makeLayer func(i int, diffID content.DiffID) (Layer,
+	error)) error {
 	var chain content.ChainID
 	var stack []int
 	for i, text := range diffIDs {

@@ -139,7 +139,8 @@ func readTar(ctx context.Context, name string, opts Options) (_ *Inventory, err 
 		}
 	}
 	if t.at["index.json"] == nil {
-		return nil, fmt.Errorf("%s has no index.json, so it is no OCI layout (docker save writes one since version 25): %w", name, ErrUnknown)
+		return nil, fmt.Errorf("%s has no index.json, so it is no OCI layout (docker save writes one since version 25): %w",
+			name, ErrUnknown)
 	}
 	return readIndex(ctx, t, t.at["index.json"], name, opts)
 }
@@ -179,7 +180,8 @@ func readIndex(ctx context.Context, store blobStore, r io.Reader, source string,
 }
 
 // addImage adds the image of a manifest or an index, for one platform.
-func (s *stacks) addImage(ctx context.Context, store blobStore, name string, target ocispec.Descriptor, opts Options) error {
+func (s *stacks) addImage(ctx context.Context, store blobStore, name string, target ocispec.Descriptor,
+	opts Options) error {
 	manifest, diffIDs, err := manifestOf(ctx, store, target, opts.Platform)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", name, err)
@@ -191,7 +193,8 @@ func (s *stacks) addImage(ctx context.Context, store blobStore, name string, tar
 }
 
 // manifestOf returns an image's layers and their diffIDs.
-func manifestOf(ctx context.Context, store ctdcontent.Provider, target ocispec.Descriptor, platform ocispec.Platform) (m ocispec.Manifest, diffIDs []digest.Digest, err error) {
+func manifestOf(ctx context.Context, store ctdcontent.Provider, target ocispec.Descriptor,
+	platform ocispec.Platform) (m ocispec.Manifest, diffIDs []digest.Digest, err error) {
 	if m, err = images.Manifest(ctx, store, target, platforms.Only(platform)); err != nil {
 		return m, nil, err
 	}
@@ -205,7 +208,8 @@ func manifestOf(ctx context.Context, store ctdcontent.Provider, target ocispec.D
 		}
 	}
 	if m.Layers = layers; len(layers) != len(diffIDs) {
-		return m, nil, fmt.Errorf("manifest %s has %d layers, and its config %d diffIDs", target.Digest, len(layers), len(diffIDs))
+		return m, nil, fmt.Errorf("manifest %s has %d layers, and its config %d diffIDs", target.Digest, len(layers),
+			len(diffIDs))
 	}
 	return m, diffIDs, nil
 }

@@ -67,7 +67,8 @@ func readOverlayfs(ctx context.Context, root string, opts Options) (*Inventory, 
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	o := &overlayfs{root: root, inv: &Inventory{Kind: "containerd's overlayfs"}, byName: map[string]snapshot{}, at: map[string]int{}}
+	o := &overlayfs{root: root, inv: &Inventory{Kind: "containerd's overlayfs"}, byName: map[string]snapshot{},
+		at: map[string]int{}}
 	if err := o.readSnapshots(ctx, tmp); err != nil {
 		return nil, fmt.Errorf("snapshots of %s: %w", root, err)
 	}
@@ -121,8 +122,8 @@ func (o *overlayfs) readSnapshots(ctx context.Context, tmp string) error {
 	return nil
 }
 
-// guard makes an error of what bbolt does with a damaged database: it panics, or follows a page number out of the file. Its
-// locks stay taken then, so the database is closed only where that did not happen.
+// guard makes an error of what bbolt does with a damaged database: it panics, or follows a page number out of the file.
+// Its locks stay taken then, so the database is closed only where that did not happen.
 func guard(closeDB, fn func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -183,8 +184,8 @@ type named struct {
 	blobs           map[digest.Digest]int64 // of its layers, those that are there
 }
 
-// readImages reads containerd's images from a copy of its database, and their configs from its content store. Where there is none (the
-// snapshotter's root was moved, or copied alone) there are no names and no diffIDs, and that is all.
+// readImages reads containerd's images from a copy of its database, and their configs from its content store. Where
+// there is none (the snapshotter's root was moved, or copied alone) there are no names and no diffIDs, and that is all.
 func readImages(ctx context.Context, tmp, root string, opts Options) (list []named, err error) {
 	path := filepath.Join(tmp, "meta.db")
 	if err := copyDB(ctx, filepath.Join(root, metadataDB), path); err != nil {

@@ -59,8 +59,9 @@ func (s *stacks) addReference(ctx context.Context, ref string, opts Options) err
 		if err != nil {
 			return Layer{}, err
 		}
-		return blob(ocispec.Descriptor{Digest: digest.Digest(hash.String()), Size: size}, diffID, func(context.Context) (io.ReadCloser, error) {
-			return layers[i].Compressed() // of the context that remote.Image was given; it verifies the digest
-		}), nil
+		return blob(ocispec.Descriptor{Digest: digest.Digest(hash.String()), Size: size}, diffID,
+			func(context.Context) (io.ReadCloser, error) {
+				return layers[i].Compressed() // of the context that remote.Image was given; it verifies the digest
+			}), nil
 	})
 }

@@ -1,0 +1,88 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/log"
+)
+
+// Remove removes a snapshot without children. Its layer goes when nothing else names it.
+func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
+	defer s.explain(&err)
+	var id string
+	var info snapshots.Info
+	err = s.db.update(ctx, func(ctx context.Context) (err error) {
+		if id, info, err = removeSnapshot(ctx, key); err == nil {
+			s.refs.remove(info.Labels[labelRef], key)
+		}
+		return err
+	})
+	if err != nil {
+		if info.Kind == snapshots.KindCommitted && info.Labels[labelRef] != "" {
+			s.refs.add(info.Labels[labelRef], key)
+		}
+		return fmt.Errorf("remove snapshot %q: %w", key, err)
+	}
+	s.step("remove.recorded")
+	if id == "" { // what it said belongs to it may be another one's
+		return nil
+	}
+	s.ids.remove(id, key)
+	releaseAll(s, info)
+	ctx = context.WithoutCancel(ctx)
+	s.abandon(key, func(context.Context) {
+		if info.Kind != snapshots.KindCommitted {
+			s.unuse(ctx, id)
+			if err := s.layers.Unused(id); err != nil {
+				log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
+			}
+		}
+	})
+	return s.discard(ctx, id)
+}
+
+// unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may
+// be why he gives it up, so it does not count.
+func (s *Snapshotter) unuse(ctx context.Context, id string) {
+	n, orphaned, busy := s.chains.Users.Unuse(id)
+	release := func(ctx context.Context) {
+		if err := s.chains.Release(ctx, n); err != nil {
+			s.counters.removeError()
+			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+		}
+	}
+	switch {
+	case orphaned && busy:
+		s.background(release)
+	case orphaned:
+		release(context.WithoutCancel(ctx))
+	}
+}
+
+// discard takes a snapshot's directory out of sight and deletes it in the background.
+func (s *Snapshotter) discard(ctx context.Context, id string) error {
+	gone := s.path(dirSnapshots, goingPrefix+id)
+	err := os.Rename(s.path(dirSnapshots, id), gone)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove snapshot directory: %w", err)
+	}
+	s.step("discard.renamed")
+	s.going.Store(filepath.Base(gone), true)
+	s.background(func(context.Context) {
+		defer s.going.Delete(filepath.Base(gone))
+		defer s.step("discard.done")
+		if err := os.RemoveAll(gone); err != nil {
+			s.counters.removeError()
+			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
+		}
+	})
+	return nil
+}
