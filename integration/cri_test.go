@@ -154,14 +154,14 @@ func criPod(t *testing.T, n *node.Node, c *node.CRI, app string, ctx context.Con
 // criFsInfo: what the kubelet is told of its image file system is what the store takes.
 func criFsInfo(t *testing.T, n *node.Node, c *node.CRI, ctx context.Context) {
 	t.Helper()
-	var disk int64
-	for _, dir := range []string{"packs", "layers", "chains"} {
-		used, err := rootfs.Usage(filepath.Join(n.DedupRoot(), dir))
-		must(t, err)
-		disk += used.Bytes
-	}
-	var told int64
+	var disk, told int64
 	eventually(t, "the image file system's numbers", func() bool { // CRI adds snapshots up every ten seconds
+		disk = 0
+		for _, dir := range []string{"packs", "layers", "chains"} {
+			used, err := rootfs.Usage(filepath.Join(n.DedupRoot(), dir))
+			must(t, err)
+			disk += used.Bytes
+		}
 		info, err := c.ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
 		must(t, err)
 		if len(info.ImageFilesystems) == 0 {

@@ -271,6 +271,7 @@ func TestGC(t *testing.T) {
 	if r := run(); len(r.Removed) > 0 {
 		t.Errorf("removed %+v from a store without garbage", r)
 	}
+	must(t, n.StopContainerd()) // its garbage collection would have the daemon clean up
 	stray := []string{
 		filepath.Join(n.DedupRoot(), "packs", content.PackID(0xabc).String()+".erofs"),
 		filepath.Join(n.DedupRoot(), "snapshots/4711/fs/file"),
@@ -306,6 +307,7 @@ func TestGC(t *testing.T) {
 	if r := run("--chain-images"); len(r.Removed) != 1 {
 		t.Errorf("removed %+v, want the chain image", r)
 	}
+	must(t, n.StartContainerd(testContext(t)))
 	if out, err := n.Run(testContext(t), node.Snapshotter, ref, "echo", "fine"); err != nil || out != "fine\n" {
 		t.Errorf("%q, %v", out, err)
 	}

@@ -40,7 +40,7 @@ func Serve(dir string, d Disk) (path string, stop func() error, err error) {
 	}
 	return filepath.Join(dir, name), func() error {
 		var err error
-		for range 100 { // a loop device lets go of its file a moment after the last unmount
+		for range 2400 { // a loop device lets go of its file after the last unmount, in whatever namespace
 			if err = server.Unmount(); err == nil {
 				return nil
 			}
