@@ -268,7 +268,11 @@ func TestTrimLeavesReaders(t *testing.T) {
 		if len(p) > 4096 { // of a layer
 			trims++
 			if trims == 1 || trims == 40 { // in either
+				asked := time.Now()
 				v := trim(t, n, "--wait", "0s", "--fetched")
+				if late := time.Since(asked) > 10*time.Second; late { // a reader counts for 15 seconds
+					t.Skip("this machine is too busy: the trim took as long as a reader counts")
+				}
 				if v.FreedBlobs != 0 || !strings.Contains(v.kept(ref), "being read") {
 					t.Errorf("while it is exported: %+v", v)
 				}

@@ -20,6 +20,7 @@ import (
 // nerdctl and CRI with images whose blobs are gone: what runs, runs without the registry; what wants a blob fetches it,
 // once, and says what is missing where the registry has gone.
 func TestTrimmedClients(t *testing.T) {
+	needClients(t)
 	t.Parallel()
 	r, err := registry.Start(registry.Options{Dir: t.TempDir()})
 	must(t, err)
