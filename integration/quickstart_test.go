@@ -123,9 +123,9 @@ func goBack(t *testing.T, m *machine.Machine) {
 	for _, step := range steps[1:] {
 		follow(t, m, step)
 	}
+	// containerd removes snapshots meanwhile.
 	out := follow(t, m, `ctr run --rm --snapshotter overlayfs `+image+` new python3 -c 'print(2)'
 grep containerd-dedup-grpc /proc/mounts || true
-// containerd removes snapshots meanwhile
 find /etc /usr /run /var/lib -xdev -name '*dedup*' -not -path '/etc/containerd-dedup-grpc*' 2>/dev/null || true`)
 	if out != "2\n" {
 		t.Errorf("left after the removal: %q", out)
