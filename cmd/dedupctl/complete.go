@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -357,6 +358,12 @@ func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocis
 		return nil, fmt.Errorf("blob %s: %w", desc.Digest, err)
 	}
 	if _, err := remotes.FetchHandler(c.store, c.fetcher)(ctx, desc); err != nil {
+		if errdefs.IsFailedPrecondition(err) { // other bytes: containerd would go on with them next time
+			aerr := c.store.Abort(context.WithoutCancel(ctx), remotes.MakeRefKey(ctx, desc))
+			if aerr != nil && !errdefs.IsNotFound(aerr) {
+				err = errors.Join(err, aerr)
+			}
+		}
 		return nil, fmt.Errorf("fetch blob %s (%s): %w", desc.Digest, size(desc.Size), err)
 	}
 	if _, err := c.source(ctx, desc); err != nil {
