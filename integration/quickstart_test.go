@@ -88,8 +88,8 @@ func follow(t *testing.T, m *machine.Machine, step string) string {
 	}
 	t.Logf("$ %s\n%s", step, out)
 	if err != nil {
-		log, _ := m.Run(testContext(t), "systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u "+
-			"containerd -u containerd-dedup-grpc")
+		log, _ := m.Run(testContext(t),
+			"systemctl status containerd containerd-dedup-grpc; journalctl -n 40 -u containerd -u containerd-dedup-grpc")
 		t.Fatalf("%v\n%s", err, log)
 	}
 	return out
@@ -108,8 +108,8 @@ func goBack(t *testing.T, m *machine.Machine) {
 	}
 	const image = "docker.io/library/python:3.12"
 	steps := commands(t, "docs/operations.md", "## Removal, back to overlayfs")
-	follow(t, m, "ctr run --detach --snapshotter dedup "+image+" kept sleep 1000; ctr task exec --exec-id a kept sh "+
-		"-c 'echo mine > /mine'")
+	follow(t, m, "ctr run --detach --snapshotter dedup "+image+
+		" kept sleep 1000; ctr task exec --exec-id a kept sh -c 'echo mine > /mine'")
 	follow(t, m, steps[0])
 	if out := follow(t, m, "ctr run --rm --snapshotter overlayfs "+image+" new python3 -c 'print(1)'; ctr task exec "+
 		"--exec-id b kept sh -c 'cat /mine; wc -c < /usr/bin/python3'"); !strings.HasPrefix(out, "1\nmine\n") {
@@ -234,9 +234,8 @@ func addSource(t *testing.T, opts *machine.Options) {
 		machine.Bind{Source: env("GOMODCACHE"), Target: "/root/go/pkg/mod"},
 		machine.Bind{Source: cache, Target: "/root/.cache/go-build", Writable: true},
 	)
-	// This test's machine has no network: with GOPROXY=off a module that is missing is an error at once.
 	opts.Env = append(opts.Env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/go/bin",
-		"GOPROXY=off", "GOFLAGS=-buildvcs=false", "GOTOOLCHAIN=local", "GOMAXPROCS="+strconv.Itoa(runtime.GOMAXPROCS(0)))
+		"GOFLAGS=-buildvcs=false", "GOTOOLCHAIN=local", "GOMAXPROCS="+strconv.Itoa(runtime.GOMAXPROCS(0)))
 }
 
 // pushPython pushes Debian with Python under the name that the documentation pulls.
