@@ -307,8 +307,8 @@ func TestRootOnTmpfs(t *testing.T) {
 	must(t, n.StartDaemon(testContext(t)))
 	ref := push(t, r, "tmpfs:1", busybox(t), dataLayer(t))
 	pull(t, n, node.Snapshotter, ref)
-	out, err := n.Run(testContext(t), node.Snapshotter, ref, "sh", "-c", "echo more >> /data/a; wc -c < /data/a; cat "+
-		"/data/small-b")
+	out, err := n.Run(testContext(t), node.Snapshotter, ref, "sh", "-c",
+		"echo more >> /data/a; wc -c < /data/a; cat /data/small-b")
 	must(t, err)
 	if out != "9005\nb" {
 		t.Errorf("%q", out)

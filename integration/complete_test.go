@@ -86,7 +86,6 @@ func TestSkippedDownload(t *testing.T) {
 	}
 }
 
-// containerd's own ways to have every blob.
 func fetchesWithContainerd(t *testing.T, n *node.Node, ref string, layers []*image.Layer,
 	export func(context.Context) error) {
 	t.Helper()

@@ -31,8 +31,8 @@ func TestConfigWrite(t *testing.T) {
 			must(t, err)
 			ref := push(t, r, "app:1", layer(t, image.File("app", string(make([]byte, 5000)))))
 			args := []string{"config", "containerd", "--containerd-address", n.Address()}
-			if out, err := dedupctl(t, n, append(args, "--write")...); err == nil || !strings.Contains(out,
-				"add --yes where nobody can answer") {
+			if out, err := dedupctl(t, n, append(args, "--write")...); err == nil ||
+				!strings.Contains(out, "add --yes where nobody can answer") {
 				t.Errorf("without --yes and a terminal: %v, %s", err, out)
 			}
 			for _, want := range []string{"restart containerd", "nothing to do"} {
@@ -47,8 +47,8 @@ func TestConfigWrite(t *testing.T) {
 				t.Errorf("the daemon has %d layers, %v", len(trees), err)
 			}
 			pull(t, n, "overlayfs", ref) // still works
-			if log, err := os.ReadFile(n.LogPath("dedup")); err != nil || strings.Contains(string(log),
-				"unpacked by another differ") {
+			if log, err := os.ReadFile(n.LogPath("dedup")); err != nil ||
+				strings.Contains(string(log), "unpacked by another differ") {
 				t.Errorf("the differ was not asked first: %v\n%s", err, log)
 			}
 			_, err = n.Ctr(ctx, "image", "rm", "--sync", ref)
@@ -101,8 +101,8 @@ func TestConfigWriteKeepsTheRest(t *testing.T) {
 			cri := "io.containerd.cri.v1.images"
 			if strings.HasPrefix(version, "1.") {
 				cri = "io.containerd.grpc.v1.cri"
-				text = strings.NewReplacer("version = 3", "version = 2", "io.containerd.cri.v1.images\"]\n  snapshotter = "+
-					"\"native\"",
+				text = strings.NewReplacer("version = 3", "version = 2",
+					"io.containerd.cri.v1.images\"]\n  snapshotter = \"native\"",
 					cri+"\".containerd]\n  snapshotter = \"native\"\n[plugins.\""+cri+"\"]", "io.containerd.cri.v1.images",
 					cri).Replace(text)
 			}

@@ -195,8 +195,8 @@ func TestCommitContainer(t *testing.T) {
 	pull(t, n, node.Snapshotter, ref)
 	id, err := n.RunDetached(ctx, node.Snapshotter, ref, "sleep", "1000")
 	must(t, err)
-	_, err = n.Exec(ctx, id, "sh", "-c", "echo committed > /data/new; rm /data/a; chown 3 /data/b; head -c 5000 "+
-		"/data/c > /data/part")
+	_, err = n.Exec(ctx, id, "sh", "-c",
+		"echo committed > /data/new; rm /data/a; chown 3 /data/b; head -c 5000 /data/c > /data/part")
 	must(t, err)
 	next := r.Ref("commit:2")
 	commit(ctx, t, n.Client(), id, ref, next)
@@ -207,8 +207,8 @@ func TestCommitContainer(t *testing.T) {
 	must(t, err)
 
 	pull(t, n, node.Snapshotter, next)
-	out, err := n.Run(ctx, node.Snapshotter, next, "sh", "-c", "cat /data/new; ls /data; stat -c %u /data/b; wc -c < "+
-		"/data/part")
+	out, err := n.Run(ctx, node.Snapshotter, next, "sh", "-c",
+		"cat /data/new; ls /data; stat -c %u /data/b; wc -c < /data/part")
 	must(t, err)
 	if want := "committed\nb\nc\nnew\npart\nsmall-a\nsmall-b\nsmall-c\n3\n5000\n"; out != want {
 		t.Errorf("%q, want %q", out, want)

@@ -80,8 +80,8 @@ func criLife(t *testing.T, version string) {
 	settle(t, n)
 	// A pack that goes with the image has a few blocks and an inode of its own, which the report does not count.
 	const pack = 4 * 4096
-	if got := before.Sub(usage(t, n.DedupRoot())); !near(shown.FreedBytes, got.Bytes) && !near(shown.FreedBytes+pack,
-		got.Bytes) ||
+	if got := before.Sub(usage(t, n.DedupRoot())); !near(shown.FreedBytes, got.Bytes) &&
+		!near(shown.FreedBytes+pack, got.Bytes) ||
 		got.Inodes < shown.FreedInodes || got.Inodes > shown.FreedInodes+1 {
 		t.Errorf("removing the image frees %+v, dedupctl images said %+v", got, shown)
 	}
@@ -89,7 +89,6 @@ func criLife(t *testing.T, version string) {
 		t.Error(err)
 	}
 
-	// CRI asks for the usage of a committed snapshot once: it stays right when others come that share most of it.
 	rebuilt := push(t, r, "app:2", busybox(t), layer(t, image.Dir("app"), payload(version, "app/file", 2<<20),
 		payload(version, "app/other", 700_000)))
 	for _, ref := range []string{app, rebuilt} {
@@ -124,8 +123,8 @@ func criPod(t *testing.T, n *node.Node, c *node.CRI, app string, ctx context.Con
 	id := created.ContainerId
 	_, err = c.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: id})
 	must(t, err)
-	done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"sh", "-c",
-		"wc -c < /app/file; echo new > /app/new; cat /app/new"}, Timeout: 60})
+	done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id,
+		Cmd: []string{"sh", "-c", "wc -c < /app/file; echo new > /app/new; cat /app/new"}, Timeout: 60})
 	must(t, err)
 	if got := string(done.Stdout); done.ExitCode != 0 || got != "2097152\nnew\n" {
 		t.Errorf("exit %d, %q, %s", done.ExitCode, got, done.Stderr)

@@ -59,12 +59,12 @@ func critest(t *testing.T, bin, snapshotter string) map[string]bool {
 	for _, name := range []string{"loopback", "test"} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(cniScript), 0o755))
 	}
-	must(t, os.WriteFile(filepath.Join(dir, "images.yaml"), fmt.Appendf(nil, "defaultTestContainerImage: "+
-		"%s\nwebServerTestImage: %s\n", ref, ref), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "images.yaml"),
+		fmt.Appendf(nil, "defaultTestContainerImage: %s\nwebServerTestImage: %s\n", ref, ref), 0o600))
 	opts := node.Options{CRI: true, PauseImage: pauseRef, NoDedup: snapshotter != node.Snapshotter,
 		Plugins: map[string]map[string]any{
-			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": filepath.Join(dir,
-				"net.d")}},
+			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir},
+				"conf_dir": filepath.Join(dir, "net.d")}},
 		}}
 	start := startDedup
 	if opts.NoDedup {

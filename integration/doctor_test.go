@@ -106,8 +106,8 @@ func TestDoctor(t *testing.T) {
 	t.Run("containerd's config", func(t *testing.T) { doctorReadsConfig(t, n) })
 	t.Run("a stranger", func(t *testing.T) {
 		cmd := exec.Command("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", copyOfDedupctl(t), "doctor")
-		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out),
-			"sudo dedupctl doctor") {
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != 1 ||
+			!strings.Contains(string(out), "sudo dedupctl doctor") {
 			t.Errorf("%s", out)
 		}
 	})
@@ -117,12 +117,12 @@ func TestDoctor(t *testing.T) {
 	})
 	must(t, n.StopContainerd())
 	t.Run("no containerd", func(t *testing.T) {
-		expect(t, diagnose(t, n), map[string][2]string{"daemon.runs": {"problem", ""}, "containerd.runs": {"problem",
-			"containerd_address"}})
+		expect(t, diagnose(t, n), map[string][2]string{"daemon.runs": {"problem", ""},
+			"containerd.runs": {"problem", "containerd_address"}})
 	})
 	out, err := dedupctl(t, n, "doctor", "--config", n.Dir())
-	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.Contains(out,
-		"is a directory") {
+	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || exit.ExitCode() != 1 ||
+		!strings.Contains(out, "is a directory") {
 		t.Errorf("a config that cannot be read: %v: %s", err, out)
 	}
 }
@@ -183,8 +183,7 @@ func doctorFindsMounts(t *testing.T, n *node.Node) {
 		}
 	}
 	if !slices.ContainsFunc(list, func(f found) bool {
-		return f.Check == "mounts.idle" && strings.HasPrefix(f.Message,
-			idle+": ")
+		return f.Check == "mounts.idle" && strings.HasPrefix(f.Message, idle+": ")
 	}) {
 		t.Errorf("%s is not found in %+v", idle, list)
 	}
@@ -234,8 +233,8 @@ func TestDoctorFollowsConfig(t *testing.T) {
 	ctx := testContext(t)
 	must(t, n.StartDaemon(ctx))
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.snapshotter": {"problem", "dedupctl config containerd --write"}, "containerd.differ": {"problem",
-			"plain files first"},
+		"containerd.snapshotter":  {"problem", "dedupctl config containerd --write"},
+		"containerd.differ":       {"problem", "plain files first"},
 		"containerd.differ-order": {"warning", ""}, "containerd.unpack-config": {"warning", ""},
 	})
 	_, err := dedupctl(t, n, "images")
@@ -245,8 +244,8 @@ func TestDoctorFollowsConfig(t *testing.T) {
 	_, err = dedupctl(t, n, "config", "containerd", "--containerd-address", n.Address(), "--write", "--yes")
 	must(t, err)
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.snapshotter": {"problem", "systemctl restart containerd"}, "containerd.differ": {"problem",
-			"systemctl restart containerd"},
+		"containerd.snapshotter": {"problem", "systemctl restart containerd"},
+		"containerd.differ":      {"problem", "systemctl restart containerd"},
 	})
 	must(t, n.RestartContainerd(ctx))
 	expect(t, diagnose(t, n), nil)
@@ -277,8 +276,8 @@ func TestDoctorOldContainerd(t *testing.T) {
 	must(t, os.WriteFile(path, []byte(text), 0o600))
 	must(t, n.RestartContainerd(testContext(t)))
 	expect(t, diagnose(t, n), map[string][2]string{
-		"containerd.capabilities": {"problem", "downloads and unpacks what is known"}, "containerd.exports-root": {"warning",
-			"/elsewhere"},
+		"containerd.capabilities": {"problem", "downloads and unpacks what is known"},
+		"containerd.exports-root": {"warning", "/elsewhere"},
 	})
 }
 

@@ -73,8 +73,8 @@ func TestEqualityToSpec(t *testing.T) {
 		}
 	}
 	equal(t, want, got, rootfs.DiffOptions{Times: []string{".", "implied", "implied/deep"}})
-	equal(t, want, dumpActive(t, n, node.Snapshotter, ref), rootfs.DiffOptions{Times: []string{".", "implied",
-		"implied/deep"}})
+	equal(t, want, dumpActive(t, n, node.Snapshotter, ref),
+		rootfs.DiffOptions{Times: []string{".", "implied", "implied/deep"}})
 }
 
 func sha256Hex(text string) string {

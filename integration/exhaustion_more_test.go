@@ -41,8 +41,8 @@ func TestReadErrors(t *testing.T) {
 				must(t, n.StopDaemon())
 				must(t, n.StartDaemon(w.ctx))
 			}
-			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "true"); err == nil || !strings.Contains(err.Error(),
-				"is missing or has other bytes") {
+			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["next"], "true"); err == nil ||
+				!strings.Contains(err.Error(), "is missing or has other bytes") {
 				t.Errorf("a container of the damaged image: %q, %v", out, err)
 			}
 			if out, err := n.Run(w.ctx, node.Snapshotter, w.refs["start"], "sh", "-c", readsStart); err != nil {

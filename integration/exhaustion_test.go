@@ -46,33 +46,29 @@ const (
 
 var shortages = []shortage{
 	{
-		name: "blocks", take: func(w *world, t *testing.T) { w.fill(t, 3<<20) }, rest: func(w *world,
-			t *testing.T) {
-			w.fill(t, 0)
-		}, give: (*world).empty,
+		name: "blocks", take: func(w *world, t *testing.T) {
+			w.fill(t, 3<<20)
+		}, rest: func(w *world, t *testing.T) { w.fill(t, 0) }, give: (*world).empty,
 		// what the pull leaves for a moment may make room for the others
 		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull},
 	},
 	{
-		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) { w.fillInodes(t, 1) }, rest: func(w *world,
-			t *testing.T) {
-			w.fillInodes(t, 0)
-		}, give: (*world).empty,
+		name: "inodes", inodes: 3000, take: func(w *world, t *testing.T) {
+			w.fillInodes(t, 1)
+		}, rest: func(w *world, t *testing.T) { w.fillInodes(t, 0) }, give: (*world).empty,
 		// what the pull leaves for a moment may make room for the others
 		says: []string{"no space left on device (free space or inodes on the file system of "}, fails: []string{opPull},
 	},
 	{
 		name: "inodes of the run directory", take: (*world).fillRun, give: func(w *world, t *testing.T) {
-			must(t,
-				os.RemoveAll(filepath.Join(w.run, "fillers")))
+			must(t, os.RemoveAll(filepath.Join(w.run, "fillers")))
 		},
 		says: []string{"no space left on device (free space or inodes on the file system of /"}, fails: []string{opStart},
 	},
 	{
-		name: "open files", take: func(w *world, t *testing.T) { w.limitFiles(t, 3) }, rest: func(w *world,
-			t *testing.T) {
-			w.limitFiles(t, 0)
-		},
+		name: "open files", take: func(w *world, t *testing.T) {
+			w.limitFiles(t, 3)
+		}, rest: func(w *world, t *testing.T) { w.limitFiles(t, 0) },
 		give: func(w *world, t *testing.T) { w.limitFiles(t, 1<<16) },
 		says: []string{"too many open files (the daemon for "}, fails: []string{opStart}, silent: []string{opGC, opRepair},
 	},
@@ -81,18 +77,16 @@ var shortages = []shortage{
 		says: []string{"read-only file system (the file system of "}, fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "writes fail", take: func(w *world, _ *testing.T) { w.disk.failWrites.Store(true) }, give: func(w *world,
-			_ *testing.T) {
-			w.disk.heal()
-		}, reboot: true,
+		name: "writes fail", take: func(w *world, _ *testing.T) {
+			w.disk.failWrites.Store(true)
+		}, give: func(w *world, _ *testing.T) { w.disk.heal() }, reboot: true,
 		says:  []string{"input/output error (the disk under ", "read-only file system (the file system of "},
 		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "flushes fail", take: func(w *world, _ *testing.T) { w.disk.failSyncs.Store(true) }, give: func(w *world,
-			_ *testing.T) {
-			w.disk.heal()
-		}, reboot: true,
+		name: "flushes fail", take: func(w *world, _ *testing.T) {
+			w.disk.failSyncs.Store(true)
+		}, give: func(w *world, _ *testing.T) { w.disk.heal() }, reboot: true,
 		says:  []string{"input/output error (the disk under ", "read-only file system (the file system of "},
 		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
@@ -107,8 +101,9 @@ var shortages = []shortage{
 		fails: []string{opPull, opStart, opCommit, opRepair},
 	},
 	{
-		name: "some data cannot be written", take: func(w *world, _ *testing.T) { w.disk.failMarked.Store(true) },
-		give: func(w *world, _ *testing.T) { w.disk.heal() },
+		name: "some data cannot be written", take: func(w *world, _ *testing.T) {
+			w.disk.failMarked.Store(true)
+		}, give: func(w *world, _ *testing.T) { w.disk.heal() },
 		says: []string{"input/output error (the disk under "}, fails: []string{opPull},
 	},
 }

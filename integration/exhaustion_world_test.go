@@ -81,8 +81,8 @@ func newWorld(t *testing.T, s shortage) *world {
 	w.rounds = filepath.Join(w.n.Dir(), "tmp/rounds")
 	must(t, os.Mkdir(w.rounds, 0o755))
 	w.container = node.NewID("reader")
-	_, err := w.n.Ctr(ctx, "run", "--detach", "--snapshotter", node.Snapshotter, "--runc-root", filepath.Join(w.n.Dir(),
-		"runc"),
+	_, err := w.n.Ctr(ctx, "run", "--detach", "--snapshotter", node.Snapshotter, "--runc-root",
+		filepath.Join(w.n.Dir(), "runc"),
 		"--mount", "type=bind,src="+w.rounds+",dst=/rounds,options=rbind:rw", w.refs["known"], w.container, "sh", "-c",
 		patientReader)
 	must(t, err)
@@ -115,8 +115,8 @@ func (w *world) goesOn(t *testing.T, writes bool) {
 		return fi.Size()
 	}
 	for _, name := range files {
-		for start, deadline := size(name), time.Now().Add(20*time.Second); size(name) < start+
-			3; time.Sleep(10 * time.Millisecond) {
+		for start, deadline := size(name),
+			time.Now().Add(20*time.Second); size(name) < start+3; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("the running container: %s stays at %d", name, start)
 			}

@@ -211,8 +211,8 @@ func (w *fsckWorld) repairsFromRegistry(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error()+out, "dedupctl fsck --repair") {
 		t.Errorf("a container of a damaged image: %q, %v", out, err)
 	}
-	if out, err := dedupctl(t, w.n, "fsck"); err == nil || !strings.Contains(out, "b:1") || !strings.Contains(out,
-		"what to do:") {
+	if out, err := dedupctl(t, w.n, "fsck"); err == nil || !strings.Contains(out, "b:1") ||
+		!strings.Contains(out, "what to do:") {
 		t.Errorf("dedupctl fsck says %q, %v", out, err)
 	}
 	if r := fsck(t, w.n, 0, "--repair"); len(r.Fetched) < 2 {

@@ -97,8 +97,8 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 	must(t, err)
 	chain, err := n.ChainID(ctx, refs["leased"])
 	must(t, err)
-	must(t, n.Client().LeasesService().AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" +
-		node.Snapshotter}))
+	must(t, n.Client().LeasesService().AddResource(ctx, lease,
+		leases.Resource{ID: chain, Type: "snapshots/" + node.Snapshotter}))
 	settle(t, n)
 
 	checkShown(t, shownImages(t, n), refs)
@@ -132,8 +132,8 @@ func TestImagesTellWhatRemovingFrees(t *testing.T) {
 		t.Error(shown)
 	}
 	must(t, n.StopContainerd())
-	if out, err := dedupctl(t, n, "images"); err == nil || !strings.Contains(out,
-		"containerd does not answer on containerd_address") {
+	if out, err := dedupctl(t, n, "images"); err == nil ||
+		!strings.Contains(out, "containerd does not answer on containerd_address") {
 		t.Errorf("without containerd: %v: %s", err, out)
 	}
 }
@@ -180,8 +180,8 @@ func removes(t *testing.T, n *node.Node, metrics string, ctx context.Context, ns
 	t.Logf("said %d bytes, with the dead ones %d, %d inodes, %d bytes of blobs; went %d, %d, %d",
 		want.FreedBytes, said, want.FreedInodes, want.FreedBlobBytes, got.Bytes, got.Inodes, gotBlobs.Bytes)
 	tables := 16384 * max(got.Inodes, 0) // what packs and images take for themselves
-	if !near(said, got.Bytes) && math.Abs(float64(got.Bytes-said)) > float64(tables) || !near(want.FreedBlobBytes,
-		gotBlobs.Bytes) {
+	if !near(said, got.Bytes) && math.Abs(float64(got.Bytes-said)) > float64(tables) ||
+		!near(want.FreedBlobBytes, gotBlobs.Bytes) {
 		t.Errorf("removing %v frees %+v and %d bytes of blobs, dedupctl images said %+v, and %d bytes with the dead ones",
 			refs, got, gotBlobs.Bytes, want, said)
 	}

@@ -226,8 +226,8 @@ func (k *kubelet) run(t *testing.T, script string) string {
 	t.Helper()
 	out, err := k.machine.Run(testContext(t), script)
 	if err != nil {
-		log, _ := k.machine.Run(testContext(t), "journalctl -n 60 -u containerd | grep -v 'loading plugin'; cat "+
-			"/var/log/pods/*.log")
+		log, _ := k.machine.Run(testContext(t),
+			"journalctl -n 60 -u containerd | grep -v 'loading plugin'; cat /var/log/pods/*.log")
 		t.Fatal(err, log)
 	}
 	return out
@@ -314,8 +314,8 @@ func (k *kubelet) start(t *testing.T, handler, name string, config *cri.Containe
 
 func (k *kubelet) exec(t *testing.T, p pod, script string) string {
 	t.Helper()
-	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container, Cmd: []string{"sh", "-c",
-		script}, Timeout: 60})
+	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container,
+		Cmd: []string{"sh", "-c", script}, Timeout: 60})
 	must(t, err)
 	return string(done.Stdout) + string(done.Stderr)
 }

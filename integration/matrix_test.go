@@ -104,8 +104,7 @@ func matrixNode(t *testing.T, table *matrixTable, title string, reference *node.
 	for _, cl := range []puller{
 		{name: "ctr", pull: pull(n.Pull), namespace: "ctr", other: "ctr-2"},
 		{name: "client", pull: func(ctx context.Context, ref string) error {
-			return n.PullClient(ctx, node.Snapshotter,
-				ref)
+			return n.PullClient(ctx, node.Snapshotter, ref)
 		}, namespace: "client", other: "client-2"},
 		{name: "ctr-local", pull: pull(n.PullLocal), namespace: "local", other: "local-2", fetchesAll: true},
 		{name: "CRI", pull: c.Pull, namespace: node.CRINamespace},
@@ -131,8 +130,8 @@ func matrix(t *testing.T, table *matrixTable, n, reference *node.Node, cl puller
 	base, app, mid := own("base"), own("app"), own("mid")
 	again := func(opts image.LayerOptions) *image.Layer {
 		l, err := image.FromEntries(t.TempDir(), opts,
-			image.Dir("app"), payload(cl.name, "app/file", 9000), image.File("app/small", cl.name), image.Symlink("app/link",
-				"small"))
+			image.Dir("app"), payload(cl.name, "app/file", 9000), image.File("app/small", cl.name),
+			image.Symlink("app/link", "small"))
 		must(t, err)
 		if l.Diff != app.Diff || l.Hash == app.Hash {
 			t.Fatalf("the layer in another compression (%+v) is not what the test needs", opts)

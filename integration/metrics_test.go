@@ -40,8 +40,8 @@ func TestMetrics(t *testing.T) {
 		added < 4<<20 || added > 2*got {
 		t.Errorf("%v bytes were read, %v added", got, added)
 	}
-	if after.sum("dedup_ingest_seconds_total", `stage="read"`) <= 0 || after.sum("dedup_ingest_seconds_total",
-		`stage="sync"`) <= 0 {
+	if after.sum("dedup_ingest_seconds_total", `stage="read"`) <= 0 ||
+		after.sum("dedup_ingest_seconds_total", `stage="sync"`) <= 0 {
 		t.Errorf("no time was spent: %v", after.of("dedup_ingest_seconds_total"))
 	}
 

@@ -68,8 +68,8 @@ func TestMigrateCRI(t *testing.T) {
 	}
 	for _, id := range []string{old, fresh} {
 		eventually(t, "the container to read its files again and again", func() bool {
-			done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"sh", "-c",
-				"test $(wc -c < /rounds) -gt 3"}, Timeout: 60})
+			done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id,
+				Cmd: []string{"sh", "-c", "test $(wc -c < /rounds) -gt 3"}, Timeout: 60})
 			return err == nil && done.ExitCode == 0
 		})
 	}

@@ -195,8 +195,8 @@ func TestAnalyzePredictsMigration(t *testing.T) {
 func migrationImages(t *testing.T) (base *image.Layer, images map[string][]*image.Layer) {
 	t.Helper()
 	base, apps := demoImages(t)
-	images = map[string][]*image.Layer{"one:1": {apps[0]}, "two:1": {apps[1]}, "deep:1": {apps[0],
-		layer(t, payload("deep", "own", 1<<20))}}
+	images = map[string][]*image.Layer{"one:1": {apps[0]}, "two:1": {apps[1]},
+		"deep:1": {apps[0], layer(t, payload("deep", "own", 1<<20))}}
 	if os.Getenv("DEDUP_LONG") == "" {
 		return base, images
 	}
@@ -261,14 +261,13 @@ func migratesAndGoesBack(t *testing.T, opts node.Options) {
 	if m.Removed != 2 || m.Kept != 2 || m.RemovedBytes < 40_000 || snapshotsOf(t, n, "overlayfs") != 4 {
 		t.Errorf("dry run: %v, %+v", states, m)
 	}
-	// One image alone, as on a disk that has no room for all of them twice.
 	if states, m = migrate(t, n, false, "--remove-old", refs["two:1"]); len(states) != 1 || m.Removed != 1 ||
 		m.Kept != 2 || m.RemovedBytes < 20_000 {
 		t.Errorf("one image: %v, %+v", states, m)
 	}
 	states, m = migrate(t, n, false, "--remove-old")
-	if m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 || !slices.Equal(m.Containers, []string{node.Namespace +
-		"/" + running}) {
+	if m.Removed != 1 || m.Kept != 2 || m.RemovedBytes < 20_000 ||
+		!slices.Equal(m.Containers, []string{node.Namespace + "/" + running}) {
 		t.Errorf("while a container runs: %v, %+v", states, m)
 	}
 	readsOn(t, n, pid)
@@ -315,8 +314,8 @@ func migratesPartly(t *testing.T, n *node.Node, refs map[string]string) {
 	}
 	out := migrateText(t, n)
 	hint := "dedupctl complete --namespace default " + refs["partial:1"]
-	if !strings.Contains(out, hint) || !strings.Contains(out, "1 image of 4 not migrated") || !strings.Contains(out,
-		"migrate --remove-old removes") {
+	if !strings.Contains(out, hint) || !strings.Contains(out, "1 image of 4 not migrated") ||
+		!strings.Contains(out, "migrate --remove-old removes") {
 		t.Errorf("%q is not in\n%s", hint, out)
 	}
 	if out, err := dedupctl(t, n, "complete", "--containerd-address", n.Address(), "--plain-http", "--hosts-dir", "",

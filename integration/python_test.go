@@ -78,8 +78,8 @@ func pythonImages(t *testing.T) []pythonImage {
 	must(t, err)
 	oldBase, err := older.Debian(ctx)
 	must(t, err)
-	return append(images, pythonImage{"3.9", []*image.Layer{oldBase}, "import asyncio, email.mime.text, http.server, " +
-		"json, logging.config, sqlite3, unittest.mock, xml.sax"})
+	return append(images, pythonImage{"3.9", []*image.Layer{oldBase},
+		"import asyncio, email.mime.text, http.server, json, logging.config, sqlite3, unittest.mock, xml.sax"})
 }
 
 // Every compiled file that is valid for Python with overlayfs is valid for it with dedup, in a container with
@@ -161,8 +161,8 @@ func TestPythonRunsNewCode(t *testing.T) {
 	changed := strings.Replace(source, version[0], `__version__ = "`+strings.Repeat("9", len(version[1]))+`"`, 1)
 	nines := strings.Repeat("9", len(version[1])) + "\n"
 
-	out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", "sed -i 's/"+version[1]+"/"+strings.Repeat("9",
-		len(version[1]))+"/' "+edited+" && "+showEdited)
+	out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", "sed -i 's/"+version[1]+"/"+
+		strings.Repeat("9", len(version[1]))+"/' "+edited+" && "+showEdited)
 	must(t, err)
 	if out != nines {
 		t.Errorf("edited in a container: %q", out)
@@ -195,10 +195,11 @@ func upgradedByPip(t *testing.T, n *node.Node, ref string) {
 	must(t, err)
 	wheels, err := set.Wheels(testContext(t))
 	must(t, err)
-	pip := "python3 /mnt/" + inputs.Pip + " install --quiet --root-user-action=ignore --no-index --no-deps " +
-		"--break-system-packages --find-links /mnt/" + inputs.OlderWheels
-	out, err := n.RunWith(testContext(t), node.Snapshotter, []string{"--mount", "type=bind,src=" + wheels +
-		",dst=/mnt,options=rbind:ro"}, ref,
+	pip := "python3 /mnt/" + inputs.Pip +
+		" install --quiet --root-user-action=ignore --no-index --no-deps --break-system-packages --find-links /mnt/" +
+		inputs.OlderWheels
+	out, err := n.RunWith(testContext(t), node.Snapshotter,
+		[]string{"--mount", "type=bind,src=" + wheels + ",dst=/mnt,options=rbind:ro"}, ref,
 		"sh", "-c", showEdited+" && "+pip+" six==1.16.0 && "+showEdited)
 	must(t, err)
 	if got := strings.Fields(out); len(got) != 2 || got[0] == got[1] || got[1] != "1.16.0" {

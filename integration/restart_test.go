@@ -201,8 +201,8 @@ func startsAfterReboot(t *testing.T, lost []string) {
 		must(t, ctx.Err())
 	}
 	created := node.NewID("created")
-	_, err = n.Ctr(ctx, "container", "create", "--snapshotter", node.Snapshotter, "--runc-root", filepath.Join(n.Dir(),
-		"runc"),
+	_, err = n.Ctr(ctx, "container", "create", "--snapshotter", node.Snapshotter, "--runc-root",
+		filepath.Join(n.Dir(), "runc"),
 		ref, created, "cat", "/data/small-c")
 	must(t, err)
 

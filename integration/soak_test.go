@@ -177,8 +177,8 @@ func soakImages(t *testing.T, r *rand.Rand) (all []soakImage) {
 		for _, e := range entries {
 			h.Write([]byte(e.Content))
 		}
-		all = append(all, soakImage{push(t, registries[i%2], fmt.Sprintf("soak:%d", i), layers...), fmt.Sprintf("%x  -\n",
-			h.Sum(nil))})
+		all = append(all, soakImage{push(t, registries[i%2], fmt.Sprintf("soak:%d", i), layers...),
+			fmt.Sprintf("%x  -\n", h.Sum(nil))})
 	}
 	return all
 }

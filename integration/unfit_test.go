@@ -53,8 +53,8 @@ func TestLayersThatDoNotFit(t *testing.T) {
 		t.Errorf("the image that fits shows %d names", len(got))
 	}
 	bad := push(t, r, "unfit:known", dir, link)
-	if err := n.Pull(testContext(t), node.Snapshotter, bad); err == nil || !strings.Contains(err.Error(),
-		`names "there", which is a directory`) {
+	if err := n.Pull(testContext(t), node.Snapshotter, bad); err == nil ||
+		!strings.Contains(err.Error(), `names "there", which is a directory`) {
 		t.Errorf("a known layer on another parent: ctr says %v", err)
 	}
 	if got := dump(t, n, node.Snapshotter, good); len(got) != 3 {

@@ -57,8 +57,8 @@ func filled(b *testing.B, n int) (*Snapshotter, float64, time.Duration) {
 	ctx := namespaces.WithNamespace(b.Context(), "fill")
 	for i := range n {
 		blob := benchTar(b, i)
-		in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
-			Open: func(context.Context) (io.ReadCloser, error) {
+		in, err := s.layers.IngestBlob(ctx,
+			layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
 				return io.NopCloser(bytes.NewReader(blob)), nil
 			}})
 		if err != nil {

@@ -35,8 +35,6 @@ type buildJob struct {
 	err    error
 }
 
-// startJob runs fn after a delay, in place of the job that the snapshot has. It returns nil when the snapshotter is
-// closed.
 func (s *Snapshotter) startJob(ctx context.Context, name string, delay time.Duration,
 	fn func(context.Context) error) *buildJob {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))

@@ -82,8 +82,8 @@ func (w *crashWorld) run(t *testing.T, seed uint64, after time.Duration) {
 	}
 	slices.Sort(known)
 	cmd := exec.Command(os.Args[0], "-test.run=^TestCrashChild$", "-test.v")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%d\n%d\n%s", crashEnv, w.root, seed, w.round, strings.Join(known,
-		"\n")))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%d\n%d\n%s", crashEnv, w.root, seed, w.round,
+		strings.Join(known, "\n")))
 	if errs, killed := w.watch(t, cmd, after); !killed {
 		t.Fatalf("the process ended by itself: %s", errs)
 	}

@@ -138,8 +138,8 @@ func served(_ any, err error) error {
 
 func ingestTar(t *testing.T, s *Snapshotter, ctx context.Context, blob []byte) layer.Ingested {
 	t.Helper()
-	in, err := s.layers.IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
-		Open: func(context.Context) (io.ReadCloser, error) {
+	in, err := s.layers.IngestBlob(ctx,
+		layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
 			return io.NopCloser(bytes.NewReader(blob)), nil
 		}})
 	if err != nil {
@@ -148,7 +148,6 @@ func ingestTar(t *testing.T, s *Snapshotter, ctx context.Context, blob []byte) l
 	return in
 }
 
-// applyOn is Prepare, Apply and Commit, and what a client does when one fails.
 func applyOn(t *testing.T, s *Snapshotter, ctx context.Context, parent string, labels map[string]string, blob []byte,
 	opts ...snapshots.Opt) error {
 	t.Helper()

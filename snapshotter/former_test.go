@@ -71,8 +71,8 @@ func formerTars(t *testing.T) [][]byte {
 			{name: "lib/"}, {name: "lib/alone.py", data: other, mtime: at + 7},
 		}),
 		tarOfMembers(t, []member{
-			{name: "app/__pycache__/large.cpython-311.opt-1.pyc", data: bytecodeOf(at, large, code("optimised")), mtime: at +
-				60},
+			{name: "app/__pycache__/large.cpython-311.opt-1.pyc", data: bytecodeOf(at, large, code("optimised")),
+				mtime: at + 60},
 			{name: "lib/__pycache__/"},
 			{name: "lib/__pycache__/alone.cpython-311.pyc", data: bytecodeOf(at+7, other, code("alone")), mtime: at + 60},
 		}),

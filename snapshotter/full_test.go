@@ -75,8 +75,8 @@ func smallDisk(t *testing.T) (file, at string) {
 	dir := t.TempDir()
 	file, at = filepath.Join(dir, "disk"), filepath.Join(dir, "at")
 	for _, args := range [][]string{
-		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at}, {"mount", "-o", "loop", file,
-			at},
+		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at},
+		{"mount", "-o", "loop", file, at},
 	} {
 		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Skipf("%v: %v\n%s", args, err, out)
@@ -244,8 +244,8 @@ func (f *fullDisk) build(ctx context.Context) {
 		return
 	}
 	upper, _ := f.s.upperOf(mounts)
-	if os.WriteFile(filepath.Join(upper, "file"), []byte(data), 0o600) != nil || !f.expect("commit", f.s.Commit(ctx, name,
-		key)) {
+	if os.WriteFile(filepath.Join(upper, "file"), []byte(data), 0o600) != nil ||
+		!f.expect("commit", f.s.Commit(ctx, name, key)) {
 		must(f.t, f.s.Remove(ctx, key))
 		return
 	}

@@ -81,8 +81,6 @@ func want(ctx context.Context, parent string, labels map[string]string) (w wante
 	return w, !w.staged || !w.diffID.IsZero()
 }
 
-// serveKnown serves an extraction from a layer that is known or whose blob is at hand: it returns
-// ErrAlreadyExists or mounts. On a miss it returns neither.
 func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels map[string]string) ([]mount.Mount,
 	error) {
 	w, ok := want(ctx, parent, labels)
@@ -233,8 +231,6 @@ func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (d content.DiffID,
 	return d, reasonChain, ok
 }
 
-// commitKnown commits the target, unless the same namespace was served it before, and returns
-// ErrAlreadyExists. It takes the hold that in carries.
 func (s *Snapshotter) commitKnown(ctx context.Context, key, parent string, labels map[string]string,
 	in layer.Ingested) error {
 	ns, _ := namespaces.Namespace(ctx)
@@ -272,8 +268,6 @@ func hitName(namespace, parent, target string) string {
 	return fmt.Sprintf("%s/known-%x/%s", namespace, h[:8], target)
 }
 
-// stage creates an active snapshot that stands for a layer, and returns mounts that tell containerd
-// so (2.4 and newer). It takes the hold that in carries.
 func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]string,
 	in layer.Ingested) ([]mount.Mount, error) {
 	labels = maps.Clone(labels)

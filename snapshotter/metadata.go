@@ -38,7 +38,6 @@ var (
 	keySum          = []byte("sum")
 )
 
-// errRecord: what metadata.db says of a snapshot is not what was written. Nothing may be made of it.
 var errRecord = fmt.Errorf("its record in metadata.db is damaged (`dedupctl fsck` names what it harms): %w",
 	errdefs.ErrFailedPrecondition)
 
@@ -237,7 +236,6 @@ func soundChain(ctx context.Context, parent string) error {
 	return nil // what else may be wrong storage says
 }
 
-// createSnapshot is storage.CreateSnapshot.
 func createSnapshot(ctx context.Context, kind snapshots.Kind, key, parent string, labels map[string]string) (id string,
 	err error) {
 	if err := soundChain(ctx, parent); err != nil {
@@ -250,7 +248,6 @@ func createSnapshot(ctx context.Context, kind snapshots.Kind, key, parent string
 	return sn.ID, seal(ctx, key, "")
 }
 
-// commitActive is storage.CommitActive; parent is for a snapshot without one.
 func commitActive(ctx context.Context, key, name, parent string, usage snapshots.Usage,
 	labels map[string]string) error {
 	_, active, _, err := getInfo(ctx, key)

@@ -96,8 +96,8 @@ func TestDamagedMetadataIsRefused(t *testing.T) {
 			s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact})
 			if err == nil {
 				t.Error("opened", stop(s))
-			} else if !strings.Contains(err.Error(), "metadata.db") || !strings.Contains(err.Error(),
-				"nothing was removed; put the file back from a backup") {
+			} else if !strings.Contains(err.Error(), "metadata.db") ||
+				!strings.Contains(err.Error(), "nothing was removed; put the file back from a backup") {
 				t.Error(err)
 			}
 			if diff := cmp.Diff(before, stored(t, root)); diff != "" {
@@ -295,8 +295,8 @@ func TestDamagedMetadataIsFound(t *testing.T) {
 		case back || contentOf(t, file.Name()) == said:
 			harmless++
 		default:
-			t.Errorf("it says something else, and is taken for whole:\n%s", cmp.Diff(strings.Split(said, "\n"),
-				strings.Split(contentOf(t, file.Name()), "\n")))
+			t.Errorf("it says something else, and is taken for whole:\n%s",
+				cmp.Diff(strings.Split(said, "\n"), strings.Split(contentOf(t, file.Name()), "\n")))
 		}
 	}
 	t.Logf("%d of %d refused, %d harmless, of the others the damage was found", refused, n, harmless)

@@ -15,10 +15,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
-// Prepare creates an active snapshot. For an extraction of a layer that is known, or whose blob is at
-// hand, it commits the snapshot instead and returns ErrAlreadyExists, which tells containerd to adopt it; or,
-// where containerd names the parent only at Commit, it returns read-only mounts, which tell that nothing
-// is left to apply.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) (_ []mount.Mount,
 	err error) {
 	defer s.explain(&err)
@@ -43,7 +39,6 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	})
 }
 
-// View creates a read-only snapshot.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) (_ []mount.Mount,
 	err error) {
 	defer s.explain(&err)
@@ -56,8 +51,6 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	})
 }
 
-// create stores a snapshot and returns its mounts. The snapshot is stored first, so that its
-// parent stays while the chain image is built.
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string,
 	labels map[string]string) (_ []mount.Mount, err error) {
 	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}

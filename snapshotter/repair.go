@@ -58,7 +58,6 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 	return node
 }
 
-// origins returns where the blobs of layers may be.
 func (s *Snapshotter) origins(ctx context.Context,
 	layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
 	all := map[content.LayerID][]origin{}

@@ -345,7 +345,6 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 	return visible(info), err
 }
 
-// Update changes the labels of a snapshot. Private labels survive it.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info,
 	err error) {
 	defer s.explain(&err)

@@ -57,8 +57,8 @@ func tarOfFiles(files map[string]string) ([]byte, error) {
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for name, data := range files {
-		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)), ModTime: time.Unix(1700000000,
-			0)}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data)),
+			ModTime: time.Unix(1700000000, 0)}); err != nil {
 			return nil, err
 		}
 		if _, err := io.WriteString(w, data); err != nil {
@@ -72,8 +72,6 @@ func ns(t *testing.T, name string) context.Context {
 	return namespaces.WithNamespace(t.Context(), name)
 }
 
-// unpack does for one layer what containerd does: Prepare, Apply, Commit. It
-// returns the committed name and whether the layer had to be applied.
 func unpack(t *testing.T, s *Snapshotter, namespace, parent string, blob []byte, labels map[string]string) (name string,
 	applied bool) {
 	t.Helper()

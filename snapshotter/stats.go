@@ -56,8 +56,8 @@ func answers() []Answer {
 		{doorPrepare, false, reasonUnknown}, {doorPrepare, false, reasonAhead}, {doorPrepare, false, reasonIngested},
 		{doorPrepare, false, reasonLate}, {doorPrepare, false, reasonBadBlob}, {doorPrepare, false, reasonUnnamed},
 		{doorPrepare, false, reasonUntrusted},
-		{doorApply, true, reasonKnown}, {doorApply, true, reasonSame}, {doorApply, false, reasonNew}, {doorApply, false,
-			reasonAhead},
+		{doorApply, true, reasonKnown}, {doorApply, true, reasonSame}, {doorApply, false, reasonNew},
+		{doorApply, false, reasonAhead},
 		{doorCommit, true, reasonSame}, {doorCommit, false, reasonNew},
 	}
 }

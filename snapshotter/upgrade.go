@@ -141,7 +141,6 @@ func (s *Snapshotter) mountedLayers(ctx context.Context) (layers []content.Layer
 // uses tells whether there is a snapshot of this id that containers may have mounted.
 func (r records) uses(id string) bool {
 	return slices.ContainsFunc(r.whole, func(sn storedSnapshot) bool {
-		return sn.id == id &&
-			sn.Kind != snapshots.KindCommitted
+		return sn.id == id && sn.Kind != snapshots.KindCommitted
 	})
 }

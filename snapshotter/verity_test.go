@@ -460,8 +460,8 @@ func TestVerityCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = mount.WithTempMount(t.Context(), mounts, func(root string) error {
-		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600), os.WriteFile(filepath.Join(root, "new"),
-			[]byte(large), 0o600))
+		return errors.Join(os.Chmod(filepath.Join(root, "file"), 0o600),
+			os.WriteFile(filepath.Join(root, "new"), []byte(large), 0o600))
 	})
 	if err != nil {
 		t.Fatal(err)

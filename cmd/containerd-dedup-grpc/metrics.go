@@ -109,8 +109,8 @@ func (c collector) work(e emitter) {
 		if a.Hit {
 			result = "hit"
 		}
-		e.count("dedup_layer_requests_total", "Layers that were asked for or brought in, by door, by whether the store "+
-			"had them, and why.",
+		e.count("dedup_layer_requests_total",
+			"Layers that were asked for or brought in, by door, by whether the store had them, and why.",
 			float64(n), "door", a.Door, "result", result, "reason", a.Reason)
 	}
 	e.count("dedup_chain_builds_total", "Chain images that were built.", float64(did.Builds))
@@ -156,8 +156,8 @@ func running(e emitter, work string, count int, oldest time.Time, bytes int64) {
 	}
 	e.gauge("dedup_work_oldest_seconds", "How long the oldest of them has been running; 0 when there is none.", age,
 		"work", work)
-	e.gauge("dedup_work_memory_bytes", "Memory of ingests: payloads on their way to the disk. Of builds: an estimate "+
-		"from the entries of their layers.",
+	e.gauge("dedup_work_memory_bytes",
+		"Memory of ingests: payloads on their way to the disk. Of builds: an estimate from the entries of their layers.",
 		float64(bytes), "work", work)
 }
 

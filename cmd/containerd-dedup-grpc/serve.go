@@ -223,8 +223,6 @@ func listen(address string) (net.Listener, error) {
 	return l, nil
 }
 
-// recoverUnary and recoverStream answer a call that panics with an error: one bad call must not end the
-// daemon for all others.
 func recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any,
 	err error) {
 	defer answerPanic(ctx, info.FullMethod, &err)

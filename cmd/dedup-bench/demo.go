@@ -73,8 +73,8 @@ func runDemo(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, closeAll(all)) }()
 
-	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), igzip: igzip, command: []string{"python3", "-c",
-		inputs.Imports}}
+	pl := plan{images: all, parent: tmp, fidelity: c.String("fidelity"), igzip: igzip,
+		command: []string{"python3", "-c", inputs.Imports}}
 	trials, err := interleave(ctx, p, pl, subjects, c.Int("runs"))
 	if err != nil {
 		return err

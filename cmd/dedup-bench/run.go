@@ -35,14 +35,14 @@ func runCommand() *cli.Command {
 				Usage: "snapshotters: `NAME` is overlayfs, native, erofs, dedup, dedup-exact, dedup-normalized, all (of " +
 					"these), limit (only decompresses and hashes), or NAME=unix:///path/of/socket[?root=DIR] for any other that " +
 					"runs already"},
-			&cli.Float64Flag{Name: "scale", Value: 1, Usage: "size of layers100, memory, restart and scale; 50 is that of " +
-				"published figures"},
+			&cli.Float64Flag{Name: "scale", Value: 1,
+				Usage: "size of layers100, memory, restart and scale; 50 is that of published figures"},
 			&cli.StringSliceFlag{Name: "image", Usage: "measure this image, `REF` in any registry, instead of built ones; " +
 				"the first is pulled cold, further ones on top (scenario rebuild)"},
 			&cli.StringFlag{Name: "containerd", Value: node.DefaultVersion, Usage: "version of containerd: " +
 				strings.Join(versionsKnown(), ", ")},
-			&cli.IntFlag{Name: "unpacks", Value: 1, Usage: "containerd's max_concurrent_unpacks, where the snapshotter " +
-				"allows more than 1"},
+			&cli.IntFlag{Name: "unpacks", Value: 1,
+				Usage: "containerd's max_concurrent_unpacks, where the snapshotter allows more than 1"},
 			&cli.PathFlag{Name: "docs", Usage: "Markdown `FILE` whose tables (between <!-- results --> and <!-- end of " +
 				"results -->) are written anew, with plots in a directory beside it"},
 		}, commonFlags()...),
@@ -155,8 +155,8 @@ func newReport(results []report.Result, about report.About) report.Report {
 	slices.SortStableFunc(results, func(a, b report.Result) int {
 		return slices.Index(order, a.Scenario) - slices.Index(order, b.Scenario)
 	})
-	return report.Report{Results: results, About: about, Baseline: bench.Baseline, References: []string{"erofs",
-		bench.Limit}}
+	return report.Report{Results: results, About: about, Baseline: bench.Baseline,
+		References: []string{"erofs", bench.Limit}}
 }
 
 func show(c *cli.Context, r report.Report) error {
@@ -180,8 +180,8 @@ func chosen(names []string) ([]string, error) {
 		case slices.Contains(all, name), slices.Contains(corpora, name):
 			out = append(out, name)
 		default:
-			return nil, fmt.Errorf("scenario %q: want one of %s, or all, or corpora", name, strings.Join(append(all, corpora...),
-				", "))
+			return nil, fmt.Errorf("scenario %q: want one of %s, or all, or corpora", name,
+				strings.Join(append(all, corpora...), ", "))
 		}
 	}
 	return out, nil

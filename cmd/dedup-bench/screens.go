@@ -104,7 +104,6 @@ func (s *screens) play(ctx context.Context, tmp string, releases int) (err error
 	})
 }
 
-// fleet builds and pushes the images, the first release first.
 func (s *screens) fleet(ctx context.Context, r *bench.Registry, home string, releases int) (fleet []fleetImage,
 	err error) {
 	set, err := inputs.Open(s.say)
@@ -297,8 +296,8 @@ func (s *screens) write(path string) error {
 		m := screenMark.FindStringSubmatch(block)
 		shown, ok := s.shown[m[2]]
 		if !ok {
-			unknown = errors.Join(unknown, fmt.Errorf("write screens: %s wants the screen %q, which is not among those that "+
-				"were seen", path, m[2]))
+			unknown = errors.Join(unknown,
+				fmt.Errorf("write screens: %s wants the screen %q, which is not among those that were seen", path, m[2]))
 			return block
 		}
 		return m[1] + "```console\n" + strings.TrimRight(shown, "\n") + "\n```\n" + m[3]

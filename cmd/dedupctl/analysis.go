@@ -310,7 +310,6 @@ func (a *analysis) countImages() {
 	}
 }
 
-// analyze reads the sources and computes the result. started is called once it is known what there is to read.
 func analyze(ctx context.Context, sources []string, opts inventory.Options, verity bool,
 	started func(*analysis)) (Analysis, error) {
 	all, err := inventory.Read(ctx, sources, opts)

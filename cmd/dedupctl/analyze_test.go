@@ -32,8 +32,8 @@ func twoBuilds(t *testing.T) (base *image.Layer, apps [2]*image.Layer) {
 	}
 	base = build(image.Dir("lib"), image.File("lib/base", strings.Repeat("base", 5000)))
 	for i := range apps {
-		apps[i] = build(image.Dir("srv"), image.File("srv/same", strings.Repeat("same", 10_000)), image.File("srv/too",
-			strings.Repeat("same", 10_000)),
+		apps[i] = build(image.Dir("srv"), image.File("srv/same", strings.Repeat("same", 10_000)),
+			image.File("srv/too", strings.Repeat("same", 10_000)),
 			image.File("srv/own", strings.Repeat(fmt.Sprint(i), 5000)))
 	}
 	return base, apps
@@ -119,12 +119,12 @@ func TestAnalyzeReferences(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, out, errs = dedupctl(t, append([]string{"analyze"}, refs...)...)
-	if code != exitFailure || !strings.Contains(errs, "1 image left out") || !strings.Contains(out, "left out: "+
-		refs[1]) || !strings.Contains(out, "now, as overlayfs") {
+	if code != exitFailure || !strings.Contains(errs, "1 image left out") ||
+		!strings.Contains(out, "left out: "+refs[1]) || !strings.Contains(out, "now, as overlayfs") {
 		t.Errorf("exit code %d\n%s%s", code, out, errs)
 	}
-	if code, _, errs := dedupctl(t, "analyze", r.Ref("no/such:image")); code != exitFailure || !strings.Contains(errs,
-		"no/such:image") {
+	if code, _, errs := dedupctl(t, "analyze", r.Ref("no/such:image")); code != exitFailure ||
+		!strings.Contains(errs, "no/such:image") {
 		t.Errorf("exit code %d: %s", code, errs)
 	}
 }
@@ -194,8 +194,8 @@ func TestAnalyzeRefusesOtherBlobs(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, out, errs := dedupctl(t, "analyze", dir)
-	if code != exitFailure || !strings.Contains(errs, "has the diffID "+apps[1].Diff.String()) || !strings.Contains(out,
-		"no images there") {
+	if code != exitFailure || !strings.Contains(errs, "has the diffID "+apps[1].Diff.String()) ||
+		!strings.Contains(out, "no images there") {
 		t.Errorf("exit code %d\n%s%s", code, out, errs)
 	}
 }
@@ -257,7 +257,8 @@ func TestAnalyzeDeepImage(t *testing.T) {
 		t.Errorf("%d deep, %d images, %d layers", a.DeepestLowerdirs, a.DeepImages, a.Layers)
 	}
 	if _, out, _ := dedupctl(t, "analyze", string(path)); !strings.Contains(out, "The deepest image stacks 101 lower "+
-		"directories") || !strings.Contains(out, "1 image has more than 100.") {
+		"directories") ||
+		!strings.Contains(out, "1 image has more than 100.") {
 		t.Error(out)
 	}
 }

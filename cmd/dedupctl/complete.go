@@ -80,8 +80,8 @@ func completeCommand() *cli.Command {
 func registryFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},
-		&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registry; the password " +
-			"may stand in DEDUP_REGISTRY_PASSWORD"},
+		&cli.StringFlag{Name: "user", Aliases: []string{"u"},
+			Usage: "`USER[:PASSWORD]` at the registry; the password may stand in DEDUP_REGISTRY_PASSWORD"},
 		&cli.StringFlag{Name: "hosts-dir", Usage: "`DIR` with a hosts.toml for each registry",
 			Value: "/etc/containerd/certs.d"},
 		&cli.BoolFlag{Name: "plain-http", Usage: "the registry speaks HTTP without TLS"},

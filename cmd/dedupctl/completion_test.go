@@ -61,8 +61,8 @@ func TestCompletion(t *testing.T) {
 
 func TestCompletionErrors(t *testing.T) {
 	for _, args := range [][]string{{"completion"}, {"completion", "tcsh"}, {"completion", "bash", "zsh"}} {
-		if code, out, errs := dedupctl(t, args...); code != exitUsage || out != "" || !strings.Contains(errs,
-			"bash, zsh or fish") {
+		if code, out, errs := dedupctl(t, args...); code != exitUsage || out != "" ||
+			!strings.Contains(errs, "bash, zsh or fish") {
 			t.Errorf("%q: exit code %d, %s%s", args, code, out, errs)
 		}
 	}

@@ -34,8 +34,8 @@ func configCommand() *cli.Command {
 			Flags: []cli.Flag{
 				&cli.StringFlag{Name: "containerd-version", Usage: "write for this `VERSION`, without asking containerd"},
 				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerd},
-				&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that " +
-					"the running containerd was started with"},
+				&cli.StringFlag{Name: "containerd-config",
+					Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
 				&cli.StringFlag{Name: "root", Usage: "the daemon's root `DIR`; asked from the daemon when it runs",
 					Value: defaultRoot},
 				&cli.BoolFlag{Name: "cri", Usage: "make it the kubelet's snapshotter, too"},

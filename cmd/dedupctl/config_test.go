@@ -145,13 +145,13 @@ func TestCommandLineErrors(t *testing.T) {
 		{"config containerd --containerd-version new", exitUsage, []string{`"new": want one like 1.7`}},
 		{"config containerd --containerd-address " + none, exitFailure,
 			[]string{"containerd does not run: no socket " + none, "systemctl start containerd", "--containerd-version 2.1"}},
-		{"status --address " + none, exitFailure, []string{"does not run: no socket " + none,
-			"systemctl start containerd-dedup-grpc", "--address"}},
+		{"status --address " + none, exitFailure,
+			[]string{"does not run: no socket " + none, "systemctl start containerd-dedup-grpc", "--address"}},
 		{"--address " + none + " layers", exitFailure, []string{"no socket " + none}},
 		{"images --address " + none, exitFailure, []string{"no socket " + none}},
 		{"--json --address " + none + " duplicates", exitFailure, []string{"no socket " + none}},
-		{"status --address " + plain, exitFailure, []string{"nobody listens on " + plain,
-			"journalctl -u containerd-dedup-grpc"}},
+		{"status --address " + plain, exitFailure,
+			[]string{"nobody listens on " + plain, "journalctl -u containerd-dedup-grpc"}},
 	} {
 		t.Run(fmt.Sprintf("dedupctl %s", row.args), func(t *testing.T) {
 			code, out, errs := dedupctl(t, strings.Fields(row.args)...)
@@ -168,8 +168,8 @@ func TestCommandLineErrors(t *testing.T) {
 }
 
 func TestHelp(t *testing.T) {
-	for _, args := range [][]string{{"--help"}, {"status", "--help"}, {"config", "--help"}, {"config", "containerd",
-		"-h"}} {
+	for _, args := range [][]string{{"--help"}, {"status", "--help"}, {"config", "--help"},
+		{"config", "containerd", "-h"}} {
 		if code, out, _ := dedupctl(t, args...); code != exitOK || !strings.Contains(out, "USAGE") {
 			t.Errorf("%v: exit code %d, %s", args, code, out)
 		}

@@ -110,8 +110,8 @@ func TestWriteIsOverridden(t *testing.T) {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "config.toml")
 	late := "version = 3\n[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"walking\"]\n"
-	for path, text := range map[string]string{config: "version = 3\nimports = [\"conf.d/*.toml\"]\n", filepath.Join(dir,
-		"conf.d/zz.toml"): late} {
+	for path, text := range map[string]string{config: "version = 3\nimports = [\"conf.d/*.toml\"]\n",
+		filepath.Join(dir, "conf.d/zz.toml"): late} {
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
 			t.Fatal(err)
 		}
@@ -137,8 +137,8 @@ func TestWriteToRelativePath(t *testing.T) {
 		t.Fatal(code, out, errs)
 	}
 	b, err := os.ReadFile("config.toml")
-	want := fmt.Sprintf("imports = [%q] # added by dedupctl config containerd\n", filepath.Join(dir,
-		"conf.d/dedup-snapshotter.toml")) + text
+	want := fmt.Sprintf("imports = [%q] # added by dedupctl config containerd\n",
+		filepath.Join(dir, "conf.d/dedup-snapshotter.toml")) + text
 	if err != nil || string(b) != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, b, want)
 	}

@@ -206,8 +206,8 @@ func TestDaemon(t *testing.T) {
 	})
 	t.Run("a stranger is refused", func(t *testing.T) { checkStranger(t, r) })
 	stop()
-	if code, _, errs := r.run(t, "layers"); code != exitFailure || !strings.Contains(errs,
-		"systemctl start containerd-dedup-grpc") {
+	if code, _, errs := r.run(t, "layers"); code != exitFailure ||
+		!strings.Contains(errs, "systemctl start containerd-dedup-grpc") {
 		t.Error(code, errs)
 	}
 }
@@ -312,8 +312,8 @@ func checkStranger(t *testing.T, r *rig) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	ctl, config, containerd := filepath.Join(dir, "dedupctl"), filepath.Join(dir, "config.toml"), filepath.Join(dir,
-		"containerd")
+	ctl, config, containerd := filepath.Join(dir, "dedupctl"), filepath.Join(dir, "config.toml"),
+		filepath.Join(dir, "containerd")
 	b, err := os.ReadFile(r.ctl)
 	if err := errors.Join(err, os.Chmod(dir, 0o755), os.WriteFile(ctl, b, 0o755), os.WriteFile(config, nil, 0o644),
 		os.Chmod(filepath.Dir(r.socket), 0o755)); err != nil {
@@ -375,8 +375,8 @@ func TestOtherService(t *testing.T) {
 	go func() { _ = server.Serve(l) }()
 	defer server.Stop()
 
-	if code, _, errs := dedupctl(t, "status", "--address", socket); code != exitFailure || !strings.Contains(errs,
-		"does not know this request") {
+	if code, _, errs := dedupctl(t, "status", "--address", socket); code != exitFailure ||
+		!strings.Contains(errs, "does not know this request") {
 		t.Error(code, errs)
 	}
 	code, out, errs := dedupctl(t, "config", "containerd", "--containerd-address", socket, "--address", socket+".none")

@@ -31,8 +31,8 @@ func doctorCommand() *cli.Command {
 			"a problem.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "config", Usage: "the daemon's config `FILE`", Value: defaultDaemonConfig},
-			&cli.StringFlag{Name: "containerd-config", Usage: "containerd's main config `FILE`; by default the one that the " +
-				"running containerd was started with"},
+			&cli.StringFlag{Name: "containerd-config",
+				Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "leave out what is as it should be"},
 		},
 		Action: runDoctor,
@@ -138,6 +138,6 @@ func writeDiagnosis(w io.Writer, d Diagnosis) {
 	if area != "" {
 		fmt.Fprintln(w)
 	}
-	fmt.Fprintf(w, "%s, %s\n", plural(int64(d.Problems), "problem", "problems"), plural(int64(d.Warnings), "warning",
-		"warnings"))
+	fmt.Fprintf(w, "%s, %s\n", plural(int64(d.Problems), "problem", "problems"),
+		plural(int64(d.Warnings), "warning", "warnings"))
 }

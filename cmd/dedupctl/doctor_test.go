@@ -33,8 +33,8 @@ func disk(t *testing.T, mkfs string, options ...string) string {
 	if out, err := exec.Command(path, append(words[1:], image)...).CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
-	m := mount.Mount{Type: strings.TrimPrefix(filepath.Ext(words[0]), "."), Source: image, Options: append(options,
-		"loop")}
+	m := mount.Mount{Type: strings.TrimPrefix(filepath.Ext(words[0]), "."), Source: image,
+		Options: append(options, "loop")}
 	if err := m.Mount(target); err != nil {
 		t.Fatal(err)
 	}
@@ -71,12 +71,15 @@ func TestDoctorDisks(t *testing.T) {
 		{"ext4", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F") },
 			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok", "disk.inode-ratio": "ok",
 				"disk.d_type": "ok", "disk.reflink": "info", "kernel.upper": "ok"}},
-		{"xfs", func(t *testing.T) string { return disk(t, "mkfs.xfs -q -f") }, map[string]doctor.Severity{"disk.type": "ok",
-			"disk.inodes": "ok", "disk.reflink": "ok"}},
-		{"few inodes", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -i 131072") },
-			map[string]doctor.Severity{"disk.inode-ratio": "info"}},
-		{"no inodes left", func(t *testing.T) string { return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4) },
-			map[string]doctor.Severity{"disk.inodes": "warning"}},
+		{"xfs", func(t *testing.T) string {
+			return disk(t, "mkfs.xfs -q -f")
+		}, map[string]doctor.Severity{"disk.type": "ok", "disk.inodes": "ok", "disk.reflink": "ok"}},
+		{"few inodes", func(t *testing.T) string {
+			return disk(t, "mkfs.ext4 -q -F -i 131072")
+		}, map[string]doctor.Severity{"disk.inode-ratio": "info"}},
+		{"no inodes left", func(t *testing.T) string {
+			return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4)
+		}, map[string]doctor.Severity{"disk.inodes": "warning"}},
 		{"no space left", func(t *testing.T) string {
 			root := disk(t, "mkfs.ext4 -q -F")
 			if err := os.WriteFile(root+"/ballast", make([]byte, 300<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
@@ -84,12 +87,15 @@ func TestDoctorDisks(t *testing.T) {
 			}
 			return root
 		}, map[string]doctor.Severity{"disk.space": "problem"}},
-		{"entries without types", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F -O ^filetype") },
-			map[string]doctor.Severity{"disk.d_type": "problem"}},
-		{"read-only", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F", "ro") },
-			map[string]doctor.Severity{"kernel.probe": "problem", "disk.writable": "problem"}},
-		{"tmpfs", func(t *testing.T) string { return mounted(t, "tmpfs", "size=50m") },
-			map[string]doctor.Severity{"disk.type": "warning", "kernel.erofs": "info"}},
+		{"entries without types", func(t *testing.T) string {
+			return disk(t, "mkfs.ext4 -q -F -O ^filetype")
+		}, map[string]doctor.Severity{"disk.d_type": "problem"}},
+		{"read-only", func(t *testing.T) string {
+			return disk(t, "mkfs.ext4 -q -F", "ro")
+		}, map[string]doctor.Severity{"kernel.probe": "problem", "disk.writable": "problem"}},
+		{"tmpfs", func(t *testing.T) string {
+			return mounted(t, "tmpfs", "size=50m")
+		}, map[string]doctor.Severity{"disk.type": "warning", "kernel.erofs": "info"}},
 		{"overlayfs", func(t *testing.T) string {
 			dirs := []any{t.TempDir(), t.TempDir(), t.TempDir()}
 			return mounted(t, "overlay", fmt.Sprintf("lowerdir=%s,upperdir=%s/u,workdir=%[2]s/w", dirs[0],

@@ -31,8 +31,8 @@ func gcCommand() *cli.Command {
 			"itself.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "dry-run", Usage: "list what would go"},
-			&cli.BoolFlag{Name: "chain-images", Usage: "the chain images that no container uses now, too; they are built " +
-				"again when needed"},
+			&cli.BoolFlag{Name: "chain-images",
+				Usage: "the chain images that no container uses now, too; they are built again when needed"},
 			configFlag(),
 		},
 		Action: runGC,

@@ -147,8 +147,7 @@ func imageName(names []string) string {
 		return "-"
 	}
 	best := slices.MinFunc(names, func(a, b string) int {
-		return cmp.Compare(strings.Count(a, "sha256:"),
-			strings.Count(b, "sha256:"))
+		return cmp.Compare(strings.Count(a, "sha256:"), strings.Count(b, "sha256:"))
 	})
 	if len(names) > 1 {
 		return fmt.Sprintf("%s (+%d)", plain(best), len(names)-1)

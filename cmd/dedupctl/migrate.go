@@ -31,8 +31,8 @@ func migrateCommand() *cli.Command {
 			&cli.BoolFlag{Name: "all-namespaces", Aliases: []string{"A"}, Usage: "the images of all namespaces"},
 			&cli.StringFlag{Name: "from", Usage: "the other `SNAPSHOTTER`", Value: "overlayfs"},
 			&cli.StringFlag{Name: "to", Usage: "the name of dedup as a `SNAPSHOTTER` of containerd", Value: "dedup"},
-			&cli.BoolFlag{Name: "remove-old", Usage: "remove the other snapshotter's snapshots that no container uses, once " +
-				"dedup's are checked"},
+			&cli.BoolFlag{Name: "remove-old",
+				Usage: "remove the other snapshotter's snapshots that no container uses, once dedup's are checked"},
 			&cli.BoolFlag{Name: "undo", Usage: "go back from dedup to the other snapshotter"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "only say what would be done"},
 		},
@@ -72,8 +72,7 @@ func runMigrate(c *cli.Context) error {
 	}
 	v := m.result()
 	if err := print(c, v, func(w io.Writer, v Migration) {
-		writeMigration(w, v, c.Bool("undo"),
-			m.removeOld)
+		writeMigration(w, v, c.Bool("undo"), m.removeOld)
 	}); err != nil {
 		return err
 	}

@@ -108,8 +108,8 @@ func writeStatus(w io.Writer, s Status) {
 			ratio(s.LogicalEntries, s.StoredInodes))
 		fmt.Fprintf(w, "free\t%s of %s (%s)\n", size(s.FreeBytes), size(s.TotalBytes), percent(s.FreeBytes, s.TotalBytes))
 		if s.TotalInodes > 0 {
-			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes), percent(s.FreeInodes,
-				s.TotalInodes))
+			fmt.Fprintf(w, "free inodes\t%s of %s (%s)\n", count(s.FreeInodes), count(s.TotalInodes),
+				percent(s.FreeInodes, s.TotalInodes))
 		}
 		fmt.Fprintf(w, "fs-verity\t%s\n", s.Verity)
 		if s.Blobs != "" { // an older daemon does not say

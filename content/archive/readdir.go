@@ -107,8 +107,6 @@ func (w *dirReader) name(parent *os.File, name, path string) error {
 	return w.special(parent, name, e, &st)
 }
 
-// opened opens a directory or file without following symlinks and hands it on.
-// Should it be something else by now, the open fails, or fstat will tell.
 func (w *dirReader) opened(parent *os.File, name string, e *content.Entry, flags int,
 	do func(*os.File, *content.Entry) error) error {
 	fd, err := unix.Openat(int(parent.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NOATIME|flags, 0)

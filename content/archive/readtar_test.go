@@ -35,15 +35,15 @@ func plainTortures(w func(...member) []byte) map[string][]byte {
 		"empty":          w(),
 		"nothing at all": {},
 		"root member":    w(dir("./", mode(0o700), owner(5, 6)), file("a", "x")),
-		"root as file": rawTar(raw{name: "./", typeflag: '0', size: 1, data: "x"}, raw{name: "/", typeflag: '0', size: 1,
-			data: "y"}),
+		"root as file": rawTar(raw{name: "./", typeflag: '0', size: 1, data: "x"},
+			raw{name: "/", typeflag: '0', size: 1, data: "y"}),
 		"absolute":       w(file("/a/b", "x"), dir("//c//")),
 		"dot dot inside": w(dir("a"), file("a/../b/./c", "x"), file("/../d", "x")),
 		"ustar":          w(file("a", "x", format(tar.FormatUSTAR)), dir("d", format(tar.FormatUSTAR))),
 		"gnu":            w(file("a", "x", format(tar.FormatGNU)), file(long, "x", format(tar.FormatGNU))),
 		"pax long names": w(file(long, "x"), symlink("s", strings.Repeat("t/", 2000)), link("l", long)),
-		"not UTF-8": w(file("caf\xe9/\xff\xfe", "x", format(tar.FormatGNU)), symlink("\x80", "\xc0\xaf",
-			format(tar.FormatGNU))),
+		"not UTF-8": w(file("caf\xe9/\xff\xfe", "x", format(tar.FormatGNU)),
+			symlink("\x80", "\xc0\xaf", format(tar.FormatGNU))),
 		"odd bytes": w(file("a\nb", "x"), file("a\x01b", "x"), file("a\\b", "x"), file("a ", "x"), file("*", "x")),
 		"ordering": w(file("a!", "x"), dir("a"), file("a/x", "x"), file("a0", "x"), file("a-b", "x"), dir("a/b"),
 			file("a/b!", "")),
@@ -56,8 +56,9 @@ func plainTortures(w func(...member) []byte) map[string][]byte {
 			dir("d", mtime(-86400*365*100, 0)), file("far", "", mtime(7258118400, 7)),
 			file("max", "", mtime(9223372036, 854775807)), file("beyond", "", mtime(9223372036, 854775808)),
 			symlink("s", "x", mtime(-5, 5)), file("absurd", "", mtime(1<<61, 0))),
-		"devices": w(special(tar.TypeChar, "null", 1, 3), special(tar.TypeBlock, "vda", 254, 0), special(tar.TypeChar,
-			"big", 4095, 1048575), special(tar.TypeBlock, "zero", 0, 0), special(tar.TypeFifo, "fifo", 3, 4)),
+		"devices": w(special(tar.TypeChar, "null", 1, 3), special(tar.TypeBlock, "vda", 254, 0),
+			special(tar.TypeChar, "big", 4095, 1048575), special(tar.TypeBlock, "zero", 0, 0),
+			special(tar.TypeFifo, "fifo", 3, 4)),
 		"whiteout device": w(file("a", "x"), special(tar.TypeChar, "a", 0, 0), special(tar.TypeChar, "b", 0, 0),
 			file("b", "x"), special(tar.TypeChar, "c", 0, 0), link("d", "c")),
 	}
@@ -122,25 +123,26 @@ func xattrTortures(w func(...member) []byte) map[string][]byte {
 	return map[string][]byte{
 		"user xattrs": w(file("f", "x", xattr("user.a", "v"), xattr("user.empty", ""), xattr("user.nul", "a\x00b")),
 			dir("d", xattr("user.d", "1")), symlink("s", "f", xattr("user.s", "1")), special(tar.TypeFifo, "p", 0, 0)),
-		"dir xattr union": w(dir("d", xattr("user.a", "1"), xattr("user.b", "2")), dir("d", xattr("user.b", "3"),
-			xattr("user.c", "4"))),
-		"fifo user xattr": w(newMember(tar.TypeFifo, "p", "", "", 0o600, []edit{xattr("user.p", "1"), xattr("security.p",
-			"2")})),
-		"dropped xattrs": w(file("f", "x", xattr("trusted.foo", "1"), xattr("system.foo", "2"), xattr("btrfs.compression",
-			"zstd"), xattr("nodots", "x"), xattr("trusted.overlay", "x"), xattr("user.overlay.opaque", "y"))),
-		"security xattrs": w(file("f", "x", xattr("security.selinux", "system_u:object_r:bin_t:s0\x00"), xattr("security.foo",
-			"")), symlink("s", "f", xattr("security.foo", "1")), dir("d", xattr("security.foo", "1"))),
+		"dir xattr union": w(dir("d", xattr("user.a", "1"), xattr("user.b", "2")),
+			dir("d", xattr("user.b", "3"), xattr("user.c", "4"))),
+		"fifo user xattr": w(newMember(tar.TypeFifo, "p", "", "", 0o600,
+			[]edit{xattr("user.p", "1"), xattr("security.p", "2")})),
+		"dropped xattrs": w(file("f", "x", xattr("trusted.foo", "1"), xattr("system.foo", "2"),
+			xattr("btrfs.compression", "zstd"), xattr("nodots", "x"), xattr("trusted.overlay", "x"),
+			xattr("user.overlay.opaque", "y"))),
+		"security xattrs": w(file("f", "x", xattr("security.selinux", "system_u:object_r:bin_t:s0\x00"),
+			xattr("security.foo", "")), symlink("s", "f", xattr("security.foo", "1")), dir("d", xattr("security.foo", "1"))),
 		"capabilities": w(file("v2", "x", xattr("security.capability", netRaw), mode(0o4755)),
 			file("v3", "x", xattr("security.capability", capability(0x03000001, 1<<13, 0, 0, 0, 100000))),
 			file("v3 root", "x", xattr("security.capability", capability(0x03000000, 1<<13, 2, 3, 4, 0))),
 			dir("d", xattr("security.capability", netRaw)), symlink("s", "v2", xattr("security.capability", netRaw)), dir("d")),
 		"access ACLs": w(file("f", "x", xattr("system.posix_acl_access", fullACL), mode(0o640)),
 			file("m", "x", xattr("system.posix_acl_access", maskACL), mode(0o751)),
-			dir("d", xattr("system.posix_acl_access", fullACL), mode(0o2710)), file("b", "x", xattr("system.posix_acl_access",
-				baseACL), mode(0o600)),
+			dir("d", xattr("system.posix_acl_access", fullACL), mode(0o2710)),
+			file("b", "x", xattr("system.posix_acl_access", baseACL), mode(0o600)),
 			file("e", "x", xattr("system.posix_acl_access", "")), file("h", "x", xattr("system.posix_acl_access", acl())),
-			symlink("s", "f", xattr("system.posix_acl_access", fullACL)), newMember(tar.TypeFifo, "p", "", "", 0o604,
-				[]edit{xattr("system.posix_acl_access", fullACL)})),
+			symlink("s", "f", xattr("system.posix_acl_access", fullACL)),
+			newMember(tar.TypeFifo, "p", "", "", 0o604, []edit{xattr("system.posix_acl_access", fullACL)})),
 		"default ACLs": w(dir("d", xattr("system.posix_acl_default", fullACL), xattr("system.posix_acl_access", fullACL)),
 			dir("b", xattr("system.posix_acl_default", baseACL)),
 			dir("e", xattr("system.posix_acl_default", "")), file("f", "x", xattr("system.posix_acl_default", "")),
@@ -161,11 +163,11 @@ func formatTortures(w func(...member) []byte) map[string][]byte {
 			data: "18 comment=abcdef\n"}, raw{name: "f", typeflag: '0', mode: 0o644}),
 		"no end marker": endless(w(file("a", "x"))),
 		"PAX sparse 0.0": rawTar(pax("GNU.sparse.size", "20", "GNU.sparse.numblocks", "2", "GNU.sparse.offset", "2",
-			"GNU.sparse.numbytes", "3", "GNU.sparse.offset", "10", "GNU.sparse.numbytes", "2"), raw{name: "f", typeflag: '0',
-			mode: 0o644, size: 5, data: "abcde"}),
+			"GNU.sparse.numbytes", "3", "GNU.sparse.offset", "10", "GNU.sparse.numbytes", "2"),
+			raw{name: "f", typeflag: '0', mode: 0o644, size: 5, data: "abcde"}),
 		"PAX sparse 0.1": rawTar(pax("GNU.sparse.major", "0", "GNU.sparse.minor", "1", "GNU.sparse.name", "real",
-			"GNU.sparse.size", "20", "GNU.sparse.numblocks", "2", "GNU.sparse.map", "2,3,10,2"), raw{name: "GNUSparseFile.0/f",
-			typeflag: '0', mode: 0o644, size: 5, data: "abcde"}),
+			"GNU.sparse.size", "20", "GNU.sparse.numblocks", "2", "GNU.sparse.map", "2,3,10,2"),
+			raw{name: "GNUSparseFile.0/f", typeflag: '0', mode: 0o644, size: 5, data: "abcde"}),
 		"PAX sparse 1.0": rawTar(pax("GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "real",
 			"GNU.sparse.realsize", "20"), raw{name: "GNUSparseFile.0/f", typeflag: '0', mode: 0o644, size: 517,
 			data: "2\n2\n3\n10\n2\n" + strings.Repeat("\x00", 501) + "abcde"}),
@@ -205,8 +207,8 @@ func TestFollowsSpec(t *testing.T) {
 		copy(b[410:], "00000000012\x0000000000002\x00")
 		copy(b[483:], "00000000024\x00") // real size: 20
 	}
-	sparse := "0644 1000:100 1700000000.000000000 20 bytes " + sum8("\x00\x00abc\x00\x00\x00\x00\x00de"+
-		strings.Repeat("\x00", 8))
+	sparse := "0644 1000:100 1700000000.000000000 20 bytes " +
+		sum8("\x00\x00abc\x00\x00\x00\x00\x00de"+strings.Repeat("\x00", 8))
 	rows := map[string]struct {
 		tar  []byte
 		want []string // without the root
@@ -217,20 +219,21 @@ func TestFollowsSpec(t *testing.T) {
 		"marker twice":     {writeTar(t, file(".wh.a", ""), file(".wh.a", "")), []string{`"a" whiteout`}},
 		"marker then dir":  {writeTar(t, file(".wh.a", ""), dir("a")), []string{`"a" dir ` + dirInode + " opaque"}},
 		"dir then marker":  {writeTar(t, dir("a"), file(".wh.a", "")), []string{`"a" dir ` + dirInode + " opaque"}},
-		"marker then implied dir": {writeTar(t, file(".wh.a", ""), file("a/b", "x")), []string{`"a" dir ` + implied +
-			" opaque", `"a/b" file ` + x}},
-		"implied and opaque": {writeTar(t, file("a/.wh..wh..opq", "")), []string{`"a" dir ` + implied +
-			" opaque implied"}},
+		"marker then implied dir": {writeTar(t, file(".wh.a", ""), file("a/b", "x")),
+			[]string{`"a" dir ` + implied + " opaque", `"a/b" file ` + x}},
+		"implied and opaque": {writeTar(t, file("a/.wh..wh..opq", "")),
+			[]string{`"a" dir ` + implied + " opaque implied"}},
 		"marker of a symlink": {writeTar(t, dir("d"), symlink("l", "d"), file(".wh.l", ""), file("l/f", "x")),
 			[]string{`"d" dir ` + dirInode, `"d/f" file ` + x, `"l" symlink 0777 1000:100 1700000000.123456789 -> "d"`}},
 		"link to a lower file": {writeTar(t, link("a", "usr/bin/b", xattr("user.a", "1")), link("c", "a")),
 			[]string{`"a" lowerlink ` + inode + ` -> "usr/bin/b" user.a=31`, `"c" hardlink -> "a"`}},
-		"link before its target": {writeTar(t, link("a", "b"), file("b", "x")), []string{`"a" lowerlink ` + inode +
-			` -> "b"`, `"b" file ` + x}},
-		"link renames lower file": {writeTar(t, file(".wh.old", ""), link("new", "old")), []string{`"new" lowerlink ` +
-			inode + ` -> "old"`, `"old" whiteout`}},
-		"link through symlink": {writeTar(t, symlink("lib", "/usr/lib"), link("a", "lib/b")), []string{`"a" lowerlink ` +
-			inode + ` -> "usr/lib/b"`, `"lib" symlink 0777 1000:100 1700000000.123456789 -> "/usr/lib"`}},
+		"link before its target": {writeTar(t, link("a", "b"), file("b", "x")),
+			[]string{`"a" lowerlink ` + inode + ` -> "b"`, `"b" file ` + x}},
+		"link renames lower file": {writeTar(t, file(".wh.old", ""), link("new", "old")),
+			[]string{`"new" lowerlink ` + inode + ` -> "old"`, `"old" whiteout`}},
+		"link through symlink": {writeTar(t, symlink("lib", "/usr/lib"), link("a", "lib/b")),
+			[]string{`"a" lowerlink ` + inode + ` -> "usr/lib/b"`,
+				`"lib" symlink 0777 1000:100 1700000000.123456789 -> "/usr/lib"`}},
 		"contiguous file": {rawTar(raw{name: "a", typeflag: '7', mode: 0o644, size: 1, data: "x"}),
 			[]string{`"a" file 0644 1000:100 1700000000.000000000 1 bytes ` + sum8("x")}},
 		"old GNU sparse": {rawTar(raw{name: "f", typeflag: 'S', gnu: true, mode: 0o644, size: 5, data: "abcde",
@@ -299,8 +302,9 @@ func (f putFunc) Put(e *content.Entry, r io.Reader) error { return f(e, r) }
 func TestPayloadErrors(t *testing.T) {
 	data := writeTar(t, file("full", "payload"))
 	refused := errors.New("refused")
-	_, err := ReadTar(t.Context(), bytes.NewReader(data),
-		putFunc(func(*content.Entry, io.Reader) error { return refused }), nil)
+	_, err := ReadTar(t.Context(), bytes.NewReader(data), putFunc(func(*content.Entry, io.Reader) error {
+		return refused
+	}), nil)
 	if !errors.Is(err, refused) || errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), `"full"`) {
 		t.Errorf("refusing: %v", err)
 	}

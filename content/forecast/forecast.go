@@ -131,7 +131,6 @@ func treeOf(d layer.Draft, f content.Fidelity) layer.DraftTree {
 	return d.Python
 }
 
-// chainImages makes every chain image, one for each processor at a time, and counts its bytes.
 func chainImages(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain, stored *packs) (layer.Usage,
 	error) {
 	var distinct []Chain

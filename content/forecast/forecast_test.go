@@ -116,8 +116,8 @@ func TestOf(t *testing.T) {
 		defer s.Close()
 		var ids []content.LayerID
 		for _, b := range blobs {
-			in, err := s.IngestBlob(t.Context(), layer.Blob{Digest: digest.FromBytes(b),
-				Open: func(context.Context) (io.ReadCloser, error) {
+			in, err := s.IngestBlob(t.Context(),
+				layer.Blob{Digest: digest.FromBytes(b), Open: func(context.Context) (io.ReadCloser, error) {
 					return io.NopCloser(bytes.NewReader(b)), nil
 				}})
 			if err != nil {
@@ -176,7 +176,6 @@ func TestOfVerity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// One pack of 74 + 2 + 3 blocks of payloads and 4 around them: a descriptor, and a block of hashes.
 	if more := got.Packs.Bytes - plain.Packs.Bytes; more != 2*4096 || got.Packs.Inodes != 1 || got.Trees != plain.Trees ||
 		got.ChainImages != plain.ChainImages {
 		t.Errorf("%d bytes more: %+v, %+v", more, plain, got)
@@ -267,12 +266,12 @@ func TestDuplicates(t *testing.T) {
 	site := "usr/lib/python3.11/site-packages/"
 	build := func(mtime int64) layer.Draft {
 		return draft(t, makeTar(t,
-			member{name: site + "a/m.py", data: source, mtime: mtime}, member{name: site + "a/m.pyc", data: pyc(mtime, source,
-				source), mtime: mtime},
+			member{name: site + "a/m.py", data: source, mtime: mtime},
+			member{name: site + "a/m.pyc", data: pyc(mtime, source, source), mtime: mtime},
 			member{name: site + "b/tiny", data: "tiny", mtime: mtime}, member{name: "etc/own", data: fmt.Sprint(mtime),
 				mtime: mtime},
-			member{name: "usr/lib/x", data: strings.Repeat("lib", 4000), mtime: mtime}, member{name: "usr/share/doc",
-				data: strings.Repeat("doc", 4000), mtime: mtime}))
+			member{name: "usr/lib/x", data: strings.Repeat("lib", 4000), mtime: mtime},
+			member{name: "usr/share/doc", data: strings.Repeat("doc", 4000), mtime: mtime}))
 	}
 	top, all, err := Duplicates([]layer.Draft{build(m), build(m + 7)}, []int{2, 1})
 	if err != nil {

@@ -49,8 +49,7 @@ func benchIngest(b *testing.B, fresh bool) {
 	open := benchLayer(b)
 	s := openStore(b, b.TempDir(), content.Python)
 	blob := func(i int) Blob {
-		return Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser,
-			error) {
+		return Blob{Digest: digest.FromString(fmt.Sprint(i)), Open: func(context.Context) (io.ReadCloser, error) {
 			return open(), nil
 		}}
 	}
@@ -93,8 +92,10 @@ func BenchmarkIngestKnown(b *testing.B) { benchIngest(b, false) }
 func BenchmarkLookup(b *testing.B) {
 	open := benchLayer(b)
 	s := openStore(b, b.TempDir(), content.Python)
-	in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString("blob"),
-		Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+	in, err := s.IngestBlob(b.Context(),
+		Blob{Digest: digest.FromString("blob"), Open: func(context.Context) (io.ReadCloser, error) {
+			return open(), nil
+		}})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -126,7 +127,9 @@ func BenchmarkDurability(b *testing.B) {
 			b.Cleanup(func() { closeStore(b, s) })
 			for i := 0; b.Loop(); i++ {
 				in, err := s.IngestBlob(b.Context(), Blob{Digest: digest.FromString(fmt.Sprint(i)),
-					Open: func(context.Context) (io.ReadCloser, error) { return open(), nil }})
+					Open: func(context.Context) (io.ReadCloser, error) {
+						return open(), nil
+					}})
 				if err != nil {
 					b.Fatal(err)
 				}

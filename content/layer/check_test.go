@@ -196,8 +196,9 @@ func TestDamagedPack(t *testing.T) {
 		"table":      {func(t *testing.T, path, _ string) { flip(t, path, -300) }, false, true},
 		"trailer":    {func(t *testing.T, path, _ string) { flip(t, path, -20) }, false, true},
 		"grown":      {damages["grown"], false, true},
-		"cut": {func(t *testing.T, path, _ string) { writeFile(t, path, readFile(t, path)[:2*content.BlockSize]) },
-			true, true},
+		"cut": {func(t *testing.T, path, _ string) {
+			writeFile(t, path, readFile(t, path)[:2*content.BlockSize])
+		}, true, true},
 		"empty":     {damages["empty"], true, true},
 		"deleted":   {damages["deleted"], true, true},
 		"swapped":   {damages["swapped"], true, true},
@@ -216,8 +217,9 @@ func TestDamagedPack(t *testing.T) {
 				d.harm(t, pathOf(big("first")), pathOf(big("other")))
 				if restart {
 					s = reopen(t, s, root, ids...)
-				} else if found := checkStore(t, s); !slices.ContainsFunc(found,
-					func(f Finding) bool { return f.Kind == DamagedPack }) {
+				} else if found := checkStore(t, s); !slices.ContainsFunc(found, func(f Finding) bool {
+					return f.Kind == DamagedPack
+				}) {
 					t.Errorf("found %+v", found)
 				}
 				if d.harms || restart && d.lost {

@@ -190,7 +190,9 @@ func (s *Store) heal(ctx context.Context, sync func() error) error {
 			continue
 		}
 		d := Damage{Tree: st.damage.Tree, Objects: slices.DeleteFunc(slices.Clone(st.damage.Objects),
-			func(o content.ObjectID) bool { return !s.objects.IsBad(o) })}
+			func(o content.ObjectID) bool {
+				return !s.objects.IsBad(o)
+			})}
 		changed = changed || len(d.Objects) != len(st.damage.Objects)
 		if st.damage = &d; d.Tree == nil && len(d.Objects) == 0 {
 			st.damage = nil

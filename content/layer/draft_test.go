@@ -100,8 +100,8 @@ func TestDraftDir(t *testing.T) {
 
 func TestDraftOfBadBlob(t *testing.T) {
 	whole := compress(t, pythonLayer(t, 1700000000, 0), 1)
-	for name, blob := range map[string][]byte{"truncated": whole[:len(whole)/2], "no tar": compress(t,
-		bytes.Repeat([]byte("x"), 2000), 1)} {
+	for name, blob := range map[string][]byte{"truncated": whole[:len(whole)/2],
+		"no tar": compress(t, bytes.Repeat([]byte("x"), 2000), 1)} {
 		if _, err := DraftBlob(t.Context(), digest.FromBytes(blob), bytes.NewReader(blob)); err == nil {
 			t.Errorf("%s: no error", name)
 		}

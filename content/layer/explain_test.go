@@ -18,10 +18,10 @@ func TestExplain(t *testing.T) {
 		err  error
 		want string
 	}{
-		{at("/root/layers/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of /root, " +
-			"or remove images)"},
-		{at("/run/chains/x", unix.ENOSPC), "no space left on device (free space or inodes on the file system of " +
-			"/run/chains/x, or remove images)"},
+		{at("/root/layers/x", unix.ENOSPC),
+			"no space left on device (free space or inodes on the file system of /root, or remove images)"},
+		{at("/run/chains/x", unix.ENOSPC),
+			"no space left on device (free space or inodes on the file system of /run/chains/x, or remove images)"},
 		{fmt.Errorf("sync: %w", unix.EIO), "input/output error (the disk under /root does not work"},
 		{fmt.Errorf("outer: %w", Explain(at("/root/x", unix.EMFILE), "/root")), "too many open files (the daemon for /root"},
 	} {

@@ -41,8 +41,6 @@ func (f *flights) stop() {
 	f.wait()
 }
 
-// do runs ingest once for all callers of a digest that meet. share turns the one hold
-// of a result into as many as callers are left, possibly none.
 func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error),
 	share func(Ingested, int)) (Ingested, error) {
 	f.mu.Lock()
@@ -75,7 +73,6 @@ func (f *flights) do(ctx context.Context, blob digest.Digest, ingest func(contex
 	return Ingested{}, context.Cause(ctx)
 }
 
-// start runs an ingest. Under mu.
 func (f *flights) start(ctx context.Context, blob digest.Digest, ingest func(context.Context) (Ingested, error),
 	share func(Ingested, int)) *flight {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))

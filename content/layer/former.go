@@ -113,9 +113,8 @@ func Upgrade(ctx context.Context, opts Options, former FormerStore) (err error) 
 	return nil
 }
 
-// takeOver writes one tree anew, and removes the old one.
-func (s *Store) takeOver(ctx context.Context, id content.LayerID, renamed func(context.Context, content.LayerID,
-	content.LayerID) error) error {
+func (s *Store) takeOver(ctx context.Context, id content.LayerID,
+	renamed func(context.Context, content.LayerID, content.LayerID) error) error {
 	f, ok, err := tree.ReadFormer(s.treePath(id), id)
 	if err != nil || !ok {
 		return err

@@ -131,8 +131,9 @@ func TestReserve(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			root := smallDisk(t, row.inodes)
 			var asked int
-			s, err := Open(t.Context(), Options{Root: root, Reserve: row.reserve, Pressure: func(context.Context) { asked++ }},
-				nil)
+			s, err := Open(t.Context(), Options{Root: root, Reserve: row.reserve, Pressure: func(context.Context) {
+				asked++
+			}}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -155,8 +156,8 @@ func TestReserve(t *testing.T) {
 			}
 			before := statfs(t, root)
 			_, err = s.IngestBlob(t.Context(), blobOf(makeTar(t, row.layer...)))
-			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), row.want) || !strings.Contains(err.Error(),
-				"remove images") {
+			if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), row.want) ||
+				!strings.Contains(err.Error(), "remove images") {
 				t.Fatalf("beyond the reserve: %v", err)
 			}
 			if asked != 1 {

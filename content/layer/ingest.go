@@ -345,7 +345,6 @@ func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) 
 	return f.Name(), nil
 }
 
-// publish makes all that a layer consists of durable, then the layer visible. counted is as for commit.
 func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *stages) (used Usage, counted bool,
 	err error) {
 	sealed, err := ss.objects.Seal()
@@ -383,8 +382,6 @@ func (s *Store) publish(ss *session, enc tree.Encoded, facts tree.Facts, clock *
 	return used, counted, nil
 }
 
-// commit renames a tree into place, also over a damaged one. counted tells that the store had counted the layer's
-// objects before.
 func (s *Store) commit(id content.LayerID, tmp string, facts tree.Facts, size int64, ahead bool) (counted bool,
 	err error) {
 	s.mu.Lock()

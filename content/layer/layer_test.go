@@ -301,8 +301,8 @@ func pythonLayer(t testing.TB, mtime int64, uid int) []byte {
 		member{"p/__pycache__/stale.cpython-311.pyc", stamp(-1), mtime + 1, uid},
 		member{"p/__pycache__/lone.cpython-311.pyc", stamp(0), mtime + 1, uid},
 		member{"p/__pycache__/tiny.cpython-311.pyc", pycOf(uint32(mtime), 4, "t"), mtime + 1, uid},
-		member{"p/m.py", src, mtime, uid}, member{"p/stale.py", src + "#", mtime, uid}, member{"p/tiny.py", "pass", mtime,
-			uid})
+		member{"p/m.py", src, mtime, uid}, member{"p/stale.py", src + "#", mtime, uid},
+		member{"p/tiny.py", "pass", mtime, uid})
 }
 
 func TestPythonPairs(t *testing.T) {

@@ -42,12 +42,12 @@ func manySmall(w io.Writer, n, size int) error {
 
 // smallBlob streams manySmall.
 func smallBlob(n, size int) Blob {
-	return Blob{Digest: digest.FromString(fmt.Sprint("small", n, size)), Open: func(context.Context) (io.ReadCloser,
-		error) {
-		r, w := io.Pipe()
-		go func() { w.CloseWithError(manySmall(w, n, size)) }()
-		return r, nil
-	}}
+	return Blob{Digest: digest.FromString(fmt.Sprint("small", n, size)),
+		Open: func(context.Context) (io.ReadCloser, error) {
+			r, w := io.Pipe()
+			go func() { w.CloseWithError(manySmall(w, n, size)) }()
+			return r, nil
+		}}
 }
 
 // status reads one line of /proc/self/status that counts kB.

@@ -226,8 +226,6 @@ func bootID() string {
 	return string(boot)
 }
 
-// load reads the headers of all trees. suspects
-// are the layers whose trees were written since a time that is not zero.
 func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since time.Time) (suspects []content.LayerID,
 	err error) {
 	dir, err := os.ReadDir(s.path(dirLayers))

@@ -24,8 +24,8 @@ func TestSharing(t *testing.T) {
 		for file := range 30 {
 			if random.IntN(3) == 0 {
 				data := strings.Repeat(fmt.Sprintf("%d ", file), 1000+3000*file)
-				members = append(members, member{name: fmt.Sprintf("f-%d", file), data: data}, member{name: fmt.Sprintf("again-%d",
-					file), data: data})
+				members = append(members, member{name: fmt.Sprintf("f-%d", file), data: data},
+					member{name: fmt.Sprintf("again-%d", file), data: data})
 			}
 		}
 		ingest(t, s, makeTar(t, members...))

@@ -48,8 +48,7 @@ func plan(packs []packState, room int64) []content.PackID {
 		return p.live == 0 || p.live > room // the last holder lets it go; more room has to come
 	})
 	slices.SortFunc(packs, func(a, b packState) int {
-		return cmp.Or(cmp.Compare(a.live, b.live),
-			cmp.Compare(a.id, b.id))
+		return cmp.Or(cmp.Compare(a.live, b.live), cmp.Compare(a.id, b.id))
 	})
 	var sparse []packState
 	tiers := map[int][]packState{}
@@ -238,7 +237,6 @@ func (c *Compactor) merge(ctx context.Context, ids []content.PackID) (err error)
 	return c.switchOver(p, moves, bytes)
 }
 
-// copyLive appends the objects of packs to another one, pack by pack in the order in which they lie.
 func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []content.PackID) (moves []copied,
 	bytes int64, err error) {
 	for _, m := range c.s.objectsOf(ids) {

@@ -120,8 +120,6 @@ func (w *Writer) keep(id content.ObjectID, pack *filling, n uint32, size int64) 
 	return size
 }
 
-// PutStream is Put for a payload that is too large for memory. sum returns the id of what has been read from r by then,
-// which has to be size bytes.
 func (w *Writer) PutStream(r io.Reader, size int64, sum func() content.ObjectID) (id content.ObjectID, added int64,
 	err error) {
 	w.mu.Lock()

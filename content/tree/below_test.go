@@ -82,13 +82,13 @@ func TestCheckLinks(t *testing.T) {
 			"which no layer below has"},
 		{"the root replaced", [][]*content.Entry{base, {dir("", 0, content.Opaque)}, low("d/a")}, "which no layer below has"},
 		{"two layers down", [][]*content.Entry{base, {root, dir("d", 1, 0), file("d/b", "", 1)}, {root}, low("d/a")}, ""},
-		{"a link of a layer below", [][]*content.Entry{base, low("d/a"), {root, {Path: "m", Kind: content.LowerLink,
-			Target: "l"}}}, ""},
+		{"a link of a layer below", [][]*content.Entry{base, low("d/a"),
+			{root, {Path: "m", Kind: content.LowerLink, Target: "l"}}}, ""},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			err := treeFiles(t.TempDir()).check(t, row.layers)
-			if (err != nil) != (row.want != "") || err != nil && !(errors.Is(err, ErrUnfit) && strings.Contains(err.Error(),
-				row.want)) {
+			if (err != nil) != (row.want != "") || err != nil &&
+				!(errors.Is(err, ErrUnfit) && strings.Contains(err.Error(), row.want)) {
 				t.Errorf("got %v, want %q", err, row.want)
 			}
 			if _, merr := Merge(t.Context(), row.layers...); (merr != nil) != (err != nil) || merr != nil &&

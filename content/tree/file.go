@@ -224,8 +224,7 @@ func decodeFile(file []byte, id content.LayerID) (content.Fidelity, []*content.E
 	h := sha256.New()
 	src := io.TeeReader(z, h)
 	f, entries, err := decodeTree(func(field func(protowire.Number, uint64, []byte) error) error {
-		return readFields(src,
-			field)
+		return readFields(src, field)
 	})
 	if err != nil {
 		return "", nil, err

@@ -39,8 +39,7 @@ func ReadFormer(path string, id content.LayerID) (f Former, ok bool, err error) 
 		return f, false, err
 	}
 	var version uint64
-	f.Fidelity, version, f.Entries, err = decodeVersion(func(field func(protowire.Number, uint64,
-		[]byte) error) error {
+	f.Fidelity, version, f.Entries, err = decodeVersion(func(field func(protowire.Number, uint64, []byte) error) error {
 		return eachField(raw, field)
 	})
 	if err == nil && version != formerVersion && version != formatVersion {

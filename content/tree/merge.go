@@ -352,8 +352,7 @@ func (l *level) seek(name string) (child *Node, looked int, err error) {
 	end = min(end, len(old))
 	looked += bits.Len(uint(end - l.at))
 	i, _ := slices.BinarySearchFunc(old[l.at:end], name, func(c *Node, name string) int {
-		return strings.Compare(c.Name,
-			name)
+		return strings.Compare(c.Name, name)
 	})
 	l.at += i
 	if l.at == len(old) || old[l.at].Name != name {

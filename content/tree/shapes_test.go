@@ -264,8 +264,8 @@ func TestMergeLinksOfLinks(t *testing.T) {
 		[]*content.Entry{root, file("a", "one", 1), {Path: "b", Kind: content.Hardlink, Target: "a"}, file("z", "z", 1)},
 		[]*content.Entry{root, lower("c", "b", 2, "user.x", "user.y"), {Path: "d", Kind: content.Hardlink, Target: "c"},
 			lower("e", "a", 3)},
-		[]*content.Entry{root, {Path: "a", Kind: content.Whiteout}, {Path: "b", Kind: content.Whiteout}, lower("f", "d", 4,
-			"user.a", "user.y"), lower("y", "z", 9)},
+		[]*content.Entry{root, {Path: "a", Kind: content.Whiteout}, {Path: "b", Kind: content.Whiteout},
+			lower("f", "d", 4, "user.a", "user.y"), lower("y", "z", 9)},
 	)
 	if err != nil {
 		t.Fatal(err)

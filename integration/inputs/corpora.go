@@ -88,10 +88,10 @@ func (s *Set) Corpus(ctx context.Context, name string) (Corpus, error) {
 	}
 	var apps []*image.Layer
 	for build := 1; build <= 3; build++ {
-		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s-%d", m.name, build), func(ctx context.Context) (*image.Layer,
-			error) {
-			return s.makeApp(ctx, m, build)
-		})
+		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s-%d", m.name, build),
+			func(ctx context.Context) (*image.Layer, error) {
+				return s.makeApp(ctx, m, build)
+			})
 		if err != nil {
 			return Corpus{}, err
 		}
@@ -213,8 +213,7 @@ func (s *Set) debianCorpus(ctx context.Context) (Corpus, error) {
 	}{{First, s, ""}, {Rebuild, s, ""}, {Upgrade, s, "-t bookworm-backports"}, {BaseChange, newer, ""}} {
 		name := "corpus-debian-" + strings.ReplaceAll(v.what, " ", "-")
 		l, err := s.cached(ctx, name, func(ctx context.Context) (*image.Layer, error) {
-			return v.set.flattened(ctx, v.what,
-				v.apt)
+			return v.set.flattened(ctx, v.what, v.apt)
 		})
 		if err != nil {
 			return Corpus{}, err
@@ -244,8 +243,8 @@ func (s *Set) flattened(ctx context.Context, what, options string) (_ *image.Lay
 			return nil, err
 		}
 	}
-	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, filepath.Join(work, "upper"), filepath.Join(work,
-		"work"))
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, filepath.Join(work, "upper"),
+		filepath.Join(work, "work"))
 	if err := unix.Mount("overlay", root, "overlay", 0, opts); err != nil {
 		return nil, fmt.Errorf("mount overlay: %w", err)
 	}

@@ -136,7 +136,6 @@ func (s *Set) rootfs(ctx context.Context) (string, error) {
 	return root, nil
 }
 
-// cached returns the layer of that name, making it under a lock when it is not there.
 func (s *Set) cached(ctx context.Context, name string, build func(context.Context) (*image.Layer, error)) (*image.Layer,
 	error) {
 	unlock, err := node.Lock(ctx, filepath.Join(s.dir, "lock"))

@@ -81,8 +81,9 @@ func makeGroups() (groups, mounts []string, err error) {
 			}
 		}
 	}
-	if !slices.ContainsFunc(mounts, func(c string) bool { return strings.Contains(c, "cpu") }) || !slices.Contains(mounts,
-		"name=systemd") {
+	if !slices.ContainsFunc(mounts, func(c string) bool {
+		return strings.Contains(c, "cpu")
+	}) || !slices.Contains(mounts, "name=systemd") {
 		return groups, nil, fmt.Errorf("%w: a cgroup hierarchy with the cpu controller, and one for systemd", node.ErrMissing)
 	}
 	return groups, mounts, nil

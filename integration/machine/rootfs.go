@@ -53,7 +53,6 @@ func rootfs(ctx context.Context, say func(string)) (string, error) {
 		args = append(args, mirror)
 	}
 	if out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput(); err != nil {
-		// debootstrap leaves /proc mounted there when it is interrupted.
 		return "", errors.Join(fmt.Errorf("make the machine's root: %w\n%s", err, out[max(0, len(out)-4000):]),
 			node.UnmountBelow(staging))
 	}

@@ -86,7 +86,6 @@ func (n *Node) Run(ctx context.Context, snapshotter, ref string, command ...stri
 	return n.RunWith(ctx, snapshotter, nil, ref, command...)
 }
 
-// RunWith is Run with further flags of ctr run.
 func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, ref string, command ...string) (string,
 	error) {
 	args := append([]string{"run", "--rm"}, n.runFlags(snapshotter)...)

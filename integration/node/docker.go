@@ -37,7 +37,6 @@ func (n *Node) StartDocker(ctx context.Context, snapshotter string) (*Docker, er
 		if bin, err = BuildDockerd(ctx, n.opts.Say); err != nil {
 			return nil, err
 		}
-		// Time namespaces want a newer runc than Debian 12 has.
 		args = []string{"--storage-driver", snapshotter, "--feature", "containerd-snapshotter=true", "--feature",
 			"time-namespaces=false"}
 	}
@@ -82,8 +81,8 @@ func (d *Docker) env() []string {
 
 // Run runs Docker's client and returns its standard output.
 func (d *Docker) Run(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(d.tools, "usr/bin/docker"), append([]string{"--host", d.host()},
-		args...)...)
+	cmd := exec.CommandContext(ctx, filepath.Join(d.tools, "usr/bin/docker"),
+		append([]string{"--host", d.host()}, args...)...)
 	cmd.Env = d.env()
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut

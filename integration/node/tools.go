@@ -100,8 +100,6 @@ func BuildPromtool(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "promtool"), err
 }
 
-// buildModule builds packages of the module integration/tools/<name> into the cache.
-// The directory appears by a rename, so it is complete whenever it exists.
 func buildModule(ctx context.Context, name string, say func(string), ldflags string, packages ...string) (string,
 	error) {
 	return buildWith(ctx, name, say, "CGO_ENABLED=0", ldflags, packages...)

@@ -197,8 +197,8 @@ func shows(dir string, mounts []mount.Mount, want rootfs.Tree, opts rootfs.DiffO
 		return err
 	}
 	if lines := rootfs.Diff(want, got, opts); len(lines) > 0 {
-		return fmt.Errorf("%d differences of %d entries:\n%s", len(lines), len(want), strings.Join(lines[:min(5, len(lines))],
-			"\n"))
+		return fmt.Errorf("%d differences of %d entries:\n%s", len(lines), len(want),
+			strings.Join(lines[:min(5, len(lines))], "\n"))
 	}
 	return nil
 }

@@ -144,8 +144,9 @@ func copySparse(to, from *os.File) error {
 		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		if err := writePages(to, buf[:n], start,
-			func(page []byte) bool { return string(page) != string(zeros[:len(page)]) }); err != nil {
+		if err := writePages(to, buf[:n], start, func(page []byte) bool {
+			return string(page) != string(zeros[:len(page)])
+		}); err != nil {
 			return err
 		}
 		start += int64(n)

@@ -240,7 +240,6 @@ func workPart(t *testing.T, d *disk, job task, w world, kill bool) world {
 	return w
 }
 
-// tryCuts tries cuts, two at a time, until one fails. refused is how often a snapshot was out of service.
 func tryCuts(t *testing.T, on fileSystem, durability layer.Durability, dir string, w world, rp *replay) (tried []cut,
 	refused int) {
 	t.Helper()

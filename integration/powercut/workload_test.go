@@ -328,8 +328,8 @@ func ingest(ctx context.Context, sn *snapshotter.Snapshotter, mounts []mount.Mou
 	if err != nil || !ok {
 		return fmt.Errorf("is no extraction (%v): %w", ok, err)
 	}
-	in, err := sn.Layers().IngestBlob(ctx, layer.Blob{Digest: digest.FromBytes(blob),
-		Open: func(context.Context) (io.ReadCloser, error) {
+	in, err := sn.Layers().IngestBlob(ctx,
+		layer.Blob{Digest: digest.FromBytes(blob), Open: func(context.Context) (io.ReadCloser, error) {
 			return io.NopCloser(bytes.NewReader(blob)), nil
 		}})
 	if err != nil {

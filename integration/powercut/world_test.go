@@ -115,8 +115,8 @@ func (s state) settle(w world, names []string) (problems []string) {
 // adopt takes a name for what was under way.
 func (s state) adopt(name string) bool {
 	for op, sn := range s.doing {
-		if sn.Name == name || sn.Suffix != "" && strings.HasSuffix(name, sn.Suffix) && strings.HasPrefix(name, sn.Client+
-			"/") {
+		if sn.Name == name || sn.Suffix != "" && strings.HasSuffix(name, sn.Suffix) &&
+			strings.HasPrefix(name, sn.Client+"/") {
 			sn.Name = name
 			s.have[name] = sn
 			delete(s.doing, op)

@@ -150,8 +150,6 @@ func (a *Applier) startRun(ctx context.Context, key runKey, layers []ocispec.Des
 	})
 }
 
-// next returns the first of the layers whose blob is there or on its way, without it, and its place; -1 when there is
-// none.
 func (a *Applier) next(ctx context.Context, layers []ocispec.Descriptor, seen arrivals, progress func()) (layer.Blob,
 	int) {
 	for i := range min(aheadWindow, len(layers)) {

@@ -39,9 +39,6 @@ func (a *Applier) Close() {
 	a.ahead.close()
 }
 
-// Apply ingests a blob for the active snapshot that mounts belong to, and returns the descriptor of
-// its uncompressed tar. What is not ours to serve is ErrNotImplemented, so that containerd asks
-// its next differ.
 func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount,
 	_ ...diff.ApplyOpt) (ocispec.Descriptor, error) {
 	upper, ok, err := a.snapshots.Extraction(ctx, mounts)

@@ -117,8 +117,8 @@ func find(t *testing.T, ctx context.Context, s *Store, chain content.ChainID, hi
 
 func TestFind(t *testing.T) {
 	store := contentStore(t)
-	s, ctx, other := New(store, nil), namespaces.WithNamespace(t.Context(), "one"), namespaces.WithNamespace(t.Context(),
-		"two")
+	s, ctx, other := New(store, nil), namespaces.WithNamespace(t.Context(), "one"),
+		namespaces.WithNamespace(t.Context(), "two")
 	img := newImage("app", 3)
 	if got := find(t, ctx, s, img.chains[1], ""); got != "" {
 		t.Errorf("found %q in an empty store", got)
@@ -142,7 +142,6 @@ func TestFind(t *testing.T) {
 	if got := find(t, other, s, img.chains[1], digest.FromBytes(img.blobs[1])); got != "" {
 		t.Errorf("another namespace finds %q by digest", got)
 	}
-	// A hint serves where no image tells.
 	if got := find(t, ctx, s, content.ChainID{Sum: content.Sum{1}},
 		digest.FromBytes(img.blobs[1])); got != "layer 1 of app" {
 		t.Errorf("the hint finds %q", got)

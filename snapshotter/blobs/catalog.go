@@ -160,9 +160,8 @@ func (c *Catalog) Version(ctx context.Context) (string, error) {
 
 // snapshotters returns the names under which containerd knows the snapshotter.
 func (c *Catalog) snapshotters(ctx context.Context) ([]string, error) {
-	resp, err := c.plugins.Plugins(ctx, &introspection.PluginsRequest{
-		Filters: []string{"type==io.containerd.snapshotter.v1"},
-	})
+	resp, err := c.plugins.Plugins(ctx,
+		&introspection.PluginsRequest{Filters: []string{"type==io.containerd.snapshotter.v1"}})
 	if err != nil {
 		return nil, errgrpc.ToNative(err)
 	}

@@ -43,7 +43,6 @@ func TestUnpacked(t *testing.T) {
 		"containerd.io/gc.ref.content.m.1": "arm64", "containerd.io/gc.ref.content.m.2": "missing"})
 	first.add("amd64", 100, map[string]string{"containerd.io/gc.ref.content.config": "config",
 		"containerd.io/gc.ref.content.l.0": "layer"})
-	// a circle
 	first.add("arm64", 100, map[string]string{"containerd.io/gc.ref.content.config": "config2",
 		"containerd.io/gc.ref.content.0": "index"})
 	first.add("config", 100, map[string]string{labelSnapshot + "dedup": "sha256:" + strings.Repeat("1", 64)})

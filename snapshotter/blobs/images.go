@@ -135,10 +135,6 @@ func (s *Store) Below(ctx context.Context, chain content.ChainID) (p Part, ok bo
 	return p, ok, err
 }
 
-// Find looks for a layer by the chainID that it ends: the images of the caller's namespace
-// tell its blob and its diffID. ok is false when there is no such image, or its blob is not
-// (or not wholly) in the content store. hint names a blob that may be the one; it may be empty, or wrong.
-// What an image says of its layers is its maker's word: the caller compares the diffID after the ingest.
 func (s *Store) Find(ctx context.Context, chain content.ChainID, hint digest.Digest) (b layer.Blob, ok bool,
 	err error) {
 	places, err := s.places(ctx, chain)

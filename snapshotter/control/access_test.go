@@ -228,8 +228,8 @@ func FuzzControlShowsNoFiles(f *testing.F) {
 // The watch and the search work: what they look for is found where it is.
 func TestAccessTestSees(t *testing.T) {
 	f := newFixture(t)
-	if answer, err := f.ask(t, "/dedup.v1.Control/Duplicates", nil); err != nil || !bytes.Contains(answer,
-		[]byte("/usr/lib")) {
+	if answer, err := f.ask(t, "/dedup.v1.Control/Duplicates", nil); err != nil ||
+		!bytes.Contains(answer, []byte("/usr/lib")) {
 		t.Errorf("%q, %v", answer, err)
 	}
 	if b, err := os.ReadFile(f.secret); err != nil || !bytes.HasPrefix(b, []byte(marker)) {

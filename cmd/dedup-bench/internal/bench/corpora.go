@@ -23,10 +23,10 @@ func CorporaScenarios() (names []string) {
 
 func corporaGroups() (all []group) {
 	for _, name := range inputs.Corpora() {
-		all = append(all, group{[]string{corpusPrefix + name}, 15, func(ctx context.Context, s *stage) (func(context.Context,
-			*Trial) error, string, error) {
-			return prepareCorpus(ctx, s, name)
-		}})
+		all = append(all, group{[]string{corpusPrefix + name}, 15,
+			func(ctx context.Context, s *stage) (func(context.Context, *Trial) error, string, error) {
+				return prepareCorpus(ctx, s, name)
+			}})
 	}
 	return all
 }

@@ -47,7 +47,6 @@ func withDisk(ctx context.Context, parent string, size int64, fn func(dir string
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size), os.Mkdir(target, 0o700)); err != nil {
 		return fmt.Errorf("make a disk: %w", err)
 	}
-	// Nothing is left to the kernel to initialise later, in the middle of a measurement.
 	out, err := exec.CommandContext(ctx, "/sbin/mkfs.ext4", "-q", "-F", "-E",
 		"lazy_itable_init=0,lazy_journal_init=0,nodiscard", image).CombinedOutput()
 	if err != nil {

@@ -44,10 +44,10 @@ func prepareFleet(ctx context.Context, s *stage) (func(context.Context, *Trial) 
 	if err != nil {
 		return nil, "", err
 	}
-	layers, err := cached(ctx, fmt.Sprintf("fleet-1-%g", share), services*releases, func(dir string) ([]*image.Layer,
-		error) {
-		return s.fleet(ctx, dir, share)
-	})
+	layers, err := cached(ctx, fmt.Sprintf("fleet-1-%g", share), services*releases,
+		func(dir string) ([]*image.Layer, error) {
+			return s.fleet(ctx, dir, share)
+		})
 	if err != nil {
 		return nil, "", err
 	}
@@ -58,8 +58,8 @@ func prepareFleet(ctx context.Context, s *stage) (func(context.Context, *Trial) 
 		}
 		var round []Image
 		for service := range services {
-			img, err := s.serve(ctx, r, fmt.Sprintf("system/service-%d:%d", service, release+1), base, layers[release*services+
-				service])
+			img, err := s.serve(ctx, r, fmt.Sprintf("system/service-%d:%d", service, release+1), base,
+				layers[release*services+service])
 			if err != nil {
 				return nil, "", err
 			}
@@ -91,8 +91,7 @@ func (s *stage) fleet(ctx context.Context, dir string, share float64) ([]*image.
 				return ctx.Err()
 			}
 			layers[build], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error {
-				return rebuilt(w, apps[0],
-					build, keep)
+				return rebuilt(w, apps[0], build, keep)
 			})
 			return err
 		})

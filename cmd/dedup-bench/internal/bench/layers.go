@@ -110,8 +110,7 @@ func (s *stage) makeLayers(ctx context.Context, dir string) ([]*image.Layer, err
 				return ctx.Err()
 			}
 			layers[i], err = image.NewLayer(dir, image.LayerOptions{}, func(w io.Writer) error {
-				return writePayloads(w, spool,
-					dealt[i], i)
+				return writePayloads(w, spool, dealt[i], i)
 			})
 			return err
 		})

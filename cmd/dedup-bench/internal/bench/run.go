@@ -119,8 +119,7 @@ func Run(ctx context.Context, opts Options) (out Outcome, err error) {
 
 func runGroup(ctx context.Context, g group, opts Options, out *Outcome, e *estimate) (err error) {
 	names := slices.DeleteFunc(slices.Clone(g.scenarios), func(name string) bool {
-		return !slices.Contains(opts.Scenarios,
-			name)
+		return !slices.Contains(opts.Scenarios, name)
 	})
 	title := strings.Join(names, ", ")
 	s, err := newStage(opts)

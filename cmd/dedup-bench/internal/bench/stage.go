@@ -156,8 +156,6 @@ func (s *stage) warmImage(ctx context.Context) (Image, error) {
 	return s.serve(ctx, r, "warm/up:1", layer)
 }
 
-// cached returns layers that build makes, from the cache where they are there already. key names
-// everything that decides what they hold; build puts blobs below dir.
 func cached(ctx context.Context, key string, count int, build func(dir string) ([]*image.Layer, error)) ([]*image.Layer,
 	error) {
 	cache, err := node.CacheDir()

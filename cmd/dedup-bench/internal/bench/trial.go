@@ -25,9 +25,8 @@ type Trial struct {
 	samples []report.Sample
 }
 
-// take runs fn on a fresh disk and node, warmed up with a small image.
-func take(ctx context.Context, opts Options, s Subject, warm *Image, fn func(context.Context,
-	*Trial) error) (samples []report.Sample, err error) {
+func take(ctx context.Context, opts Options, s Subject, warm *Image,
+	fn func(context.Context, *Trial) error) (samples []report.Sample, err error) {
 	// 12.4 GB of small files take twice that, and 2.3 million inodes.
 	size := max(diskSize, int64(2*opts.Scale)<<30)
 	err = withDisk(ctx, opts.Tmp, size, func(dir string) (err error) {

@@ -140,8 +140,8 @@ func (t *Trial) firstOutputMapped(
 	}()
 	var errOut strings.Builder
 	out := &first{seen: make(chan struct{})}
-	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithFIFODir(filepath.Join(n.Dir(), "run")), cio.WithStreams(nil,
-		out, &errOut)))
+	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithFIFODir(filepath.Join(n.Dir(), "run")),
+		cio.WithStreams(nil, out, &errOut)))
 	if err != nil {
 		return 0, fmt.Errorf("make task: %w", err)
 	}

@@ -46,11 +46,11 @@ func TestSummarise(t *testing.T) {
 
 // A second run replaces what it measured again and nothing else.
 func TestMerge(t *testing.T) {
-	old := []Result{{Scenario: "cold", Subject: "a", Metric: "gone"}, {Scenario: "cold", Subject: "b"}, {Scenario: "start",
-		Subject: "a"}}
+	old := []Result{{Scenario: "cold", Subject: "a", Metric: "gone"}, {Scenario: "cold", Subject: "b"},
+		{Scenario: "start", Subject: "a"}}
 	newer := []Result{{Scenario: "cold", Subject: "a", Metric: "pull"}}
-	want := []Result{{Scenario: "cold", Subject: "b"}, {Scenario: "start", Subject: "a"}, {Scenario: "cold", Subject: "a",
-		Metric: "pull"}}
+	want := []Result{{Scenario: "cold", Subject: "b"}, {Scenario: "start", Subject: "a"},
+		{Scenario: "cold", Subject: "a", Metric: "pull"}}
 	if diff := cmp.Diff(want, Merge(old, newer)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
@@ -170,8 +170,8 @@ func TestPlots(t *testing.T) {
 
 // A figure of nothing but zeros, and one of a single subject, can be drawn.
 func TestPlotsOfLittle(t *testing.T) {
-	zero := Summarise([]Sample{{"cold", "erofs", "CPU", "s", 0}, {"cold", "overlayfs", "CPU", "s", 0}, {"rebuild", "dedup",
-		"pull", "s", 1}})
+	zero := Summarise([]Sample{{"cold", "erofs", "CPU", "s", 0}, {"cold", "overlayfs", "CPU", "s", 0},
+		{"rebuild", "dedup", "pull", "s", 1}})
 	if err := sample(zero).Plots(t.TempDir()); err != nil {
 		t.Error(err)
 	}

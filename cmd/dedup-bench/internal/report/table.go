@@ -43,8 +43,9 @@ func (r Report) Print(w io.Writer) error {
 // rows is a head, and one row for each metric of a scenario.
 func (r Report) rows(scenario string) [][]string {
 	subjects := r.subjects(scenario)
-	divisors := slices.DeleteFunc(append([]string{r.Baseline}, r.References...),
-		func(name string) bool { return !slices.Contains(subjects, name) })
+	divisors := slices.DeleteFunc(append([]string{r.Baseline}, r.References...), func(name string) bool {
+		return !slices.Contains(subjects, name)
+	})
 	head := append([]string{""}, subjects...)
 	type pair struct{ subject, by string }
 	var pairs []pair

@@ -42,8 +42,8 @@ func DropInPath(config string) (string, error) {
 	}
 	for _, pattern := range Strings(values["imports"]) {
 		dir, names := filepath.Split(absolute(config, pattern))
-		if ok, err := filepath.Match(names, dropInName); ok && err == nil && names != dropInName && !strings.Contains(dir,
-			"*") {
+		if ok, err := filepath.Match(names, dropInName); ok && err == nil && names != dropInName &&
+			!strings.Contains(dir, "*") {
 			return filepath.Join(dir, dropInName), nil
 		}
 	}

@@ -48,8 +48,8 @@ func (n *node) lookAtContainerd(ctx context.Context) {
 	n.lookAtNamespaces(c)
 	if n.self != nil {
 		if n.self.ContainerdError != "" {
-			n.add(Problem, "containerd.reached", "restart the daemon: systemctl restart containerd-dedup-grpc; if it stays, "+
-				"see journalctl -u containerd-dedup-grpc",
+			n.add(Problem, "containerd.reached",
+				"restart the daemon: systemctl restart containerd-dedup-grpc; if it stays, see journalctl -u containerd-dedup-grpc",
 				"the daemon does not reach containerd: %s", n.self.ContainerdError)
 		} else {
 			n.ok("containerd.reached", "the daemon reaches containerd on %s", socket)
@@ -121,12 +121,12 @@ func (n *node) lookAtNamespaces(c *containerd) {
 		"in a container, hostPID with nsenter, or the mounts shared both ways"
 	switch {
 	case n.daemon.Pid != 0 && n.daemon.Mounts != c.process.Mounts:
-		n.add(Problem, "containerd.mount-namespace", remedy, "containerd (pid %d) and the daemon (pid %d) are in "+
-			"different mount namespaces: "+
-			"containers find their files missing", c.process.Pid, n.daemon.Pid)
+		n.add(Problem, "containerd.mount-namespace", remedy,
+			"containerd (pid %d) and the daemon (pid %d) are in different mount namespaces: "+
+				"containers find their files missing", c.process.Pid, n.daemon.Pid)
 	case n.daemon.Pid == 0 && c.process.OtherMounts:
-		n.add(Warning, "containerd.mount-namespace", remedy, "containerd (pid %d) has a mount namespace of its own, "+
-			"which the daemon has to share", c.process.Pid)
+		n.add(Warning, "containerd.mount-namespace", remedy,
+			"containerd (pid %d) has a mount namespace of its own, which the daemon has to share", c.process.Pid)
 	default:
 		n.ok("containerd.mount-namespace", "containerd and the daemon see the same mounts")
 	}
@@ -176,8 +176,8 @@ func (n *node) missing(c *containerd, check, name, kind, means string) {
 	if c.config != nil {
 		if address, _ := c.config.Proxy(name)["address"].(string); address != "" &&
 			filepath.Clean(address) == filepath.Clean(n.Address) {
-			n.add(Problem, check, "systemctl restart containerd (containers go on)", "containerd's config has the %s plugin "+
-				"%q, but containerd was started before it was there", kind, name)
+			n.add(Problem, check, "systemctl restart containerd (containers go on)",
+				"containerd's config has the %s plugin %q, but containerd was started before it was there", kind, name)
 			return
 		} else if address != "" {
 			n.add(Problem, check, install, "the %s plugin %q of containerd's config points to %s, the daemon listens on %s",
@@ -196,29 +196,30 @@ func (n *node) lookAtSnapshotPlugin(c *containerd) {
 	}
 	for _, p := range found {
 		if e := p.GetInitErr(); e != nil {
-			n.add(Problem, "containerd.snapshotter", "see journalctl -u containerd", "containerd could not start the "+
-				"snapshot plugin %q: %s", p.GetID(), e.GetMessage())
+			n.add(Problem, "containerd.snapshotter", "see journalctl -u containerd",
+				"containerd could not start the snapshot plugin %q: %s", p.GetID(), e.GetMessage())
 			continue
 		}
 		n.ok("containerd.snapshotter", "containerd knows the daemon as snapshotter %q", p.GetID())
 		switch root := p.GetExports()["root"]; {
 		case root == "":
-			n.add(Warning, "containerd.exports-root", install, "the proxy plugin %q has no exports.root: the kubelet cannot "+
-				"measure the image file system", p.GetID())
+			n.add(Warning, "containerd.exports-root", install,
+				"the proxy plugin %q has no exports.root: the kubelet cannot measure the image file system", p.GetID())
 		case filepath.Clean(root) != filepath.Clean(n.Settings.Root):
-			n.add(Warning, "containerd.exports-root", install, "exports.root of %q is %s, the daemon's root %s: the kubelet "+
-				"measures the wrong file system", p.GetID(), root, n.Settings.Root)
+			n.add(Warning, "containerd.exports-root", install,
+				"exports.root of %q is %s, the daemon's root %s: the kubelet measures the wrong file system", p.GetID(), root,
+				n.Settings.Root)
 		default:
 			n.ok("containerd.exports-root", "exports.root is the daemon's root")
 		}
 		has, wants := slices.Contains(p.GetCapabilities(), "rebase"), staging(c.version)
 		switch {
 		case has && !wants:
-			n.add(Problem, "containerd.capabilities", install, "capability \"rebase\" with containerd %s: it downloads and "+
-				"unpacks what is known", c.version)
+			n.add(Problem, "containerd.capabilities", install,
+				"capability \"rebase\" with containerd %s: it downloads and unpacks what is known", c.version)
 		case !has && wants:
-			n.add(Info, "containerd.capabilities", install, "no capability \"rebase\": containerd cannot unpack layers side "+
-				"by side (max_concurrent_unpacks)")
+			n.add(Info, "containerd.capabilities", install,
+				"no capability \"rebase\": containerd cannot unpack layers side by side (max_concurrent_unpacks)")
 		default:
 			n.ok("containerd.capabilities", "capabilities fit containerd %s", c.version)
 		}
@@ -243,8 +244,8 @@ func (n *node) lookAtSnapshotPlugin(c *containerd) {
 func (n *node) lookAtDiffPlugin(c *containerd) {
 	found := n.ours(c, "io.containerd.differ.v1")
 	if len(found) == 0 {
-		n.missing(c, "containerd.differ", "dedup-diff", "diff", "every layer is written out as plain files first, and "+
-			"read again")
+		n.missing(c, "containerd.differ", "dedup-diff", "diff",
+			"every layer is written out as plain files first, and read again")
 		return
 	}
 	n.ok("containerd.differ", "containerd knows the daemon as differ %q", found[0].GetID())
@@ -256,12 +257,13 @@ func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	walking := slices.Index(order, "walking")
 	switch {
 	case ours < 0:
-		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v has no dedup-diff: what CRI and "+
-			"nerdctl "+
-			"pull is written out as plain files first. As it has to be where the daemon is a DaemonSet's pod", order)
+		n.add(Warning, "containerd.differ-order", install,
+			"the diff service's order %v has no dedup-diff: what CRI and nerdctl "+
+				"pull is written out as plain files first. As it has to be where the daemon is a DaemonSet's pod", order)
 	case walking >= 0 && walking < ours:
-		n.add(Warning, "containerd.differ-order", install, "the diff service's order %v asks walking first: what CRI and "+
-			"nerdctl pull is written out as plain files first", order)
+		n.add(Warning, "containerd.differ-order", install,
+			"the diff service's order %v asks walking first: what CRI and nerdctl pull is written out as plain files first",
+			order)
 	default:
 		n.ok("containerd.differ-order", "the diff service asks %s first", order[ours])
 	}
@@ -292,8 +294,8 @@ func (n *node) lookAtUnpackConfig(c *ctdconfig.Config) {
 		n.add(Warning, "containerd.unpack-config", install, "unpack_config of the transfer service has no entry for "+
 			"dedup: ctr image pull --snapshotter dedup (2.x) finds nobody to unpack")
 	case !leadsTo(c, differs, n.Address):
-		n.add(Warning, "containerd.unpack-config", install, "unpack_config unpacks for dedup with %s: every layer is "+
-			"written out as plain files first", differs)
+		n.add(Warning, "containerd.unpack-config", install,
+			"unpack_config unpacks for dedup with %s: every layer is written out as plain files first", differs)
 	case !others:
 		n.add(Warning, "containerd.unpack-config", install, "unpack_config has no entry for overlayfs, since it replaces "+
 			"the built-in list: ctr image pull without --snapshotter finds nobody to unpack")

@@ -209,8 +209,8 @@ func (n *node) lookAtSocket() {
 	default:
 		n.ok("daemon.socket", "%s is root's alone", n.Address)
 	}
-	n.lookAtDirectory("daemon.socket-directory", filepath.Dir(n.Address), 0o022, "others can put a socket of their "+
-		"own in its place")
+	n.lookAtDirectory("daemon.socket-directory", filepath.Dir(n.Address), 0o022,
+		"others can put a socket of their own in its place")
 }
 
 func (n *node) lookAtRoot() {

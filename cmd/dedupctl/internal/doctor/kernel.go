@@ -54,8 +54,8 @@ func (n *node) lookAtKernel(context.Context) {
 func (n *node) sayKernel(f lower.Features) {
 	switch {
 	case f.Erofs != nil:
-		n.add(Problem, "kernel.erofs", "modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop "+
-			"devices are needed too (modprobe loop)",
+		n.add(Problem, "kernel.erofs",
+			"modprobe erofs; else a kernel with CONFIG_EROFS_FS. Before Linux 6.12 loop devices are needed too (modprobe loop)",
 			"EROFS images over packs cannot be mounted (Linux 5.16 or newer has them): %v", f.Erofs)
 	case f.Counted != nil:
 		n.add(Info, "kernel.erofs", "a kernel that does not count them (most do not)", "EROFS is mounted from loop devices, "+
@@ -80,8 +80,8 @@ func (n *node) sayKernel(f lower.Features) {
 			"overlayfs does not serve data-only lower layers (%v): page_cache is private, and only containers of one image "+
 				"share memory", f.DataOnly)
 	case f.Metacopy:
-		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without", "overlayfs serves data-only lower layers, "+
-			"with metacopy=on")
+		n.add(Info, "kernel.data-only", "Linux 6.16 or newer does without",
+			"overlayfs serves data-only lower layers, with metacopy=on")
 	default:
 		n.ok("kernel.data-only", "overlayfs serves data-only lower layers, without metacopy")
 	}
@@ -139,8 +139,8 @@ func sayMode(n *node, f lower.Features) {
 
 func lookAtVerity(n *node, missing error) {
 	if missing != nil {
-		n.add(Info, "kernel.fs-verity", "", "no fs-verity here (%v): what the disk damages is found by dedupctl fsck, "+
-			"not by the read that meets it", missing)
+		n.add(Info, "kernel.fs-verity", "",
+			"no fs-verity here (%v): what the disk damages is found by dedupctl fsck, not by the read that meets it", missing)
 		return
 	}
 	n.ok("kernel.fs-verity", "the file system has fs-verity")

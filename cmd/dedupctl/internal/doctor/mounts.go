@@ -33,8 +33,8 @@ func (n *node) lookAtMounts(context.Context) {
 	}
 	if n.self != nil {
 		for _, point := range n.self.IdleMounts {
-			n.add(Info, "mounts.idle", "dedupctl gc; else it goes with its image", "%s: a chain image that no container "+
-				"uses is still mounted", point)
+			n.add(Info, "mounts.idle", "dedupctl gc; else it goes with its image",
+				"%s: a chain image that no container uses is still mounted", point)
 		}
 	}
 	if len(leaked) == 0 {

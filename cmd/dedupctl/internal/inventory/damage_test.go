@@ -108,8 +108,8 @@ func TestDamagedDatabases(t *testing.T) {
 			if err := os.WriteFile(path, bad, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := readOverlayfs(t.Context(), dir, Options{}); err == nil || !strings.Contains(err.Error(),
-				filepath.Base(path)) {
+			if _, err := readOverlayfs(t.Context(), dir, Options{}); err == nil ||
+				!strings.Contains(err.Error(), filepath.Base(path)) {
 				t.Errorf("%s, %s: %v", filepath.Base(path), name, err)
 			}
 		}

@@ -238,7 +238,6 @@ func newStacks(kind string) *stacks {
 	return &stacks{inv, map[content.ChainID]int{}, map[content.ChainID]int{}}
 }
 
-// add adds an image; makeLayer is asked for each layer that is new.
 func (s *stacks) add(name string, diffIDs []digest.Digest, makeLayer func(i int, diffID content.DiffID) (Layer,
 	error)) error {
 	var chain content.ChainID

@@ -179,7 +179,6 @@ func readIndex(ctx context.Context, store blobStore, r io.Reader, source string,
 	return s.inv, nil
 }
 
-// addImage adds the image of a manifest or an index, for one platform.
 func (s *stacks) addImage(ctx context.Context, store blobStore, name string, target ocispec.Descriptor,
 	opts Options) error {
 	manifest, diffIDs, err := manifestOf(ctx, store, target, opts.Platform)
@@ -192,7 +191,6 @@ func (s *stacks) addImage(ctx context.Context, store blobStore, name string, tar
 	})
 }
 
-// manifestOf returns an image's layers and their diffIDs.
 func manifestOf(ctx context.Context, store ctdcontent.Provider, target ocispec.Descriptor,
 	platform ocispec.Platform) (m ocispec.Manifest, diffIDs []digest.Digest, err error) {
 	if m, err = images.Manifest(ctx, store, target, platforms.Only(platform)); err != nil {
