@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +17,7 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -51,31 +51,14 @@ func newRig(t *testing.T) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		unmountBelow(t, run)
-		if err := os.RemoveAll(run); err != nil {
+		// A daemon that stopped leaves mounts for containers.
+		if err := errors.Join(mount.UnmountRecursive(run, 0), os.RemoveAll(run)); err != nil {
 			t.Error(err)
 		}
 	})
 	return &rig{
 		ctl: filepath.Join(dir, "dedupctl"), daemon: filepath.Join(dir, "containerd-dedup-grpc"),
 		root: filepath.Join(dir, "root"), socket: filepath.Join(run, "s"),
-	}
-}
-
-// unmountBelow takes away what a daemon that stopped leaves mounted for containers.
-func unmountBelow(t *testing.T, dir string) {
-	t.Helper()
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Error(err)
-	}
-	for _, line := range slices.Backward(strings.Split(string(b), "\n")) {
-		fields := strings.Fields(line)
-		if len(fields) > 4 && strings.HasPrefix(fields[4], dir+"/") {
-			if err := syscall.Unmount(fields[4], 0); err != nil {
-				t.Errorf("unmount %s: %v", fields[4], err)
-			}
-		}
 	}
 }
 

@@ -14,16 +14,8 @@ import (
 
 // prepareMapped is prepareUse for containers in user namespaces of their own.
 func prepareMapped(ctx context.Context, s *stage) (func(context.Context, *Trial) error, string, error) {
-	r, err := s.registry(ctx)
-	if err != nil {
-		return nil, "", err
-	}
-	base, apps, err := s.apps(ctx, 1)
-	if err != nil {
-		return nil, "", err
-	}
-	img, err := s.serve(ctx, r, "team-1/app:v1", base, apps[0])
-	return use{img: img}.mapped, "", err
+	u, err := s.use(ctx)
+	return u.mapped, "", err
 }
 
 // mapped starts containers of one image, each with another mapping.

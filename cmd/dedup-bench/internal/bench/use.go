@@ -35,20 +35,26 @@ type use struct {
 }
 
 func prepareUse(ctx context.Context, s *stage) (func(context.Context, *Trial) error, string, error) {
+	u, err := s.use(ctx)
+	return u.trial, "", err
+}
+
+// use is the image of --image, else one made here.
+func (s *stage) use(ctx context.Context) (u use, err error) {
 	r, err := s.registry(ctx)
 	if err != nil {
-		return nil, "", err
+		return u, err
 	}
 	if len(s.opts.Images) > 0 {
-		img, err := s.copyImage(ctx, r, s.opts.Images[0])
-		return use{img: img}.trial, "", err
+		u.img, err = s.copyImage(ctx, r, s.opts.Images[0])
+		return u, err
 	}
 	base, apps, err := s.apps(ctx, 1)
 	if err != nil {
-		return nil, "", err
+		return u, err
 	}
 	img, err := s.serve(ctx, r, "team-1/app:v1", base, apps[0])
-	return use{img, true}.trial, "", err
+	return use{img, true}, err
 }
 
 func (u use) trial(ctx context.Context, t *Trial) error {
