@@ -192,7 +192,8 @@ func TestAnalyzePredictsMigration(t *testing.T) {
 	saved := before - after
 	predicted := a.Now.Bytes - a.InUse.Bytes - a.Python.Bytes
 	off := 100 * float64(predicted-saved) / float64(saved)
-	t.Logf("predicted %d bytes, saved %d: off by %.2f %%; now %d, in use %d, python %d; disk before %d, after %d; store %d",
+	t.Logf("predicted %d bytes, saved %d: off by %.2f %%; now %d, in use %d, python %d; "+
+		"disk before %d, after %d; store %d",
 		predicted, saved, off, a.Now.Bytes, a.InUse.Bytes, a.Python.Bytes, before, after, usage(t, n.DedupRoot()).Bytes)
 	if saved <= 0 || off < -2 || off > 2 {
 		t.Errorf("predicted %d bytes, saved %d: off by %.2f %%", predicted, saved, off)
