@@ -48,8 +48,7 @@ func TestSkippedDownload(t *testing.T) {
 	pull(t, n, node.Snapshotter, ref)
 	uses := map[string]func(context.Context) error{
 		"export": func(ctx context.Context) error {
-			_, err := n.Ctr(ctx, "image", "export", filepath.Join(t.TempDir(), "app.tar"), ref)
-			return err
+			return export(ctx, n, ref, filepath.Join(t.TempDir(), "app.tar"))
 		},
 		"push": func(ctx context.Context) error {
 			_, err := n.Ctr(ctx, "image", "push", "--plain-http", third.Ref("app:1"), ref)
@@ -84,6 +83,13 @@ func TestSkippedDownload(t *testing.T) {
 	if err := uses["export"](ctx); err != nil {
 		t.Error(err)
 	}
+}
+
+// export writes an image as a tar. Not by containerd's transfer service: ctr does not wait there until all that
+// containerd sent is written.
+func export(ctx context.Context, n *node.Node, ref, path string) error {
+	_, err := n.Ctr(ctx, "image", "export", "--local", path, ref)
+	return err
 }
 
 func fetchesWithContainerd(t *testing.T, n *node.Node, ref string, layers []*image.Layer,
@@ -167,7 +173,7 @@ func TestFetchedOnlyDownloadsAndDoesNotUnpack(t *testing.T) {
 			t.Errorf("blob %s was read %d times", blob, times)
 		}
 	}
-	if _, err := n.Ctr(testContext(t), "image", "export", filepath.Join(t.TempDir(), "app.tar"), ref); err != nil {
+	if err := export(testContext(t), n, ref, filepath.Join(t.TempDir(), "app.tar")); err != nil {
 		t.Error(err)
 	}
 }

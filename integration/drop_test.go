@@ -95,8 +95,7 @@ func (d *dropper) export(t *testing.T) error {
 		return err
 	}
 	d.exports++
-	_, err := d.n.Ctr(testContext(t), "image", "export", filepath.Join(d.dir, fmt.Sprint(d.exports, ".tar")), d.ref)
-	return err
+	return export(testContext(t), d.n, d.ref, filepath.Join(d.dir, fmt.Sprint(d.exports, ".tar")))
 }
 
 // check finds what was fetched although it was there.

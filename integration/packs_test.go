@@ -83,9 +83,7 @@ func dropCache(t *testing.T, n *node.Node) {
 		must(t, err)
 	}
 	for _, path := range paths {
-		if _, err := os.Stat(path); err == nil {
-			dropFile(t, path)
-		}
+		dropFile(t, path)
 	}
 }
 

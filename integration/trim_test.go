@@ -145,8 +145,7 @@ func TestTrim(t *testing.T) {
 		t.Errorf("a pull of what is known fetched %v, %v", fetched, err)
 	}
 	export := func() error {
-		_, err := n.Ctr(testContext(t), "image", "export", filepath.Join(t.TempDir(), "app.tar"), ref)
-		return err
+		return export(testContext(t), n, ref, filepath.Join(t.TempDir(), "app.tar"))
 	}
 	if err := export(); err == nil || !strings.Contains(err.Error(), "not found") {
 		t.Errorf("export says %v", err)
