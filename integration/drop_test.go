@@ -2,7 +2,6 @@ package integration
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -74,7 +73,8 @@ func (d *dropper) step(t *testing.T) error {
 	}
 	out, err := d.n.Run(ctx, node.Snapshotter, d.ref, "/bin/cat", "/own")
 	if err == nil && !strings.Contains(out, d.ref) {
-		err = errors.New("the container shows " + out)
+		again, aerr := d.n.Run(ctx, node.Snapshotter, d.ref, "/bin/sh", "-c", "ls -l /own; cat /own")
+		err = fmt.Errorf("the container shows %q, and one more %q, %v", out, again, aerr)
 	}
 	return err
 }

@@ -198,7 +198,11 @@ func TestTrimmedDocker(t *testing.T) {
 		return nil
 	}
 	must(t, docker("pull", "--quiet", ref))
-	trim(t, n)
+	out, err := dedupctl(t, n, "trim")
+	must(t, err)
+	if !strings.Contains(out, "docker save leaves out") {
+		t.Errorf("trim does not warn of docker save: %s", out)
+	}
 	wantBlobs(t, "trimmed", has(t, n, dockerNamespace, own), false)
 	must(t, docker("run", "--name", "box", "--network", "none", ref, "touch", "/new"))
 	must(t, docker("tag", ref, other.Ref("tagged:1")))

@@ -188,3 +188,20 @@ func TestFullDisk(t *testing.T) {
 		t.Error(stderr.String())
 	}
 }
+
+// docker save says nothing of layers that are not there: trim does.
+func TestTrimWarnsOfDockerSave(t *testing.T) {
+	for _, row := range []struct {
+		image TrimmedImage
+		want  bool
+	}{
+		{TrimmedImage{Namespace: "moby", BlobBytes: 5}, true},
+		{TrimmedImage{Namespace: "moby", KeptBytes: 5, Kept: "a lease holds it"}, false},
+		{TrimmedImage{Namespace: "k8s.io", BlobBytes: 5}, false},
+	} {
+		got := text(func(b *strings.Builder) { writeTrimmed(b, Trimmed{Images: []TrimmedImage{row.image}}) })
+		if strings.Contains(got, "docker save") != row.want {
+			t.Errorf("%+v: %s", row.image, got)
+		}
+	}
+}

@@ -36,6 +36,9 @@ type TrimmedImage struct {
 	Kept      string   `json:"kept,omitempty"`
 }
 
+// dockerNamespace is containerd's namespace that Docker uses.
+const dockerNamespace = "moby"
+
 func trimCommand() *cli.Command {
 	return &cli.Command{
 		Name:      "trim",
@@ -100,7 +103,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 	if t.DryRun {
 		goes, verb = "TO DROP", "would be freed"
 	}
-	lastCopies := false
+	lastCopies, docker := false, false
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "NAMESPACE\tIMAGE\tLAYERS\tBLOBS\t%s\tKEPT\tWHY KEPT\n", goes)
 		for _, i := range t.Images {
@@ -109,6 +112,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 				why = "-"
 			}
 			lastCopies = lastCopies || strings.HasPrefix(why, "the last copy")
+			docker = docker || i.Namespace == dockerNamespace && i.BlobBytes > 0
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.Namespace, imageName(i.Names), count(i.Layers),
 				count(i.Blobs+i.KeptBlobs), dash(i.BlobBytes), dash(i.KeptBytes), plain(why))
 		}
@@ -117,5 +121,9 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 		size(t.FreedBytes), verb)
 	if lastCopies {
 		fmt.Fprintln(w, "what was built or imported here goes only by name: dedupctl trim --last-copy IMAGE")
+	}
+	if docker {
+		fmt.Fprintln(w, "docker save leaves out what is not there, without a word. Before it:\n"+
+			"  dedupctl complete --namespace "+dockerNamespace+" IMAGE")
 	}
 }

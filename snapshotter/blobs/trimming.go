@@ -2,6 +2,7 @@ package blobs
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/containerd/log"
@@ -74,6 +75,10 @@ func (t *Trimmer) sweep(ctx context.Context, collect bool) time.Duration {
 	case done.Blobs > 0:
 		log.G(ctx).Infof("let go of %d blobs, %d bytes, in containerd's content store: their layers are stored here",
 			done.Blobs, done.Bytes)
+		if slices.ContainsFunc(done.Images, func(i TrimImage) bool { return i.Namespace == "moby" && i.Bytes > 0 }) {
+			log.G(ctx).Warn("docker save leaves out the layers of these images, without a word: before it, " +
+				"dedupctl complete --namespace moby IMAGE")
+		}
 	}
 	if !plan.again.IsZero() {
 		return min(lookEvery, max(time.Second, time.Until(plan.again)))
