@@ -116,7 +116,7 @@ func (w *world) goesOn(t *testing.T, writes bool) {
 	}
 	for _, name := range files {
 		for start, deadline := size(name),
-			time.Now().Add(20*time.Second); size(name) < start+3; time.Sleep(10 * time.Millisecond) {
+			time.Now().Add(2*time.Minute); size(name) < start+3; time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("the running container: %s stays at %d", name, start)
 			}

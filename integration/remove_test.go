@@ -4,14 +4,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Right after a pull nothing of it is held for longer than its image: layers that were
-// ingested ahead of their Apply are let go once they are applied, not ten seconds later.
+// Right after a pull nothing of it is held for longer than its image: layers that were ingested ahead of their Apply go
+// with it.
 func TestRemoveRightAfterPull(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
@@ -25,17 +24,11 @@ func TestRemoveRightAfterPull(t *testing.T) {
 	pull(t, n, node.Snapshotter, ref)
 	_, err := n.Ctr(ctx, "image", "rm", "--sync", ref)
 	must(t, err)
-	// What is left is removed in the background, in milliseconds; 7 s is far from both.
-	for deadline := time.Now().Add(7 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	eventually(t, "the last layers and packs to go", func() bool {
 		trees, err := filepath.Glob(filepath.Join(n.DedupRoot(), "layers", "*"))
 		must(t, err)
 		packs, err := filepath.Glob(filepath.Join(n.DedupRoot(), "packs", "*"))
 		must(t, err)
-		if len(trees)+len(packs) == 0 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("seconds after the image was removed there are still %d layers and %d packs", len(trees), len(packs))
-		}
-	}
+		return len(trees)+len(packs) == 0
+	})
 }

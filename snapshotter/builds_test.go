@@ -299,7 +299,12 @@ func TestBlobAtHandThatTakesLong(t *testing.T) {
 		s, ctx := openWith(t, contentStore(t), false), ns(t, "one")
 		short, cancel := context.WithCancel(ctx)
 		b, _, opened, stopped := open(s)
-		time.AfterFunc(20*time.Millisecond, cancel)
+		go func() {
+			for opened.Load() == 0 {
+				time.Sleep(time.Millisecond)
+			}
+			cancel()
+		}()
 		if _, err := s.ingestSoon(short, b); !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}

@@ -40,7 +40,7 @@ func TestMetrics(t *testing.T) {
 	url := "http://" + c.MetricsAddress + "/metrics"
 	scrape := fetch(t, url)
 	// a layer goes in the background
-	for i := 0; i < 500 && !strings.Contains(scrape, "\ndedup_gc_layers_total 1\n"); i++ {
+	for i := 0; i < 6000 && !strings.Contains(scrape, "\ndedup_gc_layers_total 1\n"); i++ {
 		time.Sleep(10 * time.Millisecond)
 		scrape = fetch(t, url)
 	}

@@ -17,7 +17,7 @@ func TestPprof(t *testing.T) {
 	c.PprofAddress = l.Addr().String()
 	l.Close()
 	stop := start(t, c)
-	for range 500 { // the socket is there before all else
+	for range 6000 { // the socket is there before all else
 		if conn, err := net.Dial("tcp", c.PprofAddress); err == nil {
 			conn.Close()
 			break

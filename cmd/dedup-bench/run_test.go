@@ -142,7 +142,7 @@ func TestRun(t *testing.T) {
 func TestInterrupt(t *testing.T) {
 	bench, daemon := built(t)
 	refs, tmp := userImages(t), shortDir(t)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, bench, "run", "--scenario", "start", "--subject", "dedup", "--runs", "50",
 		"--image", refs[0], "--daemon", daemon, "--out", t.TempDir(), "--tmp", tmp)

@@ -263,7 +263,7 @@ func TestBudgetIsGivenBack(t *testing.T) {
 	}
 	select {
 	case <-freed:
-	case <-time.After(10 * freeAfter):
+	case <-time.After(time.Minute):
 		t.Error("the heap does not go back")
 	}
 }

@@ -33,7 +33,7 @@ func TestMetadataIsReadAhead(t *testing.T) {
 		if !l.Images.known(n).shared {
 			want = 0
 		}
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 			in, of := resident(t, image)
 			inPack, _ := resident(t, pack)
 			if in == of && inPack >= want && inPack < want+256 {
