@@ -90,7 +90,7 @@ func newWorld(t *testing.T, s shortage) *world {
 	return w
 }
 
-// readsStart fails unless the file of the image start is whole. It prints nothing: ctr loses output now and then.
+// readsStart fails unless the file of the image start is whole.
 const readsStart = `test "$(wc -c < /start)" = 50000`
 
 // patientReader counts what it read right, read wrong, and wrote.

@@ -65,8 +65,7 @@ func userNamespace(t *testing.T, opts node.Options) {
 	ref := push(t, r, "userns:1", ownedImage(t, "userns")...)
 	see := func(snapshotter, command string, flags ...string) string {
 		t.Helper()
-		args := append([]string{"run", "--rm", "--snapshotter", snapshotter, "--runc-root", n.Dir() + "/runc"}, flags...)
-		out, err := n.Ctr(ctx, append(args, ref, node.NewID("userns"), "sh", "-c", command)...)
+		out, err := n.RunWith(ctx, snapshotter, flags, ref, "sh", "-c", command)
 		must(t, err)
 		return out
 	}

@@ -69,14 +69,11 @@ func TestDoctorDisks(t *testing.T) {
 		want map[string]doctor.Severity
 	}{
 		{"ext4", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F") },
-			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok", "disk.inode-ratio": "ok",
+			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok",
 				"disk.d_type": "ok", "disk.reflink": "info", "kernel.upper": "ok"}},
 		{"xfs", func(t *testing.T) string {
 			return disk(t, "mkfs.xfs -q -f")
 		}, map[string]doctor.Severity{"disk.type": "ok", "disk.inodes": "ok", "disk.reflink": "ok"}},
-		{"few inodes", func(t *testing.T) string {
-			return disk(t, "mkfs.ext4 -q -F -i 131072")
-		}, map[string]doctor.Severity{"disk.inode-ratio": "info"}},
 		{"no inodes left", func(t *testing.T) string {
 			return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4)
 		}, map[string]doctor.Severity{"disk.inodes": "warning"}},

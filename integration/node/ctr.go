@@ -80,17 +80,32 @@ func NewID(prefix string) string {
 	return fmt.Sprintf("%s-%d-%d", prefix, os.Getpid(), containers.Add(1))
 }
 
-// Run runs a command in a new container of an image and returns its standard output;
-// the container is removed at its end.
+// Run runs a command in a new container of an image and returns what it wrote; the container is removed at its end.
 func (n *Node) Run(ctx context.Context, snapshotter, ref string, command ...string) (string, error) {
 	return n.RunWith(ctx, snapshotter, nil, ref, command...)
 }
 
 func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, ref string, command ...string) (string,
 	error) {
+	id := NewID("run")
 	args := append([]string{"run", "--rm"}, n.runFlags(snapshotter)...)
-	args = append(append(args, flags...), ref, NewID("run"))
-	return n.Ctr(ctx, append(args, command...)...)
+	return ctrOutput(ctx, n, id, append(args, flags...), append([]string{ref, id}, command...))
+}
+
+// ctrOutput runs ctr, and returns what the process in the container wrote, to either of its outputs. The shim writes it
+// into a file: ctr reads from a FIFO, and loses what is in there if a container ends before ctr has come to read it.
+func ctrOutput(ctx context.Context, n *Node, id string, flags, args []string) (string, error) {
+	path := filepath.Join(n.dir, "output-"+id)
+	defer os.Remove(path)
+	said, err := n.Ctr(ctx, slices.Concat(flags, []string{"--log-uri", "file://" + path}, args)...)
+	out, rerr := os.ReadFile(path)
+	if errors.Is(rerr, os.ErrNotExist) { // it did not come so far
+		rerr = nil
+	}
+	if err != nil {
+		return said + string(out), errors.Join(fmt.Errorf("%w\n%s", err, tail(out, 20)), rerr)
+	}
+	return said + string(out), rerr
 }
 
 // RunDetached starts a container and returns its id; Exec runs further commands in it.
@@ -105,9 +120,10 @@ func (n *Node) runFlags(snapshotter string) []string {
 	return []string{"--snapshotter", snapshotter, "--runc-root", filepath.Join(n.dir, "runc")}
 }
 
-// Exec runs a command in a running container and returns its standard output.
+// Exec runs a command in a running container and returns what it wrote.
 func (n *Node) Exec(ctx context.Context, id string, command ...string) (string, error) {
-	return n.Ctr(ctx, append([]string{"task", "exec", "--exec-id", NewID("exec"), id}, command...)...)
+	process := NewID("exec")
+	return ctrOutput(ctx, n, process, []string{"task", "exec", "--exec-id", process}, append([]string{id}, command...))
 }
 
 // RemoveContainer kills a container's task and removes the container and its snapshot.

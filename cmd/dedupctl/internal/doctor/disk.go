@@ -14,8 +14,6 @@ const (
 	// From these parts on, the alerts of deploy/ warn too.
 	fullBytes  = 0.85
 	fullInodes = 0.90
-	// objectSize is what a stored payload has on average in images with much Python, in bytes: each takes an inode.
-	objectSize = 16 << 10
 )
 
 // lookAtDisk looks at the file system of the root.
@@ -28,6 +26,9 @@ func (n *node) lookAtDisk(context.Context) {
 	switch name := fileSystem(int64(st.Type)); name {
 	case "ext4", "xfs":
 		n.ok("disk.type", "root %s is on %s", n.Settings.Root, name)
+	case "btrfs":
+		n.add(Info, "disk.type", "", "root %s is on btrfs: images and containers are tested on it, power cuts on ext4 "+
+			"and XFS only", n.Settings.Root)
 	default:
 		n.add(Warning, "disk.type", "ext4 and XFS are what is tested", "root %s is on %s", n.Settings.Root, name)
 	}
@@ -59,15 +60,15 @@ func (n *node) lookAtSpace(st unix.Statfs_t) {
 	}
 }
 
-// lookAtInodes: every object is a file of its own.
+// lookAtInodes: the store needs few, but each file that a container writes takes one.
 func (n *node) lookAtInodes(st unix.Statfs_t) {
 	if st.Files == 0 {
 		n.ok("disk.inodes", "the file system has no fixed number of inodes")
 		return
 	}
 	used := 1 - float64(st.Ffree)/float64(st.Files)
-	const remedy = "remove images; a new file system for root with more inodes (mkfs.ext4 -i 8192), or XFS, which has " +
-		"no fixed number"
+	const remedy = "remove containers that wrote many files (the store itself needs few); or a new file system for root: " +
+		"XFS has no fixed number"
 	switch text := fmt.Sprintf("%.0f %% of %d inodes are used, %d are free", 100*used, st.Files, st.Ffree); {
 	case used >= 0.99:
 		n.add(Problem, "disk.inodes", remedy, "%s: pulls will fail", text)
@@ -76,15 +77,6 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 	default:
 		n.ok("disk.inodes", "%s", text)
 	}
-	// XFS makes inodes as long as there is space, and counts what could be made.
-	perInode := float64(st.Bavail) * float64(st.Frsize) / max(float64(st.Ffree), 1)
-	if perInode > 2*objectSize {
-		n.add(Info, "disk.inode-ratio", "for images of many small files: mkfs.ext4 -i 8192, or XFS",
-			"there is one free inode for %.0f KiB of free space, and an object of Python images takes about %d KiB: inodes "+
-				"will be used up first", perInode/1024, objectSize>>10)
-		return
-	}
-	n.ok("disk.inode-ratio", "one free inode for %.0f KiB of free space", perInode/1024)
 }
 
 // lookAtTypes: overlayfs needs readdir to tell what an entry is.
