@@ -27,8 +27,8 @@ func (n *node) lookAtDisk(context.Context) {
 	case "ext4", "xfs":
 		n.ok("disk.type", "root %s is on %s", n.Settings.Root, name)
 	case "btrfs":
-		n.add(Info, "disk.type", "", "root %s is on btrfs: images and containers are tested on it, power cuts on ext4 "+
-			"and XFS only", n.Settings.Root)
+		n.add(Info, "disk.type", "",
+			"root %s is on btrfs: images and containers are tested on it, power cuts on ext4 and XFS only", n.Settings.Root)
 	default:
 		n.add(Warning, "disk.type", "ext4 and XFS are what is tested", "root %s is on %s", n.Settings.Root, name)
 	}
@@ -67,8 +67,8 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 		return
 	}
 	used := 1 - float64(st.Ffree)/float64(st.Files)
-	const remedy = "remove containers that wrote many files (the store itself needs few); or a new file system for root: " +
-		"XFS has no fixed number"
+	const remedy = "remove containers that wrote many files (the store itself needs few); or give root a new file " +
+		"system: XFS has no fixed number"
 	switch text := fmt.Sprintf("%.0f %% of %d inodes are used, %d are free", 100*used, st.Files, st.Ffree); {
 	case used >= 0.99:
 		n.add(Problem, "disk.inodes", remedy, "%s: pulls will fail", text)
