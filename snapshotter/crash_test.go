@@ -253,31 +253,43 @@ func equalFiles(a, b map[string]string) bool {
 	return true
 }
 
-// holdsNothingElse: files of the store belong to what is committed.
+// holdsNothingElse: files of the store belong to what is committed, once what goes on in the background, such as the
+// merging of packs, is done.
 func holdsNothingElse(t *testing.T, s *Snapshotter, ctx context.Context) {
 	t.Helper()
 	for _, wait := range []func(){func() { _ = s.Cleanup(ctx) }, s.wg.Wait, s.layers.Wait} {
 		wait()
 	}
-	count := func(pattern string) int {
+	list := func(pattern string) []string {
 		found, err := filepath.Glob(filepath.Join(s.opts.Root, pattern))
 		if err != nil {
 			t.Fatal(err)
 		}
-		return len(found)
+		return found
 	}
-	if got, want := count("packs/*"), s.layers.Stats().Packs.Packs; got != want {
-		t.Errorf("%d files in packs, %d are packs", got, want)
+	var wrong []string
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		wrong = nil
+		if got, want := list("packs/*"), s.layers.Stats().Packs.Packs; len(got) != want {
+			wrong = append(wrong, fmt.Sprintf("%d are packs of %q", want, got))
+		}
+		if found, err := s.layers.Orphans(ctx); err != nil || len(found) > 0 {
+			wrong = append(wrong, fmt.Sprintf("files that nothing names: %v, %v", found, err))
+		}
+		if got, want := list("layers/*"), len(s.layers.List()); len(got) != want {
+			wrong = append(wrong, fmt.Sprintf("%d are layers of %q", want, got))
+		}
+		if got := append(list("ingest/*"), list("snapshots/*")...); len(got) > 0 {
+			wrong = append(wrong, fmt.Sprintf("left: %q", got))
+		}
+		if len(wrong) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			break
+		}
 	}
-	if found, err := s.layers.Orphans(ctx); err != nil || len(found) > 0 {
-		t.Errorf("files that nothing names: %v, %v", found, err)
-	}
-	if got, want := count("layers/*"), len(s.layers.List()); got != want {
-		t.Errorf("%d files in layers, %d layers", got, want)
-	}
-	if got := count("ingest/*") + count("snapshots/*"); got > 0 {
-		t.Errorf("%d things are left in ingest and snapshots", got)
-	}
+	t.Errorf("the store holds more than what is committed: %s", strings.Join(wrong, "; "))
 }
 
 // crashFiles are the files of a layer: some of its own, some that many layers have.

@@ -147,6 +147,17 @@ func (c crashLeases) AddResource(ctx context.Context, req *leasesapi.AddResource
 		leases.Resource{ID: req.Resource.ID, Type: req.Resource.Type})
 }
 
+// ListResources is asked for what a lease holds that a killed process left.
+func (c crashLeases) ListResources(ctx context.Context, req *leasesapi.ListResourcesRequest) (
+	*leasesapi.ListResourcesResponse, error) {
+	list, err := c.leases.ListResources(ctx, leases.Lease{ID: req.ID})
+	r := &leasesapi.ListResourcesResponse{}
+	for _, l := range list {
+		r.Resources = append(r.Resources, &leasesapi.Resource{ID: l.ID, Type: l.Type})
+	}
+	return r, err
+}
+
 func (c crashLeases) Delete(ctx context.Context, req *leasesapi.DeleteRequest) (*emptypb.Empty, error) {
 	err := c.leases.Delete(ctx, leases.Lease{ID: req.ID})
 	if err == nil && req.Sync {
