@@ -17,7 +17,8 @@ import (
 // TestLimits: the page of limits says what the constants say.
 func TestLimits(t *testing.T) {
 	text := readPage(t, "docs/limits.md")
-	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9,]+)( [KMGTP]iB)?[^|]* \\| `([a-z/]+)\\.(\\w+)` \\|").FindAllStringSubmatch(text, -1)
+	row := regexp.MustCompile("(?m)^\\| [^|]+ \\| ([0-9,]+)( [KMGTP]iB)?[^|]* \\| `([a-z/]+)\\.(\\w+)` \\|")
+	rows := row.FindAllStringSubmatch(text, -1)
 	constants := newConstants()
 	for _, m := range rows {
 		want, err := strconv.ParseUint(strings.ReplaceAll(m[1], ",", ""), 10, 64)

@@ -20,11 +20,14 @@ import (
 const cniScript = `#!/bin/sh
 case "$CNI_COMMAND" in
 VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}' ;;
-ADD) echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],"ips":[{"address":"10.88.0.2/16","interface":0}]}' ;;
+ADD)
+	echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],'
+	echo '"ips":[{"address":"10.88.0.2/16","interface":0}]}' ;;
 esac
 `
 
-var critestResult = regexp.MustCompile(`(?m)^\s*\[(FAIL|PANICKED|TIMEDOUT|INTERRUPTED)\] .*|^Ran \d+ of \d+ Specs.*|^(SUCCESS|FAIL)! .*`)
+var critestResult = regexp.MustCompile(
+	`(?m)^\s*\[(FAIL|PANICKED|TIMEDOUT|INTERRUPTED)\] .*|^Ran \d+ of \d+ Specs.*|^(SUCCESS|FAIL)! .*`)
 
 // cri-tools' own tests pass with dedup where they pass with overlayfs. DEDUP_CRITEST names the binary critest, made
 // with `go test -c ./cmd/critest` in a clone of github.com/kubernetes-sigs/cri-tools; DEDUP_CRITEST_FOCUS chooses

@@ -42,9 +42,10 @@ ctr run --detach --snapshotter dedup docker.io/library/python:3.12 one sleep 100
 echo 'log_level = "debug"' >> /etc/containerd-dedup-grpc/config.toml`)
 
 	run("dpkg -i new.deb")
-	if out := run(`tail -n 1 /etc/containerd-dedup-grpc/config.toml
+	out := run(`tail -n 1 /etc/containerd-dedup-grpc/config.toml
 dpkg-query -f '${Version}\n' -W containerd-dedup-grpc; systemctl is-active containerd-dedup-grpc
-ctr task exec --exec-id e one sh -c 'echo lives; cat /usr/bin/python3 | wc -c'`); !strings.HasPrefix(out, "log_level = \"debug\"\n1.0.1\nactive\nlives\n") {
+ctr task exec --exec-id e one sh -c 'echo lives; cat /usr/bin/python3 | wc -c'`)
+	if !strings.HasPrefix(out, "log_level = \"debug\"\n1.0.1\nactive\nlives\n") {
 		t.Errorf("after the upgrade: %q", out)
 	}
 	run("systemctl disable containerd-dedup-grpc; dpkg -i new.deb")
@@ -53,11 +54,12 @@ ctr task exec --exec-id e one sh -c 'echo lives; cat /usr/bin/python3 | wc -c'`)
 	}
 
 	run("dedupctl config containerd --remove --yes; systemctl restart containerd; dpkg -r containerd-dedup-grpc")
-	if out := run(`systemctl is-active containerd-dedup-grpc || true; ls /etc/containerd-dedup-grpc
-ctr task exec --exec-id f one sh -c 'echo lives; cat /usr/bin/python3 > /dev/null'`); out != "inactive\nconfig.toml\nlives\n" {
+	out = run(`systemctl is-active containerd-dedup-grpc || true; ls /etc/containerd-dedup-grpc
+ctr task exec --exec-id f one sh -c 'echo lives; cat /usr/bin/python3 > /dev/null'`)
+	if out != "inactive\nconfig.toml\nlives\n" {
 		t.Errorf("after the removal: %q", out)
 	}
-	out := run("dpkg -P containerd-dedup-grpc")
+	out = run("dpkg -P containerd-dedup-grpc")
 	if !strings.Contains(out, "/var/lib/containerd-dedup-grpc stays") {
 		t.Errorf("purging says %q", out)
 	}

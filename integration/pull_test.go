@@ -102,7 +102,9 @@ func TestBlobKinds(t *testing.T) {
 		{"oci-tar", image.LayerOptions{Compression: image.None}},
 		{"docker-gzip", image.LayerOptions{Docker: true}},
 		{"docker-foreign", image.LayerOptions{MediaType: "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"}},
-		{"oci-nondistributable", image.LayerOptions{MediaType: "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"}},
+		{"oci-nondistributable", image.LayerOptions{
+			MediaType: "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			l, err := image.FromEntries(t.TempDir(), tt.opts, image.File("name", tt.name))

@@ -137,12 +137,15 @@ func checkHardened(t *testing.T, m *machine.Machine) {
 	t.Helper()
 	out, err := m.Run(testContext(t), `
 pid=$(systemctl show -P MainPID containerd-dedup-grpc)
-[ "$(readlink /proc/$pid/ns/mnt)" = "$(readlink /proc/$(systemctl show -P MainPID containerd)/ns/mnt)" ] || echo "another mount namespace than containerd's"
+containerd=$(systemctl show -P MainPID containerd)
+[ "$(readlink /proc/$pid/ns/mnt)" = "$(readlink /proc/$containerd/ns/mnt)" ] ||
+	echo "another mount namespace than containerd's"
 grep -q '^Seccomp:.2$' /proc/$pid/status || echo "may make any system call"
 grep -q '^NoNewPrivs:.1$' /proc/$pid/status || echo "may gain privileges"
 capsh=$(sed -n 's/^CapBnd:.//p' /proc/$pid/status)
 [ $((0x$capsh & (1 << 16 | 1 << 23 | 1 << 19))) = 0 ] || echo "may load modules, trace or change priorities: $capsh"
-stat -c '%a %U' /run/containerd-dedup-grpc /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc/containerd-dedup-grpc.sock
+stat -c '%a %U' /run/containerd-dedup-grpc /var/lib/containerd-dedup-grpc \
+	/run/containerd-dedup-grpc/containerd-dedup-grpc.sock
 systemd-analyze verify containerd-dedup-grpc.service 2>&1`)
 	if want := "700 root\n700 root\n600 root\n"; err != nil || out != want {
 		t.Errorf("the unit: %q, %v, want %q", out, err, want)

@@ -25,7 +25,7 @@ const (
 )
 
 // Builds are the chain images that are being built.
-func (s *Snapshotter) Builds() lower.Work { return s.chains.Work() }
+func (rep *reports) Builds() lower.Work { return rep.chains.Work() }
 
 // buildJob is work in the background for one snapshot. It ends early when the snapshot is removed.
 type buildJob struct {
@@ -35,7 +35,7 @@ type buildJob struct {
 	err    error
 }
 
-func (s *Snapshotter) startJob(ctx context.Context, name string, delay time.Duration,
+func (t *tasks) startJob(ctx context.Context, name string, delay time.Duration,
 	fn func(context.Context) error) *buildJob {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	j := &buildJob{cancel: cancel, done: make(chan struct{})}
@@ -44,27 +44,27 @@ func (s *Snapshotter) startJob(ctx context.Context, name string, delay time.Dura
 		defer context.AfterFunc(stop, cancel)()
 		j.err = lower.Safely(func() error { return fn(ctx) })
 		close(j.done)
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.jobs[name] == j {
-			delete(s.jobs, name)
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.jobs[name] == j {
+			delete(t.jobs, name)
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
 		cancel()
 		return nil
 	}
-	if old := s.jobs[name]; old != nil {
+	if old := t.jobs[name]; old != nil {
 		old.stop()
 	}
-	s.jobs[name] = j
+	t.jobs[name] = j
 	if delay == 0 {
-		s.wg.Go(func() { run(s.ctx) })
+		t.wg.Go(func() { run(t.ctx) })
 		return j
 	}
-	j.timer = time.AfterFunc(delay, func() { s.background(run) })
+	j.timer = time.AfterFunc(delay, func() { t.background(run) })
 	return j
 }
 
@@ -77,30 +77,30 @@ func (j *buildJob) stop() {
 }
 
 // abandon ends the job of a snapshot that is gone, and calls after when it has ended.
-func (s *Snapshotter) abandon(name string, after func(context.Context)) {
-	s.mu.Lock()
-	j := s.jobs[name]
+func (t *tasks) abandon(name string, after func(context.Context)) {
+	t.mu.Lock()
+	j := t.jobs[name]
 	waiting := j != nil && j.timer != nil && j.timer.Stop()
 	if j != nil {
 		j.cancel()
-		delete(s.jobs, name)
+		delete(t.jobs, name)
 	}
-	s.mu.Unlock()
+	t.mu.Unlock()
 	if j == nil || waiting {
-		after(s.ctx)
+		after(t.ctx)
 		return
 	}
-	s.background(func(ctx context.Context) {
+	t.background(func(ctx context.Context) {
 		<-j.done
 		after(ctx)
 	})
 }
 
 // settled waits for the job of a snapshot, if it has one.
-func (s *Snapshotter) settled(ctx context.Context, name string) error {
-	s.mu.Lock()
-	j := s.jobs[name]
-	s.mu.Unlock()
+func (t *tasks) settled(ctx context.Context, name string) error {
+	t.mu.Lock()
+	j := t.jobs[name]
+	t.mu.Unlock()
 	if j == nil {
 		return nil
 	}
@@ -113,12 +113,12 @@ func (s *Snapshotter) settled(ctx context.Context, name string) error {
 }
 
 // cancelBuild keeps a job from being begun.
-func (s *Snapshotter) cancelBuild(name string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if j := s.jobs[name]; j != nil && j.timer != nil && j.timer.Stop() {
+func (t *tasks) cancelBuild(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if j := t.jobs[name]; j != nil && j.timer != nil && j.timer.Stop() {
 		j.cancel()
-		delete(s.jobs, name)
+		delete(t.jobs, name)
 	}
 }
 
@@ -142,20 +142,20 @@ func (s *Snapshotter) buildImage(ctx context.Context, name string, delay time.Du
 // belowSoon is below for a snapshot that was just created. For one that a container is about to write to it does not
 // take longer than patience: late tells that what lies below is not there yet. The work goes on, and Mounts waits for
 // it. A view and an extraction wait as long as it takes: clients use what they are told at once, and do not ask again.
-func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l below, late bool, err error) {
+func (m *mounter) belowSoon(ctx context.Context, key string, c creation) (l below, late bool, err error) {
 	if c.extraction || c.view || c.parent == "" {
-		l, err = s.below(ctx, c)
+		l, err = m.below(ctx, c)
 		return l, false, err
 	}
 	var found below
-	j := s.startJob(ctx, key, 0, func(ctx context.Context) (err error) {
-		found, err = s.below(ctx, c)
+	j := m.startJob(ctx, key, 0, func(ctx context.Context) (err error) {
+		found, err = m.below(ctx, c)
 		return err
 	})
 	if j == nil {
 		return below{}, false, lower.ErrClosed
 	}
-	timer := time.NewTimer(s.belowPatience)
+	timer := time.NewTimer(m.belowPatience)
 	defer timer.Stop()
 	select {
 	case <-j.done:
@@ -165,7 +165,7 @@ func (s *Snapshotter) belowSoon(ctx context.Context, key string, c creation) (l 
 	case <-timer.C:
 	}
 	log.G(ctx).Infof("the layers below snapshot %q are not ready yet: Mounts waits for them", key)
-	return below{dir: s.path(dirAbsent), chain: true, ids: c.ids}, true, nil
+	return below{dir: m.path(dirAbsent), chain: true, ids: c.ids}, true, nil
 }
 
 // dirAbsent is never there, so that nothing mounts over it.
@@ -190,31 +190,31 @@ const lateHold = 10 * time.Second
 var errLate = errors.New("the ingest takes longer than Prepare may")
 
 // ingestSoon ingests a blob within ingestPatience. One that takes longer goes on, for the Apply that follows to join.
-func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Ingested, error) {
+func (k *known) ingestSoon(ctx context.Context, b layer.Blob) (layer.Ingested, error) {
 	type result struct {
 		in  layer.Ingested
 		err error
 	}
 	own, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	done, taken := make(chan result, 1), make(chan bool, 1)
-	started := s.background(func(stop context.Context) {
+	started := k.background(func(stop context.Context) {
 		defer cancel(nil)
 		defer context.AfterFunc(stop, func() { cancel(lower.ErrClosed) })()
 		var r result
 		r.err = lower.Safely(func() (err error) {
-			r.in, err = s.layers.IngestBlob(own, b)
+			r.in, err = k.layers.IngestBlob(own, b)
 			return err
 		})
 		done <- r
 		if r.err != nil || <-taken {
 			return
 		}
-		s.handOver(own, r.in.Layer)
+		k.handOver(own, r.in.Layer)
 	})
 	if !started {
 		return layer.Ingested{}, lower.ErrClosed
 	}
-	timer := time.NewTimer(s.ingestPatience)
+	timer := time.NewTimer(k.ingestPatience)
 	defer timer.Stop()
 	select {
 	case r := <-done:
@@ -227,7 +227,7 @@ func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Inges
 	case <-timer.C:
 	}
 	taken <- false
-	if !s.unpacks() {
+	if !k.unpacks() {
 		cancel(errLate) // somebody else's differ is about to do it again
 	}
 	time.AfterFunc(lateHold, func() { cancel(errLate) })
@@ -235,20 +235,20 @@ func (s *Snapshotter) ingestSoon(ctx context.Context, b layer.Blob) (layer.Inges
 }
 
 // handOver releases a layer as soon as somebody else has taken it up, and when ctx ends.
-func (s *Snapshotter) handOver(ctx context.Context, id content.LayerID) {
+func (k *known) handOver(ctx context.Context, id content.LayerID) {
 	const poll = 15 * time.Millisecond
-	for ctx.Err() == nil && s.layers.Taken(id) < 2 {
+	for ctx.Err() == nil && k.layers.Taken(id) < 2 {
 		select {
 		case <-time.After(poll):
 		case <-ctx.Done():
 		}
 	}
-	s.layers.Release(id)
+	k.layers.Release(id)
 }
 
 // unpacks reports whether layers come through our diff service, as far as that is known.
-func (s *Snapshotter) unpacks() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return !s.advised
+func (k *known) unpacks() bool {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	return !k.advised
 }

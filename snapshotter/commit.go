@@ -30,7 +30,7 @@ import (
 const buildDelay = 30 * time.Millisecond
 
 // Layers is the store behind the snapshots, for the diff service.
-func (s *Snapshotter) Layers() *layer.Store { return s.layers }
+func (rep *reports) Layers() *layer.Store { return rep.layers }
 
 // Extraction returns the upper directory of mounts that this snapshotter handed out for an
 // extraction into which nothing has been written. A layer may be noted for no other
@@ -54,7 +54,7 @@ func (s *Snapshotter) Extraction(ctx context.Context, mounts []mount.Mount) (upp
 }
 
 // activeByID finds an active snapshot. In a transaction.
-func (s *Snapshotter) activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
+func (s *store) activeByID(ctx context.Context, id string) (key string, info snapshots.Info, err error) {
 	for _, key := range s.ids.get(id) {
 		have, info, _, err := getInfo(ctx, key)
 		switch {
@@ -70,7 +70,7 @@ func (s *Snapshotter) activeByID(ctx context.Context, id string) (key string, in
 
 func idOfUpper(upper string) string { return filepath.Base(filepath.Dir(upper)) }
 
-func (s *Snapshotter) upperOf(mounts []mount.Mount) (string, bool) {
+func (s *store) upperOf(mounts []mount.Mount) (string, bool) {
 	if len(mounts) == 0 || mounts[0].Type != "overlay" {
 		return "", false
 	}
@@ -114,9 +114,9 @@ func (s *Snapshotter) Applied(ctx context.Context, upper string, in layer.Ingest
 	s.release(old.Labels)
 	s.step("applied.noted")
 	s.countIngest(doorApply, in)
-	s.mu.Lock()
+	s.seen.Lock()
 	s.applied = true
-	s.mu.Unlock()
+	s.seen.Unlock()
 	return nil
 }
 
@@ -127,18 +127,18 @@ func parentLater(active snapshots.Info) bool {
 
 // fits returns an error when a held layer cannot lie on a parent. Unless it has hard links into lower layers that is
 // known at once.
-func (s *Snapshotter) fits(ctx context.Context, id content.LayerID, parent string) error {
-	err := s.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return s.resolve(ctx, parent) })
+func (g *ingester) fits(ctx context.Context, id content.LayerID, parent string) error {
+	err := g.layers.Fits(ctx, id, func() ([]content.LayerID, error) { return g.resolve(ctx, parent) })
 	if errors.Is(err, tree.ErrUnfit) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return err
 }
 
-func (s *Snapshotter) usesApply() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.applied
+func (k *known) usesApply() bool {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	return k.applied
 }
 
 // Commit turns an active snapshot into a committed one. containerd calls it inside a write
@@ -216,14 +216,14 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 }
 
 // advise tells, once, what to configure when layers do not come through our diff service.
-func (s *Snapshotter) advise(ctx context.Context) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.applied = false // the next one may look at its parent's directories
-	if s.advised {
+func (k *known) advise(ctx context.Context) {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	k.applied = false // the next one may look at its parent's directories
+	if k.advised {
 		return
 	}
-	s.advised = true
+	k.advised = true
 	log.G(ctx).Warn("a layer was unpacked by another differ, so every file of it was written and read once more than " +
 		"needed. " +
 		"Add the differ to containerd's config.toml: [proxy_plugins.dedup-diff] type = \"diff\", address = this daemon's " +
@@ -275,27 +275,27 @@ func (r records) pending() (all []pendingSnapshot) {
 	return all
 }
 
-func (s *Snapshotter) startIngest(p pendingSnapshot) *ingestJob {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if j := s.ingests[p.id]; j != nil {
+func (g *ingester) startIngest(p pendingSnapshot) *ingestJob {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if j := g.ingests[p.id]; j != nil {
 		return j
 	}
 	j := &ingestJob{done: make(chan struct{})}
-	if s.closed {
+	if g.closed {
 		j.err = lower.ErrClosed
 		close(j.done)
 		return j
 	}
-	s.ingests[p.id] = j
-	s.wg.Go(func() {
-		err := s.ingest(s.ctx, p)
-		if err != nil && s.ctx.Err() == nil {
-			log.G(s.ctx).WithError(err).Errorf("ingest of committed snapshot %q", p.name)
+	g.ingests[p.id] = j
+	g.wg.Go(func() {
+		err := g.ingest(g.ctx, p)
+		if err != nil && g.ctx.Err() == nil {
+			log.G(g.ctx).WithError(err).Errorf("ingest of committed snapshot %q", p.name)
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.ingests, p.id)
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		delete(g.ingests, p.id)
 		j.err = err
 		close(j.done)
 	})
@@ -304,8 +304,8 @@ func (s *Snapshotter) startIngest(p pendingSnapshot) *ingestJob {
 
 // awaitIngest waits until a snapshot is no longer pending. A failed ingest is tried again by the
 // next one who needs it.
-func (s *Snapshotter) awaitIngest(ctx context.Context, p pendingSnapshot) error {
-	j := s.startIngest(p)
+func (g *ingester) awaitIngest(ctx context.Context, p pendingSnapshot) error {
+	j := g.startIngest(p)
 	select {
 	case <-j.done:
 		return j.err
@@ -315,10 +315,10 @@ func (s *Snapshotter) awaitIngest(ctx context.Context, p pendingSnapshot) error 
 }
 
 // ingest turns the directory of a pending snapshot into its layer.
-func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
+func (g *ingester) ingest(ctx context.Context, p pendingSnapshot) error {
 	var id string
 	var info snapshots.Info
-	err := s.db.view(ctx, func(ctx context.Context) (err error) {
+	err := g.db.view(ctx, func(ctx context.Context) (err error) {
 		id, info, _, err = getInfo(ctx, p.name)
 		return err
 	})
@@ -330,46 +330,46 @@ func (s *Snapshotter) ingest(ctx context.Context, p pendingSnapshot) error {
 	case info.Labels[labelPending] == "":
 		return nil
 	}
-	in, err := s.ingestDir(ctx, id, info.Parent)
+	in, err := g.ingestDir(ctx, id, info.Parent)
 	if err != nil {
 		return err
 	}
-	s.step("pending.ingested")
-	s.countIngest(doorCommit, in)
-	private := s.claim(in.Layer)
+	g.step("pending.ingested")
+	g.countIngest(doorCommit, in)
+	private := g.claim(in.Layer)
 	private[labelPending] = ""
-	err = s.db.update(ctx, func(ctx context.Context) error {
+	err = g.db.update(ctx, func(ctx context.Context) error {
 		return setPrivate(ctx, p.name, id, private)
 	})
 	if err != nil {
-		s.release(private)
+		g.release(private)
 		if errdefs.IsNotFound(err) {
 			return nil
 		}
 		return fmt.Errorf("note layer of snapshot %q: %w", p.name, err)
 	}
-	s.step("pending.noted")
-	return s.discard(ctx, id)
+	g.step("pending.noted")
+	return g.discard(ctx, id)
 }
 
-func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer.Ingested, err error) {
-	dir := layer.Dir{Upper: s.upper(id)}
-	if s.kernel.Metacopy && parent != "" {
+func (g *ingester) ingestDir(ctx context.Context, id, parent string) (_ layer.Ingested, err error) {
+	dir := layer.Dir{Upper: g.upper(id)}
+	if g.kernel.Metacopy && parent != "" {
 		// Files whose metadata alone was changed have no bytes in the upper directory.
-		chain, err := s.resolve(ctx, parent)
+		chain, err := g.resolve(ctx, parent)
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		s.chains.Users.Use(s.chains.Name(chain, lower.Plain), id)
-		defer s.unuse(ctx, id)
-		have, err := s.chains.Ensure(ctx, chain, lower.Plain)
+		g.chains.Users.Use(g.chains.Name(chain, lower.Plain), id)
+		defer g.unuse(ctx, id)
+		have, err := g.chains.Ensure(ctx, chain, lower.Plain)
 		if err != nil {
 			return layer.Ingested{}, err
 		}
-		if dir.View, err = os.MkdirTemp(s.opts.RunDir, viewPrefix); err != nil {
+		if dir.View, err = os.MkdirTemp(g.opts.RunDir, viewPrefix); err != nil {
 			return layer.Ingested{}, err
 		}
-		options, err := s.kernel.Overlay(lower.Stack{Lower: []string{s.upper(id), have.Chain}, Packs: have.Packs})
+		options, err := g.kernel.Overlay(lower.Stack{Lower: []string{g.upper(id), have.Chain}, Packs: have.Packs})
 		if err != nil {
 			return layer.Ingested{}, errors.Join(err, os.Remove(dir.View))
 		}
@@ -381,5 +381,5 @@ func (s *Snapshotter) ingestDir(ctx context.Context, id, parent string) (_ layer
 			err = errors.Join(err, mount.UnmountAll(dir.View, 0), os.Remove(dir.View))
 		}()
 	}
-	return s.layers.IngestDir(ctx, dir)
+	return g.layers.IngestDir(ctx, dir)
 }

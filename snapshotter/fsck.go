@@ -63,32 +63,32 @@ type CheckOptions struct {
 }
 
 // Check verifies all that is stored, while others use it. Layers that are damaged are out of service from then on.
-func (s *Snapshotter) Check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	defer s.explain(&err)
+func (h *health) Check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	defer h.explain(&err)
 	if opts.Progress == nil {
 		opts.Progress = func(string, int64, int64) {}
 	}
-	if found, err = s.check(ctx, opts); err == nil {
-		s.counters.checked(found)
+	if found, err = h.check(ctx, opts); err == nil {
+		h.counters.checked(found)
 	}
 	return found, err
 }
 
-func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stored, err := s.layers.Check(ctx, func(done, total int64) { opts.Progress("layers", done, total) })
+func (h *health) check(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stored, err := h.layers.Check(ctx, func(done, total int64) { opts.Progress("layers", done, total) })
 	if err != nil {
 		return nil, err
 	}
 	var node error // that nothing could be repaired does not keep anything from being removed
 	if opts.Repair {
-		node = s.repair(ctx, s.layers.Damaged())
+		node = h.repair(ctx, h.layers.Damaged())
 	}
-	broken := s.layers.Damaged()
+	broken := h.layers.Damaged()
 	for _, f := range stored {
-		found = append(found, s.judge(ctx, f, broken))
+		found = append(found, h.judge(ctx, f, broken))
 	}
-	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){s.checkChains, s.checkMetadataFile,
-		s.checkRecords, s.checkPending, s.checkStrays} {
+	for _, check := range []func(context.Context, CheckOptions) ([]Finding, error){h.checkChains, h.checkMetadataFile,
+		h.checkRecords, h.checkPending, h.checkStrays} {
 		more, err := check(ctx, opts)
 		if err != nil {
 			return nil, err
@@ -96,7 +96,7 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 		found = append(found, more...)
 	}
 	if opts.Repair {
-		if _, err := s.layers.RemoveOrphans(ctx); err != nil {
+		if _, err := h.layers.RemoveOrphans(ctx); err != nil {
 			return nil, err
 		}
 		for i := range found {
@@ -107,28 +107,28 @@ func (s *Snapshotter) check(ctx context.Context, opts CheckOptions) (found []Fin
 }
 
 // CheckKnown is Check that verifies nothing anew: it reports on layers that are known to be damaged.
-func (s *Snapshotter) CheckKnown(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	defer s.explain(&err)
-	before := s.layers.Findings()
+func (h *health) CheckKnown(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	defer h.explain(&err)
+	before := h.layers.Findings()
 	if opts.Repair {
-		if err := s.repair(ctx, s.layers.Damaged()); err != nil {
+		if err := h.repair(ctx, h.layers.Damaged()); err != nil {
 			return nil, err
 		}
 	}
-	broken := s.layers.Damaged()
+	broken := h.layers.Damaged()
 	for _, f := range before {
-		found = append(found, s.judge(ctx, f, broken))
+		found = append(found, h.judge(ctx, f, broken))
 	}
 	return found, nil
 }
 
 // judge tells what became of a finding of the layer store.
-func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[content.LayerID]layer.Damage) Finding {
+func (h *health) judge(ctx context.Context, f layer.Finding, broken map[content.LayerID]layer.Damage) Finding {
 	out := Finding{Finding: f, Hint: "remove it with `dedupctl gc`"}
 	if f.Kind == layer.Orphan {
 		return out
 	}
-	names, err := s.snapshotsOf(ctx, f.Layers)
+	names, err := h.snapshotsOf(ctx, f.Layers)
 	if err == nil {
 		out.Snapshots = names
 	}
@@ -142,7 +142,7 @@ func (s *Snapshotter) judge(ctx context.Context, f layer.Finding, broken map[con
 }
 
 // snapshotsOf returns the names of the snapshots that hold any of the layers, sorted.
-func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
+func (s *store) snapshotsOf(ctx context.Context, layers []content.LayerID) (names []string, err error) {
 	stored, err := s.db.records(ctx)
 	for _, sn := range stored.whole {
 		if slices.ContainsFunc(heldBy(sn.Info), func(id content.LayerID) bool { return slices.Contains(layers, id) }) {
@@ -154,13 +154,13 @@ func (s *Snapshotter) snapshotsOf(ctx context.Context, layers []content.LayerID)
 }
 
 // checkChains builds each chain image once more, without storing it, and compares.
-func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stored, err := s.db.records(ctx)
+func (h *health) checkChains(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stored, err := h.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
 	chains := map[lower.Name][]content.LayerID{}
-	for _, n := range stored.graph(s.chains.Name).nodes {
+	for _, n := range stored.graph(h.chains.Name).nodes {
 		if n.whole {
 			for _, name := range n.names() {
 				chains[name], _ = n.layers()
@@ -169,13 +169,13 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 	}
 	var names []lower.Name
 	for n := range chains {
-		if s.chains.Images.Has(n) && s.layers.InService(chains[n]...) == nil {
+		if h.chains.Images.Has(n) && h.layers.InService(chains[n]...) == nil {
 			names = append(names, n)
 		}
 	}
 	slices.SortFunc(names, func(a, b lower.Name) int { return slices.Compare(a.Sum[:], b.Sum[:]) })
 	for i, n := range names {
-		problem, err := s.chains.Compare(ctx, n, chains[n])
+		problem, err := h.chains.Compare(ctx, n, chains[n])
 		if err != nil {
 			return found, err
 		}
@@ -183,13 +183,13 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 		if problem == "" {
 			continue
 		}
-		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: s.chains.Images.Path(n), Problem: problem,
+		f := Finding{Finding: layer.Finding{Kind: DamagedChain, Path: h.chains.Images.Path(n), Problem: problem,
 			Layers: chains[n]}, Hint: "`dedupctl fsck --repair` builds it again"}
-		if f.Snapshots, err = s.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
+		if f.Snapshots, err = h.snapshotsOf(ctx, chains[n][len(chains[n])-1:]); err != nil {
 			return found, err
 		}
 		if opts.Repair {
-			if err := s.chains.Rebuild(ctx, n, chains[n]); err != nil {
+			if err := h.chains.Rebuild(ctx, n, chains[n]); err != nil {
 				return found, fmt.Errorf("repair chain image %s: %w", n, err)
 			}
 			f.Fixed, f.Hint = true, "containers that run keep the old one until they are started again"
@@ -200,15 +200,15 @@ func (s *Snapshotter) checkChains(ctx context.Context, opts CheckOptions) (found
 }
 
 // checkMetadataFile verifies that the disk has the metadata.db that the daemon works with, and its structure.
-func (s *Snapshotter) checkMetadataFile(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	path := s.path("metadata.db")
+func (h *health) checkMetadataFile(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	path := h.path("metadata.db")
 	finding := func(problem, hint string) *Finding {
 		found = append(found, Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: path, Problem: problem},
 			Hint: hint})
 		return &found[len(found)-1]
 	}
 	// Nobody else writes during a writable transaction.
-	err = s.db.update(ctx, func(context.Context) error {
+	err = h.db.update(ctx, func(context.Context) error {
 		data, err := os.ReadFile(path)
 		if err != nil {
 			return err
@@ -287,16 +287,16 @@ func writeAgain(path string, data []byte) error {
 }
 
 // checkRecords verifies what metadata.db says.
-func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+func (h *health) checkRecords(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
 	finding := func(problem, hint string, snapshots ...string) *Finding {
-		f := Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: s.path("metadata.db"), Problem: problem},
+		f := Finding{Finding: layer.Finding{Kind: DamagedMetadata, Path: h.path("metadata.db"), Problem: problem},
 			Snapshots: snapshots, Hint: hint}
 		found = append(found, f)
 		return &found[len(found)-1]
 	}
 	var stored records
 	var linked string
-	err = s.db.view(ctx, func(ctx context.Context) error {
+	err = h.db.view(ctx, func(ctx context.Context) error {
 		if stored = readRecords(ctx); stored.complete() {
 			linked = checkLinks(ctx, stored)
 		}
@@ -333,17 +333,17 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 		f := finding("records of snapshots are lost", "nothing is removed for being unused until `dedupctl fsck --repair`",
 			orphans...)
 		if opts.Repair {
-			if err := s.giveUpLost(ctx); err != nil {
+			if err := h.giveUpLost(ctx); err != nil {
 				return nil, fmt.Errorf("repair metadata.db: %w", err)
 			}
-			f.Fixed, f.Hint = true, "what containers without a record wrote lies in "+s.path(dirLost)+
+			f.Fixed, f.Hint = true, "what containers without a record wrote lies in "+h.path(dirLost)+
 				": remove that when you have looked"
 		}
 	}
 	if linked != "" {
 		f := finding(linked, "the next start makes it anew, or `dedupctl fsck --repair` now")
 		if opts.Repair {
-			if err := s.db.update(ctx, makeLinks); err != nil {
+			if err := h.db.update(ctx, makeLinks); err != nil {
 				return nil, fmt.Errorf("repair metadata.db: %w", err)
 			}
 			f.Fixed, f.Hint = true, ""
@@ -353,11 +353,11 @@ func (s *Snapshotter) checkRecords(ctx context.Context, opts CheckOptions) (foun
 }
 
 // giveUpLost takes the records that there are for all, and puts the directories that none of them names aside.
-func (s *Snapshotter) giveUpLost(ctx context.Context) error {
-	if err := s.db.update(ctx, resum); err != nil {
+func (h *health) giveUpLost(ctx context.Context) error {
+	if err := h.db.update(ctx, resum); err != nil {
 		return err
 	}
-	stray, err := s.strays(ctx)
+	stray, err := h.strays(ctx)
 	if err != nil {
 		return err
 	}
@@ -365,21 +365,21 @@ func (s *Snapshotter) giveUpLost(ctx context.Context) error {
 		if strings.HasPrefix(dir, goingPrefix) {
 			continue
 		}
-		err = errors.Join(err, os.MkdirAll(s.path(dirLost), 0o700), os.Rename(s.path(dirSnapshots, dir),
-			s.path(dirLost, dir)))
+		err = errors.Join(err, os.MkdirAll(h.path(dirLost), 0o700), os.Rename(h.path(dirSnapshots, dir),
+			h.path(dirLost, dir)))
 	}
 	return err
 }
 
 // checkPending looks for committed snapshots whose directory could not be ingested.
-func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stored, err := s.db.records(ctx)
+func (h *health) checkPending(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stored, err := h.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, p := range stored.pending() {
 		// One that is being ingested is fine, and so is one whose ingest works out now.
-		err := s.awaitIngest(ctx, p)
+		err := h.awaitIngest(ctx, p)
 		if err == nil {
 			continue
 		}
@@ -387,7 +387,7 @@ func (s *Snapshotter) checkPending(ctx context.Context, opts CheckOptions) (foun
 			return nil, context.Cause(ctx)
 		}
 		found = append(found, Finding{
-			Finding: layer.Finding{Kind: PendingSnapshot, Path: s.path(dirSnapshots, p.id),
+			Finding: layer.Finding{Kind: PendingSnapshot, Path: h.path(dirSnapshots, p.id),
 				Problem: "its files cannot be stored as a layer: " + err.Error()},
 			Snapshots: []string{p.name},
 			Hint:      "remove the image or container that it belongs to",

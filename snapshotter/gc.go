@@ -30,15 +30,15 @@ type GCOptions struct {
 
 // GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
 // left for GC is what could not be removed then.
-func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
-	defer s.explain(&err)
-	s.layers.Wait()
-	if found, err = s.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
+func (h *health) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
+	defer h.explain(&err)
+	h.layers.Wait()
+	if found, err = h.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
 		return nil, err
 	}
-	orphans := s.layers.RemoveOrphans
+	orphans := h.layers.RemoveOrphans
 	if opts.DryRun {
-		orphans = s.layers.Orphans
+		orphans = h.layers.Orphans
 	}
 	more, err := orphans(ctx)
 	for _, f := range more {
@@ -47,29 +47,29 @@ func (s *Snapshotter) GC(ctx context.Context, opts GCOptions) (found []Finding, 
 	if err != nil || !opts.Chains {
 		return found, err
 	}
-	unused, err := s.dropUnused(ctx, opts.DryRun)
+	unused, err := h.dropUnused(ctx, opts.DryRun)
 	return append(found, unused...), err
 }
 
 // dropUnused removes the chain images that no container uses now.
-func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
-	names, err := s.chains.List()
+func (h *health) dropUnused(ctx context.Context, dryRun bool) (found []Finding, err error) {
+	names, err := h.chains.List()
 	if err != nil {
 		return nil, err
 	}
 	for _, n := range names {
-		fi, err := os.Stat(s.chains.Images.Path(n))
-		if err != nil || s.chains.Users.IsUsed(n) {
+		fi, err := os.Stat(h.chains.Images.Path(n))
+		if err != nil || h.chains.Users.IsUsed(n) {
 			continue
 		}
 		if !dryRun {
-			if err := s.chains.Drop(ctx, n); err != nil {
+			if err := h.chains.Drop(ctx, n); err != nil {
 				return found, err
 			}
 		}
 		found = append(found, Finding{
 			Finding: layer.Finding{
-				Kind: StrayChain, Path: s.chains.Images.Path(n), Problem: "no container uses it now", Bytes: fi.Size(),
+				Kind: StrayChain, Path: h.chains.Images.Path(n), Problem: "no container uses it now", Bytes: fi.Size(),
 			},
 			Fixed: !dryRun,
 		})
@@ -78,36 +78,36 @@ func (s *Snapshotter) dropUnused(ctx context.Context, dryRun bool) (found []Find
 }
 
 // pressure frees what can be had again when the file system runs out of room.
-func (s *Snapshotter) pressure(ctx context.Context) {
-	found, err := s.GC(ctx, GCOptions{Chains: true})
+func (h *health) pressure(ctx context.Context) {
+	found, err := h.GC(ctx, GCOptions{Chains: true})
 	if err != nil {
-		s.counters.removeError()
+		h.counters.removeError()
 	}
 	log.G(ctx).WithError(err).WithField("removed", len(found)).
 		Warn("free space or inodes are down to the reserve: removed chain images that no container uses")
 }
 
 // checkStrays looks for what no snapshot uses.
-func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
-	stray, err := looksAgain(ctx, s)
+func (h *health) checkStrays(ctx context.Context, opts CheckOptions) (found []Finding, err error) {
+	stray, err := looksAgain(ctx, h)
 	if err != nil {
 		return nil, err
 	}
 	for _, dir := range stray.dirs {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: s.path(dirSnapshots, dir),
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayDirectory, Path: h.path(dirSnapshots, dir),
 			Problem: "no snapshot uses it"}})
 	}
 	for _, n := range stray.chains {
 		f := Finding{Finding: layer.Finding{
-			Kind: StrayChain, Path: s.chains.Images.Path(n), Problem: "no snapshot has this chain",
+			Kind: StrayChain, Path: h.chains.Images.Path(n), Problem: "no snapshot has this chain",
 		}}
-		if !s.chains.Images.Has(n) {
-			f.Kind, f.Path = StrayMount, s.chains.MountPoint(n)
+		if !h.chains.Images.Has(n) {
+			f.Kind, f.Path = StrayMount, h.chains.MountPoint(n)
 		}
 		found = append(found, f)
 	}
 	for _, n := range stray.mounts {
-		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: s.chains.MountPoint(n),
+		found = append(found, Finding{Finding: layer.Finding{Kind: StrayMount, Path: h.chains.MountPoint(n),
 			Problem: "no container or view uses it"}})
 	}
 	for i := range found {
@@ -118,11 +118,11 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 		}
 		found[i].Hint = "remove it with `dedupctl gc`"
 	}
-	loops, err := s.strayLoops()
+	loops, err := h.strayLoops()
 	if err == nil && len(loops) > 0 { // one may be about to be mounted
 		time.Sleep(lookPause)
 		var still []Finding
-		still, err = s.strayLoops()
+		still, err = h.strayLoops()
 		loops = slices.DeleteFunc(loops, func(f Finding) bool {
 			return !slices.ContainsFunc(still, func(g Finding) bool { return g.Path == f.Path })
 		})
@@ -134,7 +134,7 @@ func (s *Snapshotter) checkStrays(ctx context.Context, opts CheckOptions) (found
 	if !opts.Repair {
 		return found, nil
 	}
-	if err := s.clearStrays(ctx, stray); err != nil {
+	if err := h.clearStrays(ctx, stray); err != nil {
 		return nil, err
 	}
 	for i := range found {
@@ -167,7 +167,7 @@ func detachLoop(device string) error {
 
 // strayLoops finds loop devices over images that are gone or that nothing has mounted. One that is mounted
 // nowhere any more the kernel frees by itself, unless somebody holds it.
-func (s *Snapshotter) strayLoops() (found []Finding, err error) {
+func (h *health) strayLoops() (found []Finding, err error) {
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		return nil, err
@@ -182,7 +182,7 @@ func (s *Snapshotter) strayLoops() (found []Finding, err error) {
 			continue // detached meanwhile
 		}
 		path := strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(string(backing)), "(deleted)"))
-		if !strings.HasPrefix(path, s.path(dirChains)+"/") {
+		if !strings.HasPrefix(path, h.path(dirChains)+"/") {
 			continue
 		}
 		device := "/dev/" + filepath.Base(filepath.Dir(filepath.Dir(file)))
@@ -213,16 +213,16 @@ const (
 )
 
 // looksAgain is strays without what is only about to be used, or to go.
-func looksAgain(ctx context.Context, s *Snapshotter) (stray strays, err error) {
-	stray, err = s.strays(ctx)
+func looksAgain(ctx context.Context, h *health) (stray strays, err error) {
+	stray, err = h.strays(ctx)
 	for look := 1; look < looks && err == nil && !stray.none(); look++ {
 		time.Sleep(lookPause)
 		var again strays
-		again, err = s.strays(ctx)
+		again, err = h.strays(ctx)
 		stray = stray.both(again)
 	}
 	stray.dirs = slices.DeleteFunc(stray.dirs, func(name string) bool {
-		_, going := s.going.Load(name)
+		_, going := h.going.Load(name)
 		return going
 	})
 	return stray, err
@@ -242,16 +242,16 @@ func (s strays) both(t strays) strays {
 func (s strays) none() bool { return len(s.dirs)+len(s.chains)+len(s.mounts) == 0 }
 
 // strays looks for what no snapshot uses.
-func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
-	dirs, err := os.ReadDir(s.path(dirSnapshots)) // before metadata.db: newer ones are not ours to judge
+func (h *health) strays(ctx context.Context) (stray strays, err error) {
+	dirs, err := os.ReadDir(h.path(dirSnapshots)) // before metadata.db: newer ones are not ours to judge
 	if err != nil {
 		return stray, fmt.Errorf("list snapshot directories: %w", err)
 	}
-	images, err := s.chains.List()
+	images, err := h.chains.List()
 	if err != nil {
 		return stray, err
 	}
-	stored, err := s.db.records(ctx)
+	stored, err := h.db.records(ctx)
 	if err != nil {
 		return stray, err
 	}
@@ -261,7 +261,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 	}
 	used := map[string]bool{}
 	chainsUsed := map[lower.Name]bool{}
-	for _, n := range stored.graph(s.chains.Name).nodes {
+	for _, n := range stored.graph(h.chains.Name).nodes {
 		committed := n.kind == snapshots.KindCommitted
 		// A layer needs no directory once it is stored; a crash right after may have left it.
 		used[n.id] = !committed || n.layer.IsZero()
@@ -281,7 +281,7 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case s.chains.IsMounted(name) && !s.chains.Users.IsUsed(name):
+		case h.chains.IsMounted(name) && !h.chains.Users.IsUsed(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}
@@ -289,26 +289,26 @@ func (s *Snapshotter) strays(ctx context.Context) (stray strays, err error) {
 }
 
 // clearStrays removes what strays has found. What has come into use meanwhile stays.
-func (s *Snapshotter) clearStrays(ctx context.Context, stray strays) error {
+func (h *health) clearStrays(ctx context.Context, stray strays) error {
 	var errs []error
 	for _, dir := range stray.dirs {
-		errs = append(errs, os.RemoveAll(s.path(dirSnapshots, dir)))
+		errs = append(errs, os.RemoveAll(h.path(dirSnapshots, dir)))
 	}
 	for _, n := range stray.chains {
-		errs = append(errs, s.chains.Drop(ctx, n))
+		errs = append(errs, h.chains.Drop(ctx, n))
 	}
 	for _, n := range stray.mounts {
-		errs = append(errs, s.chains.Release(ctx, n))
+		errs = append(errs, h.chains.Release(ctx, n))
 	}
 	return errors.Join(errs...)
 }
 
 // Cleanup removes directories, chain images and mounts that no snapshot names.
-func (s *Snapshotter) Cleanup(ctx context.Context) (err error) {
-	defer s.explain(&err)
-	stray, err := s.strays(ctx)
+func (h *health) Cleanup(ctx context.Context) (err error) {
+	defer h.explain(&err)
+	stray, err := h.strays(ctx)
 	if err != nil {
 		return err
 	}
-	return s.clearStrays(ctx, stray)
+	return h.clearStrays(ctx, stray)
 }

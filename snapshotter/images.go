@@ -41,13 +41,13 @@ type ImageUsage struct {
 
 // Images returns the usage of each image of refs, which have to be all there are: what none of them leads to counts
 // as needed by somebody else. What others lead to is used like a container's files.
-func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]ImageUsage, error) {
-	all, err := s.db.records(ctx)
+func (rep *reports) Images(ctx context.Context, refs, others []ImageRef) ([]ImageUsage, error) {
+	all, err := rep.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
-	stored := all.graph(s.chains.Name)
-	sharing, err := s.layers.Sharing(ctx)
+	stored := all.graph(rep.chains.Name)
+	sharing, err := rep.layers.Sharing(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read layers: %w", err)
 	}
@@ -67,7 +67,7 @@ func (s *Snapshotter) Images(ctx context.Context, refs, others []ImageRef) ([]Im
 	r.layersOf()
 	r.addObjects()
 	r.addTrees()
-	r.addChains(s.chains.Images.Size)
+	r.addChains(rep.chains.Images.Size)
 	out := make([]ImageUsage, len(refs))
 	for i := range r.images {
 		out[i] = r.images[i].usage

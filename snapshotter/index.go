@@ -56,7 +56,7 @@ var refFilter = regexp.MustCompile(`^labels\."containerd\.io/snapshot\.ref"=="?(
 
 // walk walks the snapshots that match any of the filters. It reads only what can match, where all of them name a
 // target. Of a damaged one only the name counts, so that containerd's garbage collector finds it. In a transaction.
-func (s *Snapshotter) walk(ctx context.Context, fn func(snapshots.Info) error, fs ...string) error {
+func (s *store) walk(ctx context.Context, fn func(snapshots.Info) error, fs ...string) error {
 	filter, err := filters.ParseAll(fs...)
 	if err != nil {
 		return err
@@ -86,7 +86,7 @@ func (s *Snapshotter) walk(ctx context.Context, fn func(snapshots.Info) error, f
 }
 
 // candidates returns the names that filters can match, when all of these name a target.
-func (s *Snapshotter) candidates(fs []string) (some []string, ok bool) {
+func (s *store) candidates(fs []string) (some []string, ok bool) {
 	for _, f := range fs {
 		m := refFilter.FindStringSubmatch(f)
 		if m == nil {

@@ -15,7 +15,7 @@ import (
 const fileMetacopy = "metacopy"
 
 // probeKernel finds out how to mount overlays here.
-func (s *Snapshotter) probeKernel() error {
+func (s *store) probeKernel() error {
 	if err := linkTo(filepath.Join(s.opts.RunDir, dirChains), s.path(linkMounts)); err != nil {
 		return fmt.Errorf("link to where chain images are mounted: %w", err)
 	}
@@ -41,22 +41,22 @@ func (s *Snapshotter) probeKernel() error {
 
 // VerityState is "on", or "off: " and why. A container that runs goes on with the pack that it began with, so "on" may
 // be followed by how many packs are still without.
-func (s *Snapshotter) VerityState() string {
-	if s.kernel.NoVerity != nil {
-		return "off: " + s.kernel.NoVerity.Error()
+func (rep *reports) VerityState() string {
+	if rep.kernel.NoVerity != nil {
+		return "off: " + rep.kernel.NoVerity.Error()
 	}
-	if n := s.layers.Packs().Stats().Plain; n > 0 {
+	if n := rep.layers.Packs().Stats().Plain; n > 0 {
 		return fmt.Sprintf("on; packs from before that are without: %d (one goes when no container has an image over it)", n)
 	}
 	return "on"
 }
 
 // OverlayOptions are the options of containers' overlays beside directories, as the kernel was found to need them.
-func (s *Snapshotter) OverlayOptions() []string { return s.kernel.Options() }
+func (rep *reports) OverlayOptions() []string { return rep.kernel.Options() }
 
 // PageCache is what containers share in memory.
-func (s *Snapshotter) PageCache() lower.PageCache {
-	if s.kernel.Shared {
+func (rep *reports) PageCache() lower.PageCache {
+	if rep.kernel.Shared {
 		return lower.PageCacheShared
 	}
 	return lower.PageCachePrivate

@@ -112,19 +112,19 @@ func (s *Snapshotter) serveKnown(ctx context.Context, key, parent string, labels
 
 // OnMiss sets what is called when Prepare cannot serve a layer that will be applied: with the namespace, and the chain
 // that the layer ends. It must not block.
-func (s *Snapshotter) OnMiss(fn func(ctx context.Context, namespace string, chain content.ChainID)) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.onMiss = fn
+func (k *known) OnMiss(fn func(ctx context.Context, namespace string, chain content.ChainID)) {
+	k.seen.Lock()
+	defer k.seen.Unlock()
+	k.onMiss = fn
 }
 
-func (s *Snapshotter) missed(ctx context.Context, chain content.ChainID) {
-	s.mu.Lock()
-	fn := s.onMiss
-	if s.advised {
+func (k *known) missed(ctx context.Context, chain content.ChainID) {
+	k.seen.Lock()
+	fn := k.onMiss
+	if k.advised {
 		fn = nil // somebody else's differ unpacks
 	}
-	s.mu.Unlock()
+	k.seen.Unlock()
 	ns, err := namespaces.NamespaceRequired(ctx)
 	if fn != nil && err == nil {
 		fn(ctx, ns, chain)
@@ -132,22 +132,22 @@ func (s *Snapshotter) missed(ctx context.Context, chain content.ChainID) {
 }
 
 // findLayer returns the wanted layer, held, and why it was found or not.
-func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingested, reason string, ok bool) {
-	if !s.opts.FetchedOnly {
-		if d, reason, ok := s.diffIDOf(ctx, w); ok {
-			if id, ok := s.layers.Lookup(d); ok {
-				if s.opts.Blobs != nil && listsAnother(ctx, s.layers, s.opts.Blobs, w, d) {
-					s.layers.Release(id)
+func (k *known) findLayer(ctx context.Context, w wanted) (in layer.Ingested, reason string, ok bool) {
+	if !k.opts.FetchedOnly {
+		if d, reason, ok := k.diffIDOf(ctx, w); ok {
+			if id, ok := k.layers.Lookup(d); ok {
+				if k.opts.Blobs != nil && listsAnother(ctx, k.layers, k.opts.Blobs, w, d) {
+					k.layers.Release(id)
 					return layer.Ingested{}, reasonBadBlob, false
 				}
 				return layer.Ingested{Layer: id, DiffID: d}, reason, true
 			}
 		}
 	}
-	if s.opts.Blobs == nil {
+	if k.opts.Blobs == nil {
 		return layer.Ingested{}, reasonUnknown, false
 	}
-	blob, ok, err := s.opts.Blobs.Find(ctx, w.target, w.blob)
+	blob, ok, err := k.opts.Blobs.Find(ctx, w.target, w.blob)
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("look for the blob of %s", w.target.Digest())
 	}
@@ -156,9 +156,9 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	}
 	if w.staged {
 		// The layers of this image are unpacked side by side, but prepared one after the other.
-		in, ok := s.layers.LookupBlob(blob.Digest)
+		in, ok := k.layers.LookupBlob(blob.Digest)
 		if ok && !w.leads(in.DiffID) {
-			s.layers.Release(in.Layer)
+			k.layers.Release(in.Layer)
 			return layer.Ingested{}, reasonBadBlob, false
 		}
 		if !ok {
@@ -166,7 +166,7 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 		}
 		return in, reasonBlob, true
 	}
-	in, err = s.ingestSoon(ctx, blob)
+	in, err = k.ingestSoon(ctx, blob)
 	if errors.Is(err, errLate) {
 		return layer.Ingested{}, reasonLate, false
 	}
@@ -179,7 +179,7 @@ func (s *Snapshotter) findLayer(ctx context.Context, w wanted) (in layer.Ingeste
 	if !w.leads(in.DiffID) {
 		log.G(ctx).Warnf("ignoring blob %s: its diffID %s does not lead from parent %q to %s", blob.Digest,
 			in.DiffID.Digest(), w.parent, w.target.Digest())
-		s.layers.Release(in.Layer)
+		k.layers.Release(in.Layer)
 		return layer.Ingested{}, reasonBadBlob, false
 	}
 	if in.Outcome != layer.Known {
@@ -214,12 +214,12 @@ func listsAnother(ctx context.Context, layers *layer.Store, found *blobs.Store, 
 
 // diffIDOf finds the diffID of the wanted layer: from the client, from the image in the content store, or by
 // trying all that are known.
-func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (d content.DiffID, reason string, ok bool) {
+func (k *known) diffIDOf(ctx context.Context, w wanted) (d content.DiffID, reason string, ok bool) {
 	if !w.diffID.IsZero() {
 		return w.diffID, reasonLabel, true
 	}
-	if s.opts.Blobs != nil {
-		d, ok, err := s.opts.Blobs.DiffID(ctx, w.target)
+	if k.opts.Blobs != nil {
+		d, ok, err := k.opts.Blobs.DiffID(ctx, w.target)
 		if err != nil {
 			log.G(ctx).WithError(err).Warnf("look for the image of %s", w.target.Digest())
 		}
@@ -227,7 +227,7 @@ func (s *Snapshotter) diffIDOf(ctx context.Context, w wanted) (d content.DiffID,
 			return d, reasonImage, true
 		}
 	}
-	d, ok = s.layers.Infer(w.parent, w.target)
+	d, ok = k.layers.Infer(w.parent, w.target)
 	return d, reasonChain, ok
 }
 
@@ -293,8 +293,8 @@ func (s *Snapshotter) stage(ctx context.Context, key string, labels map[string]s
 
 // stagedMounts have a whole overlay, so that a containerd that does not know what read-only means here, and
 // fetches the blob, still finds its way to our diff service.
-func (s *Snapshotter) stagedMounts(ctx context.Context, id string) ([]mount.Mount, error) {
-	mounts, err := s.mounts(ctx, snapshots.KindActive, id, below{dir: s.path(dirEmpty)})
+func (m *mounter) stagedMounts(ctx context.Context, id string) ([]mount.Mount, error) {
+	mounts, err := m.mounts(ctx, snapshots.KindActive, id, below{dir: m.path(dirEmpty)})
 	mounts[0].Options = append(mounts[0].Options, "ro")
 	return mounts, err
 }

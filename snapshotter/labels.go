@@ -78,7 +78,7 @@ func clientLabels(opts []snapshots.Opt) (snapshots.Info, error) {
 }
 
 // claim returns the private labels of a snapshot that stands for a held layer from now on.
-func (s *Snapshotter) claim(id content.LayerID) map[string]string {
+func (s *store) claim(id content.LayerID) map[string]string {
 	private := map[string]string{labelLayer: id.Hex(), labelClaim: ""}
 	if u, ok := s.layers.Claim(id, s.chains.Images.Usage()); ok {
 		private[labelClaim] = fmt.Sprintf(claimFormat, u.Bytes, u.Inodes)
@@ -87,7 +87,7 @@ func (s *Snapshotter) claim(id content.LayerID) map[string]string {
 }
 
 // release gives up the layer that a snapshot with these labels stands for, if any.
-func (s *Snapshotter) release(labels map[string]string) {
+func (s *store) release(labels map[string]string) {
 	id, ok := layerOf(snapshots.Info{Labels: labels})
 	if !ok {
 		return
@@ -101,7 +101,7 @@ func (s *Snapshotter) release(labels map[string]string) {
 const claimFormat = "%d %d"
 
 // reclaim restores the claim of a stored snapshot, if it has one.
-func (s *Snapshotter) reclaim(info snapshots.Info) {
+func (s *store) reclaim(info snapshots.Info) {
 	var u layer.Usage
 	id, ok := layerOf(info)
 	if _, err := fmt.Sscanf(info.Labels[labelClaim], claimFormat, &u.Bytes, &u.Inodes); ok && err == nil {

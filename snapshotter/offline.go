@@ -34,7 +34,7 @@ type Offline struct {
 
 // OpenOffline opens the store below dir. runDir is where the daemon has the mount points of chain images.
 func OpenOffline(ctx context.Context, dir, runDir string) (_ *Offline, err error) {
-	o := &Offline{s: &Snapshotter{root: root{dir: dir, runDir: runDir}}}
+	o := &Offline{s: assemble(Options{Root: dir, RunDir: runDir})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, o.Close())

@@ -101,35 +101,35 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 // restoreDirs creates the directories of an active snapshot where they are missing: metadata.db is durable before
 // them, so a power cut may leave it without, and one whose chain image took long has none yet. The work directory,
 // without which nothing mounts, comes last.
-func (s *Snapshotter) restoreDirs(id string, l below) error {
-	s.restoring.Lock()
-	defer s.restoring.Unlock()
-	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
+func (m *mounter) restoreDirs(id string, l below) error {
+	m.restoring.Lock()
+	defer m.restoring.Unlock()
+	if _, err := os.Stat(m.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	err := s.makeDir(s.upper(id), 0o755)
+	err := m.makeDir(m.upper(id), 0o755)
 	if err == nil && (l.chain && l.mounted || l.ids != (idMap{})) {
-		err = copyRoot(l.dir, s.upper(id), l.ids)
+		err = copyRoot(l.dir, m.upper(id), l.ids)
 	}
 	if err != nil {
 		return err
 	}
-	return s.makeDir(s.work(id), 0o711)
+	return m.makeDir(m.work(id), 0o711)
 }
 
 // makeLate makes the directories of a snapshot that is committed without ever having been mounted.
-func (s *Snapshotter) makeLate(ctx context.Context, key, id string, active snapshots.Info) error {
-	if err := s.settled(ctx, key); err != nil {
+func (m *mounter) makeLate(ctx context.Context, key, id string, active snapshots.Info) error {
+	if err := m.settled(ctx, key); err != nil {
 		return err
 	}
-	if _, err := os.Stat(s.work(id)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(m.work(id)); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	l, err := s.below(ctx, recreation(id, key, active))
+	l, err := m.below(ctx, recreation(id, key, active))
 	if err != nil {
 		return err
 	}
-	return s.restoreDirs(id, l)
+	return m.restoreDirs(id, l)
 }
 
 // below is what lies below a snapshot.
@@ -146,32 +146,32 @@ type below struct {
 	ids idMap
 }
 
-func (s *Snapshotter) below(ctx context.Context, c creation) (below, error) {
+func (m *mounter) below(ctx context.Context, c creation) (below, error) {
 	if c.parent == "" {
-		return below{dir: s.path(dirEmpty), ids: c.ids}, nil
+		return below{dir: m.path(dirEmpty), ids: c.ids}, nil
 	}
-	chain, err := s.resolve(ctx, c.parent)
+	chain, err := m.resolve(ctx, c.parent)
 	if err != nil {
 		return below{}, err
 	}
 	flavour := lower.Flavour(c.ids != idMap{})
-	name := s.chains.Name(chain, flavour)
-	l := below{dir: s.chains.MountPoint(name), chain: true, ids: c.ids}
+	name := m.chains.Name(chain, flavour)
+	l := below{dir: m.chains.MountPoint(name), chain: true, ids: c.ids}
 	if flavour == lower.Mapped {
-		l.dir = s.path(linkMounts, name.Hex())
+		l.dir = m.path(linkMounts, name.Hex())
 	}
-	if c.extraction && s.usesApply() {
+	if c.extraction && m.known.usesApply() {
 		return l, nil
 	}
-	if err := s.healthy(ctx, chain); err != nil {
+	if err := m.healthy(ctx, chain); err != nil {
 		return below{}, err
 	}
-	s.chains.Users.Use(name, c.id)
+	m.chains.Users.Use(name, c.id)
 	l.mounted = true
-	have, err := s.chains.Ensure(ctx, chain, flavour)
+	have, err := m.chains.Ensure(ctx, chain, flavour)
 	if errors.Is(err, layer.ErrDamaged) { // found out only now
-		if err = s.healthy(ctx, chain); err == nil {
-			have, err = s.chains.Ensure(ctx, chain, flavour)
+		if err = m.healthy(ctx, chain); err == nil {
+			have, err = m.chains.Ensure(ctx, chain, flavour)
 		}
 	}
 	l.packs = have.Packs
@@ -212,19 +212,19 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 // mounts are exactly one: containerd's applier and BuildKit have ways of their own to read one overlay, and CRI makes
 // only one read-only. A view is a bind of one directory, which nobody needs to understand: BuildKit takes options out
 // of an overlay, and fails where there are some that it does not know.
-func (s *Snapshotter) mounts(ctx context.Context, kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
+func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
 	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs, UIDs: l.ids.uids, GIDs: l.ids.gids}
 	if kind == snapshots.KindView {
 		dir, err := l.dir, error(nil)
 		if len(l.packs) > 0 {
-			if dir, err = s.chains.View(ctx, l.dir); err != nil {
+			if dir, err = m.chains.View(ctx, l.dir); err != nil {
 				return nil, err
 			}
 		}
 		return []mount.Mount{{Type: "bind", Source: dir, Options: lower.Bind(stack)}}, nil
 	}
-	stack.Upper, stack.Work = s.upper(id), s.work(id)
-	options, err := s.kernel.Overlay(stack)
+	stack.Upper, stack.Work = m.upper(id), m.work(id)
+	options, err := m.kernel.Overlay(stack)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
 }
 

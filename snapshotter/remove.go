@@ -48,39 +48,39 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 
 // unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may
 // be why he gives it up, so it does not count.
-func (s *Snapshotter) unuse(ctx context.Context, id string) {
-	n, orphaned, busy := s.chains.Users.Unuse(id)
+func (t *tasks) unuse(ctx context.Context, id string) {
+	n, orphaned, busy := t.chains.Users.Unuse(id)
 	release := func(ctx context.Context) {
-		if err := s.chains.Release(ctx, n); err != nil {
-			s.counters.removeError()
+		if err := t.chains.Release(ctx, n); err != nil {
+			t.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
 		}
 	}
 	switch {
 	case orphaned && busy:
-		s.background(release)
+		t.background(release)
 	case orphaned:
 		release(context.WithoutCancel(ctx))
 	}
 }
 
 // discard takes a snapshot's directory out of sight and deletes it in the background.
-func (s *Snapshotter) discard(ctx context.Context, id string) error {
-	gone := s.path(dirSnapshots, goingPrefix+id)
-	err := os.Rename(s.path(dirSnapshots, id), gone)
+func (t *tasks) discard(ctx context.Context, id string) error {
+	gone := t.path(dirSnapshots, goingPrefix+id)
+	err := os.Rename(t.path(dirSnapshots, id), gone)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("remove snapshot directory: %w", err)
 	}
-	s.step("discard.renamed")
-	s.going.Store(filepath.Base(gone), true)
-	s.background(func(context.Context) {
-		defer s.going.Delete(filepath.Base(gone))
-		defer s.step("discard.done")
+	t.step("discard.renamed")
+	t.going.Store(filepath.Base(gone), true)
+	t.background(func(context.Context) {
+		defer t.going.Delete(filepath.Base(gone))
+		defer t.step("discard.done")
 		if err := os.RemoveAll(gone); err != nil {
-			s.counters.removeError()
+			t.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
 		}
 	})

@@ -24,26 +24,26 @@ type origin struct {
 
 // repair heals damaged layers from the blobs in containerd's content store, as far as they are there. Only what is
 // wrong with this node is an error: the caller looks at what is still damaged.
-func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]layer.Damage) error {
+func (h *health) repair(ctx context.Context, damaged map[content.LayerID]layer.Damage) error {
 	if len(damaged) == 0 {
 		return nil
 	}
-	s.repairing.Lock()
-	defer s.repairing.Unlock()
-	origins, err := s.origins(ctx, damaged)
+	h.repairing.Lock()
+	defer h.repairing.Unlock()
+	origins, err := h.origins(ctx, damaged)
 	if err != nil {
 		return err
 	}
 	var node error
 	for id := range damaged {
-		if err := s.layers.LookAgain(ctx, id); err != nil {
+		if err := h.layers.LookAgain(ctx, id); err != nil {
 			node = err
 		}
-		if s.layers.InService(id) == nil {
+		if h.layers.InService(id) == nil {
 			continue // healed with another one, or by itself
 		}
 		for _, o := range origins[id] {
-			healed, err := s.repairFrom(ctx, id, o)
+			healed, err := h.repairFrom(ctx, id, o)
 			if healed {
 				break
 			}
@@ -58,10 +58,10 @@ func (s *Snapshotter) repair(ctx context.Context, damaged map[content.LayerID]la
 	return node
 }
 
-func (s *Snapshotter) origins(ctx context.Context,
+func (h *health) origins(ctx context.Context,
 	layers map[content.LayerID]layer.Damage) (map[content.LayerID][]origin, error) {
 	all := map[content.LayerID][]origin{}
-	stored, err := s.db.records(ctx)
+	stored, err := h.db.records(ctx)
 	for _, sn := range stored.whole {
 		id, ok := layerOf(sn.Info)
 		if _, damaged := layers[id]; !ok || !damaged || sn.Labels[labelNamespace] == "" {
@@ -77,13 +77,13 @@ func (s *Snapshotter) origins(ctx context.Context,
 }
 
 // repairFrom tries the blobs that one namespace has for a layer. node is what is wrong with this node, not with a blob.
-func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o origin) (healed bool, node error) {
-	if s.opts.Blobs == nil {
+func (h *health) repairFrom(ctx context.Context, id content.LayerID, o origin) (healed bool, node error) {
+	if h.opts.Blobs == nil {
 		return false, nil
 	}
 	ctx = namespaces.WithNamespace(ctx, o.namespace)
 	try := func(b layer.Blob) bool {
-		err := s.layers.Repair(ctx, id, b)
+		err := h.layers.Repair(ctx, id, b)
 		switch {
 		case layer.Explained(err):
 			node = err
@@ -93,9 +93,9 @@ func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o orig
 		return err == nil
 	}
 	tried := map[digest.Digest]bool{}
-	for _, d := range s.layers.Blobs(id) {
+	for _, d := range h.layers.Blobs(id) {
 		tried[d] = true
-		b, err := s.opts.Blobs.Blob(ctx, ocispec.Descriptor{Digest: d})
+		b, err := h.opts.Blobs.Blob(ctx, ocispec.Descriptor{Digest: d})
 		if err == nil && try(b) {
 			return true, nil
 		}
@@ -106,7 +106,7 @@ func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o orig
 	if o.chain.IsZero() {
 		return false, node
 	}
-	b, ok, err := s.opts.Blobs.Find(ctx, o.chain, "")
+	b, ok, err := h.opts.Blobs.Find(ctx, o.chain, "")
 	if err != nil {
 		log.G(ctx).WithError(err).Warnf("look for the blob of layer %s", id)
 	}
@@ -115,34 +115,34 @@ func (s *Snapshotter) repairFrom(ctx context.Context, id content.LayerID, o orig
 }
 
 // healthy makes sure that a chain can be served: what is damaged is healed where its blob is at hand.
-func (s *Snapshotter) healthy(ctx context.Context, chain []content.LayerID) error {
-	err := s.layers.InService(chain...)
+func (h *health) healthy(ctx context.Context, chain []content.LayerID) error {
+	err := h.layers.InService(chain...)
 	if !errors.Is(err, layer.ErrDamaged) {
 		return err
 	}
-	all := s.layers.Damaged()
+	all := h.layers.Damaged()
 	damaged := map[content.LayerID]layer.Damage{}
 	for _, id := range chain {
 		if d, ok := all[id]; ok {
 			damaged[id] = d
 		}
 	}
-	if rerr := s.repair(ctx, damaged); rerr != nil {
+	if rerr := h.repair(ctx, damaged); rerr != nil {
 		return errors.Join(err, rerr)
 	}
-	if err := s.layers.InService(chain...); err != nil {
+	if err := h.layers.InService(chain...); err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
 
 // LayersOf returns the layers that each image keeps here, base first.
-func (s *Snapshotter) LayersOf(ctx context.Context, refs []ImageRef) ([][]content.LayerID, error) {
-	stored, err := s.db.records(ctx)
+func (rep *reports) LayersOf(ctx context.Context, refs []ImageRef) ([][]content.LayerID, error) {
+	stored, err := rep.db.records(ctx)
 	if err != nil {
 		return nil, err
 	}
-	g := stored.graph(s.chains.Name)
+	g := stored.graph(rep.chains.Name)
 	out := make([][]content.LayerID, len(refs))
 	for i, ref := range refs {
 		for _, n := range g.of(ref) {

@@ -15,37 +15,37 @@ type ChainReport struct {
 }
 
 // Chains reports on the chain images at this moment; measure looks at what they occupy anew.
-func (s *Snapshotter) Chains(ctx context.Context, measure bool) (r ChainReport, err error) {
-	names, err := s.chains.List()
+func (rep *reports) Chains(ctx context.Context, measure bool) (r ChainReport, err error) {
+	names, err := rep.chains.List()
 	if err != nil {
 		return r, err
 	}
 	for _, n := range names {
-		if s.chains.Images.Has(n) {
+		if rep.chains.Images.Has(n) {
 			r.Images++
 		}
-		if s.chains.IsMounted(n) {
+		if rep.chains.IsMounted(n) {
 			r.Mounts++
 		}
 	}
-	r.Usage, r.Packs = s.chains.Images.Usage(), s.chains.PackMounts()
+	r.Usage, r.Packs = rep.chains.Images.Usage(), rep.chains.PackMounts()
 	if measure {
-		r.Usage, err = layer.DiskUsage(ctx, s.path(dirChains))
+		r.Usage, err = layer.DiskUsage(ctx, rep.path(dirChains))
 	}
 	return r, err
 }
 
 // IdleMounts returns the mount points of chain images that no container and no view uses. Whoever used one last
 // unmounts it, so that one which stays was left by a crash.
-func (s *Snapshotter) IdleMounts() ([]string, error) {
-	names, err := s.chains.List()
+func (rep *reports) IdleMounts() ([]string, error) {
+	names, err := rep.chains.List()
 	if err != nil {
 		return nil, err
 	}
 	var idle []string
 	for _, n := range names {
-		if s.chains.IsMounted(n) && !s.chains.Users.IsUsed(n) {
-			idle = append(idle, s.chains.MountPoint(n))
+		if rep.chains.IsMounted(n) && !rep.chains.Users.IsUsed(n) {
+			idle = append(idle, rep.chains.MountPoint(n))
 		}
 	}
 	return idle, nil

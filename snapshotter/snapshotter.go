@@ -9,8 +9,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -56,47 +54,22 @@ type Options struct {
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.
+//
+// Its own methods are containerd's, and how it opens. What they stand on are parts that know no more than they embed.
 type Snapshotter struct {
-	root
-	opts   Options
-	db     *metaDB
-	layers *layer.Store
-	chains *lower.Chains
-	kernel lower.Kernel
-	refs   *index // snapshot.ref -> names of committed snapshots
-	ids    *index // id -> key of an active snapshot
+	*store
+	*tasks
+	*ingester
+	*known
+	*health
+	*reports
+	*mounter
 
-	mapped   atomic.Bool // see use
-	counters *counters
-	opened   chan struct{} // closed once chains is there
-
-	ctx    context.Context // of background work
-	cancel context.CancelFunc
-	wg     content.Tasks
+	opened chan struct{} // closed once chains is there
 	close  sync.Once
-
-	repairing sync.Mutex // held by who repairs layers
-	lost      lost
-	going     sync.Map   // names below snapshots/ that are being removed
-	restoring sync.Mutex // held by who makes an active snapshot's directories
-
-	ingestPatience, belowPatience time.Duration
+	lost   lost
 	// merge is layers.Merge, but for tests.
 	merge func(context.Context, []content.LayerID) (*tree.Node, error)
-
-	mu sync.Mutex // guards what follows
-	// closed is set before the background work is waited for: none is started after.
-	closed bool
-	// ingests are the running ingests of pending snapshots, by id.
-	ingests map[string]*ingestJob
-	// jobs are what is about to be done, or being done, in the background for a snapshot, by its name: the building
-	// of its chain image.
-	jobs map[string]*buildJob
-	// applied is set once our diff service has been used: extraction mounts then need no parent.
-	applied bool
-	onMiss  func(ctx context.Context, namespace string, chain content.ChainID)
-	// advised is set once the log has told how to configure the diff service.
-	advised bool
 }
 
 const (
@@ -130,12 +103,7 @@ func New(ctx context.Context, opts Options) (*Snapshotter, error) {
 }
 
 func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err error) {
-	s := &Snapshotter{
-		root: root{dir: opts.Root, runDir: opts.RunDir, stepAt: opts.Step}, opts: opts, opened: make(chan struct{}),
-		refs: newIndex(), ids: newIndex(), counters: newCounters(), ingests: map[string]*ingestJob{},
-		jobs: map[string]*buildJob{}, ingestPatience: ingestPatience, belowPatience: belowPatience,
-	}
-	s.lost.s = s
+	s := assemble(opts)
 	// Background work outlives the call, not the Snapshotter.
 	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -316,18 +284,18 @@ func chainOf(ctx context.Context, name string) (chain []content.LayerID, pending
 }
 
 // resolve is chainOf that waits for pending snapshots.
-func (s *Snapshotter) resolve(ctx context.Context, name string) ([]content.LayerID, error) {
+func (g *ingester) resolve(ctx context.Context, name string) ([]content.LayerID, error) {
 	for {
 		var chain []content.LayerID
 		var pending *pendingSnapshot
-		err := s.db.view(ctx, func(ctx context.Context) (err error) {
+		err := g.db.view(ctx, func(ctx context.Context) (err error) {
 			chain, pending, err = chainOf(ctx, name)
 			return err
 		})
 		if err != nil || pending == nil {
 			return chain, err
 		}
-		if err := s.awaitIngest(ctx, *pending); err != nil {
+		if err := g.awaitIngest(ctx, *pending); err != nil {
 			return nil, err
 		}
 	}
@@ -434,28 +402,11 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 	return nil
 }
 
-// background runs fn, and reports so, unless the Snapshotter is being closed.
-func (s *Snapshotter) background(fn func(context.Context)) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.closed {
-		s.wg.Go(func() { fn(s.ctx) })
-	}
-	return !s.closed
-}
-
 // Close waits for background work. It unmounts nothing, since containers go on. A
 // pending ingest is resumed by the next New.
 func (s *Snapshotter) Close() (err error) {
 	s.close.Do(func() {
-		s.mu.Lock()
-		s.closed = true
-		for _, j := range s.jobs {
-			j.stop()
-		}
-		s.mu.Unlock()
-		s.cancel()
-		s.wg.Wait()
+		s.stop()
 		if s.layers != nil {
 			err = errors.Join(err, s.layers.Close())
 		}

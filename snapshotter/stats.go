@@ -100,12 +100,12 @@ func (c *counters) answer(door string, hit bool, reason string) {
 }
 
 // Stats returns the counts at this moment.
-func (s *Snapshotter) Stats() (out Stats) {
-	s.counters.change(func(have *Stats) {
+func (rep *reports) Stats() (out Stats) {
+	rep.counters.change(func(have *Stats) {
 		out = *have
 		out.Answers, out.Findings = maps.Clone(have.Answers), maps.Clone(have.Findings)
 	})
-	out.Stats = s.chains.Stats()
+	out.Stats = rep.chains.Stats()
 	return out
 }
 
@@ -133,7 +133,7 @@ func (c *counters) checked(found []Finding) {
 }
 
 // countIngest counts a layer that came in by Apply or Commit.
-func (s *Snapshotter) countIngest(door string, in layer.Ingested) {
+func (s *store) countIngest(door string, in layer.Ingested) {
 	switch {
 	case s.layers.TakeAhead(in.Layer):
 		s.counters.answer(door, false, reasonAhead)

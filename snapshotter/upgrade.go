@@ -127,7 +127,7 @@ func (r records) mounted() map[string][]content.LayerID {
 
 // mountedLayers returns the layers below snapshots that clients may have mounted; ok is false where not all snapshots
 // are known.
-func (s *Snapshotter) mountedLayers(ctx context.Context) (layers []content.LayerID, ok bool, err error) {
+func (s *store) mountedLayers(ctx context.Context) (layers []content.LayerID, ok bool, err error) {
 	stored, err := s.db.records(ctx)
 	if err != nil {
 		return nil, false, err

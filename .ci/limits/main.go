@@ -118,8 +118,9 @@ func (s sizes) lines(path, text string) {
 	code := false
 	for line := range strings.Lines(text) {
 		line = strings.TrimRight(line, "\n")
-		code = code != strings.HasPrefix(line, "```")
-		free := markdown && (code || strings.HasPrefix(line, "|") || strings.Contains(line, "](")) ||
+		start := strings.TrimLeft(line, " ") // in a list they are indented
+		code = code != strings.HasPrefix(start, "```")
+		free := markdown && (code || strings.HasPrefix(start, "|") || strings.Contains(line, "](")) ||
 			!markdown && strings.Contains(line, "://")
 		if !free && utf8.RuneCountInString(line) > maxColumns {
 			long++

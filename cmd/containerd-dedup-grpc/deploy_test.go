@@ -81,9 +81,9 @@ func TestUnitStaysInHostMounts(t *testing.T) {
 			t.Errorf("%s is missing", want)
 		}
 	}
-	implied := regexp.MustCompile(`(?m)^(Private(Tmp|Devices|Mounts|IPC|Users|Network)|Protect\w+|RootDirectory|RootImage|ReadWritePaths|ReadOnlyPaths|` +
-		`InaccessiblePaths|ExecPaths|NoExecPaths|BindPaths|BindReadOnlyPaths|TemporaryFileSystem|MountFlags|MountImages|DynamicUser|` +
-		`ExtensionImages|LoadCredential\w*)=(.*)$`)
+	implied := regexp.MustCompile(`(?m)^(Private(Tmp|Devices|Mounts|IPC|Users|Network)|Protect\w+|` +
+		`RootDirectory|RootImage|ReadWritePaths|ReadOnlyPaths|InaccessiblePaths|ExecPaths|NoExecPaths|BindPaths|` +
+		`BindReadOnlyPaths|TemporaryFileSystem|MountFlags|MountImages|DynamicUser|ExtensionImages|LoadCredential\w*)=(.*)$`)
 	for _, m := range implied.FindAllStringSubmatch(text, -1) {
 		if m[3] != "no" {
 			t.Errorf("%s gives the unit a mount namespace of its own", m[0])

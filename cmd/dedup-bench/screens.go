@@ -25,10 +25,10 @@ func screensCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "screens",
 		Usage: "play the self-hosted Sentry case, from analyze to the freed disk, and write what is seen into the docs",
-		Description: "Builds the images of five Python services in two releases, each with a pip install of its own, " +
-			"pulls them into a\n" +
-			"containerd with overlayfs on a disk of its own, runs a container of each service, and does then what an operator\n" +
-			"would: analyze, migrate, make the containers anew, remove what is old, look around. Needs root.",
+		Description: "Builds the images of five Python services in two releases, each with a pip install of its own.\n" +
+			"Pulls them into a containerd with overlayfs on a disk of its own, and runs a container of each service.\n" +
+			"Then does what an operator would: analyze, migrate, make the containers anew, remove what is old, look\n" +
+			"around. Needs root.",
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "tmp", Usage: "directory for the disk (default: TMPDIR or /tmp)"},
 			&cli.StringSliceFlag{Name: "docs", Usage: "Markdown `FILE` in which the lines between <!-- screen: NAME --> and " +

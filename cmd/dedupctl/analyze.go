@@ -31,7 +31,8 @@ func analyzeCommand() *cli.Command {
 			"Several are taken together. Every layer goes through the code that would store it, so it is read once, whole.\n" +
 			"Exit code 1 also when an image had to be left out, after all others were analysed.",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "platform", Usage: "`OS/ARCH` of the image, where there are several (default: this machine's)"},
+			&cli.StringFlag{Name: "platform",
+				Usage: "`OS/ARCH` of the image, where there are several (default: this machine's)"},
 			&cli.BoolFlag{Name: "verity", Usage: "count what fs-verity needs too, for a store on ext4 with the feature verity"},
 			&cli.BoolFlag{Name: "plain-http", Usage: "registries speak HTTP without TLS; on loopback they always do"},
 			&cli.StringFlag{Name: "user", Aliases: []string{"u"}, Usage: "`USER[:PASSWORD]` at the registries; the password " +

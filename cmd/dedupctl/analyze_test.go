@@ -141,7 +141,8 @@ func TestAnalyzeLayout(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := path.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": fmt.Sprint("v", i)})); err != nil {
+		name := map[string]string{"org.opencontainers.image.ref.name": fmt.Sprint("v", i)}
+		if err := path.AppendImage(img, layout.WithAnnotations(name)); err != nil {
 			t.Fatal(err)
 		}
 	}

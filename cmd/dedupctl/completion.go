@@ -15,7 +15,8 @@ const (
 _dedupctl() {
   local cur=${COMP_WORDS[COMP_CWORD]} flag="" IFS=$'\n'
   [[ $cur == -* ]] && flag=$cur
-  COMPREPLY=($(compgen -W "$("${COMP_WORDS[@]:0:COMP_CWORD}" "$flag" --generate-bash-completion 2>/dev/null)" -- "$cur"))
+  local found=$("${COMP_WORDS[@]:0:COMP_CWORD}" "$flag" --generate-bash-completion 2>/dev/null)
+  COMPREPLY=($(compgen -W "$found" -- "$cur"))
 }
 complete -o default -F _dedupctl dedupctl
 `

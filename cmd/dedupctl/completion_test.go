@@ -12,8 +12,10 @@ import (
 
 // How the shells are asked what they would offer for a line, whose words are $1 and up.
 var asked = map[string]string{
-	"bash": `source <(dedupctl completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _dedupctl; printf '%s\n' "${COMPREPLY[@]}"`,
-	"zsh": `compdef() { registered=$2; }; compadd() { shift; for word in "$@"; [[ $word == $words[CURRENT]* ]] && print -r -- $word; return 0; }; _files() { };
+	"bash": `source <(dedupctl completion bash); COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+		_dedupctl; printf '%s\n' "${COMPREPLY[@]}"`,
+	"zsh": `compdef() { registered=$2; }; _files() { }
+		compadd() { shift; for word in "$@"; [[ $word == $words[CURRENT]* ]] && print -r -- $word; return 0; }
 		words=("$@"); CURRENT=$#; source <(dedupctl completion zsh); [[ $registered == dedupctl ]] && _dedupctl`,
 	"fish": `dedupctl completion fish | source; complete -C (string join ' ' -- $argv) | string replace -r '\t.*' ''`,
 }

@@ -27,10 +27,10 @@ func configCommand() *cli.Command {
 		Subcommands: []*cli.Command{{
 			Name:  "containerd",
 			Usage: "print what containerd's config.toml needs, or install it",
-			Description: "Prints the part of containerd's config.toml that makes the daemon known to it, in the form that the\n" +
-				"running containerd reads, or the one given with --containerd-version. --write puts it beside the config.toml of\n" +
-				"that containerd, as conf.d/dedup-snapshotter.toml, and adds that to its imports; --remove undoes that. Both\n" +
-				"show what they will do and ask. containerd has to be restarted after either.",
+			Description: "Prints the part of containerd's config.toml that makes the daemon known to it, in the form that\n" +
+				"the running containerd reads, or the one given with --containerd-version.\n" +
+				"--write puts it beside the config.toml of that containerd, as conf.d/dedup-snapshotter.toml, and adds that\n" +
+				"to its imports; --remove undoes that. Both show what they will do and ask. Restart containerd after either.",
 			Flags: []cli.Flag{
 				&cli.StringFlag{Name: "containerd-version", Usage: "write for this `VERSION`, without asking containerd"},
 				&cli.StringFlag{Name: "containerd-address", Usage: "containerd's `SOCKET`", Value: defaultContainerd},

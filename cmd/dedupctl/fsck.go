@@ -57,11 +57,11 @@ func fsckCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "fsck",
 		Usage: "verify everything that is stored, and repair it",
-		Description: "Reads every object, tree and chain image from the disk, compares it with what its name says, and " +
-			"tells what is\n" +
-			"damaged, which images that harms, and what nothing uses. Pulls and containers go on meanwhile; a damaged layer\n" +
-			"is out of service until it is whole again. --repair takes what is damaged from the blobs in containerd's content\n" +
-			"store, or fetches them again from the registry that the image came from, and removes what nothing uses.\n" +
+		Description: "Reads every object, tree and chain image from the disk and compares it with what its name says.\n" +
+			"Tells what is damaged, which images that harms, and what nothing uses. Pulls and containers go on meanwhile.\n" +
+			"A damaged layer is out of service until it is whole again.\n" +
+			"--repair takes what is damaged from the blobs in containerd's content store, or fetches them again from the\n" +
+			"registry that the image came from. It also removes what nothing uses.\n" +
 			"While the daemon does not run, fsck without --repair reads the store itself and changes nothing.\n" +
 			"Exit codes: 0 nothing is damaged (any more), 1 it did not work, 2 the command line is wrong, 3 there is damage.",
 		Flags: append(registryFlags(),

@@ -18,11 +18,11 @@ func migrateCommand() *cli.Command {
 		Name:      "migrate",
 		Usage:     "bring images that another snapshotter has unpacked into dedup, without pulling them",
 		ArgsUsage: "[IMAGE...]",
-		Description: "Every image of the namespace that the other snapshotter has unpacked (or only those named) is " +
-			"unpacked with dedup\n" +
-			"too, from the blobs in containerd's content store. Containers go on as they are: one that is made anew with\n" +
-			"the snapshotter dedup runs from dedup. --remove-old then frees what the other snapshotter holds of them, but for\n" +
-			"what containers use. --undo goes back: it unpacks with the other snapshotter and frees what dedup holds.\n" +
+		Description: "Unpacks with dedup every image of the namespace that the other snapshotter has unpacked, or only\n" +
+			"those named, from the blobs in containerd's content store. Containers go on as they are: one that is made anew\n" +
+			"with the snapshotter dedup runs from dedup. --remove-old then frees what the other snapshotter holds of the\n" +
+			"images, but for what containers use.\n" +
+			"--undo goes back: it unpacks with the other snapshotter and frees what dedup holds.\n" +
 			"Exit code 1 also when an image could not be migrated, after all others were; the output names it.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "containerd-address", Usage: "containerd's unix `SOCKET`", Value: defaultContainerd},

@@ -47,12 +47,12 @@ const (
 // Check compares every tree and every object with its name, reading them from the disk, and looks for files that
 // nothing names. What is damaged is out of service from then on, and what was and is whole again, back in it. Others
 // may use the store meanwhile. progress hears, from one goroutine at a time, how many of how many bytes have been read.
-func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]Finding, error) {
+func (h *health) Check(ctx context.Context, progress func(done, total int64)) ([]Finding, error) {
 	var findings []Finding
-	objectBytes, _ := s.objects.Packs().Used()
-	s.mu.RLock()
-	total := objectBytes + s.trees.Bytes
-	s.mu.RUnlock()
+	objectBytes, _ := h.objects.Packs().Used()
+	h.mu.RLock()
+	total := objectBytes + h.trees.Bytes
+	h.mu.RUnlock()
 	var mu sync.Mutex
 	var done int64
 	read := func(n int64) {
@@ -61,48 +61,48 @@ func (s *Store) Check(ctx context.Context, progress func(done, total int64)) ([]
 		done += n
 		progress(min(done, total), total)
 	}
-	if err := s.checkTrees(ctx, read); err != nil {
+	if err := h.checkTrees(ctx, read); err != nil {
 		return nil, err
 	}
-	packs, err := s.objects.Packs().Check(ctx)
+	packs, err := h.objects.Packs().Check(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("verify packs: %w", s.explain(err))
+		return nil, fmt.Errorf("verify packs: %w", h.explain(err))
 	}
-	if err := s.verifyObjects(ctx, s.objects.IDs(), read); err != nil {
-		return nil, fmt.Errorf("verify objects: %w", s.explain(err))
+	if err := h.verifyObjects(ctx, h.objects.IDs(), read); err != nil {
+		return nil, fmt.Errorf("verify objects: %w", h.explain(err))
 	}
 	if len(packs) > 0 {
-		s.wakeKeeper() // to copy what is whole in them
+		h.wakeKeeper() // to copy what is whole in them
 	}
 	for _, p := range packs {
 		findings = append(findings, Finding{Kind: DamagedPack, Path: p.Path, Problem: p.Err.Error()})
 	}
-	s.blame(ctx)
-	if err := s.heal(ctx, s.Sync); err != nil {
+	h.blame(ctx)
+	if err := h.heal(ctx, h.Sync); err != nil {
 		log.G(ctx).WithError(err).Warn("layers that are whole again stay out of service")
 	}
-	s.saveDamaged(ctx)
-	findings = append(findings, s.Findings()...)
-	orphans, err := s.orphans(ctx, false)
+	h.saveDamaged(ctx)
+	findings = append(findings, h.Findings()...)
+	orphans, err := h.orphans(ctx, false)
 	return append(findings, orphans...), err
 }
 
 // checkTrees verifies all trees.
-func (s *Store) checkTrees(ctx context.Context, read func(int64)) error {
-	for _, l := range s.List() {
+func (h *health) checkTrees(ctx context.Context, read func(int64)) error {
+	for _, l := range h.List() {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		objects, err := s.verifyTree(l.ID)
+		objects, err := h.verifyTree(l.ID)
 		switch {
 		case err == nil:
-			s.restore(l.ID, objects)
+			h.restore(l.ID, objects)
 		case isDamage(err):
-			s.harm(ctx, l.ID, Damage{Tree: err})
+			h.harm(ctx, l.ID, Damage{Tree: err})
 		default:
-			return fmt.Errorf("verify layer %s: %w", l.ID, s.explain(err))
+			return fmt.Errorf("verify layer %s: %w", l.ID, h.explain(err))
 		}
-		if fi, err := os.Stat(s.treePath(l.ID)); err == nil {
+		if fi, err := os.Stat(h.treePath(l.ID)); err == nil {
 			read(content.Blocks(fi.Size()))
 		}
 	}
@@ -111,47 +111,47 @@ func (s *Store) checkTrees(ctx context.Context, read func(int64)) error {
 
 // LookAgain verifies once more what is known to be damaged of a layer, and heals it if it is not any more: a disk may
 // not have answered for a while.
-func (s *Store) LookAgain(ctx context.Context, id content.LayerID) error {
-	d, damaged := s.Damaged()[id]
+func (h *health) LookAgain(ctx context.Context, id content.LayerID) error {
+	d, damaged := h.Damaged()[id]
 	if !damaged {
 		return nil
 	}
 	if d.Tree != nil {
-		if objects, err := s.verifyTree(id); err == nil {
-			s.restore(id, objects)
+		if objects, err := h.verifyTree(id); err == nil {
+			h.restore(id, objects)
 		}
 	}
-	if err := s.verifyObjects(ctx, d.Objects, func(int64) {}); err != nil {
-		return fmt.Errorf("verify layer %s: %w", id, s.explain(err))
+	if err := h.verifyObjects(ctx, d.Objects, func(int64) {}); err != nil {
+		return fmt.Errorf("verify layer %s: %w", id, h.explain(err))
 	}
-	return s.heal(ctx, s.Sync)
+	return h.heal(ctx, h.Sync)
 }
 
 // restore notes that a tree that was damaged is whole again, for instance from a backup. heal does the rest.
-func (s *Store) restore(id content.LayerID, objects []content.ObjectID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.layers[id]
+func (h *health) restore(id content.LayerID, objects []content.ObjectID) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	st := h.layers[id]
 	if st == nil || st.damage == nil || st.damage.Tree == nil {
 		return
 	}
-	facts, _, err := tree.ReadFacts(s.treePath(id), id)
-	fi, serr := os.Stat(s.treePath(id))
+	facts, _, err := tree.ReadFacts(h.treePath(id), id)
+	fi, serr := os.Stat(h.treePath(id))
 	if err != nil || serr != nil {
 		return
 	}
 	again := *st
-	s.forget(id, st)
+	h.forget(id, st)
 	if !again.counted {
-		s.objects.Load(objects)
+		h.objects.Load(objects)
 	}
 	again.counted, again.facts = true, facts
 	again.damage = &Damage{Objects: again.damage.Objects}
-	s.insert(id, &again, fi.Size())
+	h.insert(id, &again, fi.Size())
 }
 
 // verifyObjects compares objects with their names, several at a time.
-func (s *Store) verifyObjects(ctx context.Context, ids []content.ObjectID, read func(int64)) error {
+func (p *packed) verifyObjects(ctx context.Context, ids []content.ObjectID, read func(int64)) error {
 	g, ctx := errgroup.WithContext(ctx)
 	var next atomic.Int64
 	// Reading past the page cache waits for the disk, so more than one for each processor.
@@ -163,7 +163,7 @@ func (s *Store) verifyObjects(ctx context.Context, ids []content.ObjectID, read 
 				if i >= int64(len(ids)) {
 					return nil
 				}
-				n, err := s.objects.Verify(ctx, ids[i], buf)
+				n, err := p.objects.Verify(ctx, ids[i], buf)
 				if err != nil && !errors.Is(err, object.ErrDamaged) {
 					return err
 				}
@@ -175,11 +175,11 @@ func (s *Store) verifyObjects(ctx context.Context, ids []content.ObjectID, read 
 }
 
 // Findings tells what is known to be damaged, sorted by path.
-func (s *Store) Findings() (findings []Finding) {
+func (h *health) Findings() (findings []Finding) {
 	byObject := map[content.ObjectID][]content.LayerID{}
-	for id, d := range s.Damaged() {
+	for id, d := range h.Damaged() {
 		if d.Tree != nil {
-			findings = append(findings, Finding{Kind: DamagedTree, Path: s.treePath(id), Problem: d.Tree.Error(),
+			findings = append(findings, Finding{Kind: DamagedTree, Path: h.treePath(id), Problem: d.Tree.Error(),
 				Layers: []content.LayerID{id}})
 		}
 		for _, o := range d.Objects {
@@ -187,7 +187,7 @@ func (s *Store) Findings() (findings []Finding) {
 		}
 	}
 	for o, layers := range byObject {
-		path, problem := s.objects.Where(o)
+		path, problem := h.objects.Where(o)
 		slices.SortFunc(layers, func(a, b content.LayerID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
 		findings = append(findings, Finding{Kind: DamagedObject, Path: path, Problem: problem, Layers: layers})
 	}
@@ -196,29 +196,29 @@ func (s *Store) Findings() (findings []Finding) {
 }
 
 // orphans looks for files that nothing names, and removes them if asked to.
-func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, err error) {
-	files, err := os.ReadDir(s.path(dirLayers))
+func (h *health) orphans(ctx context.Context, remove bool) (findings []Finding, err error) {
+	files, err := os.ReadDir(h.path(dirLayers))
 	if err != nil {
 		return nil, fmt.Errorf("look for orphans: %w", err)
 	}
 	for _, f := range files {
 		sum, err := content.ParseSum(f.Name())
-		s.mu.Lock()
-		known := err == nil && s.layers[content.LayerID{Sum: sum}] != nil
+		h.mu.Lock()
+		known := err == nil && h.layers[content.LayerID{Sum: sum}] != nil
 		fi, err := f.Info()
 		if !known && remove {
-			_ = os.RemoveAll(s.path(dirLayers, f.Name()))
+			_ = os.RemoveAll(h.path(dirLayers, f.Name()))
 		}
-		s.mu.Unlock()
+		h.mu.Unlock()
 		if !known && err == nil {
-			findings = append(findings, Finding{Kind: Orphan, Path: s.path(dirLayers, f.Name()),
+			findings = append(findings, Finding{Kind: Orphan, Path: h.path(dirLayers, f.Name()),
 				Problem: "no snapshot uses this layer", Bytes: content.Blocks(fi.Size())})
 		}
 	}
-	if s.uncounted() {
+	if h.uncounted() {
 		return findings, nil // an object that a damaged tree names looks like an orphan
 	}
-	objects, err := s.objects.Orphans(ctx, remove)
+	objects, err := h.objects.Orphans(ctx, remove)
 	for _, o := range objects {
 		findings = append(findings, Finding{Kind: Orphan, Path: o.Path, Problem: "no layer needs what is in this file",
 			Bytes: o.Bytes})
@@ -227,16 +227,16 @@ func (s *Store) orphans(ctx context.Context, remove bool) (findings []Finding, e
 }
 
 // RemoveOrphans removes every file that nothing names, and tells what it removed. Others may use the store meanwhile.
-func (s *Store) RemoveOrphans(ctx context.Context) ([]Finding, error) {
-	found, err := s.orphans(ctx, true)
-	if err == nil && !s.uncounted() {
-		s.leaked.Store(false)
+func (h *health) RemoveOrphans(ctx context.Context) ([]Finding, error) {
+	found, err := h.orphans(ctx, true)
+	if err == nil && !h.uncounted() {
+		h.leaked.Store(false)
 	}
 	return found, err
 }
 
 // Orphans lists every file that nothing names.
-func (s *Store) Orphans(ctx context.Context) ([]Finding, error) { return s.orphans(ctx, false) }
+func (h *health) Orphans(ctx context.Context) ([]Finding, error) { return h.orphans(ctx, false) }
 
 // Repair ingests the blob of a layer that is out of service once more: what the layer needs and is damaged is written
 // anew. Of the layer's other facts it knows nothing, so a blob that gives another layer is an error, and changes

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -43,6 +45,16 @@ func (d Damage) Error() string {
 	}
 }
 
+// health finds what is damaged, takes layers out of service and puts them back.
+type health struct {
+	*packed
+	*catalog
+
+	damagedMu sync.Mutex // serialises writing the list of what is damaged
+	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
+	leaked atomic.Bool
+}
+
 // isDamage tells what is wrong with a file from what is wrong with the machine.
 func isDamage(err error) bool {
 	return errors.Is(err, tree.ErrDamaged) || errors.Is(err, object.ErrDamaged) ||
@@ -50,12 +62,12 @@ func isDamage(err error) bool {
 }
 
 // harm takes a layer out of service.
-func (s *Store) harm(ctx context.Context, id content.LayerID, d Damage) {
-	s.mu.Lock()
-	changed := s.harmLocked(ctx, id, d)
-	s.mu.Unlock()
+func (h *health) harm(ctx context.Context, id content.LayerID, d Damage) {
+	h.mu.Lock()
+	changed := h.harmLocked(ctx, id, d)
+	h.mu.Unlock()
 	if changed {
-		s.saveDamaged(ctx)
+		h.saveDamaged(ctx)
 	}
 }
 
@@ -99,83 +111,83 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 }
 
 // verifyTree compares a tree with its name, and returns the objects that it names.
-func (s *Store) verifyTree(id content.LayerID) ([]content.ObjectID, error) {
-	if _, _, err := tree.Read(s.treePath(id), id); err != nil {
+func (h *health) verifyTree(id content.LayerID) ([]content.ObjectID, error) {
+	if _, _, err := tree.Read(h.treePath(id), id); err != nil {
 		return nil, err
 	}
-	_, objects, err := tree.ReadFacts(s.treePath(id), id)
+	_, objects, err := tree.ReadFacts(h.treePath(id), id)
 	return objects, err
 }
 
 // blame takes every layer out of service that names a bad object.
-func (s *Store) blame(ctx context.Context) {
-	if !s.objects.AnyBad() {
+func (h *health) blame(ctx context.Context) {
+	if !h.objects.AnyBad() {
 		return
 	}
-	s.mu.RLock()
-	ids := slices.Collect(maps.Keys(s.layers))
-	s.mu.RUnlock()
+	h.mu.RLock()
+	ids := slices.Collect(maps.Keys(h.layers))
+	h.mu.RUnlock()
 	for _, id := range ids {
-		s.blameOne(ctx, id)
+		h.blameOne(ctx, id)
 	}
 }
 
-func (s *Store) blameOne(ctx context.Context, id content.LayerID) {
-	_, objects, err := tree.ReadFacts(s.treePath(id), id)
+func (h *health) blameOne(ctx context.Context, id content.LayerID) {
+	_, objects, err := tree.ReadFacts(h.treePath(id), id)
 	if err != nil {
 		return // found by whoever reads the tree
 	}
 	var d Damage
 	for _, o := range objects {
-		if s.objects.IsBad(o) {
+		if h.objects.IsBad(o) {
 			d.Objects = append(d.Objects, o)
 		}
 	}
 	if len(d.Objects) > 0 {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.harmLocked(ctx, id, d)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.harmLocked(ctx, id, d)
 	}
 }
 
 // recheck looks at a layer that came in while objects were found to be bad.
-func (s *Store) recheck(ctx context.Context, id content.LayerID) {
-	if s.objects.AnyBad() {
-		s.blameOne(ctx, id)
-		s.saveDamaged(ctx)
+func (h *health) recheck(ctx context.Context, id content.LayerID) {
+	if h.objects.AnyBad() {
+		h.blameOne(ctx, id)
+		h.saveDamaged(ctx)
 	}
 }
 
 // distrust looks at what a session wrote that could not sync: others may rely on it.
-func (s *Store) distrust(ctx context.Context, wrote []content.ObjectID) {
-	wrote = slices.DeleteFunc(wrote, func(id content.ObjectID) bool { return !s.objects.Has(id) })
-	if err := s.verifyObjects(ctx, wrote, func(int64) {}); err != nil {
+func (h *health) distrust(ctx context.Context, wrote []content.ObjectID) {
+	wrote = slices.DeleteFunc(wrote, func(id content.ObjectID) bool { return !h.objects.Has(id) })
+	if err := h.verifyObjects(ctx, wrote, func(int64) {}); err != nil {
 		log.G(ctx).WithError(err).Warn("a sync failed, and what it was for could not be verified: run `dedupctl fsck`")
 	}
-	s.blame(ctx)
-	if s.objects.AnyBad() {
-		s.saveDamaged(ctx)
+	h.blame(ctx)
+	if h.objects.AnyBad() {
+		h.saveDamaged(ctx)
 	}
 }
 
 // DistrustPack looks at a pack that cannot be mounted. What is whole in it is copied to another one; what is not takes
 // its layers out of service.
-func (s *Store) DistrustPack(ctx context.Context, id content.PackID, why error) error {
-	log.G(ctx).WithError(why).Errorf("pack %s is damaged: verifying each payload in it", s.objects.Packs().Path(id))
-	err := s.verifyObjects(ctx, s.objects.Distrust(id, why), func(int64) {})
-	s.blame(ctx)
-	s.saveDamaged(ctx)
+func (h *health) DistrustPack(ctx context.Context, id content.PackID, why error) error {
+	log.G(ctx).WithError(why).Errorf("pack %s is damaged: verifying each payload in it", h.objects.Packs().Path(id))
+	err := h.verifyObjects(ctx, h.objects.Distrust(id, why), func(int64) {})
+	h.blame(ctx)
+	h.saveDamaged(ctx)
 	if err != nil {
-		return fmt.Errorf("verify pack %s: %w", id, s.explain(err))
+		return fmt.Errorf("verify pack %s: %w", id, h.explain(err))
 	}
-	return s.Compact(ctx)
+	return h.Compact(ctx)
 }
 
 // heal puts layers back into service that have nothing damaged any more, after sync.
-func (s *Store) heal(ctx context.Context, sync func() error) error {
-	s.mu.RLock()
-	damaged := s.damaged
-	s.mu.RUnlock()
+func (h *health) heal(ctx context.Context, sync func() error) error {
+	h.mu.RLock()
+	damaged := h.damaged
+	h.mu.RUnlock()
 	if damaged == 0 {
 		return nil
 	}
@@ -183,28 +195,28 @@ func (s *Store) heal(ctx context.Context, sync func() error) error {
 	if err := sync(); err != nil {
 		return err
 	}
-	s.mu.Lock()
+	h.mu.Lock()
 	changed := false
-	for id, st := range s.layers {
+	for id, st := range h.layers {
 		if st.damage == nil {
 			continue
 		}
 		d := Damage{Tree: st.damage.Tree, Objects: slices.DeleteFunc(slices.Clone(st.damage.Objects),
 			func(o content.ObjectID) bool {
-				return !s.objects.IsBad(o)
+				return !h.objects.IsBad(o)
 			})}
 		changed = changed || len(d.Objects) != len(st.damage.Objects)
 		if st.damage = &d; d.Tree == nil && len(d.Objects) == 0 {
 			st.damage = nil
-			s.damaged--
-			s.show(id, st)
+			h.damaged--
+			h.show(id, st)
 			changed = true
 			log.G(ctx).Infof("layer %s is whole again", id)
 		}
 	}
-	s.mu.Unlock()
+	h.mu.Unlock()
 	if changed {
-		s.saveDamaged(ctx)
+		h.saveDamaged(ctx)
 	}
 	return nil
 }
@@ -216,8 +228,8 @@ type damagedList struct {
 	trees   []content.LayerID
 }
 
-func (s *Store) loadDamaged() (l damagedList, err error) {
-	data, err := os.ReadFile(s.path(fileDamaged))
+func (h *health) loadDamaged() (l damagedList, err error) {
+	data, err := os.ReadFile(h.path(fileDamaged))
 	if errors.Is(err, fs.ErrNotExist) {
 		return l, nil
 	}
@@ -239,23 +251,23 @@ func (s *Store) loadDamaged() (l damagedList, err error) {
 	return l, nil
 }
 
-func (s *Store) saveDamaged(ctx context.Context) {
-	if s.opts.readOnly {
+func (h *health) saveDamaged(ctx context.Context) {
+	if h.opts.readOnly {
 		return
 	}
-	s.damagedMu.Lock()
-	defer s.damagedMu.Unlock()
+	h.damagedMu.Lock()
+	defer h.damagedMu.Unlock()
 	var lines []string
-	for _, o := range s.objects.Bad() {
+	for _, o := range h.objects.Bad() {
 		lines = append(lines, "object "+o.Hex()+"\n")
 	}
-	for id, d := range s.Damaged() {
+	for id, d := range h.Damaged() {
 		if d.Tree != nil {
 			lines = append(lines, "tree "+id.Hex()+"\n")
 		}
 	}
 	slices.Sort(lines)
-	path := s.path(fileDamaged)
+	path := h.path(fileDamaged)
 	var err error
 	if len(lines) == 0 {
 		if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
@@ -263,11 +275,11 @@ func (s *Store) saveDamaged(ctx context.Context) {
 		}
 	} else {
 		var tmp string
-		if tmp, err = s.writeStaged("damaged-", []byte(strings.Join(lines, "")), true); err == nil {
+		if tmp, err = h.writeStaged("damaged-", []byte(strings.Join(lines, "")), true); err == nil {
 			err = os.Rename(tmp, path)
 		}
 	}
-	s.step("damaged.noted")
+	h.step("damaged.noted")
 	if err == nil {
 		err = syncDir(filepath.Dir(path))
 	}

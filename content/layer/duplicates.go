@@ -73,19 +73,19 @@ func (g groups) most(n int) []Duplicate {
 
 // Duplicates reads the tree of every layer and returns the limit largest groups of each kind. What comes or
 // goes meanwhile may or may not be counted.
-func (s *Store) Duplicates(ctx context.Context, limit int) (Duplicates, error) {
+func (r *reports) Duplicates(ctx context.Context, limit int) (Duplicates, error) {
 	paths, types, packages := groups{}, groups{}, groups{}
-	list := s.List()
-	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
+	list := r.List()
+	err := r.inPasses(func(mine func(content.ObjectID) bool) error {
 		seen := map[shortID]struct{}{}
 		owners, of := map[string]string(nil), -1
-		return s.walkTrees(ctx, list, func(i int, f *tree.File) (err error) {
+		return r.walkTrees(ctx, list, func(i int, f *tree.File) (err error) {
 			uses := int64(list[i].Holds)
 			if f.Object.IsZero() || uses == 0 || !mine(f.Object) {
 				return nil
 			}
 			if of != i {
-				if owners, err = s.packagesOf(ctx, list[i]); err != nil {
+				if owners, err = r.packagesOf(ctx, list[i]); err != nil {
 					return err
 				}
 				of = i

@@ -36,40 +36,46 @@ type written struct {
 	doubt atomic.Bool
 }
 
+// durable puts what comes in on the disk, and moves the mark up to which all of it is there.
+type durable struct {
+	*directory
+	written written
+}
+
 // openRoot returns a file of its own for syncfs: the kernel tells of a write that failed once to each file that was
 // open when it did. With one for all, the first ingest to ask would learn it, and the one that wrote would not.
-func (s *Store) openRoot() (int, error) {
-	fd, err := unix.Openat(s.rootFd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+func (d *directory) openRoot() (int, error) {
+	fd, err := unix.Openat(d.rootFd, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("open %s: %w", s.root, err)
+		return -1, fmt.Errorf("open %s: %w", d.root, err)
 	}
 	return fd, nil
 }
 
 // Sync puts on the disk what is written by now, also by others.
-func (s *Store) Sync() error {
-	fd, err := s.openRoot()
+func (d *directory) Sync() error {
+	fd, err := d.openRoot()
 	if err != nil {
 		return err
 	}
-	return errors.Join(syncfs(fd, s.root), unix.Close(fd))
+	return errors.Join(syncfs(fd, d.root), unix.Close(fd))
 }
 
 // watch looks for writes that fail from now on: sync is Sync that tells of them, and moves the mark. stop ends it.
-func (s *Store) watch() (sync func() error, stop func(), err error) {
-	fd, err := s.openRoot()
+func (d *durable) watch() (sync func() error, stop func(), err error) {
+	fd, err := d.openRoot()
 	if err != nil {
 		return nil, nil, err
 	}
 	sync = func() error {
 		now := time.Now()
-		if err := syncfs(fd, s.root); err != nil {
+		if err := syncfs(fd, d.root); err != nil {
 			return err
 		}
-		s.written.mu.Lock()
-		defer s.written.mu.Unlock()
-		if !s.written.failed {
-			s.touch(now)
+		d.written.mu.Lock()
+		defer d.written.mu.Unlock()
+		if !d.written.failed {
+			d.touch(now)
 		}
 		return nil
 	}
@@ -100,22 +106,22 @@ func (ss *session) makeDurable() error {
 }
 
 // noteWritten notes that a layer came in: the mark moves on, now or once it is on the disk.
-func (s *Store) noteWritten() {
-	if s.opts.Durability == Strict {
-		s.touch(time.Now())
+func (d *durable) noteWritten() {
+	if d.opts.Durability == Strict {
+		d.touch(time.Now())
 		return
 	}
-	w := &s.written
+	w := &d.written
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.timer == nil && !w.closed {
-		w.timer = time.AfterFunc(deferral, s.writeOut)
+		w.timer = time.AfterFunc(deferral, d.writeOut)
 	}
 }
 
 // writeOut puts what was deferred on the disk.
-func (s *Store) writeOut() {
-	w := &s.written
+func (d *durable) writeOut() {
+	w := &d.written
 	w.mu.Lock()
 	w.timer = nil
 	if w.closed || w.failed {
@@ -126,26 +132,26 @@ func (s *Store) writeOut() {
 	w.mu.Unlock()
 	defer w.wg.Done()
 	now := time.Now()
-	if err := unix.Syncfs(s.rootFd); err != nil {
+	if err := unix.Syncfs(d.rootFd); err != nil {
 		// It tells only once: up to the next start the mark stays where it is.
 		w.mu.Lock()
 		w.failed = true
 		w.mu.Unlock()
-		log.L.WithError(s.explain(err)).
-			Errorf("sync %s: layers that came in lately may be damaged: run `dedupctl fsck`", s.root)
+		log.L.WithError(d.explain(err)).
+			Errorf("sync %s: layers that came in lately may be damaged: run `dedupctl fsck`", d.root)
 		return
 	}
-	s.touch(now)
+	d.touch(now)
 }
 
 // touch moves the mark. An older one that a power cut brings back makes the next Open look at more than it
 // needs to.
-func (s *Store) touch(t time.Time) {
-	if s.written.doubt.Load() {
+func (d *durable) touch(t time.Time) {
+	if d.written.doubt.Load() {
 		return
 	}
 	ts := unix.NsecToTimespec(t.UnixNano())
-	if err := unix.UtimesNanoAt(s.rootFd, fileRunning, []unix.Timespec{ts, ts}, 0); err != nil {
+	if err := unix.UtimesNanoAt(d.rootFd, fileRunning, []unix.Timespec{ts, ts}, 0); err != nil {
 		log.L.WithError(err).Debug("move the mark of what is on the disk")
 	}
 }

@@ -52,4 +52,4 @@ func Explain(err error, root string) error {
 // Explained reports whether an error is one of the system that Explain knows.
 func Explained(err error) bool { return errors.As(err, new(explained)) }
 
-func (s *Store) explain(err error) error { return Explain(err, s.root) }
+func (d *directory) explain(err error) error { return Explain(err, d.root) }

@@ -220,17 +220,17 @@ func (s *Store) formerBytecode(f tree.Former) (map[*content.Entry]pyc, error) {
 
 // keepFormer notes the objects that old chain images refer to and new trees may not, for as long as containers have
 // them mounted.
-func (s *Store) keepFormer(users map[string][]content.LayerID) error {
+func (l *oldLayout) keepFormer(users map[string][]content.LayerID) error {
 	boot := bootID()
-	if last, err := os.ReadFile(s.path(fileRunning)); err == nil && string(last) != boot && boot != unknownBoot {
+	if last, err := os.ReadFile(l.path(fileRunning)); err == nil && string(last) != boot && boot != unknownBoot {
 		return nil // no container runs that did then
 	}
-	k := s.loadFormer() // a killed upgrade may have taken over some of the layers
+	k := l.loadFormer() // a killed upgrade may have taken over some of the layers
 	bytecode := map[content.LayerID][]content.ObjectID{}
 	for user, chain := range users {
 		for _, id := range chain {
 			if _, ok := bytecode[id]; !ok {
-				f, _, err := tree.ReadFormer(s.treePath(id), id)
+				f, _, err := tree.ReadFormer(l.treePath(id), id)
 				if err != nil && !isDamage(err) {
 					return err
 				}
@@ -247,12 +247,12 @@ func (s *Store) keepFormer(users map[string][]content.LayerID) error {
 	if len(k.objects) == 0 {
 		return nil
 	}
-	tmp, err := s.writeStaged("former-", k.text(boot), true)
+	tmp, err := l.writeStaged("former-", k.text(boot), true)
 	if err == nil {
-		err = os.Rename(tmp, s.path(fileFormer))
+		err = os.Rename(tmp, l.path(fileFormer))
 	}
-	s.former = k
-	return errors.Join(err, syncDir(s.root))
+	l.former = k
+	return errors.Join(err, syncDir(l.root))
 }
 
 // keptFormer is what the file holds.
@@ -273,9 +273,9 @@ func (k keptFormer) text(boot string) []byte {
 }
 
 // loadFormer reads the file; of another boot it holds nothing.
-func (s *Store) loadFormer() keptFormer {
+func (l *oldLayout) loadFormer() keptFormer {
 	k := keptFormer{users: map[string]bool{}, objects: map[content.ObjectID]bool{}}
-	data, err := os.ReadFile(s.path(fileFormer))
+	data, err := os.ReadFile(l.path(fileFormer))
 	if err != nil {
 		return k
 	}
@@ -296,45 +296,45 @@ func (s *Store) loadFormer() keptFormer {
 }
 
 // openFormer keeps the objects of old chain images while one of the snapshots is there that may have them mounted.
-func (s *Store) openFormer() error {
-	if _, err := os.Stat(s.path(fileFormer)); errors.Is(err, fs.ErrNotExist) {
+func (l *oldLayout) openFormer() error {
+	if _, err := os.Stat(l.path(fileFormer)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	k := s.loadFormer()
+	k := l.loadFormer()
 	for user := range k.users {
-		if s.opts.User == nil || !s.opts.User(user) {
+		if l.opts.User == nil || !l.opts.User(user) {
 			delete(k.users, user)
 		}
 	}
 	if len(k.users) == 0 {
-		return os.Remove(s.path(fileFormer))
+		return os.Remove(l.path(fileFormer))
 	}
-	s.former = k
+	l.former = k
 	return nil
 }
 
 // isFormer reports whether an old chain image that may be mounted refers to an object.
-func (s *Store) isFormer(id content.ObjectID) bool {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.former.objects[id]
+func (l *oldLayout) isFormer(id content.ObjectID) bool {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.former.objects[id]
 }
 
 // Unused notes that a snapshot has been removed: after the last one of those from before an upgrade, what only they
 // needed goes with the next round of moving.
-func (s *Store) Unused(user string) error {
-	s.mu.Lock()
-	k := s.former
+func (l *oldLayout) Unused(user string) error {
+	l.mu.Lock()
+	k := l.former
 	was := k.users[user]
 	delete(k.users, user)
 	if !was || len(k.users) > 0 {
-		s.mu.Unlock()
+		l.mu.Unlock()
 		return nil
 	}
-	s.former = keptFormer{}
-	s.mu.Unlock()
-	s.wakeKeeper()
-	if err := os.Remove(s.path(fileFormer)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	l.former = keptFormer{}
+	l.mu.Unlock()
+	l.wakeKeeper()
+	if err := os.Remove(l.path(fileFormer)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -319,16 +319,16 @@ func (s *Store) addTar(id content.LayerID, t tree.Tar) error {
 }
 
 // writeStaged writes a file into ingest/ and returns its path.
-func (s *Store) writeStaged(prefix string, data []byte, sync bool) (string, error) {
-	return s.stageFile(prefix, sync, func(f *os.File) error {
+func (d *directory) writeStaged(prefix string, data []byte, sync bool) (string, error) {
+	return d.stageFile(prefix, sync, func(f *os.File) error {
 		_, err := f.Write(data)
 		return err
 	})
 }
 
 // stageFile has write make a file in ingest/ and returns its path.
-func (s *Store) stageFile(prefix string, sync bool, write func(*os.File) error) (string, error) {
-	f, err := os.CreateTemp(s.path(dirIngest), prefix)
+func (d *directory) stageFile(prefix string, sync bool, write func(*os.File) error) (string, error) {
+	f, err := os.CreateTemp(d.path(dirIngest), prefix)
 	if err != nil {
 		return "", fmt.Errorf("stage file: %w", err)
 	}

@@ -24,22 +24,21 @@ const (
 
 // keeper merges packs and drops their pages in the background.
 type keeper struct {
-	wake   chan struct{}
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 }
 
 func (s *Store) startKeeper() {
 	ctx, cancel := context.WithCancel(context.Background())
-	s.keeper = keeper{wake: make(chan struct{}, 1), cancel: cancel}
+	s.keeper = keeper{cancel: cancel}
 	s.keeper.wg.Go(func() { s.keep(ctx) })
 	s.wakeKeeper()
 }
 
 // wakeKeeper tells that packs have come or lost something.
-func (s *Store) wakeKeeper() {
+func (p *packed) wakeKeeper() {
 	select {
-	case s.keeper.wake <- struct{}{}:
+	case p.wake <- struct{}{}:
 	default:
 	}
 }
@@ -61,7 +60,7 @@ func (s *Store) keep(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-s.keeper.wake:
+		case <-s.wake:
 			if woken.IsZero() {
 				woken = time.Now()
 			}
@@ -97,12 +96,12 @@ func (s *Store) moveRest(ctx context.Context) {
 
 // Compact merges packs that are small, or mostly dead, until the policy is content. The daemon does it in the
 // background.
-func (s *Store) Compact(ctx context.Context) error {
-	if !s.compactor.Needed() {
+func (p *packed) Compact(ctx context.Context) error {
+	if !p.compactor.Needed() {
 		return nil
 	}
-	if err := s.hasRoom(0); err != nil {
+	if err := p.hasRoom(0); err != nil {
 		return err
 	}
-	return s.explain(s.compactor.Compact(ctx))
+	return p.explain(p.compactor.Compact(ctx))
 }

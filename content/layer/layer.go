@@ -33,7 +33,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -142,35 +141,28 @@ type Facts struct {
 // Store holds layers. Every LayerID that a method returns carries one hold, which
 // keeps the layer alive until Release; holds are counted, in memory. Safe for
 // concurrent use.
+//
+// Its own methods ingest and remove layers. What it stands on are parts that know no more than they embed: the
+// directory, the catalog of layers, durability, packs, and over these health, accounts, reports and the old layout.
 type Store struct {
-	root      string
-	rootFd    int
-	opts      Options
-	objects   *object.Store
-	compactor *object.Compactor
-	room      room
-	written   written
-	// buffers hold payloads on their way to the disk, parked those that wait for something else of their layer.
-	buffers, parked buffers
-	budget          *budget
-	flights         flights
-	keeper          keeper
-	gc              content.Tasks
-	distinct        int // distinctMax, but for tests
-	old             oldObjects
-	counters        counters
-	// leaked: an object could not be removed. The next Open looks for it, as after an unclean stop.
-	leaked atomic.Bool
-	closed sync.Once
+	*directory
+	*catalog
+	*durable
+	*packed
+	*oldLayout
+	*health
+	*accounts
+	*reports
 
-	factsMu   sync.Mutex // serialises changes of a tree file's header
-	damagedMu sync.Mutex // serialises writing the list of what is damaged
+	parked   buffers // payloads that wait for something else of their layer
+	budget   *budget
+	flights  flights
+	keeper   keeper
+	gc       content.Tasks
+	counters counters
+	closed   sync.Once
 
-	catalog
-	// The catalog's mu guards what follows, too.
-
-	// former is what running containers need from before an upgrade.
-	former keptFormer
+	factsMu sync.Mutex // serialises changes of a tree file's header
 }
 
 type (
@@ -211,23 +203,23 @@ const (
 	fileClean = "clean"
 )
 
-func (s *Store) path(elem ...string) string {
-	return filepath.Join(append([]string{s.root}, elem...)...)
+func (d *directory) path(elem ...string) string {
+	return filepath.Join(append([]string{d.root}, elem...)...)
 }
 
-func (s *Store) treePath(id content.LayerID) string { return s.path(dirLayers, id.Hex()) }
+func (d *directory) treePath(id content.LayerID) string { return d.path(dirLayers, id.Hex()) }
 
 // insert adds a layer; size is its tree file's. Under mu, or before the store is shared.
-func (s *Store) insert(id content.LayerID, st *state, size int64) {
-	s.layers[id] = st
-	s.countFresh(st, 1)
-	s.weight += st.weight()
-	s.setFile(st, size)
+func (c *catalog) insert(id content.LayerID, st *state, size int64) {
+	c.layers[id] = st
+	c.countFresh(st, 1)
+	c.weight += st.weight()
+	c.setFile(st, size)
 	if st.damage != nil {
-		s.damaged++
+		c.damaged++
 		return
 	}
-	s.show(id, st)
+	c.show(id, st)
 }
 
 // Wait waits until what has been released by now is removed.
@@ -235,18 +227,18 @@ func (s *Store) Wait() { s.gc.Wait() }
 
 // Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller
 // holds the layers. An object that no pack has takes its layers out of service, and the error wraps ErrDamaged.
-func (s *Store) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
-	placed, err := s.objects.Places(ids)
+func (h *health) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
+	placed, err := h.objects.Places(ids)
 	if errors.Is(err, object.ErrDamaged) {
-		s.blame(ctx)
-		s.saveDamaged(ctx)
+		h.blame(ctx)
+		h.saveDamaged(ctx)
 		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return placed, err
 }
 
 // Packs are the files that hold payloads. Chain images hold those that they name.
-func (s *Store) Packs() *object.Packs { return s.objects.Packs() }
+func (p *packed) Packs() *object.Packs { return p.objects.Packs() }
 
 func (st *state) hold() { st.holds, st.taken = st.holds+1, st.taken+1 }
 
@@ -289,9 +281,9 @@ func (s *Store) remove(id content.LayerID) error {
 }
 
 // noteLeak remembers that objects stay which nothing names.
-func (s *Store) noteLeak(err error) error {
+func (h *health) noteLeak(err error) error {
 	if err != nil {
-		s.leaked.Store(true)
+		h.leaked.Store(true)
 	}
 	return err
 }

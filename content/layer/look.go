@@ -31,7 +31,7 @@ func Look(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if s.rootFd, err = unix.Open(s.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", s.root, err)
 	}
-	suspect, err := suspectSince(s)
+	suspect, err := s.suspectSince()
 	if err != nil {
 		return nil, err
 	}

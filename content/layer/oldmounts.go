@@ -18,26 +18,26 @@ import (
 
 // neededByOldMounts tells what in objects/ overlays may look up that were mounted before the upgrade: the objects of
 // all layers below snapshots that may be mounted, as long as one such overlay is seen.
-func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) bool, error) {
+func (l *oldLayout) neededByOldMounts(ctx context.Context) (func(content.ObjectID) bool, error) {
 	all := func(content.ObjectID) bool { return true }
 	none := func(content.ObjectID) bool { return false }
-	mounted, err := s.oldMounted()
+	mounted, err := l.oldMounted()
 	if err != nil {
 		return nil, err
 	}
 	if !mounted {
 		return none, nil
 	}
-	if s.opts.Mounted == nil {
+	if l.opts.Mounted == nil {
 		return all, nil
 	}
-	layers, ok, err := s.opts.Mounted(ctx)
+	layers, ok, err := l.opts.Mounted(ctx)
 	if err != nil || !ok {
 		return all, err
 	}
 	needed := map[content.ObjectID]struct{}{}
 	for _, id := range layers {
-		_, objects, err := tree.ReadFacts(s.treePath(id), id)
+		_, objects, err := tree.ReadFacts(l.treePath(id), id)
 		if err != nil {
 			return all, nil // whoever reads the tree finds out what is wrong with it
 		}
@@ -47,17 +47,17 @@ func (s *Store) neededByOldMounts(ctx context.Context) (func(content.ObjectID) b
 	}
 	return func(id content.ObjectID) bool {
 		_, ok := needed[id]
-		return ok || s.isFormer(id)
+		return ok || l.isFormer(id)
 	}, nil
 }
 
 // oldMounted reports whether an overlay over objects/ may be mounted.
-func (s *Store) oldMounted() (bool, error) {
+func (l *oldLayout) oldMounted() (bool, error) {
 	boot := bootID()
 	if boot == unknownBoot {
 		return true, nil
 	}
-	mark := s.path(dirObjects, fileBoot)
+	mark := l.path(dirObjects, fileBoot)
 	began, err := os.ReadFile(mark)
 	switch {
 	case err == nil && len(began) == len(boot) && string(began) != boot:
@@ -67,7 +67,7 @@ func (s *Store) oldMounted() (bool, error) {
 			return true, fmt.Errorf("note when the upgrade began: %w", err)
 		}
 	}
-	return overlayOver(s.path(dirObjects))
+	return overlayOver(l.path(dirObjects))
 }
 
 // initialPidNS is what the first PID namespace is called: only from there all processes and their mounts are seen.

@@ -79,18 +79,26 @@ func newStore(opts Options) (*Store, error) {
 	default:
 		return nil, fmt.Errorf("durability %q: want strict or deferred", opts.Durability)
 	}
+	dir := &directory{root: opts.Root, rootFd: -1, opts: opts}
+	cat := &catalog{
+		fidelity: opts.Fidelity,
+		layers:   map[content.LayerID]*state{},
+		diffs:    map[diffKey]content.LayerID{},
+		blobs:    map[blobKey]tree.Tar{},
+		payloads: map[content.PayloadDigest][]content.LayerID{},
+	}
+	durable := &durable{directory: dir}
+	packed := &packed{durable: durable, wake: make(chan struct{}, 1)}
+	old := &oldLayout{packed: packed, catalog: cat}
 	s := &Store{
-		root:     opts.Root,
-		rootFd:   -1,
-		opts:     opts,
-		distinct: distinctMax,
-		catalog: catalog{
-			fidelity: opts.Fidelity,
-			layers:   map[content.LayerID]*state{},
-			diffs:    map[diffKey]content.LayerID{},
-			blobs:    map[blobKey]tree.Tar{},
-			payloads: map[content.PayloadDigest][]content.LayerID{},
-		},
+		directory: dir,
+		catalog:   cat,
+		durable:   durable,
+		packed:    packed,
+		oldLayout: old,
+		health:    &health{packed: packed, catalog: cat},
+		accounts:  &accounts{oldLayout: old},
+		reports:   &reports{packed: packed, catalog: cat, distinct: distinctMax},
 	}
 	s.budget = newBudget(opts.MaxMemory, func() {
 		s.buffers.trim()
@@ -103,45 +111,45 @@ func newStore(opts Options) (*Store, error) {
 }
 
 // step names a point at which a test may end the process.
-func (s *Store) step(name string) {
-	if s.opts.Step != nil {
-		s.opts.Step(name)
+func (d *directory) step(name string) {
+	if d.opts.Step != nil {
+		d.opts.Step(name)
 	}
 }
 
-func (s *Store) openDirs() error {
-	if err := os.RemoveAll(s.path(dirIngest)); err != nil {
+func (d *directory) openDirs() error {
+	if err := os.RemoveAll(d.path(dirIngest)); err != nil {
 		return fmt.Errorf("empty staging directory: %w", err)
 	}
-	for _, d := range []string{dirIngest, dirLayers} {
-		if err := os.MkdirAll(s.path(d), 0o700); err != nil {
+	for _, sub := range []string{dirIngest, dirLayers} {
+		if err := os.MkdirAll(d.path(sub), 0o700); err != nil {
 			return fmt.Errorf("create store: %w", err)
 		}
 	}
-	fd, err := unix.Open(s.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(d.root, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open store %s: %w", s.root, err)
+		return fmt.Errorf("open store %s: %w", d.root, err)
 	}
-	s.rootFd = fd
+	d.rootFd = fd
 	return nil
 }
 
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
-func (s *Store) openPacks(since time.Time) (err error) {
-	s.objects, err = object.Open(s.path(dirPacks), s.path(dirIngest), object.Options{
-		Verity: s.opts.Verity, Since: since, Held: s.opts.HeldPacks, ReadOnly: s.opts.readOnly,
-		Moved: s.opts.PacksMoved, Step: s.opts.Step,
+func (p *packed) openPacks(since time.Time) (err error) {
+	p.objects, err = object.Open(p.path(dirPacks), p.path(dirIngest), object.Options{
+		Verity: p.opts.Verity, Since: since, Held: p.opts.HeldPacks, ReadOnly: p.opts.readOnly,
+		Moved: p.opts.PacksMoved, Step: p.opts.Step,
 	})
-	s.compactor = object.NewCompactor(s.objects, object.CompactOptions{Sync: s.watch, Room: s.spare})
+	p.compactor = object.NewCompactor(p.objects, object.CompactOptions{Sync: p.watch, Room: p.spare})
 	return err
 }
 
-func (s *Store) closeFiles() {
-	if s.objects != nil {
-		_ = s.objects.Close()
+func (p *packed) closeFiles() {
+	if p.objects != nil {
+		_ = p.objects.Close()
 	}
-	if s.rootFd >= 0 {
-		_ = unix.Close(s.rootFd)
+	if p.rootFd >= 0 {
+		_ = unix.Close(p.rootFd)
 	}
 }
 
@@ -150,14 +158,14 @@ const suspectMargin = 2 * time.Second
 
 // suspectSince is, after a stop that was not clean and a reboot since, the time from which on layers may not be
 // whole; otherwise it is zero.
-func suspectSince(s *Store) (suspect time.Time, err error) {
-	_, err = os.Stat(s.path(fileClean))
+func (d *directory) suspectSince() (suspect time.Time, err error) {
+	_, err = os.Stat(d.path(fileClean))
 	if err == nil || !errors.Is(err, fs.ErrNotExist) {
 		return suspect, err
 	}
 	boot := bootID()
-	last, err := os.ReadFile(s.path(fileRunning))
-	fi, serr := os.Stat(s.path(fileRunning))
+	last, err := os.ReadFile(d.path(fileRunning))
+	fi, serr := os.Stat(d.path(fileRunning))
 	if err == nil && serr == nil && (string(last) != boot || boot == unknownBoot) {
 		suspect = fi.ModTime().Add(-suspectMargin)
 	}
@@ -165,26 +173,26 @@ func suspectSince(s *Store) (suspect time.Time, err error) {
 }
 
 // markRunning takes the mark of a clean stop away. suspect is suspectSince's, and stays so until noteVerified.
-func (s *Store) markRunning() (suspect time.Time, err error) {
-	if suspect, err = suspectSince(s); err != nil {
+func (d *durable) markRunning() (suspect time.Time, err error) {
+	if suspect, err = d.suspectSince(); err != nil {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
-	if s.written.doubt.Store(!suspect.IsZero()); suspect.IsZero() {
-		if err := s.writeRunning(bootID()); err != nil {
+	if d.written.doubt.Store(!suspect.IsZero()); suspect.IsZero() {
+		if err := d.writeRunning(bootID()); err != nil {
 			return suspect, err
 		}
 	}
-	if err := os.Remove(s.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(d.path(fileClean)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return suspect, fmt.Errorf("mark store as running: %w", err)
 	}
-	return suspect, unix.Fsync(s.rootFd)
+	return suspect, unix.Fsync(d.rootFd)
 }
 
 // writeRunning names the boot in which the daemon runs.
-func (s *Store) writeRunning(boot string) error {
-	tmp, err := s.writeStaged("running-", []byte(boot), true)
+func (d *durable) writeRunning(boot string) error {
+	tmp, err := d.writeStaged("running-", []byte(boot), true)
 	if err == nil {
-		err = os.Rename(tmp, s.path(fileRunning))
+		err = os.Rename(tmp, d.path(fileRunning))
 	}
 	if err != nil {
 		return fmt.Errorf("mark store as running: %w", err)
@@ -194,11 +202,11 @@ func (s *Store) writeRunning(boot string) error {
 
 // noteVerified ends the doubt that markRunning has found, unless there still are packs that came to the disk in
 // parts.
-func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
+func (p *packed) noteVerified(ctx context.Context, suspect time.Time) error {
 	if suspect.IsZero() {
 		return nil
 	}
-	mended, err := s.compactor.MendTorn(ctx)
+	mended, err := p.compactor.MendTorn(ctx)
 	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
 		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until there is room to rewrite them: " +
 			"starts take longer")
@@ -207,11 +215,11 @@ func (s *Store) noteVerified(ctx context.Context, suspect time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := s.writeRunning(bootID()); err != nil {
+	if err := p.writeRunning(bootID()); err != nil {
 		return err
 	}
-	s.written.doubt.Store(false)
-	return unix.Fsync(s.rootFd)
+	p.written.doubt.Store(false)
+	return unix.Fsync(p.rootFd)
 }
 
 // unknownBoot is taken for another boot than any.

@@ -23,9 +23,9 @@ const (
 
 // packagesOf returns the packages of a layer's files, by realPath, as the package managers' lists in the same layer
 // say. The lists are foreign bytes: one that makes no sense names files that are not there.
-func (s *Store) packagesOf(ctx context.Context, l Listed) (map[string]string, error) {
+func (r *reports) packagesOf(ctx context.Context, l Listed) (map[string]string, error) {
 	owners := map[string]string{}
-	err := tree.Files(s.treePath(l.ID), l.ID, func(f *tree.File) error {
+	err := tree.Files(r.treePath(l.ID), l.ID, func(f *tree.File) error {
 		if !bytes.HasSuffix(f.Path, []byte(".list")) && !bytes.HasSuffix(f.Path, []byte("/RECORD")) {
 			return nil
 		}
@@ -36,7 +36,7 @@ func (s *Store) packagesOf(ctx context.Context, l Listed) (map[string]string, er
 		data := f.Data
 		if !f.Object.IsZero() {
 			var err error
-			if data, err = s.objects.Read(f.Object); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if data, err = r.objects.Read(f.Object); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}

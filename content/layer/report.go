@@ -45,12 +45,12 @@ func EqualGroups(list []Listed) [][]Listed {
 }
 
 // Objects returns how many objects are stored.
-func (s *Store) Objects() int { return s.objects.Len() }
+func (p *packed) Objects() int { return p.objects.Len() }
 
 // Measure returns what objects and trees occupy on the disk, directories included. It looks at every
 // file, without holding up ingests: what comes or goes meanwhile may or may not be counted.
-func (s *Store) Measure(ctx context.Context) (Usage, error) {
-	return DiskUsage(ctx, s.path(dirPacks), s.path(dirLayers), s.path(dirObjects))
+func (r *reports) Measure(ctx context.Context) (Usage, error) {
+	return DiskUsage(ctx, r.path(dirPacks), r.path(dirLayers), r.path(dirObjects))
 }
 
 // DiskUsage returns what the trees below dirs occupy as the file system accounts it. Files that vanish

@@ -36,48 +36,48 @@ type room struct {
 
 // checkRoom refuses a payload of this many bytes that cannot fit, before any of it is written, or, with 0, to write on
 // when the reserve is reached.
-func (s *Store) checkRoom(ctx context.Context, size int64) error {
-	err := s.hasRoom(size)
-	if err == nil || s.opts.Pressure == nil {
+func (d *directory) checkRoom(ctx context.Context, size int64) error {
+	err := d.hasRoom(size)
+	if err == nil || d.opts.Pressure == nil {
 		return err
 	}
-	s.room.mu.Lock()
-	defer s.room.mu.Unlock()
-	if time.Since(s.room.last) > pressureEvery {
-		s.opts.Pressure(ctx)
-		s.room.last = time.Now()
+	d.room.mu.Lock()
+	defer d.room.mu.Unlock()
+	if time.Since(d.room.last) > pressureEvery {
+		d.opts.Pressure(ctx)
+		d.room.last = time.Now()
 	}
-	return s.hasRoom(size)
+	return d.hasRoom(size)
 }
 
 // Room tells why new layers are refused, nil when they are not.
-func (s *Store) Room() error { return s.hasRoom(0) }
+func (d *directory) Room() error { return d.hasRoom(0) }
 
 // spare is what merging may use of what is free: half of what is above the reserve, since pulls go on.
-func (s *Store) spare() int64 {
+func (d *directory) spare() int64 {
 	var st unix.Statfs_t
-	if unix.Fstatfs(s.rootFd, &st) != nil {
+	if unix.Fstatfs(d.rootFd, &st) != nil {
 		return 0
 	}
-	return max(0, int64(st.Bavail)*st.Bsize-s.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize)) / 2
+	return max(0, int64(st.Bavail)*st.Bsize-d.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize)) / 2
 }
 
-func (s *Store) hasRoom(size int64) error {
+func (d *directory) hasRoom(size int64) error {
 	var st unix.Statfs_t
-	if err := unix.Fstatfs(s.rootFd, &st); err != nil {
-		return fmt.Errorf("free space of %s: %w", s.root, err)
+	if err := unix.Fstatfs(d.rootFd, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", d.root, err)
 	}
 	free := int64(st.Bavail) * st.Bsize
-	space, inodes := s.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize), s.opts.Reserve.Inodes.of(int64(st.Files))
+	space, inodes := d.opts.Reserve.Space.of(int64(st.Blocks)*st.Bsize), d.opts.Reserve.Inodes.of(int64(st.Files))
 	switch {
 	case size > free-space && size > 0:
-		return fmt.Errorf("a file of %d bytes, and %s has %d bytes free, %d of them in reserve: %w", size, s.root, free,
+		return fmt.Errorf("a file of %d bytes, and %s has %d bytes free, %d of them in reserve: %w", size, d.root, free,
 			space, unix.ENOSPC)
 	case free < space:
-		return fmt.Errorf("%s has %d bytes free, and reserve_space keeps %d: %w", s.root, free, space, unix.ENOSPC)
+		return fmt.Errorf("%s has %d bytes free, and reserve_space keeps %d: %w", d.root, free, space, unix.ENOSPC)
 	// A file system without a fixed number of inodes says 0 of 0, or as many as fit into its free space.
 	case st.Files > 0 && int64(st.Ffree) < inodes:
-		return fmt.Errorf("%s has %d inodes free, and reserve_inodes keeps %d: %w", s.root, st.Ffree, inodes, unix.ENOSPC)
+		return fmt.Errorf("%s has %d inodes free, and reserve_inodes keeps %d: %w", d.root, st.Ffree, inodes, unix.ENOSPC)
 	}
 	return nil
 }

@@ -8,6 +8,13 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 )
 
+// reports tell what layers have in common and where it comes from, from their trees.
+type reports struct {
+	*packed
+	*catalog
+	distinct int // distinctMax, but for tests
+}
+
 // distinctMax bounds how many objects a report remembers at a time, at about 50 bytes each. A store with
 // more is read in several passes.
 const distinctMax = 1 << 20
@@ -65,11 +72,11 @@ func (sh *Sharing) with(set, layer int32) int32 {
 }
 
 // Sharing reads the tree of every layer. What comes or goes meanwhile may or may not be counted.
-func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
-	sh := &Sharing{Layers: s.List(), sets: []layerSet{{parent: -1}}, next: map[[2]int32]int32{}}
-	err := s.inPasses(func(mine func(content.ObjectID) bool) error {
+func (r *reports) Sharing(ctx context.Context) (*Sharing, error) {
+	sh := &Sharing{Layers: r.List(), sets: []layerSet{{parent: -1}}, next: map[[2]int32]int32{}}
+	err := r.inPasses(func(mine func(content.ObjectID) bool) error {
 		seen := map[shortID]int32{} // the set that it is in so far
-		return s.walkTrees(ctx, sh.Layers, func(i int, f *tree.File) error {
+		return r.walkTrees(ctx, sh.Layers, func(i int, f *tree.File) error {
 			if f.Object.IsZero() || !mine(f.Object) {
 				return nil
 			}
@@ -97,8 +104,8 @@ func (s *Store) Sharing(ctx context.Context) (*Sharing, error) {
 }
 
 // inPasses calls pass once for each part of the objects, so that none has too many to remember.
-func (s *Store) inPasses(pass func(mine func(content.ObjectID) bool) error) error {
-	n := uint32(s.objects.Len()/s.distinct + 1)
+func (r *reports) inPasses(pass func(mine func(content.ObjectID) bool) error) error {
+	n := uint32(r.objects.Len()/r.distinct + 1)
 	for part := range n {
 		err := pass(func(id content.ObjectID) bool { return binary.BigEndian.Uint32(id.Sum[:])%n == part })
 		if err != nil {
@@ -110,12 +117,12 @@ func (s *Store) inPasses(pass func(mine func(content.ObjectID) bool) error) erro
 
 // walkTrees calls fn for the regular files of each layer of list, one layer after the other, with the layer's index. A
 // layer that was removed meanwhile, or whose tree is damaged, is left out.
-func (s *Store) walkTrees(ctx context.Context, list []Listed, fn func(i int, f *tree.File) error) error {
+func (r *reports) walkTrees(ctx context.Context, list []Listed, fn func(i int, f *tree.File) error) error {
 	for i, l := range list {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		err := tree.Files(s.treePath(l.ID), l.ID, func(f *tree.File) error { return fn(i, f) })
+		err := tree.Files(r.treePath(l.ID), l.ID, func(f *tree.File) error { return fn(i, f) })
 		if err != nil && !isDamage(err) {
 			return err
 		}

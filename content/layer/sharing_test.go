@@ -86,7 +86,8 @@ func TestDuplicates(t *testing.T) {
 		{name: site + "numpy/core.py", data: data("core")},
 		{name: site + "numpy/fast.cpython-311-x86_64-linux-gnu.so", data: data("fast")},
 		{name: site + "numpy-1.2.dist-info/RECORD",
-			data: "numpy/core.py,sha256=x,4000\n\"numpy/fast.cpython-311-x86_64-linux-gnu.so\",,\n../../../bin/f2py,,\n../../../../../../etc/shadow,,\n/etc/shadow,,\n"},
+			data: "numpy/core.py,sha256=x,4000\n\"numpy/fast.cpython-311-x86_64-linux-gnu.so\",,\n" +
+				"../../../bin/f2py,,\n../../../../../../etc/shadow,,\n/etc/shadow,,\n"},
 		{name: "usr/bin/f2py", data: data("f2py")},
 		{name: site + "loose.py", data: data("loose")},
 	}

@@ -48,6 +48,15 @@ const (
 	moveInMemory = 1 << 20
 )
 
+// oldLayout moves what an older layout has left, and keeps what running containers need of it.
+type oldLayout struct {
+	*packed
+	*catalog
+	old oldObjects
+	// former is what running containers need from before an upgrade. The catalog's mu guards it.
+	former keptFormer
+}
+
 // oldObjects is what objects/ still holds.
 type oldObjects struct {
 	mu            sync.Mutex // held by who moves
@@ -59,11 +68,11 @@ type oldObjects struct {
 func (o *oldObjects) usage() Usage { return Usage{Bytes: o.bytes.Load(), Inodes: o.inodes.Load()} }
 
 // oldLeft reports whether the layout before packs has left something.
-func (s *Store) oldLeft() bool { return s.old.inodes.Load() > 0 }
+func (l *oldLayout) oldLeft() bool { return l.old.inodes.Load() > 0 }
 
 // mover is one round of moving.
 type mover struct {
-	s     *Store
+	l     *oldLayout
 	files map[content.ObjectID]struct{} // what is in objects/
 	// needed reports whether an overlay of the old kind may look an object up.
 	needed func(content.ObjectID) bool
@@ -79,21 +88,21 @@ type mover struct {
 
 // moveOld moves what is in objects/ into packs, as far as there is room, and removes what nobody needs there. Others
 // may use the store meanwhile. What could not be moved stays bad.
-func (s *Store) moveOld(ctx context.Context) (err error) {
-	s.old.mu.Lock()
-	defer s.old.mu.Unlock()
-	if s.old.lost == nil {
-		s.old.lost = map[content.ObjectID]bool{}
+func (l *oldLayout) moveOld(ctx context.Context) (err error) {
+	l.old.mu.Lock()
+	defer l.old.mu.Unlock()
+	if l.old.lost == nil {
+		l.old.lost = map[content.ObjectID]bool{}
 	}
-	m := &mover{s: s, files: map[content.ObjectID]struct{}{}, unsure: s.uncounted(), batch: moveBatch}
-	if s.opts.moveBatch > 0 {
-		m.batch = s.opts.moveBatch
+	m := &mover{l: l, files: map[content.ObjectID]struct{}{}, unsure: l.uncounted(), batch: moveBatch}
+	if l.opts.moveBatch > 0 {
+		m.batch = l.opts.moveBatch
 	}
 	if found, err := m.list(); err != nil || !found {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.finish(ctx)) }()
-	if m.needed, err = s.neededByOldMounts(ctx); err != nil {
+	if m.needed, err = l.neededByOldMounts(ctx); err != nil {
 		return err
 	}
 	if err := m.clear(ctx); err != nil {
@@ -104,7 +113,7 @@ func (s *Store) moveOld(ctx context.Context) (err error) {
 
 // list looks at what is there. found is false when there is no such directory.
 func (m *mover) list() (found bool, err error) {
-	dir := m.s.path(dirObjects)
+	dir := m.l.path(dirObjects)
 	shards, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -151,9 +160,9 @@ func (m *mover) clear(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case m.needed(id):
-		case m.s.stored(id):
+		case m.l.stored(id):
 			moved = append(moved, id)
-		case !m.s.objects.Has(id) && !m.unsure:
+		case !m.l.objects.Has(id) && !m.unsure:
 			if err := m.unlink(id); err != nil {
 				return err
 			}
@@ -163,14 +172,14 @@ func (m *mover) clear(ctx context.Context) error {
 		return nil
 	}
 	// The process that copied them may not have come to the sync, and the machine may have gone since.
-	if err := m.s.Sync(); err != nil {
+	if err := m.l.Sync(); err != nil {
 		return err
 	}
-	if err := m.s.verifyObjects(ctx, moved, func(int64) {}); err != nil {
-		return fmt.Errorf("verify what was moved before: %w", m.s.explain(err))
+	if err := m.l.verifyObjects(ctx, moved, func(int64) {}); err != nil {
+		return fmt.Errorf("verify what was moved before: %w", m.l.explain(err))
 	}
 	for _, id := range moved {
-		if !m.s.stored(id) {
+		if !m.l.stored(id) {
 			continue
 		}
 		if err := m.unlink(id); err != nil {
@@ -181,9 +190,9 @@ func (m *mover) clear(ctx context.Context) error {
 }
 
 // stored reports whether a pack has an object, as far as is known.
-func (s *Store) stored(id content.ObjectID) bool {
-	_, ok := s.objects.Place(id)
-	return ok && !s.objects.IsBad(id)
+func (l *oldLayout) stored(id content.ObjectID) bool {
+	_, ok := l.objects.Place(id)
+	return ok && !l.objects.IsBad(id)
 }
 
 // move copies what layers name into packs: first what goes from objects/ then, which needs no room in the end.
@@ -225,7 +234,7 @@ func (m *mover) move(ctx context.Context) error {
 func (m *mover) order(ctx context.Context) (gone, stay []content.ObjectID, err error) {
 	todo := map[content.ObjectID]struct{}{}
 	for id := range m.files {
-		if m.s.objects.Has(id) && !m.s.stored(id) {
+		if m.l.objects.Has(id) && !m.l.stored(id) {
 			todo[id] = struct{}{}
 		}
 	}
@@ -240,10 +249,10 @@ func (m *mover) order(ctx context.Context) (gone, stay []content.ObjectID, err e
 			gone = append(gone, id)
 		}
 	}
-	layers := m.s.List()
+	layers := m.l.List()
 	when := map[content.LayerID]int64{}
 	for _, l := range layers {
-		if fi, err := os.Stat(m.s.treePath(l.ID)); err == nil {
+		if fi, err := os.Stat(m.l.treePath(l.ID)); err == nil {
 			when[l.ID] = fi.ModTime().UnixNano()
 		}
 	}
@@ -252,12 +261,12 @@ func (m *mover) order(ctx context.Context) (gone, stay []content.ObjectID, err e
 		if len(todo) == 0 || ctx.Err() != nil {
 			break
 		}
-		err := tree.Files(m.s.treePath(l.ID), l.ID, func(f *tree.File) error {
+		err := tree.Files(m.l.treePath(l.ID), l.ID, func(f *tree.File) error {
 			add(f.Object)
 			return nil
 		})
 		if err != nil && !isDamage(err) {
-			return nil, nil, fmt.Errorf("read layer %s: %w", l.ID, m.s.explain(err))
+			return nil, nil, fmt.Errorf("read layer %s: %w", l.ID, m.l.explain(err))
 		}
 	}
 	for id := range todo { // trees whose header alone can be read
@@ -268,9 +277,9 @@ func (m *mover) order(ctx context.Context) (gone, stay []content.ObjectID, err e
 
 // next moves one batch, and returns what is left. It keeps the reserve where what is copied stays in objects/ too.
 func (m *mover) next(ctx context.Context, ids []content.ObjectID, stay bool) ([]content.ObjectID, error) {
-	limit := min(m.batch, m.s.free()/2)
+	limit := min(m.batch, m.l.free()/2)
 	for stay {
-		err := m.s.hasRoom(limit)
+		err := m.l.hasRoom(limit)
 		if err == nil {
 			break
 		}
@@ -289,12 +298,12 @@ func (m *mover) next(ctx context.Context, ids []content.ObjectID, stay bool) ([]
 // when they are on the disk. It returns the others.
 func (m *mover) copyBatch(ctx context.Context, ids []content.ObjectID, limit int64) (_ []content.ObjectID, err error) {
 	m.copied, m.later = nil, nil
-	sync, stop, err := m.s.watch()
+	sync, stop, err := m.l.watch()
 	if err != nil {
 		return ids, err
 	}
 	defer stop()
-	w := m.s.objects.Begin()
+	w := m.l.objects.Begin()
 	defer func() { err = errors.Join(err, w.End(nil)) }()
 	var bytes atomic.Int64
 	var full atomic.Bool
@@ -324,7 +333,7 @@ func (m *mover) copyBatch(ctx context.Context, ids []content.ObjectID, limit int
 	if err := sync(); err != nil {
 		return ids, err
 	}
-	m.s.step("upgrade.synced")
+	m.l.step("upgrade.synced")
 	for _, id := range m.copied {
 		if m.needed(id) {
 			continue
@@ -332,7 +341,7 @@ func (m *mover) copyBatch(ctx context.Context, ids []content.ObjectID, limit int
 		if err := m.unlink(id); err != nil {
 			return ids, err
 		}
-		m.s.step("upgrade.unlinked")
+		m.l.step("upgrade.unlinked")
 	}
 	return append(m.later, ids[n:]...), nil
 }
@@ -349,12 +358,12 @@ func (m *mover) copyOne(ctx context.Context, w *object.Writer, id content.Object
 		m.later = append(m.later, id)
 	case ctx.Err() == nil && isDamage(err):
 		m.lost++
-		if !m.s.old.lost[id] {
+		if !m.l.old.lost[id] {
 			log.G(ctx).WithError(err).Errorf("upgrade: object %s cannot be moved", id)
-			m.s.old.lost[id] = true
+			m.l.old.lost[id] = true
 		}
 	default:
-		return fmt.Errorf("move object %s into a pack: %w", id, m.s.explain(err))
+		return fmt.Errorf("move object %s into a pack: %w", id, m.l.explain(err))
 	}
 	return nil
 }
@@ -384,7 +393,7 @@ func (m *mover) put(ctx context.Context, w *object.Writer, id content.ObjectID, 
 	}
 	src := &hashed{r: ctxReader{ctx, f}, h: sha256.New(), left: fi.Size(), want: id}
 	if fi.Size() <= moveInMemory {
-		buf, err := m.s.buffers.get(ctx, int(fi.Size()))
+		buf, err := m.l.buffers.get(ctx, int(fi.Size()))
 		if err != nil {
 			return err
 		}
@@ -427,7 +436,7 @@ func (r *hashed) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (m *mover) path(id content.ObjectID) string { return m.s.path(dirObjects, id.Path()) }
+func (m *mover) path(id content.ObjectID) string { return m.l.path(dirObjects, id.Path()) }
 
 func (m *mover) unlink(id content.ObjectID) error {
 	if err := os.RemoveAll(m.path(id)); err != nil {
@@ -438,7 +447,7 @@ func (m *mover) unlink(id content.ObjectID) error {
 
 // finish removes directories that have become empty, and notes what is left.
 func (m *mover) finish(ctx context.Context) error {
-	dir := m.s.path(dirObjects)
+	dir := m.l.path(dirObjects)
 	shards, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("list objects of the old layout: %w", err)
@@ -453,21 +462,21 @@ func (m *mover) finish(ctx context.Context) error {
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove objects of the old layout: %w", err)
 		}
-		m.s.step("upgrade.done")
+		m.l.step("upgrade.done")
 	}
 	u, err := Usage{}, error(nil)
 	if left > 0 {
 		u, err = DiskUsage(context.WithoutCancel(ctx), dir)
 	}
-	m.s.old.bytes.Store(u.Bytes)
-	m.s.old.inodes.Store(u.Inodes)
+	m.l.old.bytes.Store(u.Bytes)
+	m.l.old.inodes.Store(u.Inodes)
 	return err
 }
 
 // free is how many bytes the file system has for us.
-func (s *Store) free() int64 {
+func (d *directory) free() int64 {
 	var st unix.Statfs_t
-	if unix.Fstatfs(s.rootFd, &st) != nil {
+	if unix.Fstatfs(d.rootFd, &st) != nil {
 		return 0
 	}
 	return int64(st.Bavail) * st.Bsize

@@ -1,4 +1,4 @@
 package layer
 
 // Verity reports whether packs get fs-verity.
-func (s *Store) Verity() bool { return s.opts.Verity }
+func (d *directory) Verity() bool { return d.opts.Verity }

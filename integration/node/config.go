@@ -21,7 +21,7 @@ type table = map[string]any
 
 // containerdConfig renders the configuration of containerd. Everything that would lie at
 // a fixed place of the machine is moved below the node's directory or switched off.
-func (n *Node) containerdConfig() ([]byte, error) {
+func (l *layout) containerdConfig() ([]byte, error) {
 	disabled := []string{
 		"io.containerd.nri.v1.nri", // listens on a fixed path
 		"io.containerd.snapshotter.v1.btrfs",
@@ -29,41 +29,41 @@ func (n *Node) containerdConfig() ([]byte, error) {
 		"io.containerd.snapshotter.v1.zfs",
 		"io.containerd.snapshotter.v1.blockfile",
 	}
-	if !n.opts.CRI {
+	if !l.opts.CRI {
 		disabled = append(disabled, "io.containerd.grpc.v1.cri",
 			"io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime")
 	}
 	version := 3
-	if strings.HasPrefix(n.tools.Version, "1.") {
+	if strings.HasPrefix(l.tools.Version, "1.") {
 		version = 2
 	}
 	proxies := table{}
-	if !n.opts.NoDedup {
+	if !l.opts.NoDedup {
 		proxies[Snapshotter] = table{
-			"type": "snapshot", "address": n.DedupAddress(),
-			"exports": table{"root": n.DedupRoot()},
+			"type": "snapshot", "address": l.DedupAddress(),
+			"exports": table{"root": l.DedupRoot()},
 		}
-		if list := capabilities(n); len(list) > 0 {
+		if list := capabilities(l); len(list) > 0 {
 			proxies[Snapshotter].(table)["capabilities"] = list
 		}
-		if !n.opts.NoDiffer {
-			proxies[Differ] = table{"type": "diff", "address": n.DedupAddress()}
+		if !l.opts.NoDiffer {
+			proxies[Differ] = table{"type": "diff", "address": l.DedupAddress()}
 		}
 	}
-	for name, address := range n.opts.Proxies {
+	for name, address := range l.opts.Proxies {
 		proxies[name] = table{"type": "snapshot", "address": address}
 	}
 	plugins := table{
-		"io.containerd.internal.v1.opt":          table{"path": filepath.Join(n.dir, "opt")},
-		"io.containerd.service.v1.diff-service":  table{"default": n.differs()},
-		"io.containerd.transfer.v1.local":        table{"unpack_config": n.unpackConfig()},
-		"io.containerd.image-verifier.v1.bindir": table{"bin_dir": filepath.Join(n.dir, "opt/verifier")},
+		"io.containerd.internal.v1.opt":          table{"path": filepath.Join(l.dir, "opt")},
+		"io.containerd.service.v1.diff-service":  table{"default": l.differs()},
+		"io.containerd.transfer.v1.local":        table{"unpack_config": l.unpackConfig()},
+		"io.containerd.image-verifier.v1.bindir": table{"bin_dir": filepath.Join(l.dir, "opt/verifier")},
 		"io.containerd.monitor.task.v1.cgroups":  table{"no_prometheus": true},
 	}
-	if n.opts.CRI {
-		maps.Copy(plugins, n.criConfig(version))
+	if l.opts.CRI {
+		maps.Copy(plugins, l.criConfig(version))
 	}
-	for id, more := range n.opts.Plugins {
+	for id, more := range l.opts.Plugins {
 		if have, ok := plugins[id].(table); ok {
 			maps.Copy(have, more)
 			continue
@@ -72,40 +72,40 @@ func (n *Node) containerdConfig() ([]byte, error) {
 	}
 	return encode(table{
 		"version":          version,
-		"root":             filepath.Join(n.dir, "c"),
-		"state":            filepath.Join(n.dir, "s"),
-		"temp":             filepath.Join(n.dir, "tmp"),
+		"root":             filepath.Join(l.dir, "c"),
+		"state":            filepath.Join(l.dir, "s"),
+		"temp":             filepath.Join(l.dir, "tmp"),
 		"disabled_plugins": disabled,
-		"grpc":             table{"address": n.Address()},
-		"ttrpc":            table{"address": n.Address() + ".ttrpc"},
-		"debug":            table{"level": n.opts.LogLevel},
+		"grpc":             table{"address": l.Address()},
+		"ttrpc":            table{"address": l.Address() + ".ttrpc"},
+		"debug":            table{"level": l.opts.LogLevel},
 		"proxy_plugins":    proxies,
 		"plugins":          plugins,
 	})
 }
 
 // criConfig is the part that CRI reads. Its default snapshotter is dedup, if that is there.
-func (n *Node) criConfig(version int) table {
+func (l *layout) criConfig(version int) table {
 	snapshotter := Snapshotter
-	if n.opts.NoDedup {
+	if l.opts.NoDedup {
 		snapshotter = "overlayfs"
 	}
 	sandboxes := table{"default_runtime_name": "runc", "runtimes": table{"runc": table{
 		"runtime_type": "io.containerd.runc.v2",
-		"options":      table{"Root": filepath.Join(n.dir, "runc")},
+		"options":      table{"Root": filepath.Join(l.dir, "runc")},
 	}}}
-	cni := table{"conf_dir": filepath.Join(n.dir, "opt/cni/net.d")}
+	cni := table{"conf_dir": filepath.Join(l.dir, "opt/cni/net.d")}
 	if version == 2 {
 		sandboxes["snapshotter"] = snapshotter
 		return table{"io.containerd.grpc.v1.cri": table{
-			"sandbox_image": n.opts.PauseImage, "stats_collect_period": 1, "disable_apparmor": true,
+			"sandbox_image": l.opts.PauseImage, "stats_collect_period": 1, "disable_apparmor": true,
 			"restrict_oom_score_adj": true,
 			"containerd":             sandboxes, "cni": cni,
 		}}
 	}
 	return table{
 		"io.containerd.cri.v1.images": table{
-			"snapshotter": snapshotter, "stats_collect_period": 1, "pinned_images": table{"sandbox": n.opts.PauseImage},
+			"snapshotter": snapshotter, "stats_collect_period": 1, "pinned_images": table{"sandbox": l.opts.PauseImage},
 		},
 		"io.containerd.cri.v1.runtime": table{
 			"disable_apparmor": true, "restrict_oom_score_adj": true, "containerd": sandboxes, "cni": cni,
@@ -122,43 +122,43 @@ func staging(version string) bool {
 }
 
 // capabilities are what the version of containerd may expect of the snapshotter.
-func capabilities(n *Node) (list []string) {
-	if staging(n.tools.Version) {
+func capabilities(l *layout) (list []string) {
+	if staging(l.tools.Version) {
 		list = append(list, "rebase")
 	}
-	if !n.opts.NoRemapIDs && !strings.HasPrefix(n.tools.Version, "1.") {
+	if !l.opts.NoRemapIDs && !strings.HasPrefix(l.tools.Version, "1.") {
 		list = append(list, "remap-ids")
 	}
 	return list
 }
 
 // differs is the order in which containerd asks differs to apply or compare.
-func (n *Node) differs() []string {
+func (l *layout) differs() []string {
 	order := []string{"walking"}
-	if n.opts.erofs != "" {
+	if l.opts.erofs != "" {
 		order = append([]string{"erofs"}, order...)
 	}
-	if !n.opts.NoDedup && !n.opts.NoDiffer {
+	if !l.opts.NoDedup && !l.opts.NoDiffer {
 		order = append([]string{Differ}, order...)
 	}
 	return order
 }
 
 // unpackConfig tells the transfer service, which ctr's pull uses, who unpacks for whom.
-func (n *Node) unpackConfig() []table {
+func (l *layout) unpackConfig() []table {
 	entry := func(snapshotter, differ string) table {
 		return table{"platform": "linux", "snapshotter": snapshotter, "differ": differ}
 	}
 	entries := []table{entry("overlayfs", "walking"), entry("native", "walking")}
-	if n.opts.erofs != "" {
+	if l.opts.erofs != "" {
 		entries = append(entries, entry("erofs", "erofs"))
 	}
-	for name := range n.opts.Proxies {
+	for name := range l.opts.Proxies {
 		entries = append(entries, entry(name, "walking"))
 	}
 	switch {
-	case n.opts.NoDedup:
-	case n.opts.NoDiffer:
+	case l.opts.NoDedup:
+	case l.opts.NoDiffer:
 		entries = append(entries, entry(Snapshotter, "walking"))
 	default:
 		entries = append(entries, entry(Snapshotter, Differ))
@@ -167,16 +167,16 @@ func (n *Node) unpackConfig() []table {
 }
 
 // daemonConfig renders the configuration of the dedup daemon.
-func (n *Node) daemonConfig() ([]byte, error) {
+func (l *layout) daemonConfig() ([]byte, error) {
 	t := table{
-		"root":               n.DedupRoot(),
-		"address":            n.DedupAddress(),
-		"containerd_address": n.Address(),
+		"root":               l.DedupRoot(),
+		"address":            l.DedupAddress(),
+		"containerd_address": l.Address(),
 	}
 	if cache := os.Getenv("DEDUP_TEST_PAGE_CACHE"); cache != "" {
 		t["page_cache"] = cache
 	}
-	maps.Copy(t, n.opts.Daemon)
+	maps.Copy(t, l.opts.Daemon)
 	return encode(t)
 }
 
@@ -190,13 +190,13 @@ func encode(t table) ([]byte, error) {
 
 // fillBin puts what containerd, the shim and the daemon run into the node's bin
 // directory, which is their whole PATH.
-func (n *Node) fillBin() error {
+func (l *layout) fillBin() error {
 	links := map[string]string{}
 	for _, name := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
-		links[name] = filepath.Join(n.tools.Dir, name)
+		links[name] = filepath.Join(l.tools.Dir, name)
 	}
 	names := []string{"runc", "mount", "umount", "modprobe", "losetup"}
-	if n.opts.ExternalGzip {
+	if l.opts.ExternalGzip {
 		names = append(names, "igzip", "unpigz")
 	}
 	for _, name := range names {
@@ -204,14 +204,14 @@ func (n *Node) fillBin() error {
 			links[name] = path
 		}
 	}
-	if n.opts.Runc != "" {
-		links["runc"] = n.opts.Runc
+	if l.opts.Runc != "" {
+		links["runc"] = l.opts.Runc
 	}
-	if path, err := MkfsErofs(); err == nil && !strings.HasPrefix(n.tools.Version, "1.") { // 1.7 has no erofs
-		links["mkfs.erofs"], n.opts.erofs = path, path
+	if path, err := MkfsErofs(); err == nil && !strings.HasPrefix(l.tools.Version, "1.") { // 1.7 has no erofs
+		links["mkfs.erofs"], l.opts.erofs = path, path
 	}
 	for name, target := range links {
-		if err := os.Symlink(target, filepath.Join(n.dir, "bin", name)); err != nil {
+		if err := os.Symlink(target, filepath.Join(l.dir, "bin", name)); err != nil {
 			return fmt.Errorf("fill the node's PATH: %w", err)
 		}
 	}

@@ -60,9 +60,20 @@ type Options struct {
 // Node is a running containerd. Its methods may be called concurrently, except those
 // that start, stop or kill a process.
 type Node struct {
-	opts       Options
-	tools      Tools
-	dir        string
+	*layout
+	*services
+}
+
+// layout is where a node's files lie, and what its processes are configured with.
+type layout struct {
+	opts  Options
+	tools Tools
+	dir   string
+}
+
+// services are a node's processes: containerd, the dedup daemon, and the client of the former.
+type services struct {
+	*layout
 	containerd *process
 	daemon     *process
 	client     *client.Client
@@ -95,7 +106,8 @@ func Start(ctx context.Context, opts Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{opts: opts, tools: tools, dir: dir}
+	files := &layout{opts: opts, tools: tools, dir: dir}
+	n := &Node{layout: files, services: &services{layout: files}}
 	if err := n.setUp(ctx); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -126,40 +138,40 @@ func (n *Node) setUp(ctx context.Context) error {
 }
 
 // Dir is the node's directory.
-func (n *Node) Dir() string { return n.dir }
+func (l *layout) Dir() string { return l.dir }
 
 // Tools are the containerd binaries that the node runs.
-func (n *Node) Tools() Tools { return n.tools }
+func (l *layout) Tools() Tools { return l.tools }
 
 // Address of containerd's socket.
-func (n *Node) Address() string { return filepath.Join(n.dir, "run/containerd.sock") }
+func (l *layout) Address() string { return filepath.Join(l.dir, "run/containerd.sock") }
 
 // DedupAddress is the daemon's socket.
-func (n *Node) DedupAddress() string { return filepath.Join(n.dir, "run/dedup.sock") }
+func (l *layout) DedupAddress() string { return filepath.Join(l.dir, "run/dedup.sock") }
 
 // DedupRoot is the daemon's root directory.
-func (n *Node) DedupRoot() string { return filepath.Join(n.dir, "dedup") }
+func (l *layout) DedupRoot() string { return filepath.Join(l.dir, "dedup") }
 
 // HasErofs reports whether the erofs snapshotter can be used on this node.
-func (n *Node) HasErofs() bool { return n.opts.erofs != "" }
+func (l *layout) HasErofs() bool { return l.opts.erofs != "" }
 
 // SnapshotterRoot is the directory in which a snapshotter keeps everything: what Usage
 // of package rootfs measures.
-func (n *Node) SnapshotterRoot(name string) string {
+func (l *layout) SnapshotterRoot(name string) string {
 	if name == Snapshotter {
-		return n.DedupRoot()
+		return l.DedupRoot()
 	}
-	return filepath.Join(n.dir, "c", "io.containerd.snapshotter.v1."+name)
+	return filepath.Join(l.dir, "c", "io.containerd.snapshotter.v1."+name)
 }
 
 // LogPath is the file with the output of "containerd" or "dedup".
-func (n *Node) LogPath(name string) string { return filepath.Join(n.dir, "log", name+".log") }
+func (l *layout) LogPath(name string) string { return filepath.Join(l.dir, "log", name+".log") }
 
 // Logs returns the last lines of all processes' logs, for a failure report.
-func (n *Node) Logs(lines int) string {
+func (l *layout) Logs(lines int) string {
 	var out strings.Builder
 	for _, name := range []string{"containerd", "dedup"} {
-		if data, err := os.ReadFile(n.LogPath(name)); err == nil {
+		if data, err := os.ReadFile(l.LogPath(name)); err == nil {
 			fmt.Fprintf(&out, "--- the end of %s's log ---\n%s\n", name, tail(withoutNoise(data), lines))
 		}
 	}
@@ -177,7 +189,7 @@ func withoutNoise(log []byte) []byte {
 	return out
 }
 
-func (n *Node) env() []string {
+func (l *layout) env() []string {
 	var env []string
 	for _, kv := range os.Environ() {
 		key, _, _ := strings.Cut(kv, "=")
@@ -187,34 +199,34 @@ func (n *Node) env() []string {
 			env = append(env, kv)
 		}
 	}
-	env = append(env, "PATH="+filepath.Join(n.dir, "bin"), "TMPDIR="+filepath.Join(n.dir, "tmp"))
-	if !n.opts.ExternalGzip {
+	env = append(env, "PATH="+filepath.Join(l.dir, "bin"), "TMPDIR="+filepath.Join(l.dir, "tmp"))
+	if !l.opts.ExternalGzip {
 		env = append(env, "CONTAINERD_DISABLE_IGZIP=1", "CONTAINERD_DISABLE_PIGZ=1")
 	}
 	return env
 }
 
 // StartContainerd starts containerd and waits until it serves.
-func (n *Node) StartContainerd(ctx context.Context) error {
-	p, err := startProcess("containerd", n.LogPath("containerd"), n.env(),
-		filepath.Join(n.dir, "bin/containerd"), "--config", filepath.Join(n.dir, "containerd.toml"))
+func (s *services) StartContainerd(ctx context.Context) error {
+	p, err := startProcess("containerd", s.LogPath("containerd"), s.env(),
+		filepath.Join(s.dir, "bin/containerd"), "--config", filepath.Join(s.dir, "containerd.toml"))
 	if err != nil {
 		return err
 	}
-	n.containerd = p
-	if err := n.recordPid("containerd.pid", p.pid()); err != nil {
+	s.containerd = p
+	if err := s.recordPid("containerd.pid", p.pid()); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience(90*time.Second))
 	defer cancel()
-	return p.waitReady(ctx, n.dialContainerd)
+	return p.waitReady(ctx, s.dialContainerd)
 }
 
-func (n *Node) dialContainerd(ctx context.Context) error {
-	if _, err := os.Stat(n.Address()); err != nil {
+func (s *services) dialContainerd(ctx context.Context) error {
+	if _, err := os.Stat(s.Address()); err != nil {
 		return err
 	}
-	c, err := client.New(n.Address(), client.WithDefaultNamespace(Namespace), client.WithTimeout(30*time.Second))
+	c, err := client.New(s.Address(), client.WithDefaultNamespace(Namespace), client.WithTimeout(30*time.Second))
 	if err != nil {
 		return err
 	}
@@ -222,30 +234,30 @@ func (n *Node) dialContainerd(ctx context.Context) error {
 		_ = c.Close()
 		return fmt.Errorf("containerd is not serving: %w", err)
 	}
-	if n.client != nil {
-		_ = n.client.Close()
+	if s.client != nil {
+		_ = s.client.Close()
 	}
-	n.client = c
+	s.client = c
 	return nil
 }
 
 // StopContainerd ends containerd in order; containers run on.
-func (n *Node) StopContainerd() error { return n.containerd.stop(unix.SIGTERM, 60*time.Second) }
+func (s *services) StopContainerd() error { return s.containerd.stop(unix.SIGTERM, 60*time.Second) }
 
 // KillContainerd ends containerd with SIGKILL.
-func (n *Node) KillContainerd() error { return n.containerd.stop(unix.SIGKILL, 60*time.Second) }
+func (s *services) KillContainerd() error { return s.containerd.stop(unix.SIGKILL, 60*time.Second) }
 
 // RestartContainerd stops containerd and starts it again.
-func (n *Node) RestartContainerd(ctx context.Context) error {
-	if err := n.StopContainerd(); err != nil {
+func (s *services) RestartContainerd(ctx context.Context) error {
+	if err := s.StopContainerd(); err != nil {
 		return err
 	}
-	return n.StartContainerd(ctx)
+	return s.StartContainerd(ctx)
 }
 
 // StartDaemon starts the dedup daemon and waits until its socket answers.
-func (n *Node) StartDaemon(ctx context.Context) error {
-	bin := n.opts.DaemonBinary
+func (s *services) StartDaemon(ctx context.Context) error {
+	bin := s.opts.DaemonBinary
 	if bin == "" {
 		root, err := ModuleRoot()
 		if err != nil {
@@ -256,23 +268,23 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 	if _, err := os.Stat(bin); err != nil {
 		return fmt.Errorf("%w: the dedup daemon; run `make build`: %w", ErrMissing, err)
 	}
-	p, err := startProcess("dedup", n.LogPath("dedup"), n.env(), bin, "--config", filepath.Join(n.dir, "dedup.toml"))
+	p, err := startProcess("dedup", s.LogPath("dedup"), s.env(), bin, "--config", filepath.Join(s.dir, "dedup.toml"))
 	if err != nil {
 		return err
 	}
-	n.daemon = p
-	if err := n.recordPid("dedup.pid", p.pid()); err != nil {
+	s.daemon = p
+	if err := s.recordPid("dedup.pid", p.pid()); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, patience(90*time.Second))
 	defer cancel()
 	return p.waitReady(ctx, func(ctx context.Context) error {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", n.DedupAddress())
+		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", s.DedupAddress())
 		if err == nil {
 			err = conn.Close()
 		}
 		if err == nil {
-			err = n.reaches(ctx)
+			err = s.reaches(ctx)
 		}
 		return err
 	})
@@ -280,18 +292,18 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 
 // reaches tells whether a containerd that runs has noticed the daemon: where it has tried while there was none, it
 // waits for a second before it tries again, and answers for the daemon with an error meanwhile.
-func (n *Node) reaches(ctx context.Context) error {
-	if n.opts.NoDedup || n.client == nil {
+func (s *services) reaches(ctx context.Context) error {
+	if s.opts.NoDedup || s.client == nil {
 		return nil
 	}
-	conn, err := net.Dial("unix", n.Address())
+	conn, err := net.Dial("unix", s.Address())
 	if err != nil {
 		return nil // it will find the daemon when it starts
 	}
 	conn.Close()
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, Namespace), 30*time.Second)
 	defer cancel()
-	sn, key := n.client.SnapshotService(Snapshotter), NewID("reached")
+	sn, key := s.client.SnapshotService(Snapshotter), NewID("reached")
 	if _, err := sn.View(ctx, key, ""); err != nil { // unlike a question, it always gets to the daemon
 		return err
 	}
@@ -299,16 +311,16 @@ func (n *Node) reaches(ctx context.Context) error {
 }
 
 // StopDaemon ends the dedup daemon in order; KillDaemon with SIGKILL.
-func (n *Node) StopDaemon() error { return n.daemon.stop(unix.SIGTERM, 60*time.Second) }
+func (s *services) StopDaemon() error { return s.daemon.stop(unix.SIGTERM, 60*time.Second) }
 
 // KillDaemon ends the dedup daemon with SIGKILL.
-func (n *Node) KillDaemon() error { return n.daemon.stop(unix.SIGKILL, 60*time.Second) }
+func (s *services) KillDaemon() error { return s.daemon.stop(unix.SIGKILL, 60*time.Second) }
 
 // Pids returns the processes whose CPU time is a pull's cost: containerd first, and the
 // daemon when it runs.
-func (n *Node) Pids() []int {
+func (s *services) Pids() []int {
 	var pids []int
-	for _, p := range []*process{n.containerd, n.daemon} {
+	for _, p := range []*process{s.containerd, s.daemon} {
 		if p != nil && p.running() {
 			pids = append(pids, p.pid())
 		}
@@ -316,9 +328,9 @@ func (n *Node) Pids() []int {
 	return pids
 }
 
-func (n *Node) recordPid(name string, pid int) error {
+func (s *services) recordPid(name string, pid int) error {
 	text := fmt.Sprintf("%d %s", pid, startTime(pid))
-	if err := os.WriteFile(filepath.Join(n.dir, name), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.dir, name), []byte(text), 0o600); err != nil {
 		return fmt.Errorf("record the pid of %s: %w", name, err)
 	}
 	return nil
@@ -326,7 +338,7 @@ func (n *Node) recordPid(name string, pid int) error {
 
 // Client is the Go client of the node's containerd, in Namespace. It is replaced when
 // containerd starts again.
-func (n *Node) Client() *client.Client { return n.client }
+func (s *services) Client() *client.Client { return s.client }
 
 // Close ends containers, daemon and containerd, unmounts and removes everything. An
 // error means that something did not end as it should.

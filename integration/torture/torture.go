@@ -138,7 +138,9 @@ func metadata() []image.Entry {
 		at(image.File("meta/after-2038", "f"), 1<<32+5, 5),
 		x("meta/user", map[string]string{"user.one": "1", "user.empty": "", "user.binary": "\x00\x01\xff=\n"}),
 		x("meta/user-long", map[string]string{"user.long": Content(4, 3000)}),
-		x("meta/capability", map[string]string{"security.capability": "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"}),
+		x("meta/capability", map[string]string{
+			"security.capability": "\x01\x00\x00\x02\x00\x20" + strings.Repeat("\x00", 14),
+		}),
 		x("meta/trusted", map[string]string{"trusted.mine": "t"}),
 		aclFile, aclDir, userDir,
 		image.Hardlink("meta/hard-of-xattr", "meta/user"),
