@@ -86,7 +86,7 @@ test: setup gcc ## vet and all tests; those that need root or a kernel feature s
 .PHONY: test-clients
 test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (root; builds dockerd, some ten minutes)
 	DEDUP_CLIENTS=1 DEDUP_LONG=1 $(GO) test -v -parallel 1 -timeout 40m \
-		-run '^(TestBuildKit|TestBuildKitMatrix|TestNerdctl|TestDocker|TestImageAsARuntimesMount|TestTrimmedClients|TestTrimmedDocker)$$' ./integration
+		-run '^(TestBuildKit|TestBuildKitMatrix|TestNerdctl|TestDocker|TestDockerBuild|TestImageAsARuntimesMount|TestTrimmedClients|TestTrimmedDocker)$$' ./integration
 
 .PHONY: test-vm
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (400 MB of downloads, half an hour)

@@ -79,15 +79,30 @@ func (d *Docker) env() []string {
 	return append(env, "DOCKER_MIN_API_VERSION=1.24", "LD_LIBRARY_PATH="+strings.Join(append(libs, more...), ":"))
 }
 
-// Run runs Docker's client and returns its standard output.
+// Run runs Docker's client and returns its standard output. Builds are BuildKit's in dockerd.
 func (d *Docker) Run(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(d.tools, "usr/bin/docker"),
-		append([]string{"--host", d.host()}, args...)...)
-	cmd.Env = d.env()
+	return d.client(ctx, filepath.Join(d.tools, "usr/bin/docker"), "DOCKER_BUILDKIT=1", args)
+}
+
+// Compose builds Docker Compose if need be, runs it and returns its standard output. Builds are those of dockerd's own
+// builder: with BuildKit, Compose wants a plugin of Docker's client.
+func (d *Docker) Compose(ctx context.Context, args ...string) (string, error) {
+	bin, err := BuildCompose(ctx, d.node.opts.Say)
+	if err != nil {
+		return "", err
+	}
+	return d.client(ctx, bin, "DOCKER_BUILDKIT=0", args)
+}
+
+func (d *Docker) client(ctx context.Context, bin, builder string, args []string) (string, error) {
+	cmd := exec.CommandContext(ctx, bin, args...)
+	home := filepath.Join(d.node.dir, "docker-client") // no credentials of this machine
+	cmd.Env = append(d.env(), "DOCKER_HOST="+d.host(), "HOME="+home, "DOCKER_CONFIG="+home, builder)
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	if err := cmd.Run(); err != nil {
-		return out.String(), fmt.Errorf("docker %s: %w\n%s", strings.Join(args, " "), err, tail(errOut.Bytes(), 20))
+		return out.String(), fmt.Errorf("%s %s: %w\n%s", filepath.Base(bin), strings.Join(args, " "), err,
+			tail(errOut.Bytes(), 20))
 	}
 	return out.String(), nil
 }

@@ -62,6 +62,13 @@ func BuildDockerd(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "dockerd"), err
 }
 
+// BuildCompose returns the path of Docker Compose, built like Build does (three minutes).
+func BuildCompose(ctx context.Context, say func(string)) (string, error) {
+	dir, err := buildModule(ctx, "compose", say, "-X github.com/docker/compose/v5/internal.Version=v5.0.0",
+		"github.com/docker/compose/v5/cmd")
+	return filepath.Join(dir, "cmd"), err
+}
+
 // BuildBuildKit returns the directory of buildkitd and buildctl, built like Build does (three minutes).
 func BuildBuildKit(ctx context.Context, say func(string)) (string, error) {
 	return buildModule(ctx, "buildkit", say, "-X github.com/moby/buildkit/version.Version=v0.34.2",
