@@ -29,6 +29,8 @@ type PackWriter struct {
 	err   error  // the first that a write gave; the pack is lost then
 	// What was written since the kernel was last asked to begin with it: where, and how much of that.
 	from, to, dirty int64
+	// asking: the kernel is being asked.
+	asking bool
 }
 
 // NewPackWriter begins a pack in an empty file, which stays the caller's.
@@ -93,16 +95,23 @@ func (w *PackWriter) write(p []byte, offset int64) (int, error) {
 		return n, err
 	}
 	w.from, w.to, w.dirty = min(w.from, offset), max(w.to, offset+int64(n)), w.dirty+int64(n)
-	from, to, enough := w.from, w.to, w.dirty >= writeOut
-	if enough {
-		w.from, w.to, w.dirty = math.MaxInt64, 0, 0
+	if w.dirty >= writeOut && !w.asking {
+		go w.begin(w.from, w.to-w.from)
+		w.asking, w.from, w.to, w.dirty = true, math.MaxInt64, 0, 0
 	}
 	w.mu.Unlock()
-	if enough {
-		// A hint: where it does not work, the sync has more to do.
-		_ = unix.SyncFileRange(int(w.f.Fd()), from, to-from, unix.SYNC_FILE_RANGE_WRITE)
-	}
 	return n, nil
+}
+
+// begin has the kernel begin to write a range. It blocks while the disk has more to do than it takes. It is a hint:
+// where it does not work, the sync has more to do.
+func (w *PackWriter) begin(from, length int64) {
+	if c, err := w.f.SyscallConn(); err == nil {
+		_ = c.Control(func(fd uintptr) { _ = unix.SyncFileRange(int(fd), from, length, unix.SYNC_FILE_RANGE_WRITE) })
+	}
+	w.mu.Lock()
+	w.asking = false
+	w.mu.Unlock()
 }
 
 // Read returns the payload of a slot that Append or Commit returned, as it was written.
