@@ -98,7 +98,7 @@ test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubel
 
 .PHONY: test-kernels
 test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, two hours)
-	DEDUP_VM=1 $(GO) test -v -timeout 5h -run '^(TestKernels|TestSwitchKernels|TestKernelDemo)$$' ./integration/vm | tee /dev/stderr | grep 'table: '
+	DEDUP_VM=1 $(GO) test -v -timeout 12h -run '^(TestKernels|TestSwitchKernels|TestKernelDemo)$$' ./integration/vm | tee /dev/stderr | grep 'table: '
 
 .PHONY: test-kernel-scale
 test-kernel-scale: ## 200 images and 100 containers at a time on Linux 6.1, in QEMU (half an hour)

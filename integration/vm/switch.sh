@@ -19,7 +19,8 @@ containerd > /containerd.log 2>&1 &
 pids="$pids $!"
 for i in $(seq 120); do
 	ctr version > /dev/null 2>&1 && break
-	kill -0 $pids && sleep 1
+	kill -0 $pids || { tail -20 /dedup.log /containerd.log; exit 1; }
+	sleep 1
 done
 if [ ! -e /imported ]; then
 	ctr image import --snapshotter dedup /image.tar > /dev/null || { tail -20 /dedup.log /containerd.log; exit 1; }
