@@ -21,17 +21,17 @@ import (
 func TestFileSystems(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {
-		name string
-		fs   string
-		args []string
+		name, fs, packages string
+		args               []string
 	}{
-		{"ext4 with blocks of 1 KiB", "ext4", []string{"-q", "-F", "-b", "1024"}},
-		{"without holes", "ext2", []string{"-q", "-F"}},
-		{"XFS with reflinks", "xfs", []string{"-q", "-f", "-m", "reflink=1"}},
-		{"XFS with blocks of 1 KiB", "xfs", []string{"-q", "-f", "-b", "size=1024"}},
-		{"btrfs", "btrfs", []string{"-q", "-f"}},
+		{"ext4 with blocks of 1 KiB", "ext4", "e2fsprogs", []string{"-q", "-F", "-b", "1024"}},
+		{"without holes", "ext2", "e2fsprogs", []string{"-q", "-F"}},
+		{"XFS with reflinks", "xfs", "xfsprogs", []string{"-q", "-f", "-m", "reflink=1"}},
+		{"XFS with blocks of 1 KiB", "xfs", "xfsprogs", []string{"-q", "-f", "-b", "size=1024"}},
+		{"btrfs", "btrfs", "btrfs-progs", []string{"-q", "-f"}},
 	} {
 		t.Run(strings.ReplaceAll(row.name, " ", "-"), func(t *testing.T) {
+			must(t, node.Require(testContext(t), nil, node.Command{Name: "mkfs." + row.fs, Packages: row.packages}))
 			n := startNode(t, exact) // its end unmounts what is mounted there
 			mountFileSystem(t, n.DedupRoot(), row.fs, row.args...)
 			must(t, n.StartDaemon(testContext(t)))
@@ -80,9 +80,7 @@ func worksOn(t *testing.T, n *node.Node) {
 func mountFileSystem(t *testing.T, at, kind string, args ...string) {
 	t.Helper()
 	mkfs, err := node.LookPath("mkfs." + kind)
-	if err != nil {
-		t.Skipf("needs mkfs.%s", kind)
-	}
+	must(t, err)
 	file := filepath.Join(t.TempDir(), "image")
 	must(t, errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 1<<30)))
 	if out, err := exec.CommandContext(testContext(t), mkfs, append(args, file)...).CombinedOutput(); err != nil {

@@ -74,6 +74,9 @@ func TestDoctorDisks(t *testing.T) {
 		{"xfs", func(t *testing.T) string {
 			return disk(t, "mkfs.xfs -q -f")
 		}, map[string]doctor.Severity{"disk.type": "ok", "disk.inodes": "ok", "disk.reflink": "ok"}},
+		{"btrfs", func(t *testing.T) string {
+			return disk(t, "mkfs.btrfs -q -f")
+		}, map[string]doctor.Severity{"disk.type": "info", "disk.inodes": "ok", "disk.reflink": "ok"}},
 		{"no inodes left", func(t *testing.T) string {
 			return filled(t, disk(t, "mkfs.ext4 -q -F -N 64"), 4)
 		}, map[string]doctor.Severity{"disk.inodes": "warning"}},
