@@ -204,7 +204,7 @@ func leavesNothing(t *testing.T, n *node.Node) {
 		}
 		left = nil
 		for _, pattern := range []string{"dedup/packs/*", "dedup/layers/*", "dedup/chains/*", "dedup/snapshots/*",
-			"dedup/ingest/*", "run/chains/*", "run/p/*"} {
+			"dedup/ingest/*", "run/chains/*", "run/p/*", "run/v/*"} {
 			found, err := filepath.Glob(filepath.Join(n.Dir(), pattern))
 			must(t, err)
 			left = append(left, found...)

@@ -175,12 +175,15 @@ const dirAbsent = "not-built-yet"
 type creation struct {
 	id, parent       string
 	extraction, view bool
-	ids              idMap // how owners are mapped
+	ids              idMap    // how owners are mapped
+	over             []string // ids of the steps that it lies over, the topmost first
 }
 
 // recreation is what create was asked for when it made a stored snapshot.
 func recreation(id, key string, info snapshots.Info) creation {
-	return creation{id: id, parent: info.Parent, extraction: isExtraction(key, info.Labels), ids: idMapOf(info)}
+	return creation{
+		id: id, parent: info.Parent, extraction: isExtraction(key, info.Labels), ids: idMapOf(info), over: overOf(info),
+	}
 }
 
 // lateHold is how long an ingest that Prepare did not wait for is kept going, and its layer kept, until Apply comes

@@ -173,6 +173,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 	} else {
 		labels[labelPending] = "true"
+		if !isExtraction(key, active.Labels) && !s.kernel.Metacopy {
+			labels[labelPending] = pendingStep
+		}
 		if err := s.makeLate(ctx, key, id, active); err != nil {
 			return fmt.Errorf("commit snapshot %q: %w", key, err)
 		}
@@ -200,15 +203,21 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	s.ids.remove(id, key)
 	s.unuse(ctx, id)
 	extraction := isExtraction(key, active.Labels)
-	if !applied {
-		s.startIngest(pendingSnapshot{id, name})
+	switch p := (pendingSnapshot{id, name}); labels[labelPending] {
+	case pendingStep:
+		s.waits(p)
+	case "":
+		if err := s.discard(ctx, id); err != nil {
+			s.counters.removeError()
+			log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
+		}
+	default:
+		s.startIngest(p)
 		if extraction {
 			s.advise(ctx)
 		}
-	} else if err := s.discard(ctx, id); err != nil {
-		s.counters.removeError()
-		log.G(ctx).WithError(err).Warn("an applied snapshot's directory stays until the next cleanup")
 	}
+	s.leave(ctx, id) // those below are ingested with this one
 	if extraction {
 		s.scheduleBuild(ctx, name)
 	}
@@ -349,6 +358,10 @@ func (g *ingester) ingest(ctx context.Context, p pendingSnapshot) error {
 		return fmt.Errorf("note layer of snapshot %q: %w", p.name, err)
 	}
 	g.step("pending.noted")
+	g.waitsNoMore(id)
+	if g.steps.keep(id) {
+		return nil
+	}
 	return g.discard(ctx, id)
 }
 

@@ -264,16 +264,19 @@ func (h *health) strays(ctx context.Context) (stray strays, err error) {
 	for _, n := range stored.graph(h.chains.Name).nodes {
 		committed := n.kind == snapshots.KindCommitted
 		// A layer needs no directory once it is stored; a crash right after may have left it.
-		used[n.id] = !committed || n.layer.IsZero()
+		used[n.id] = used[n.id] || !committed || n.layer.IsZero()
+		for _, id := range n.over {
+			used[id] = true
+		}
 		if !committed {
-			n = n.parent
+			n = n.base()
 		}
 		if n != nil && n.whole {
 			chainsUsed[n.chain], chainsUsed[n.mapped] = true, true
 		}
 	}
 	for _, d := range dirs {
-		if !used[d.Name()] {
+		if !used[d.Name()] && !h.steps.inUse(d.Name()) {
 			stray.dirs = append(stray.dirs, d.Name())
 		}
 	}

@@ -26,6 +26,8 @@ type snapshotNode struct {
 	foreign, used bool
 	// users are the containers and views directly on it.
 	users int
+	// over are the ids of the steps that a container or a view lies over, above a chain image.
+	over []string
 	// flavour is that of the chain image that a container or a view lies on.
 	flavour lower.Flavour
 }
@@ -47,7 +49,7 @@ func (r records) graph(name func([]content.LayerID, lower.Flavour) lower.Name) *
 	byName := map[string]*snapshotNode{}
 	parents := map[*snapshotNode]string{}
 	for _, sn := range r.whole {
-		n := &snapshotNode{id: sn.id, kind: sn.Kind, flavour: flavourOf(sn.Info)}
+		n := &snapshotNode{id: sn.id, kind: sn.Kind, flavour: flavourOf(sn.Info), over: overOf(sn.Info)}
 		n.layer, _ = layerOf(sn.Info)
 		if chain, ok := chainOfName(sn.Name); ok && n.kind == snapshots.KindCommitted {
 			n.place = chainPlace{sn.Labels[labelNamespace], chain}
@@ -86,6 +88,18 @@ func (n *snapshotNode) below(f lower.Flavour) lower.Name {
 		return n.mapped
 	}
 	return n.chain
+}
+
+// base is the committed snapshot whose chain image a container or a view lies on, nil for none.
+func (n *snapshotNode) base() *snapshotNode {
+	p := n.parent
+	for range n.over {
+		if p == nil {
+			return nil
+		}
+		p = p.parent
+	}
+	return p
 }
 
 // layers returns the layers of a committed snapshot and all below it, base first, when all are there.

@@ -169,12 +169,13 @@ func isRemapped(name, parent string, uids, gids []idRange) bool {
 		last(name) == fmt.Sprintf("%s-%d-%d", last(parent), uids[0].Outside, gids[0].Outside)
 }
 
-// use notes that a stored container or view lies on a chain image. Once one in a user namespace was here, images for
-// such ones are built ahead, too.
-func use(s *Snapshotter, n *snapshotNode) {
-	s.chains.Users.Use(n.parent.below(n.flavour), n.id)
-	if n.flavour == lower.Mapped {
-		s.mapped.Store(true)
+// use notes which chain images a stored container or view lies on.
+func use(c *lower.Chains, n *snapshotNode) {
+	if p := n.base(); p != nil && p.whole {
+		c.Users.Use(p.below(n.flavour), n.id)
+	}
+	if p := n.parent; len(n.over) > 0 && p != nil && p.whole {
+		c.Users.Use(p.below(n.flavour), n.id+besideSteps)
 	}
 }
 

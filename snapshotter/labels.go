@@ -20,8 +20,10 @@ const (
 	labelLayer = labelPrefix + "layer"
 	// labelStaged marks an active snapshot that stands for a layer since Prepare: there is nothing to apply.
 	labelStaged = labelPrefix + "staged"
-	// labelPending marks a committed snapshot whose directory is not yet ingested.
+	// labelPending marks a committed snapshot whose directory is not yet ingested; pendingStep is one of its values.
 	labelPending = labelPrefix + "pending"
+	// labelOver names the directories of steps that an active snapshot or a view lies over: ids, the topmost first.
+	labelOver = labelPrefix + "over"
 	// labelNamespace is the containerd namespace of the client who committed the snapshot.
 	labelNamespace = labelPrefix + "namespace"
 	// labelUpdated is when a client last changed the snapshot; we change it after that.

@@ -153,11 +153,9 @@ func (o *Offline) openStores(ctx context.Context, stored records) (err error) {
 		Images: s.path(dirChains), Mounts: filepath.Join(s.runDir, dirChains),
 		PackMounts: filepath.Join(s.runDir, dirPackMounts), Layers: s.layers,
 	}, chains)
-	for _, n := range nodes {
-		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
-			if chain, ok := n.parent.layers(); ok {
-				s.chains.Users.Use(s.chains.Name(chain, n.flavour), n.id)
-			}
+	for _, n := range stored.graph(s.chains.Name).nodes {
+		if n.kind != snapshots.KindCommitted {
+			use(s.chains, n)
 		}
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,27 +28,34 @@ type Pair struct {
 	// Lower and Upper are the root directories of the two sides. Character devices with the number 0 in them stand for
 	// names that are not there.
 	Lower, Upper string
-	// Layers are those that only the upper side has.
-	Layers []content.LayerID
+	// Dirs are the directories that only the upper side has, in overlayfs's own notation: those of steps that are not yet
+	// ingested, and the upper directory of an active snapshot.
+	Dirs []string
 	// Parted: the lower side has layers that the upper one does not have. Both can differ anywhere then, in what names of
 	// one inode there are.
 	Parted bool
-	// UpperDir is the upper directory of the overlay that Upper shows, in overlayfs's own notation; "" for committed
-	// snapshots.
-	UpperDir string
 
+	layers []content.LayerID // those that only the upper side has, but for Dirs
 	s      *Snapshotter
 	upper  side
 	cancel []func() error // in reverse order
 }
 
-// side is one set of mounts: a chain, and for an active snapshot a directory over it.
+// side is one set of mounts: committed snapshots, and for an active one a directory over them.
 type side struct {
 	snapshot string // the topmost snapshot: a committed one, or the active one; "" for an empty root
 	id       string
-	parent   string // what the chain is of
-	chain    []content.LayerID
-	dir      string // upper directory
+	parent   string // the topmost committed one
+	parts    []part
+	use      string   // who uses what is mounted of it
+	over     []string // steps whose directories it lies over
+	dir      string   // upper directory
+}
+
+// part is a committed snapshot of a side.
+type part struct {
+	id    string
+	layer content.LayerID // zero for a step that is not yet ingested
 }
 
 // foreign is the answer to mounts that are not ours to compare, so that containerd asks its next differ.
@@ -70,25 +78,108 @@ func OpenPair(ctx context.Context, s *Snapshotter, lowerMounts, upperMounts []mo
 	if below.dir != "" {
 		return nil, foreign("an active snapshot with something else")
 	}
-	p := &Pair{s: s, upper: above, UpperDir: above.dir}
+	p := &Pair{s: s}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.Close())
 		}
 	}()
-	common := 0
-	for common < min(len(below.chain), len(above.chain)) && below.chain[common] == above.chain[common] {
-		common++
-	}
-	p.Layers, p.Parted = above.chain[common:], common < len(below.chain)
-	if p.Lower, _, err = p.mountChain(ctx, below); err != nil {
+	steps := true
+	if err := p.take(ctx, &below, &above, steps); err != nil {
 		return nil, err
 	}
-	var packs []string
-	if p.Upper, packs, err = p.mountChain(ctx, above); err == nil && above.dir != "" {
-		err = p.mountView(packs)
+	common := commonParts(below.parts, above.parts)
+	if p.Parted = common < len(below.parts); p.Parted {
+		// Everything is compared, so both sides have to show it in the same form.
+		steps = false
+		if err := p.take(ctx, &below, &above, steps); err != nil {
+			return nil, err
+		}
+		common = commonParts(below.parts, above.parts)
+	}
+	for _, own := range above.parts[common:] {
+		if own.layer.IsZero() {
+			p.Dirs = append(p.Dirs, s.upper(own.id))
+		} else {
+			p.layers = append(p.layers, own.layer)
+		}
+	}
+	if above.dir != "" {
+		p.Dirs = append(p.Dirs, above.dir)
+	}
+	p.upper = above
+	if p.Lower, err = p.mount(ctx, below); err == nil {
+		p.Upper, err = p.mount(ctx, above)
 	}
 	return p, err
+}
+
+// take looks at what both sides are made of, and has it stay until Close.
+func (p *Pair) take(ctx context.Context, below, above *side, steps bool) error {
+	for _, of := range []*side{below, above} {
+		of.use, of.over = fmt.Sprintf("compare-%d", comparisons.Add(1)), nil
+		if of.parent == "" {
+			continue
+		}
+		use := of.use
+		p.cancel = append(p.cancel, func() error {
+			p.s.ingestIdle(p.s.leave(context.WithoutCancel(ctx), use))
+			return nil
+		})
+		var err error
+		if steps {
+			of.over, err = p.s.lieOver(ctx, of.use, of.parent)
+			p.s.putOff(of.over)
+		}
+		if err == nil {
+			of.parts, err = p.s.partsOf(ctx, of.parent, of.over)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// partsOf returns the snapshots from the base up to name, of which those in over are not waited for.
+func (g *ingester) partsOf(ctx context.Context, name string, over []string) (parts []part, err error) {
+	for _, id := range over {
+		err := g.db.view(ctx, func(ctx context.Context) error {
+			_, info, _, err := getInfo(ctx, name)
+			name = info.Parent
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		parts = append(parts, part{id: id})
+	}
+	if _, err := g.resolve(ctx, name); err != nil {
+		return nil, err
+	}
+	err = g.db.view(ctx, func(ctx context.Context) error {
+		for name != "" {
+			id, info, _, err := getInfo(ctx, name)
+			if err != nil {
+				return err
+			}
+			own := part{id: id}
+			own.layer, _ = layerOf(info)
+			parts = append(parts, own)
+			name = info.Parent
+		}
+		return nil
+	})
+	slices.Reverse(parts)
+	return parts, err
+}
+
+// commonParts is how many parts of two sides are the same, from the base on.
+func commonParts(a, b []part) (n int) {
+	for n < min(len(a), len(b)) && (a[n].id == b[n].id || !a[n].layer.IsZero() && a[n].layer == b[n].layer) {
+		n++
+	}
+	return n
 }
 
 // sideOf finds the snapshot that mounts belong to. Clients change options, but leave the directories in them.
@@ -115,6 +206,9 @@ func sideOf(ctx context.Context, s *Snapshotter, mounts []mount.Mount) (side, er
 	}
 	ids := s.chains.UsersAt(top)
 	if id := idOfUpper(top); top == s.upper(id) {
+		ids = []string{id}
+	}
+	if id := filepath.Base(top); top == s.viewPoint(id) {
 		ids = []string{id}
 	}
 	return sideOfAny(ctx, s, ids, top)
@@ -169,12 +263,15 @@ func sideOfSnapshot(
 		return side{}, false, err
 	}
 	found.snapshot, found.parent = info.Parent, info.Parent
-	if found.chain, err = s.resolve(ctx, info.Parent); err != nil {
-		return side{}, false, err
-	}
 	if top != s.upper(id) {
-		return side{snapshot: info.Parent, parent: info.Parent, chain: found.chain},
-			info.Parent != "" && s.chains.MountPoint(s.chains.Name(found.chain, lower.Plain)) == top, nil
+		if top == s.viewPoint(id) {
+			return found, info.Kind == snapshots.KindView && len(overOf(info)) > 0, nil
+		}
+		chain, err := s.resolve(ctx, info.Parent)
+		if err != nil {
+			return side{}, false, err
+		}
+		return found, info.Parent != "" && s.chains.MountPoint(s.chains.Name(chain, lower.Plain)) == top, nil
 	}
 	if _, applied := layerOf(info); applied || info.Kind != snapshots.KindActive || info.Labels[labelUIDMapping] != "" {
 		return side{}, false, nil
@@ -189,40 +286,43 @@ func sideOfSnapshot(
 // comparisons number the users of chains that are no snapshots.
 var comparisons atomic.Int64
 
-// mountChain makes sure that the chain of a side stays mounted, and returns where, and its packs.
-func (p *Pair) mountChain(ctx context.Context, of side) (dir string, packs []string, err error) {
-	use := fmt.Sprintf("compare-%d", comparisons.Add(1))
+// mount shows a side, and returns where.
+func (p *Pair) mount(ctx context.Context, of side) (dir string, err error) {
 	p.cancel = append(p.cancel, func() error {
-		p.s.unuse(context.WithoutCancel(ctx), use)
+		p.s.unuse(context.WithoutCancel(ctx), of.use)
 		return nil
 	})
-	l, err := p.s.below(ctx, creation{id: use, parent: of.parent})
-	return l.dir, l.packs, err
-}
-
-// mountView mounts the upper directory over the chain, as its container sees it.
-func (p *Pair) mountView(packs []string) error {
-	options, err := p.s.kernel.Overlay(lower.Stack{Lower: []string{p.UpperDir, p.Upper}, Packs: packs})
+	l, err := p.s.below(ctx, creation{id: of.use, parent: of.parent, over: of.over})
 	if err != nil {
-		return err
+		return "", err
+	}
+	stack := l.stack()
+	if of.dir != "" {
+		stack.Lower = slices.Insert(stack.Lower, 0, of.dir)
+	}
+	if len(stack.Lower) == 1 {
+		return l.dir, nil
 	}
 	view, err := os.MkdirTemp(p.s.opts.RunDir, viewPrefix)
 	if err != nil {
-		return err
+		return "", err
 	}
-	p.Upper = view
 	p.cancel = append(p.cancel, func() error { return os.Remove(view) })
+	options, err := p.s.kernel.Overlay(stack)
+	if err != nil {
+		return "", err
+	}
 	m := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
 	if err := m.Mount(view); err != nil {
-		return err
+		return "", err
 	}
 	p.cancel = append(p.cancel, func() error { return mount.UnmountAll(view, 0) })
-	return nil
+	return view, nil
 }
 
-// Names calls fn for each entry of the layers that only the upper side has.
+// Names calls fn for each entry of the layers that only the upper side has, but for Dirs.
 func (p *Pair) Names(ctx context.Context, fn func(path string, kind content.Kind, flags content.Flags)) error {
-	for _, id := range p.Layers {
+	for _, id := range p.layers {
 		if err := layer.EachName(ctx, p.s.layers, id, fn); err != nil {
 			return err
 		}

@@ -50,6 +50,10 @@ type ingester struct {
 	*tasks
 	// ingests are the running ingests of pending snapshots, by id. Under mu.
 	ingests map[string]*ingestJob
+	// waiting are the names of steps that are not yet ingested, by id. Under mu.
+	waiting  map[string]string
+	steps    *steps
+	stepIdle time.Duration
 }
 
 // known looks for the layers that need not be fetched, and sees which differ unpacks the others.
@@ -87,7 +91,9 @@ func assemble(opts Options) *Snapshotter {
 		refs: newIndex(), ids: newIndex(), counters: newCounters(),
 	}
 	work := &tasks{store: st, jobs: map[string]*buildJob{}}
-	in := &ingester{tasks: work, ingests: map[string]*ingestJob{}}
+	in := &ingester{
+		tasks: work, ingests: map[string]*ingestJob{}, waiting: map[string]string{}, steps: newSteps(), stepIdle: stepIdle,
+	}
 	found := &known{tasks: work, ingestPatience: ingestPatience}
 	checks := &health{ingester: in}
 	s := &Snapshotter{

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
@@ -63,13 +66,24 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			labels[labelIDMap] = c.ids.uids + " " + c.ids.gids
 			s.mapped.Store(true)
 		}
+		if !c.extraction && c.ids == (idMap{}) && !s.kernel.Metacopy {
+			if c.over, err = stepsOn(ctx, parent); err != nil {
+				return err
+			}
+			if len(c.over) > 0 {
+				labels[labelOver] = strings.Join(c.over, " ")
+			}
+		}
 		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
 			s.ids.add(id, key)
+			s.steps.use(id, c.over)
 		}
 		return err
 	})
 	c.id = id
+	s.putOff(c.over)
 	if err != nil {
+		s.leave(ctx, id)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
 	defer func() {
@@ -108,8 +122,8 @@ func (m *mounter) restoreDirs(id string, l below) error {
 		return err
 	}
 	err := m.makeDir(m.upper(id), 0o755)
-	if err == nil && (l.chain && l.mounted || l.ids != (idMap{})) {
-		err = copyRoot(l.dir, m.upper(id), l.ids)
+	if err == nil && (l.chain && l.mounted || len(l.steps) > 0 || l.ids != (idMap{})) {
+		err = copyRoot(l.top(), m.upper(id), l.ids)
 	}
 	if err != nil {
 		return err
@@ -142,13 +156,31 @@ type below struct {
 	mounted bool
 	// packs are where the packs are mounted over which it lies.
 	packs []string
+	// steps are the directories of steps above dir, the topmost first.
+	steps []string
 	// ids are how containerd is to map owners.
 	ids idMap
+}
+
+// top is the topmost directory below.
+func (l below) top() string { return l.stack().Lower[0] }
+
+// stack is what lies below, as part of an overlay.
+func (l below) stack() lower.Stack {
+	return lower.Stack{Lower: append(slices.Clone(l.steps), l.dir), Packs: l.packs, UIDs: l.ids.uids, GIDs: l.ids.gids}
 }
 
 func (m *mounter) below(ctx context.Context, c creation) (below, error) {
 	if c.parent == "" {
 		return below{dir: m.path(dirEmpty), ids: c.ids}, nil
+	}
+	if len(c.over) > 0 {
+		l, err := m.belowSteps(ctx, c)
+		if !errors.Is(err, errNoSteps) {
+			return l, err
+		}
+		log.G(ctx).WithError(err).Debugf("snapshot %s does not lie over the directories of steps", c.id)
+		c.id += besideSteps
 	}
 	chain, err := m.resolve(ctx, c.parent)
 	if err != nil {
@@ -213,13 +245,18 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 // only one read-only. A view is a bind of one directory, which nobody needs to understand: BuildKit takes options out
 // of an overlay, and fails where there are some that it does not know.
 func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l below) ([]mount.Mount, error) {
-	stack := lower.Stack{Lower: []string{l.dir}, Packs: l.packs, UIDs: l.ids.uids, GIDs: l.ids.gids}
+	stack := l.stack()
 	if kind == snapshots.KindView {
 		dir, err := l.dir, error(nil)
-		if len(l.packs) > 0 {
-			if dir, err = m.chains.View(ctx, l.dir); err != nil {
-				return nil, err
-			}
+		switch {
+		case len(l.steps) > 0:
+			dir = m.viewPoint(id)
+			err = m.kernel.MountView(dir, stack)
+		case len(l.packs) > 0:
+			dir, err = m.chains.View(ctx, l.dir)
+		}
+		if err != nil {
+			return nil, err
 		}
 		return []mount.Mount{{Type: "bind", Source: dir, Options: lower.Bind(stack)}}, nil
 	}
@@ -254,6 +291,9 @@ func copyXattrs(from, to string) error {
 		return fmt.Errorf("xattrs of root: %w", err)
 	}
 	for _, name := range splitNul(names[:n]) {
+		if strings.HasPrefix(name, "trusted.overlay.") {
+			continue // it is about the directory of a step, which another overlay wrote
+		}
 		value := make([]byte, 64<<10)
 		n, err := unix.Getxattr(from, name, value)
 		if err == nil {

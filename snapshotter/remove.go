@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Remove removes a snapshot without children. Its layer goes when nothing else names it.
@@ -35,32 +37,44 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	s.ids.remove(id, key)
 	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
+	s.waitsNoMore(id)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {
 			s.unuse(ctx, id)
+			if info.Kind == snapshots.KindView {
+				if err := lower.UnmountView(s.viewPoint(id)); err != nil {
+					log.G(ctx).WithError(err).Warn("a view stays mounted until the next start")
+				}
+			}
+			s.ingestIdle(s.leave(ctx, id))
 			if err := s.layers.Unused(id); err != nil {
 				log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
 			}
 		}
 	})
+	if s.steps.keep(id) { // somebody compares it
+		return nil
+	}
 	return s.discard(ctx, id)
 }
 
 // unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may
 // be why he gives it up, so it does not count.
 func (t *tasks) unuse(ctx context.Context, id string) {
-	n, orphaned, busy := t.chains.Users.Unuse(id)
-	release := func(ctx context.Context) {
-		if err := t.chains.Release(ctx, n); err != nil {
-			t.counters.removeError()
-			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+	for _, user := range []string{id, id + besideSteps} {
+		n, orphaned, busy := t.chains.Users.Unuse(user)
+		release := func(ctx context.Context) {
+			if err := t.chains.Release(ctx, n); err != nil {
+				t.counters.removeError()
+				log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+			}
 		}
-	}
-	switch {
-	case orphaned && busy:
-		t.background(release)
-	case orphaned:
-		release(context.WithoutCancel(ctx))
+		switch {
+		case orphaned && busy:
+			t.background(release)
+		case orphaned:
+			release(context.WithoutCancel(ctx))
+		}
 	}
 }
 

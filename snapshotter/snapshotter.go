@@ -240,11 +240,16 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 		s.reclaim(sn.Info)
 	}
 	for _, n := range stored.graph(s.chains.Name).nodes {
-		if n.kind != snapshots.KindCommitted && n.parent != nil && n.parent.whole {
-			use(s, n)
+		if n.kind == snapshots.KindCommitted {
+			continue
+		}
+		use(s.chains, n)
+		if n.flavour == lower.Mapped { // images for such containers are built ahead from now on
+			s.mapped.Store(true)
 		}
 	}
-	return nil
+	s.loadSteps(stored)
+	return s.clearViews(stored)
 }
 
 // packsMoved notes at once which chain images are to be built anew, and removes in the background those that nothing

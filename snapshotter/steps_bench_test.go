@@ -64,7 +64,7 @@ func BenchmarkSteps(b *testing.B) {
 // detachChains takes away what the snapshotter leaves mounted for clients.
 func detachChains(b *testing.B, root string) {
 	b.Helper()
-	for _, pattern := range []string{"run/chains/*", "run/p/*"} {
+	for _, pattern := range []string{"run/chains/*", "run/p/*", "run/v/*"} {
 		points, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			b.Fatal(err)

@@ -57,9 +57,11 @@ func stop(s *Snapshotter) error {
 		at := s.chains.MountPoint(n)
 		lerr = errors.Join(lerr, mount.UnmountAll(at+".view", 0), mount.UnmountAll(at, 0))
 	}
-	packs, gerr := filepath.Glob(filepath.Join(s.opts.RunDir, dirPackMounts, "*"))
-	for _, path := range packs {
-		lerr = errors.Join(lerr, gerr, mount.UnmountAll(path, 0))
+	for _, dir := range []string{dirPackMounts, dirViews} {
+		points, gerr := filepath.Glob(filepath.Join(s.opts.RunDir, dir, "*"))
+		for _, path := range points {
+			lerr = errors.Join(lerr, gerr, mount.UnmountAll(path, 0))
+		}
 	}
 	return errors.Join(err, lerr)
 }

@@ -222,8 +222,8 @@ func namesOf(ctx context.Context, pair *snapshotter.Pair) (*names, error) {
 	if err := pair.Names(ctx, where.add); err != nil {
 		return nil, err
 	}
-	if pair.UpperDir != "" {
-		if err := where.addUpper(pair.UpperDir); err != nil {
+	for _, dir := range pair.Dirs {
+		if err := where.addUpper(dir); err != nil {
 			return nil, fmt.Errorf("read upper directory: %w", err)
 		}
 	}

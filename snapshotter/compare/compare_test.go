@@ -75,7 +75,7 @@ func (w *world) open(fidelity content.Fidelity, cache lower.PageCache) {
 
 // unmountChains takes away what the daemon leaves mounted for clients.
 func (w *world) unmountChains() {
-	for _, pattern := range []string{"run/chains/*", "run/p/*"} {
+	for _, pattern := range []string{"run/chains/*", "run/p/*", "run/v/*"} {
 		points, err := filepath.Glob(filepath.Join(w.root, pattern))
 		w.must(err)
 		for _, p := range points {
@@ -131,6 +131,13 @@ func (w *world) commit(parent string, change func(root string)) string {
 	name := "committed-" + key
 	w.must(w.s.Commit(w.ctx, name, key))
 	return name
+}
+
+// ingest has no step wait for its ingest any more: until then it is compared by its directory, after that by its tree.
+func (w *world) ingest() {
+	w.t.Helper()
+	_, err := w.s.Check(w.ctx, snapshotter.CheckOptions{})
+	w.must(err)
 }
 
 func (w *world) view(parent string) []mount.Mount {
@@ -272,6 +279,9 @@ func TestRandomChangesAsWalking(t *testing.T) {
 	chain := []string{w.commit("", plant)}
 	for range 4 {
 		chain = append(chain, w.commit(chain[len(chain)-1], func(root string) { shuffle(t, r, root, 25) }))
+		if r.IntN(2) == 0 {
+			w.ingest()
+		}
 		_, changed := w.active(chain[len(chain)-1], func(root string) { shuffle(t, r, root, 25) })
 		w.agree("active", w.view(chain[len(chain)-1]), changed)
 		i, j := r.IntN(len(chain)), r.IntN(len(chain))
@@ -384,6 +394,7 @@ func TestNotImplemented(t *testing.T) {
 func TestFailedCompare(t *testing.T) {
 	w := newWorld(t, content.Python, lower.PageCacheShared)
 	base := w.commit("", plant)
+	w.ingest()
 	lowerView, upperView := w.view(""), w.view(base)
 	failing := New(w.s, failingStore{w.store}, w.leases)
 	if _, err := failing.Compare(w.ctx, lowerView, upperView, diff.WithReference("mine")); !errors.Is(err, errFull) {

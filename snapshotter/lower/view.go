@@ -2,7 +2,6 @@ package lower
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -50,16 +49,24 @@ func (m *imageMounts) view(n Name) (dir string, err error) {
 		return below.Chain, nil
 	}
 	at := m.viewPoint(n)
+	return at, m.kernel.MountView(at, Stack{Lower: []string{below.Chain}, Packs: below.Packs})
+}
+
+// MountView mounts an overlay to read from, unless it is mounted there.
+func (k Kernel) MountView(at string, s Stack) error {
 	if isOther(at) {
-		return at, nil
+		return nil
 	}
-	options, err := m.kernel.Overlay(Stack{Lower: []string{below.Chain}, Packs: below.Packs})
+	options, err := k.Overlay(s)
 	if err != nil {
-		return "", err
+		return err
 	}
-	if err := os.Mkdir(at, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return "", fmt.Errorf("create mount point: %w", err)
+	if err := os.MkdirAll(at, 0o700); err != nil {
+		return fmt.Errorf("create mount point: %w", err)
 	}
 	overlay := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
-	return at, explainMount(at, overlay.Mount(at))
+	return explainMount(at, overlay.Mount(at))
 }
+
+// UnmountView takes back what MountView did, if it did.
+func UnmountView(at string) error { return unmountEach(at, isOther) }
