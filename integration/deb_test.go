@@ -65,8 +65,8 @@ ctr task exec --exec-id f one sh -c 'echo lives; cat /usr/bin/python3 > /dev/nul
 	}
 	run("ctr task delete --force one")
 	// as it says
-	run("umount /run/containerd-dedup-grpc/chains/* /run/containerd-dedup-grpc/p/* /run/containerd-dedup-grpc/v/* ; rm -r " +
-		"/var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc")
+	run("cd /run/containerd-dedup-grpc && umount chains/* p/* v/* ; " +
+		"rm -r /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc")
 	run(files + " > after")
 	if out := run("diff before after || true"); out != "" {
 		t.Errorf("the package leaves files:\n%s", out)

@@ -80,6 +80,9 @@ func (b *BuildKit) Root() string { return filepath.Join(b.dir, "root") }
 // Namespace is the containerd namespace that it works in.
 func (b *BuildKit) Namespace() string { return filepath.Base(b.dir) }
 
+// Pid is that of buildkitd.
+func (b *BuildKit) Pid() int { return b.process.pid() }
+
 // Address is where it listens.
 func (b *BuildKit) Address() string { return "unix://" + filepath.Join(b.dir, "buildkitd.sock") }
 

@@ -52,6 +52,7 @@ func mainGroups() []group {
 		{[]string{"mapped"}, 8, prepareMapped},
 		{[]string{"layers100"}, 6, prepareLayers},
 		{[]string{"commit"}, 30, prepareCommit},
+		{[]string{"build"}, 12, prepareBuild},
 		{[]string{"fleet"}, 15, prepareFleet},
 		{[]string{"python"}, 25, preparePython},
 		{[]string{"memory"}, 6, prepareMemory},

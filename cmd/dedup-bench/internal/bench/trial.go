@@ -22,6 +22,7 @@ type Trial struct {
 	Subject Subject
 	opts    Options
 	disk    string
+	clients []int // processes that work for a client, and count as containerd does
 	samples []report.Sample
 }
 
@@ -192,6 +193,7 @@ func (t *Trial) state(registries []*Registry) (s state, err error) {
 
 func (t *Trial) pids() []int {
 	pids := t.Pids()
+	pids = append(pids[:len(pids):len(pids)], t.clients...)
 	if t.Subject.Socket != "" {
 		if pid, err := peer(t.Subject.Socket); err == nil {
 			pids = append(pids, pid)
