@@ -264,8 +264,8 @@ func sideOfSnapshot(
 	}
 	found.snapshot, found.parent = info.Parent, info.Parent
 	if top != s.upper(id) {
-		if top == s.viewPoint(id) {
-			return found, info.Kind == snapshots.KindView && len(overOf(info)) > 0, nil
+		if len(overOf(info)) > 0 { // it uses a chain image, too, but shows more
+			return found, info.Kind == snapshots.KindView && top == s.viewPoint(id), nil
 		}
 		chain, err := s.resolve(ctx, info.Parent)
 		if err != nil {
@@ -359,6 +359,12 @@ func (p *Pair) Keep(ctx context.Context, id content.LayerID) error {
 	}
 	return nil
 }
+
+// Committed reports whether the upper side is a committed snapshot.
+func (p *Pair) Committed() bool { return p.upper.dir == "" }
+
+// Later runs fn in the background, with a ctx that ends when the daemon stops, and reports whether it does.
+func (p *Pair) Later(fn func(context.Context)) bool { return p.s.background(fn) }
 
 // Close unmounts what only the pair needed.
 func (p *Pair) Close() (err error) {

@@ -29,7 +29,7 @@ const (
 	maxSteps = 24
 	// stepIdle is how long nothing lies on a step before its directory is ingested. A build puts the next step on it in
 	// much less, and a push compares it.
-	stepIdle = 2 * time.Second
+	stepIdle = 10 * time.Second
 	// dirViews holds, below the run directory, the mount points of views that lie over steps.
 	dirViews = "v"
 )

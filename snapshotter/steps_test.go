@@ -85,7 +85,9 @@ func TestStepsLieOverDirectories(t *testing.T) {
 		file("opt/a/file", "file"),
 		func(root string) error { return os.RemoveAll(filepath.Join(root, "opt/a")) },
 		func(root string) error { return os.Mkdir(filepath.Join(root, "opt/a"), 0o700) }, // opaque
-		func(root string) error { return os.Link(filepath.Join(root, "etc/base"), filepath.Join(root, "opt/a/hard")) },
+		func(root string) error {
+			return os.Link(filepath.Join(root, "etc/base"), filepath.Join(root, "opt/a/hard"))
+		},
 		func(root string) error { return unix.Setxattr(root, "user.top", []byte("x"), 0) },
 		func(root string) error { return os.Chmod(root, 0o711) },
 	} {

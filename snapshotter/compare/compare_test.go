@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ import (
 
 // world is a snapshotter with a content store, and both differs.
 type world struct {
-	t       *testing.T
+	t       testing.TB
 	ctx     context.Context
 	root    string
 	s       *snapshotter.Snapshotter
@@ -45,7 +46,7 @@ type world struct {
 	serial  int
 }
 
-func newWorld(t *testing.T, fidelity content.Fidelity, cache lower.PageCache) *world {
+func newWorld(t testing.TB, fidelity content.Fidelity, cache lower.PageCache) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to mount")
@@ -94,7 +95,7 @@ func (w *world) must(err error) {
 }
 
 // contentStore is containerd's own, with namespaces and leases.
-func contentStore(t *testing.T) (ctdcontent.Store, leases.Manager) {
+func contentStore(t testing.TB) (ctdcontent.Store, leases.Manager) {
 	t.Helper()
 	dir := t.TempDir()
 	files, err := local.NewStore(filepath.Join(dir, "content"))
@@ -138,6 +139,19 @@ func (w *world) ingest() {
 	w.t.Helper()
 	_, err := w.s.Check(w.ctx, snapshotter.CheckOptions{})
 	w.must(err)
+}
+
+// known waits until the layer of a blob is stored, and holds it.
+func (w *world) known(blob digest.Digest) layer.Ingested {
+	w.t.Helper()
+	for range 6000 {
+		if in, known := w.s.Layers().LookupBlob(blob); known {
+			return in
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	w.t.Fatalf("blob %s is not known", blob)
+	return layer.Ingested{}
 }
 
 func (w *world) view(parent string) []mount.Mount {
@@ -308,10 +322,7 @@ func TestWrittenLayerIsKnown(t *testing.T) {
 		}
 		info, err := w.store.Info(w.ctx, desc.Digest)
 		w.must(err)
-		in, known := w.s.Layers().LookupBlob(desc.Digest)
-		if !known {
-			t.Fatalf("%s: the blob is not known", media)
-		}
+		in := w.known(desc.Digest)
 		w.s.Layers().Release(in.Layer)
 		diffID := in.DiffID.Digest().String()
 		if label := info.Labels["containerd.io/uncompressed"]; media != ocispec.MediaTypeImageLayer && label != diffID {
@@ -329,7 +340,7 @@ func TestWrittenLayerIsKnown(t *testing.T) {
 	// What the blob gives, read as any other, is the layer that is known.
 	data, err := ctdcontent.ReadBlob(w.ctx, w.store, desc)
 	w.must(err)
-	in, _ := w.s.Layers().LookupBlob(desc.Digest)
+	in := w.known(desc.Digest)
 	fresh, err := w.s.Layers().IngestBlob(w.ctx, layer.Blob{Open: open(data), Late: late(desc.Digest)})
 	w.must(err)
 	if fresh.Layer != in.Layer || fresh.Outcome != layer.Same {

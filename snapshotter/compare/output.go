@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
@@ -21,6 +22,7 @@ import (
 // layer store. What goes wrong in the second does not harm the first.
 type output struct {
 	ctx  context.Context
+	stop context.CancelFunc // ends the ingest
 	blob *bufio.Writer
 	as   compression.Compression
 	sum  digest.Digester
@@ -40,14 +42,25 @@ const (
 	blobSize = 1 << 20
 )
 
+// Exports have many small layers: buffers are used again.
+var (
+	blobBuffers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, blobSize) }}
+	pipeBuffers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, pipeSize) }}
+)
+
 func newOutput(ctx context.Context, layers *layer.Store, blob io.Writer, as compression.Compression) *output {
 	t := &output{
-		ctx: ctx, blob: bufio.NewWriterSize(blob, blobSize), as: as, sum: digest.SHA256.Digester(),
+		ctx: ctx, as: as, sum: digest.SHA256.Digester(),
 		layers: layers, named: make(chan digest.Digest, 1), done: make(chan struct{}),
 	}
+	t.blob, _ = blobBuffers.Get().(*bufio.Writer)
+	t.blob.Reset(blob)
 	var from *io.PipeReader
 	from, t.pipe = io.Pipe()
-	t.out = bufio.NewWriterSize(t.pipe, pipeSize)
+	t.out, _ = pipeBuffers.Get().(*bufio.Writer)
+	t.out.Reset(t.pipe)
+	// It goes on when the caller has its answer.
+	ctx, t.stop = context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
 		defer close(t.done)
 		t.in, t.err = layers.IngestBlob(ctx, layer.Blob{
@@ -108,24 +121,46 @@ func (t *output) diffID() digest.Digest { return t.sum.Digest() }
 
 // abandon ends the ingest.
 func (t *output) abandon(why error) error {
+	t.stop()
 	err := t.pipe.CloseWithError(why)
 	t.named <- ""
 	<-t.done
 	if t.err == nil {
 		t.layers.Release(t.in.Layer)
 	}
+	t.recycle()
 	return err
 }
 
-// keep has the upper side's snapshot hold the layer. Without it a pull reads the blob.
+// keep has the upper side's snapshot hold the layer, once it is stored. Without it a pull reads the blob. Who exports a
+// build does not wait for that; who commits a container unpacks the layer right after.
 func (t *output) keep(pair *snapshotter.Pair, blob digest.Digest) {
 	t.named <- blob
+	t.recycle()
+	if !pair.Committed() || !pair.Later(func(stop context.Context) {
+		defer context.AfterFunc(stop, t.stop)()
+		t.known(pair, blob)
+	}) {
+		t.known(pair, blob)
+	}
+}
+
+func (t *output) known(pair *snapshotter.Pair, blob digest.Digest) {
+	defer t.stop()
 	<-t.done
 	err := t.err
 	if err == nil {
-		err = pair.Keep(t.ctx, t.in.Layer)
+		err = pair.Keep(context.WithoutCancel(t.ctx), t.in.Layer)
 	}
 	if err != nil {
 		log.G(t.ctx).WithError(err).Warnf("layer %s is not known yet: a pull of it reads its blob", blob)
 	}
+}
+
+// recycle gives the buffers back, which nothing is written to any more.
+func (t *output) recycle() {
+	t.blob.Reset(nil)
+	blobBuffers.Put(t.blob)
+	t.out.Reset(nil)
+	pipeBuffers.Put(t.out)
 }

@@ -1,0 +1,38 @@
+package compare
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+)
+
+// What the export of a build asks for each step: two views, the layer between them, and the views' removal. The base
+// has 5,000 files.
+func BenchmarkExport(b *testing.B) {
+	w := newWorld(b, content.Python, lower.PageCacheShared)
+	names := []string{w.commit("", func(root string) {
+		for i := range 5000 {
+			dir := filepath.Join(root, fmt.Sprint("lib-", i%100))
+			check(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), fmt.Appendf(nil, "%0*d", i, i), 0o644))
+		}
+	})}
+	w.ingest()
+	for i := range 10 {
+		names = append(names, w.commit(names[i], func(root string) {
+			check(os.WriteFile(filepath.Join(root, fmt.Sprint("step-", i)), []byte("step"), 0o644))
+		}))
+	}
+	for n := 0; b.Loop(); n++ {
+		i := n % 10
+		lowerView, upperView := w.view(names[i]), w.view(names[i+1])
+		_, err := w.ours.Compare(w.ctx, lowerView, upperView)
+		w.must(err)
+		for _, key := range []string{fmt.Sprint("view-", w.serial), fmt.Sprint("view-", w.serial-1)} {
+			w.must(w.s.Remove(w.ctx, key))
+		}
+	}
+}
