@@ -38,8 +38,8 @@ type output struct {
 
 // How much goes to the ingest, and to containerd, at a time.
 const (
-	pipeSize = 128 << 10
-	blobSize = 1 << 20
+	pipeSize = 32 << 10
+	blobSize = 256 << 10
 )
 
 // Exports have many small layers: buffers are used again.
