@@ -6,9 +6,11 @@
 //   - committed: names one layer (label dedup-snapshotter.io/layer). Right after a
 //     Commit of a directory that somebody else wrote it is pending instead (label
 //     dedup-snapshotter.io/pending): the directory is ingested in the background, and whoever
-//     needs the layer waits for that.
-//   - active: snapshots/<id>/{fs,work} over the parent's chain image.
-//   - view: the parent's chain image alone.
+//     needs the layer waits for that. A step of a build is pending until nothing has lain on it
+//     for a while (steps.go).
+//   - active: snapshots/<id>/{fs,work} over the parent's chain image, or over the directories of
+//     steps above a chain image (label dedup-snapshotter.io/over).
+//   - view: what an active one would lie over, alone.
 //
 // # Extraction
 //

@@ -20,7 +20,8 @@ func BenchmarkExport(b *testing.B) {
 	names := []string{w.commit("", func(root string) {
 		for i := range 5000 {
 			dir := filepath.Join(root, fmt.Sprint("lib-", i%100))
-			check(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), fmt.Appendf(nil, "%0*d", i, i), 0o644))
+			path := filepath.Join(dir, fmt.Sprint(i))
+			check(os.MkdirAll(dir, 0o755), os.WriteFile(path, fmt.Appendf(nil, "%0*d", i, i), 0o644))
 		}
 	})}
 	w.ingest()
