@@ -43,7 +43,7 @@ func TestFacts(t *testing.T) {
 		}
 		pages := 0
 		for path, text := range texts(t) {
-			for _, m := range regexp.MustCompile(fact.pattern).FindAllStringSubmatch(text, -1) {
+			for _, m := range regexp.MustCompile(strings.ReplaceAll(fact.pattern, " ", `\s+`)).FindAllStringSubmatch(text, -1) {
 				pages++
 				digits := strings.ReplaceAll(strings.Join(m[1:], ""), ",", "")
 				if got, err := strconv.ParseUint(digits, 10, 64); err != nil || got*fact.unit != want {
