@@ -233,8 +233,8 @@ func (k *known) advise(ctx context.Context) {
 		return
 	}
 	k.advised = true
-	log.G(ctx).Warn("a layer was unpacked by another differ, so every file of it was written and read once more than " +
-		"needed. " +
+	log.G(ctx).Warn("a layer was unpacked by another differ, so each of its files was written and read one time too " +
+		"many. " +
 		"Add the differ to containerd's config.toml: [proxy_plugins.dedup-diff] type = \"diff\", address = this daemon's " +
 		"socket; " +
 		"\"dedup-diff\" first in default of [plugins.\"io.containerd.service.v1.diff-service\"]; " +

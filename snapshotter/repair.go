@@ -88,7 +88,7 @@ func (h *health) repairFrom(ctx context.Context, id content.LayerID, o origin) (
 		case layer.Explained(err):
 			node = err
 		case err != nil:
-			log.G(ctx).WithError(err).Warnf("a blob is of no use for layer %s", id)
+			log.G(ctx).WithError(err).Warnf("a blob does not repair layer %s", id)
 		}
 		return err == nil
 	}

@@ -100,7 +100,7 @@ func (r *root) checkMetadata(ctx context.Context) error {
 		return fmt.Errorf("%s is damaged: %w: %s", path, err, refused)
 	}
 	if back {
-		log.G(ctx).Warnf("%s is damaged: its last change is lost, and the one before counts", path)
+		log.G(ctx).Warnf("%s is damaged: its last change is lost, and the version before it is used", path)
 	}
 	return nil
 }

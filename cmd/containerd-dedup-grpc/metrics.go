@@ -46,10 +46,10 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	c.snapshots(e)
 	c.work(e)
 	trimmed := c.trimmer.Totals()
-	e.count("dedup_trimmed_blobs_total", "Blobs that went from containerd's content store: their layers are stored here.",
+	e.count("dedup_trimmed_blobs_total", "Blobs removed from containerd's content store: their layers are stored here.",
 		float64(trimmed.Blobs))
 	e.count("dedup_trimmed_bytes_total", "What these blobs had occupied.", float64(trimmed.Bytes))
-	e.count("dedup_trim_errors_total", "Times that blobs could not be let go of; it is tried again.",
+	e.count("dedup_trim_errors_total", "Failed attempts to remove blobs; the daemon tries again.",
 		float64(trimmed.Errors))
 	collectIngests(e, c.sn.Layers().Stats())
 	c.disk(e)
@@ -124,10 +124,10 @@ func (c collector) work(e emitter) {
 	e.gauge("dedup_memory_bytes", memory, float64(most), "state", "max")
 	e.count("dedup_chain_rebuilds_total", "Chain images that did not mount and were built again.", float64(did.Rebuilt))
 	if !did.Checked.IsZero() {
-		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start came to its end.",
+		e.gauge("dedup_fsck_timestamp_seconds", "When the last dedupctl fsck since the start ended.",
 			float64(did.Checked.Unix()))
 		for kind, n := range did.Findings {
-			e.gauge("dedup_fsck_findings", "What the last dedupctl fsck found and did not mend, by kind.", float64(n), "kind",
+			e.gauge("dedup_fsck_findings", "What the last dedupctl fsck found and did not repair, by kind.", float64(n), "kind",
 				string(kind))
 		}
 	}
@@ -154,7 +154,7 @@ func running(e emitter, work string, count int, oldest time.Time, bytes int64) {
 	if count > 0 {
 		age = time.Since(oldest).Seconds()
 	}
-	e.gauge("dedup_work_oldest_seconds", "How long the oldest of them has been running; 0 when there is none.", age,
+	e.gauge("dedup_work_oldest_seconds", "How long the oldest ingest or build has been running; 0 if there is none.", age,
 		"work", work)
 	e.gauge("dedup_work_memory_bytes",
 		"Memory of ingests: payloads on their way to the disk. Of builds: an estimate from the entries of their layers.",

@@ -151,8 +151,8 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
 	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
-		log.G(ctx).Warn("durability is deferred: layers that came in within the last ten seconds before a power cut have " +
-			"to be fetched again")
+		log.G(ctx).Warn("durability is deferred: a power cut may damage layers of the last ten seconds, which then are " +
+			"out of service until they are repaired or pulled again")
 	}
 	stored := func(ctx context.Context) (blobs.Stored, error) { return snapshotter.StoredLayers(ctx, sn) }
 	trimmer = blobs.NewTrimmer(catalog, found, stored, nil)

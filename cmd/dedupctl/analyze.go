@@ -27,8 +27,8 @@ func analyzeCommand() *cli.Command {
 			"  a containerd's root, or that of its overlayfs snapshotter (default: " + defaultContainerdRoot + ")\n" +
 			"  a Docker's root, or its overlay2 directory\n" +
 			"  an OCI layout: a directory, or a tar as docker save and ctr image export write it\n" +
-			"  the reference of an image: its layers are read from the registry as they arrive, and nothing is kept\n" +
-			"Several are taken together. Every layer goes through the code that would store it, so it is read once, whole.\n" +
+			"  the reference of an image: layers are streamed from the registry, and nothing is kept\n" +
+			"Several sources are counted together. Every layer is read once, by the code that would store it.\n" +
 			"Exit code 1 also when an image had to be left out, after all others were analysed.",
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "platform",
@@ -137,16 +137,16 @@ func writeAnalysis(w io.Writer, a Analysis) {
 		size(a.Python.Packs.Bytes), plural(a.Python.Packs.Inodes, "pack", "packs"), size(a.Python.Trees.Bytes),
 		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
 	if a.Blobs.Bytes > 0 {
-		fmt.Fprintf(w, "Beside the files containerd keeps %s of the layers, %s. With dedup no container needs them:\n"+
+		fmt.Fprintf(w, "containerd also keeps %s of the layers, %s. With dedup no container needs them:\n"+
 			"blobs = \"drop\" in the daemon's config, or dedupctl trim, removes them (docs/blobs.md).\n",
 			plural(a.Blobs.Inodes, "compressed blob", "compressed blobs"), size(a.Blobs.Bytes))
 	}
 	if a.Containers > 0 {
-		fmt.Fprintf(w, "%s on %s of it, which goes when they are made anew; the %s that they have written stay where "+
-			"they are.\n",
-			plural(a.Containers, "container lies", "containers lie"), size(a.InUse.Bytes), size(a.Writable.Bytes))
+		fmt.Fprintf(w, "%s %s of the first line. It is freed when they are recreated with dedup. "+
+			"What they have written (%s) is not touched.\n",
+			plural(a.Containers, "container uses", "containers use"), size(a.InUse.Bytes), size(a.Writable.Bytes))
 	}
-	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every mount has one, and its packs.",
+	fmt.Fprintf(w, "The deepest image stacks %s; with dedup every image has one, and its packs.",
 		plural(a.DeepestLowerdirs, "lower directory", "lower directories"))
 	if a.DeepImages > 0 {
 		fmt.Fprintf(w, " %s more than %d.", plural(a.DeepImages, "image has", "images have"), deepStack)
@@ -162,7 +162,7 @@ func writeDuplicatePrefixes(w io.Writer, a Analysis) {
 	if len(a.Duplicates) == 0 {
 		return
 	}
-	fmt.Fprintf(w, "\nThere more than once: %s, %s.\n", plural(a.AllDuplicates.Files, "file", "files"),
+	fmt.Fprintf(w, "\nStored more than once now: %s, %s.\n", plural(a.AllDuplicates.Files, "file", "files"),
 		size(a.AllDuplicates.Bytes))
 	table(w, func(w io.Writer) {
 		fmt.Fprintln(w, "BELOW\tDISK\t\tFILES")

@@ -145,13 +145,13 @@ func carryOut(c *cli.Context, config string, plan []ctdconfig.Change) error {
 	}
 	return print(c, v, func(w io.Writer, v ConfigChanges) {
 		if len(v.Changes) == 0 {
-			fmt.Fprintf(w, "nothing to do: %s is as it should be\n", v.Config)
+			fmt.Fprintf(w, "nothing to do: %s has all that dedup needs\n", v.Config)
 			return
 		}
 		for _, f := range v.Changes {
 			fmt.Fprintf(w, "%sd %s\n", f.Action, f.Path)
 		}
-		fmt.Fprintln(w, "restart containerd to have it read them:  systemctl restart containerd  (running containers go on)")
+		fmt.Fprintln(w, "now restart containerd:  systemctl restart containerd  (running containers go on)")
 	})
 }
 

@@ -255,7 +255,7 @@ func checkLayers(t *testing.T, r *rig) {
 		t.Errorf("the layer that begins with %s: %s", list[1].ID[:10], text)
 	}
 	code, out, errs := r.run(t, "layers", "--unused")
-	if code != exitOK || out != "" || errs != "no layer is like that; there are 2 in all\n" {
+	if code != exitOK || out != "" || errs != "no layer matches; there are 2 in all\n" {
 		t.Error(code, out, errs)
 	}
 	var sorted []Layer

@@ -33,7 +33,7 @@ func doctorCommand() *cli.Command {
 			&cli.StringFlag{Name: "config", Usage: "the daemon's config `FILE`", Value: defaultDaemonConfig},
 			&cli.StringFlag{Name: "containerd-config",
 				Usage: "containerd's main config `FILE`; by default the one that the running containerd was started with"},
-			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "leave out what is as it should be"},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "show only what is not ok"},
 		},
 		Action: runDoctor,
 	}

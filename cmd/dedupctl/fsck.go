@@ -270,7 +270,7 @@ const maxRows = 20
 
 func writeFsck(w io.Writer, r FsckReport) {
 	if len(r.Findings) == 0 {
-		fmt.Fprintln(w, "everything is as it should be")
+		fmt.Fprintln(w, "nothing damaged, nothing unused")
 		return
 	}
 	writeFindings(w, r.Findings)

@@ -24,15 +24,14 @@ func gcCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "gc",
 		Usage: "remove what nothing uses",
-		Description: "Layers and their objects go by themselves when the last image or container that uses them goes: " +
-			"remove images to\n" +
-			"free space. This removes what could not be removed then, after a crash or a full disk, and with --chain-images\n" +
-			"what is only kept to start the next container sooner. While the daemon does not run, --dry-run reads the store\n" +
-			"itself.",
+		Description: "To free space remove images: the daemon removes a layer by itself when the last image or container\n" +
+			"that uses it is removed. gc removes what was left behind then, after a crash or on a full disk. --chain-images\n" +
+			"also removes what is only kept to start the next container sooner. While the daemon does not run, --dry-run\n" +
+			"reads the store itself.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "dry-run", Usage: "list what would go"},
+			&cli.BoolFlag{Name: "dry-run", Usage: "list what would be removed"},
 			&cli.BoolFlag{Name: "chain-images",
-				Usage: "the chain images that no container uses now, too; they are built again when needed"},
+				Usage: "also chain images that no container uses now; they are built again when needed"},
 			configFlag(),
 		},
 		Action: runGC,

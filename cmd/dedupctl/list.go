@@ -37,5 +37,5 @@ func none(c *cli.Context, what string, all int) {
 			"(see dedupctl config containerd)\n", what)
 		return
 	}
-	fmt.Fprintf(c.App.ErrWriter, "no %s is like that; there are %s in all\n", what, count(int64(all)))
+	fmt.Fprintf(c.App.ErrWriter, "no %s matches; there are %s in all\n", what, count(int64(all)))
 }

@@ -19,9 +19,9 @@ func migrateCommand() *cli.Command {
 		Usage:     "bring images that another snapshotter has unpacked into dedup, without pulling them",
 		ArgsUsage: "[IMAGE...]",
 		Description: "Unpacks with dedup every image of the namespace that the other snapshotter has unpacked, or only\n" +
-			"those named, from the blobs in containerd's content store. Containers go on as they are: one that is made anew\n" +
-			"with the snapshotter dedup runs from dedup. --remove-old then frees what the other snapshotter holds of the\n" +
-			"images, but for what containers use.\n" +
+			"those named, from the blobs in containerd's content store. Existing containers stay with the\n" +
+			"other snapshotter until you recreate them. --remove-old then removes its snapshots of these images that no\n" +
+			"container uses.\n" +
 			"--undo goes back: it unpacks with the other snapshotter and frees what dedup holds.\n" +
 			"Exit code 1 also when an image could not be migrated, after all others were; the output names it.",
 		Flags: []cli.Flag{
@@ -195,15 +195,15 @@ func writeMigration(w io.Writer, v Migration, undo, removeOld bool) {
 		fmt.Fprintf(w, "%s still has its snapshots: migrate --remove-old removes those that no container uses.\n", v.From)
 	}
 	if v.Kept > 0 {
-		fmt.Fprintf(w, "%s of %s stay, which containers or other images use.\n", plural(v.Kept, "snapshot", "snapshots"),
+		fmt.Fprintf(w, "%s of %s stay: containers or other images use them.\n", plural(v.Kept, "snapshot", "snapshots"),
 			v.From)
 	}
 	if len(v.Containers) > 0 {
-		fmt.Fprintf(w, "On them lie %s: %s\nMake these anew, with the snapshotter %s; what they lie on goes with them.\n",
+		fmt.Fprintf(w, "They are used by %s: %s\nRecreate these with the snapshotter %s, which also frees what they use.\n",
 			plural(int64(len(v.Containers)), "container", "containers"), some(v.Containers), v.To)
 	}
 	if !v.DryRun && !undo {
-		fmt.Fprintf(w, "New containers use %s where their client says so: docs/migrate.md has how.\n", v.To)
+		fmt.Fprintf(w, "New containers use %s if their client is set to it: see docs/migrate.md.\n", v.To)
 	}
 }
 

@@ -23,7 +23,7 @@ func TestOffline(t *testing.T) {
 	}
 	stop()
 	code, out, errs := r.run(t, "fsck", "--config", config)
-	if code != exitOK || out != "everything is as it should be\n" || !strings.Contains(errs, "reading "+r.root) {
+	if code != exitOK || out != "nothing damaged, nothing unused\n" || !strings.Contains(errs, "reading "+r.root) {
 		t.Error(code, out, errs)
 	}
 	code, out, _ = r.run(t, "gc", "--dry-run", "--config", config)

@@ -45,19 +45,18 @@ func trimCommand() *cli.Command {
 		Usage:     "remove blobs from containerd's content store whose layers are stored here",
 		ArgsUsage: "[IMAGE...]",
 		Description: "A container needs no blob once its layers are stored. This has containerd remove the blobs of all\n" +
-			"images, or of those named, and tells why others stay: their layer is damaged or not here, another\n" +
+			"images, or of those named, and says why others stay: their layer is damaged or not stored here, another\n" +
 			"snapshotter has unpacked the image too, a lease holds it, a push or an export reads it, no registry is known to\n" +
 			"have them, or the image is marked (ctr images label IMAGE dedup-snapshotter.io/blobs=keep).\n" +
-			"Images go on to run and to be pulled;\n" +
-			"what pushes or exports one needs `dedupctl complete IMAGE` first. blobs = \"drop\" in the daemon's config\n" +
-			"does this by itself after each pull.",
+			"Such images still run, and can be pulled again. Before you push or export one, run `dedupctl complete IMAGE`.\n" +
+			"blobs = \"drop\" in the daemon's config trims after each pull.",
 		Flags: []cli.Flag{
-			&cli.BoolFlag{Name: "dry-run", Usage: "list what would go"},
+			&cli.BoolFlag{Name: "dry-run", Usage: "list what would be removed"},
 			&cli.StringFlag{Name: "namespace", Aliases: []string{"n"}, Usage: "only images of containerd's `NAMESPACE`",
 				EnvVars: []string{"CONTAINERD_NAMESPACE"}},
 			&cli.BoolFlag{Name: "last-copy", Usage: "of the IMAGEs named: also blobs that no registry is known to have"},
 			&cli.BoolFlag{Name: "fetched",
-				Usage: "also blobs that were fetched for their own sake within the hour (dedupctl complete)"},
+				Usage: "also blobs that dedupctl complete fetched within the last hour"},
 			&cli.DurationFlag{Name: "wait", Value: time.Minute,
 				Usage: "wait up to `DURATION` for pushes and exports that read what would go"},
 		},
@@ -120,10 +119,10 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 	fmt.Fprintf(w, "\n%s, %s %s in containerd's content store\n", plural(t.FreedBlobs, "blob", "blobs"),
 		size(t.FreedBytes), verb)
 	if lastCopies {
-		fmt.Fprintln(w, "what was built or imported here goes only by name: dedupctl trim --last-copy IMAGE")
+		fmt.Fprintln(w, "images that were built or imported here must be named: dedupctl trim --last-copy IMAGE")
 	}
 	if docker {
-		fmt.Fprintln(w, "docker save leaves out what is not there, without a word. Before it:\n"+
+		fmt.Fprintln(w, "docker save leaves out missing blobs without an error. Before it run:\n"+
 			"  dedupctl complete --namespace "+dockerNamespace+" IMAGE")
 	}
 }

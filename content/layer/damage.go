@@ -96,7 +96,7 @@ func (s *Store) assess(ctx context.Context, suspects []content.LayerID) error {
 	}
 	if len(suspects) > 0 {
 		log.G(ctx).WithField("layers", len(suspects)).
-			Info("the last stop was not clean: verifying the layers that came in right before it")
+			Info("the last stop was not clean: verifying the newest layers")
 	}
 	slices.SortFunc(objects, func(a, b content.ObjectID) int { return bytes.Compare(a.Sum[:], b.Sum[:]) })
 	if err = s.verifyObjects(ctx, slices.Compact(objects), func(int64) {}); err != nil {
@@ -284,7 +284,7 @@ func (h *health) saveDamaged(ctx context.Context) {
 		err = syncDir(filepath.Dir(path))
 	}
 	if err != nil {
-		log.G(ctx).WithError(err).Warn("the list of damaged layers is not written: " +
-			"after a restart they serve until the damage is found again")
+		log.G(ctx).WithError(err).Warn("the list of damaged layers cannot be written: " +
+			"after a restart they are served until the damage is found again")
 	}
 }

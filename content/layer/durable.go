@@ -138,7 +138,7 @@ func (d *durable) writeOut() {
 		w.failed = true
 		w.mu.Unlock()
 		log.L.WithError(d.explain(err)).
-			Errorf("sync %s: layers that came in lately may be damaged: run `dedupctl fsck`", d.root)
+			Errorf("sync %s: the newest layers may be damaged: run `dedupctl fsck`", d.root)
 		return
 	}
 	d.touch(now)

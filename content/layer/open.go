@@ -208,8 +208,8 @@ func (p *packed) noteVerified(ctx context.Context, suspect time.Time) error {
 	}
 	mended, err := p.compactor.MendTorn(ctx)
 	if errors.Is(err, unix.ENOSPC) || err == nil && !mended {
-		log.G(ctx).WithError(err).Warn("packs that came to the disk in parts stay until there is room to rewrite them: " +
-			"starts take longer")
+		log.G(ctx).WithError(err).Warn("incomplete packs stay until there is room to rewrite them: " +
+			"starts take longer until then")
 		return nil
 	}
 	if err != nil {
@@ -286,8 +286,8 @@ func (s *Store) load(ctx context.Context, holds map[content.LayerID]int, since t
 func (s *Store) sweep(ctx context.Context) error {
 	for _, st := range s.layers {
 		if !st.counted {
-			log.G(ctx).Warn("the trees of some layers are damaged: objects that nothing else names stay until these are " +
-				"repaired or removed")
+			log.G(ctx).Warn("the trees of some layers are damaged: payloads that only they may name stay until these layers " +
+				"are repaired or removed: run `dedupctl fsck --repair`")
 			s.leaked.Store(true)
 			_, err := s.objects.Settle(true)
 			return err

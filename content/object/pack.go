@@ -139,7 +139,7 @@ func (p *pack) wholeSlots(read *erofs.Pack, since time.Time) (func(n int) bool, 
 			return nil, err
 		}
 		if err != nil {
-			log.L.WithError(err).Warnf("pack %s is on the disk in part only", p.file.Name())
+			log.L.WithError(err).Warnf("pack %s is only partly on the disk", p.file.Name())
 			p.torn, torn[n] = true, true
 		}
 	}

@@ -153,7 +153,7 @@ func (t *output) known(pair *snapshotter.Pair, blob digest.Digest) {
 		err = pair.Keep(context.WithoutCancel(t.ctx), t.in.Layer)
 	}
 	if err != nil {
-		log.G(t.ctx).WithError(err).Warnf("layer %s is not known yet: a pull of it reads its blob", blob)
+		log.G(t.ctx).WithError(err).Warnf("the layer of blob %s could not be stored: a pull of it reads the blob", blob)
 	}
 }
 
