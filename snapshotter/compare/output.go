@@ -2,6 +2,7 @@ package compare
 
 import (
 	"bufio"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -45,6 +46,7 @@ const (
 // Exports have many small layers: buffers are used again.
 var (
 	blobBuffers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, blobSize) }}
+	gzipWriters = sync.Pool{New: func() any { return gzip.NewWriter(nil) }}
 	pipeBuffers = sync.Pool{New: func() any { return bufio.NewWriterSize(nil, pipeSize) }}
 )
 
@@ -88,7 +90,7 @@ func (t *output) write(pair *snapshotter.Pair, where *names, epoch *time.Time) (
 	if t.as == compression.Uncompressed {
 		to = io.MultiWriter(t.blob, to)
 	} else {
-		compressed, err := compression.CompressStream(t.blob, t.as)
+		compressed, err := compressTo(t.blob, t.as)
 		if err != nil {
 			return fmt.Errorf("compress layer: %w", err)
 		}
@@ -115,6 +117,25 @@ func (t *output) write(pair *snapshotter.Pair, where *names, epoch *time.Time) (
 		return fmt.Errorf("write layer: %w", err)
 	}
 	return t.pipe.Close()
+}
+
+// compressTo compresses as containerd's walking differ does. An encoder of gzip takes 800 kB, and is used again.
+func compressTo(w io.Writer, as compression.Compression) (io.WriteCloser, error) {
+	if as != compression.Gzip {
+		return compression.CompressStream(w, as)
+	}
+	z, _ := gzipWriters.Get().(*gzip.Writer)
+	z.Reset(w)
+	return &pooledGzip{z}, nil
+}
+
+type pooledGzip struct{ *gzip.Writer }
+
+func (p *pooledGzip) Close() error {
+	err := p.Writer.Close()
+	p.Reset(io.Discard)
+	gzipWriters.Put(p.Writer)
+	return err
 }
 
 func (t *output) diffID() digest.Digest { return t.sum.Digest() }
