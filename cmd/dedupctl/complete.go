@@ -61,10 +61,10 @@ func completeCommand() *cli.Command {
 		Name:      "complete",
 		Usage:     "fetch the blobs that a pull left out, or that were dropped since their layers are stored here",
 		ArgsUsage: "[IMAGE...]",
-		Description: "A layer that the node knows is not downloaded, and with blobs = \"drop\" no blob stays. They are\n" +
-			"missing where the image as such is wanted: ctr image push, export, convert, or another snapshotter.\n" +
-			"This fetches what is missing from the registry that IMAGE names, checked by digest, and keeps it as long\n" +
-			"as the image; with blobs = \"drop\" for an hour. No layer is unpacked.\n" +
+		Description: "A pull can skip the download of known layers, and blobs = \"drop\" removes blobs. They are needed\n" +
+			"by ctr image push, export and convert, and by other snapshotters.\n" +
+			"This fetches the missing blobs from the registry that IMAGE names, checks their digests, and keeps them as\n" +
+			"long as the image; with blobs = \"drop\" for an hour. It unpacks no layer.\n" +
 			"Without IMAGE: all images of the namespace.\n" +
 			"Exit code 1 also when an image could not be completed, after all others were; the output names it.",
 		Flags: append(registryFlags(),
