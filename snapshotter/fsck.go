@@ -133,7 +133,7 @@ func (h *health) judge(ctx context.Context, f layer.Finding, broken map[content.
 		out.Snapshots = names
 	}
 	out.Fixed = !slices.ContainsFunc(f.Layers, func(id content.LayerID) bool { _, still := broken[id]; return still })
-	out.Hint = "the layer is out of service: `dedupctl fsck --repair` heals what can be had again; otherwise remove " +
+	out.Hint = "the layer is out of service: `dedupctl fsck --repair` repairs what it can; otherwise remove " +
 		"the images and pull them again"
 	if out.Fixed {
 		out.Hint = ""

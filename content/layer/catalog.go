@@ -253,7 +253,7 @@ func (c *catalog) InService(chain ...content.LayerID) error {
 		case st == nil:
 			return fmt.Errorf("layer %s: %w", id, fs.ErrNotExist)
 		case st.damage != nil:
-			return fmt.Errorf("%w: %s: %w (`dedupctl fsck --repair` heals what can be had again; otherwise remove the image "+
+			return fmt.Errorf("%w: %s: %w (`dedupctl fsck --repair` repairs what it can; otherwise remove the image "+
 				"and pull it again)", ErrDamaged, id, *st.damage)
 		}
 	}

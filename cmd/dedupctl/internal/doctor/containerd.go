@@ -94,7 +94,7 @@ func (n *node) askContainerd(ctx context.Context, socket string) (*containerd, e
 func (n *node) lookAtVersion(c *containerd) {
 	var major, minor int
 	if _, err := fmt.Sscanf(strings.TrimPrefix(c.version, "v"), "%d.%d", &major, &minor); err != nil {
-		n.add(Info, "containerd.version", "", "containerd says version %q, which tells nothing", c.version)
+		n.add(Info, "containerd.version", "", "containerd says version %q, which is no version", c.version)
 		return
 	}
 	if major < 1 || major == 1 && minor < 7 {
@@ -147,7 +147,7 @@ func (n *node) readConfig(c *containerd) {
 		c.config, err = ctdconfig.Read(path, c.old())
 	}
 	if err != nil {
-		n.add(Warning, "containerd.config", "mend the file: containerd will not start again with it", "%v", err)
+		n.add(Warning, "containerd.config", "repair the file: containerd cannot restart with it", "%v", err)
 		return
 	}
 	switch more := len(c.config.Files) - 1; {

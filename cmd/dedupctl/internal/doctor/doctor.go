@@ -119,7 +119,7 @@ func (n *node) ok(check, format string, args ...any) { n.add(OK, check, "", form
 
 // failed notes that a check could not be made.
 func (n *node) failed(check string, err error) {
-	n.add(Warning, check, "", "could not be looked at: %v", err)
+	n.add(Warning, check, "", "could not be checked: %v", err)
 }
 
 // lookAtDaemon asks the daemon, whose word counts over that of its config file.
@@ -153,7 +153,7 @@ func (n *node) lookAtStore() {
 		return
 	}
 	if damaged := n.self.DamagedLayers; damaged > 0 {
-		n.add(Problem, "daemon.damage", "dedupctl fsck names the images; dedupctl fsck --repair heals what can be had again",
+		n.add(Problem, "daemon.damage", "dedupctl fsck names the images; dedupctl fsck --repair repairs what it can",
 			"%d layers are damaged and out of service", damaged)
 	} else {
 		n.ok("daemon.damage", "no layer is known to be damaged (dedupctl fsck verifies all)")

@@ -116,7 +116,7 @@ func (n *node) sayKernel(f lower.Features) {
 // sayMode says what follows from what was found, and what a newer kernel would add.
 func sayMode(n *node, f lower.Features) {
 	if f.Erofs != nil || f.Upper != nil {
-		n.add(Problem, "kernel.mode", "mend what the other findings name", "no mode: this node cannot serve images")
+		n.add(Problem, "kernel.mode", "fix the other problems first", "no mode: this node cannot serve images")
 		return
 	}
 	var newer []string

@@ -33,7 +33,7 @@ func (n *node) lookAtMounts(context.Context) {
 	}
 	if n.self != nil {
 		for _, point := range n.self.IdleMounts {
-			n.add(Info, "mounts.idle", "dedupctl gc; else it goes with its image",
+			n.add(Info, "mounts.idle", "dedupctl gc unmounts it now; otherwise it is unmounted with its image",
 				"%s: a chain image that no container uses is still mounted", point)
 		}
 	}
