@@ -90,7 +90,7 @@ test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (r
 
 .PHONY: test-vm
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (400 MB of downloads, half an hour)
-	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages)$$' ./integration/vm
+	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestQuota)$$' ./integration/vm
 
 .PHONY: test-kubelet
 test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)

@@ -21,7 +21,7 @@ var layers = [][]string{
 	{"/content/object"},
 	{"/content/layer"},
 	{"/content/forecast"},
-	{"/snapshotter/blobs", "/snapshotter/lower"},
+	{"/snapshotter/blobs", "/snapshotter/lower", "/snapshotter/quota"},
 	{"/snapshotter"},
 	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control"},
 	{"/cmd/containerd-dedup-grpc", "/cmd/dedupctl"},

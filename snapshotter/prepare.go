@@ -58,6 +58,10 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	labels map[string]string) (_ []mount.Mount, err error) {
 	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}
 	var id string
+	size, err := s.limits.take(ctx, key, c, labels)
+	if err != nil {
+		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+	}
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if c.ids, err = (idMapper{s.kernel.NoIDMap}).maps(ctx, key, parent, labels); err != nil {
 			return err
@@ -77,6 +81,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
 			s.ids.add(id, key)
 			s.steps.use(id, c.over)
+			s.limits.keep(id, size)
 		}
 		return err
 	})
@@ -84,6 +89,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	s.putOff(c.over)
 	if err != nil {
 		s.leave(ctx, id)
+		s.limits.giveBack(id, size)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
 	defer func() {
@@ -119,9 +125,12 @@ func (m *mounter) restoreDirs(id string, l below) error {
 	m.restoring.Lock()
 	defer m.restoring.Unlock()
 	if _, err := os.Stat(m.work(id)); !errors.Is(err, os.ErrNotExist) {
-		return err
+		return errors.Join(err, m.limits.makeRoom(id))
 	}
-	err := m.makeDir(m.upper(id), 0o755)
+	err := m.limits.enforce(id)
+	if err == nil {
+		err = m.makeDir(m.upper(id), 0o755)
+	}
 	if err == nil && (l.chain && l.mounted || len(l.steps) > 0 || l.ids != (idMap{})) {
 		err = copyRoot(l.top(), m.upper(id), l.ids)
 	}

@@ -81,8 +81,9 @@ func (t *tasks) unuse(ctx context.Context, id string) {
 // discard takes a snapshot's directory out of sight and deletes it in the background.
 func (t *tasks) discard(ctx context.Context, id string) error {
 	gone := t.path(dirSnapshots, goingPrefix+id)
-	err := os.Rename(t.path(dirSnapshots, id), gone)
+	err := t.limits.move(t.path(dirSnapshots, id), gone)
 	if errors.Is(err, os.ErrNotExist) {
+		t.limits.free(id)
 		return nil
 	}
 	if err != nil {
@@ -93,7 +94,7 @@ func (t *tasks) discard(ctx context.Context, id string) error {
 	t.background(func(context.Context) {
 		defer t.going.Delete(filepath.Base(gone))
 		defer t.step("discard.done")
-		if err := os.RemoveAll(gone); err != nil {
+		if err := t.limits.removeDir(filepath.Base(gone)); err != nil {
 			t.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
 		}

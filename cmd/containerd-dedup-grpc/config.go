@@ -18,6 +18,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -54,6 +55,8 @@ type Config struct {
 	ReserveInodes string `toml:"reserve_inodes"`
 	// MaxMemory bounds what ingests and chain builds keep in memory: "auto", or an amount such as "2GiB".
 	MaxMemory string `toml:"max_memory"`
+	// ProjectIDs are for containers whose size is limited: "first-last", used by nobody else on root's file system.
+	ProjectIDs string `toml:"project_ids"`
 	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
 	LogLevel string `toml:"log_level"`
 	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
@@ -83,6 +86,7 @@ func defaultConfig() Config {
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		MaxMemory:         "auto",
+		ProjectIDs:        quota.DefaultRange.String(),
 		LogLevel:          "info",
 	}
 }
@@ -116,7 +120,7 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"blobs, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, "+
+			"blobs, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, project_ids, log_level, "+
 			"metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
@@ -177,6 +181,9 @@ func (c Config) validate() error {
 	}
 	if _, err := c.memory(); err != nil {
 		return err
+	}
+	if _, err := quota.ParseRange(c.ProjectIDs); err != nil {
+		return fmt.Errorf("project_ids = %q: %w", c.ProjectIDs, err)
 	}
 	if c.MetricsAddress != "" {
 		// A name could lead elsewhere tomorrow, and no address would mean all of them.

@@ -37,6 +37,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/compare"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -148,6 +149,10 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	if err != nil {
 		return nil, nil, err
 	}
+	projects, err := quota.ParseRange(c.ProjectIDs)
+	if err != nil {
+		return nil, nil, err
+	}
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
 	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
@@ -159,7 +164,7 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	sn, err = snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
-		Reserve: reserve, MaxMemory: memory,
+		Reserve: reserve, MaxMemory: memory, Projects: projects,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind, Committed: trimmer.Committed,
 	})

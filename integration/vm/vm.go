@@ -142,7 +142,7 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	}
 	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"),
 		"crc32c_generic", // what the file systems ask for by another name
-		"virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "overlay", "erofs")
+		"virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "xfs", "quota_v2", "overlay", "erofs")
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}

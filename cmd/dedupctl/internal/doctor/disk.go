@@ -7,7 +7,10 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 const (
@@ -34,6 +37,7 @@ func (n *node) lookAtDisk(context.Context) {
 	}
 	n.lookAtSpace(st)
 	n.lookAtInodes(st)
+	lookAtQuota(n)
 	dir, err := os.MkdirTemp(n.place(), "probe-disk-")
 	if err != nil {
 		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root",
@@ -77,6 +81,16 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 	default:
 		n.ok("disk.inodes", "%s", text)
 	}
+}
+
+// lookAtQuota: what a client asks for with a label, the kernel has to keep.
+func lookAtQuota(n *node) {
+	if err := quota.Probe(n.place()); err != nil {
+		n.add(Info, "disk.quota", "only if containers are to be limited: "+quota.Remedy+", then restart the daemon",
+			"the label %s is ignored: %v", snapshots.LabelSnapshotMaxSize, err)
+		return
+	}
+	n.ok("disk.quota", "the label %s is kept: the file system enforces project quotas", snapshots.LabelSnapshotMaxSize)
 }
 
 // lookAtTypes: overlayfs needs readdir to tell what an entry is.
