@@ -223,6 +223,8 @@ const limitStepEnv = "DEDUP_LIMIT_STEP"
 // and where the container is removed, no limit and nothing charged.
 func TestMaxSizeKilled(t *testing.T) {
 	onQuotas(t, func(t *testing.T, root string) {
+		// root may have a project of its own, which keeps directories of other projects from being moved there.
+		must(t, errors.Join(os.Mkdir(root, 0o700), quota.Assign(root, 7)))
 		for _, step := range []string{"prepare.recorded", "limit.assigned", "limit.set", "prepare.made", "remove.recorded",
 			"discard.renamed", "limit.lifted", "discard.done"} {
 			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestMaxSizeChild$")

@@ -303,6 +303,9 @@ func copyXattrs(from, to string) error {
 		if strings.HasPrefix(name, "trusted.overlay.") {
 			continue // it is about the directory of a step, which another overlay wrote
 		}
+		if name == "security.selinux" && lower.MountContext() != "" {
+			continue // that of the mount: the directory has its own
+		}
 		value := make([]byte, 64<<10)
 		n, err := unix.Getxattr(from, name, value)
 		if err == nil {
