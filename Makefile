@@ -182,7 +182,7 @@ deb: build ## a Debian package, into out/
 		UNITDIR=/usr/lib/systemd/system TMPFILESDIR=/usr/lib/tmpfiles.d ZSHDIR=/usr/share/zsh/vendor-completions
 	install -d out/deb/DEBIAN out/deb$(DOCDIR)
 	install -m 0644 LICENSE out/deb$(DOCDIR)/copyright
-	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json out/deb$(DOCDIR)/
+	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json deploy/selinux/label.sh out/deb$(DOCDIR)/
 	install -m 0755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm out/deb/DEBIAN/
 	install -m 0644 deploy/debian/conffiles out/deb/DEBIAN/
 	(cd out/deb && find usr -type f -exec md5sum {} +) > out/deb/DEBIAN/md5sums

@@ -11,7 +11,6 @@ cp /repo/bin/containerd-dedup-grpc /usr/local/bin/
 sh /label.sh 2>&1 | grep -v libsemanage
 matchpathcon /var/lib/containerd-dedup-grpc/packs/x /var/lib/containerd-dedup-grpc/snapshots/1
 restorecon -RF /dev /run
-
 mkdir -p /var/lib/containerd/nodes
 chcon -t container_var_lib_t /var/lib/containerd /var/lib/containerd/nodes
 chcon -R -t usr_t /cache /repo
@@ -23,6 +22,7 @@ export DEDUP_CACHE=/cache DEDUP_SLOW=1 TMPDIR=/var/lib/containerd/nodes
 setenforce 1
 echo "selinux: $(getenforce), $(id -Z)"
 dmesg -c > /dev/null
+/repo/bin/dedupctl doctor | grep -A1 SELinux || true
 ./itest -test.v -test.run '^TestSELinux$' || code=$?
 dmesg | grep avc: | tail -60
 exit $code

@@ -13,6 +13,8 @@ import (
 //go:embed selinux.sh
 var selinuxScript string
 
+// With Debian's policy, enforcing, a real containerd and the daemon in the domain that the policy has for container
+// engines, containers that are confined read images, and nothing that they should not.
 func TestSELinux(t *testing.T) {
 	opts := nodeOptions(t, Trixie)
 	tree, err := SELinuxTree(t.Context(), Trixie, func(s string) { t.Log(s) })
@@ -31,5 +33,11 @@ func TestSELinux(t *testing.T) {
 	opts.Files["label.sh"] = filepath.Join(root, "deploy/selinux/label.sh")
 	opts.Tree, opts.Append = tree, "security=selinux"
 	opts.Script = selinuxScript
-	runVM(t, opts, 30*time.Minute)
+	out := runVM(t, opts, 30*time.Minute)
+	for _, want := range []string{"--- PASS: TestSELinux/private ", "--- PASS: TestSELinux/shared ",
+		"SELinux is enforcing: images are mounted as system_u:object_r:container_file_t:s0, and root is labelled"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q", want)
+		}
+	}
 }
