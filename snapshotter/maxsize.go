@@ -72,8 +72,8 @@ func (ls *limits) open(ctx context.Context, in quota.Range, stored records) {
 		var l limit
 		if _, err := fmt.Sscanf(sn.Labels[labelLimit], limitFormat, &l.project, &l.bytes); err == nil {
 			ls.keep(sn.id, l)
-		} else if p := ls.projectOf(filepath.Join(dir, sn.id)); p != 0 { // committed, and not yet ingested
-			ls.keep(sn.id, limit{project: p})
+		} else if sn.Labels[labelPending] != "" && ls.why == nil { // committed, it has the project until it is ingested
+			ls.keep(sn.id, limit{project: ls.projectOf(filepath.Join(dir, sn.id))})
 		}
 	}
 	if n := len(ls.of); n > 0 && ls.why != nil {

@@ -219,46 +219,68 @@ func fillFile(t *testing.T, path string, size int) (n int) {
 
 const limitStepEnv = "DEDUP_LIMIT_STEP"
 
-// A process that is killed anywhere between the record of a limit and the end of its removal leaves a store that opens,
-// and where the container is removed, no limit and nothing charged.
+// A process that is killed anywhere between the record of a limit and the end of its removal, or of its commit, leaves
+// a store that opens, and where the container is removed, no limit and nothing charged.
 func TestMaxSizeKilled(t *testing.T) {
 	onQuotas(t, func(t *testing.T, root string) {
 		// root may have a project of its own, which keeps directories of other projects from being moved there.
 		must(t, errors.Join(os.Mkdir(root, 0o700), quota.Assign(root, 7)))
-		for _, step := range []string{"prepare.recorded", "limit.assigned", "limit.set", "prepare.made", "remove.recorded",
-			"discard.renamed", "limit.lifted", "discard.done"} {
+		for _, step := range []string{"prepare.recorded", "limit.assigned", "limit.set", "prepare.made",
+			"remove.recorded", "remove discard.renamed", "remove limit.lifted", "remove discard.done",
+			"commit.recorded", "pending.ingested", "pending.noted", "commit discard.renamed", "commit limit.lifted"} {
 			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestMaxSizeChild$")
 			cmd.Env = append(os.Environ(), limitStepEnv+"="+root+"\n"+step)
 			if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(err.Error(), "killed") {
 				t.Fatalf("%s: not killed: %v\n%s", step, err, out)
 			}
-			s, ctx := open(t, root), ns(t, "a")
-			var mine []quota.Project
-			if _, err := s.Stat(ctx, "a/1/one"); err == nil {
-				mounts, err := s.Mounts(ctx, "a/1/one")
-				must(t, err)
-				at := t.TempDir()
-				must(t, mount.All(mounts, at))
-				if n := fillFile(t, filepath.Join(at, "file"), 4<<20); n > 2<<20 {
-					t.Errorf("%s: %d bytes were written", step, n)
-				}
-				must(t, unix.Unmount(at, 0))
-				for _, l := range s.limits.of {
-					mine = append(mine, l.project)
-				}
-				must(t, s.Remove(ctx, "a/1/one"))
-			}
+			s := open(t, root)
 			used, err := os.ReadFile(filepath.Join(root, "../project"))
 			must(t, err)
 			var p quota.Project
-			if _, err := fmt.Sscan(string(used), &p); err != nil || len(mine) > 0 && mine[0] != p {
-				t.Errorf("%s: project %d was used, then %v, %v", step, p, mine, err)
-			}
+			_, err = fmt.Sscan(string(used), &p)
+			must(t, err)
+			limitAfterKill(t, s, step, p)
 			waitIdle(t, s, p)
 			leavesNothing(t, s)
 			must(t, stop(s))
 		}
 	})
+}
+
+// limitAfterKill removes what the killed process has left of its container, which has the project, or of its layer.
+func limitAfterKill(t *testing.T, s *Snapshotter, step string, p quota.Project) {
+	t.Helper()
+	ctx := ns(t, "a")
+	if _, err := s.Stat(ctx, "a/2/layer"); err == nil {
+		if err := s.Remove(ctx, "a/3/view"); err != nil && !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+		_, err := s.View(ctx, "a/3/view", "a/2/layer") // waits for the ingest
+		must(t, errors.Join(err, s.Remove(ctx, "a/3/view"), s.Remove(ctx, "a/2/layer")))
+	}
+	if _, err := s.Stat(ctx, "a/1/one"); err != nil {
+		return
+	}
+	if l := s.limits.of[idOf(t, s, "a/1/one")]; l.project != p {
+		t.Errorf("%s: project %d was used, then %d", step, p, l.project)
+	}
+	mounts, err := s.Mounts(ctx, "a/1/one")
+	must(t, err)
+	at := t.TempDir()
+	must(t, mount.All(mounts, at))
+	if n := fillFile(t, filepath.Join(at, "file"), 4<<20); n > 2<<20 {
+		t.Errorf("%s: %d bytes were written", step, n)
+	}
+	must(t, errors.Join(unix.Unmount(at, 0), s.Remove(ctx, "a/1/one")))
+}
+
+func idOf(t *testing.T, s *Snapshotter, key string) (id string) {
+	t.Helper()
+	must(t, s.db.view(t.Context(), func(ctx context.Context) (err error) {
+		id, _, _, err = getInfo(ctx, key)
+		return err
+	}))
+	return id
 }
 
 // TestMaxSizeChild is the process that TestMaxSizeKilled runs.
@@ -267,6 +289,10 @@ func TestMaxSizeChild(t *testing.T) {
 	if !ok {
 		t.Skip("started by TestMaxSizeKilled alone")
 	}
+	last, commit := step, strings.HasPrefix(step, "commit") || strings.HasPrefix(step, "pending")
+	if _, after, ok := strings.Cut(step, " "); ok {
+		last = after
+	}
 	var s *Snapshotter
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Step: func(name string) {
 		if name == "prepare.recorded" {
@@ -274,7 +300,7 @@ func TestMaxSizeChild(t *testing.T) {
 				must(t, os.WriteFile(filepath.Join(root, "../project"), []byte(fmt.Sprint(l.project)), 0o600))
 			}
 		}
-		if name == step {
+		if name == last {
 			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
 			select {} // until it arrives
 		}
@@ -286,5 +312,13 @@ func TestMaxSizeChild(t *testing.T) {
 	at := t.TempDir()
 	must(t, mount.All(mounts, at))
 	fillFile(t, filepath.Join(at, "file"), 1<<20)
-	must(t, errors.Join(unix.Unmount(at, 0), s.Remove(ctx, "a/1/one"), stop(s)))
+	must(t, unix.Unmount(at, 0))
+	if commit {
+		must(t, s.Commit(ctx, "a/2/layer", "a/1/one"))
+		_, err := s.View(ctx, "a/3/view", "a/2/layer") // waits for the ingest
+		must(t, err)
+	} else {
+		must(t, s.Remove(ctx, "a/1/one"))
+	}
+	must(t, stop(s))
 }

@@ -9,6 +9,7 @@ echo "selinux: $(getenforce), $(id -Z)"
 setfiles -F /etc/selinux/default/contexts/files/file_contexts / 2>&1 | tail -5
 cp /repo/bin/containerd-dedup-grpc /usr/local/bin/
 sh /label.sh 2>&1 | grep -v libsemanage
+semodule -i /dedup-debian.cil 2>&1 | grep -v libsemanage || true
 matchpathcon /var/lib/containerd-dedup-grpc/packs/x /var/lib/containerd-dedup-grpc/snapshots/1
 restorecon -RF /dev /run
 mkdir -p /var/lib/containerd/nodes

@@ -30,7 +30,9 @@ func TestSELinux(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	opts.Files["label.sh"] = filepath.Join(root, "deploy/selinux/label.sh")
+	for _, name := range []string{"label.sh", "dedup-debian.cil"} {
+		opts.Files[name] = filepath.Join(root, "deploy/selinux", name)
+	}
 	opts.Tree, opts.Append = tree, "security=selinux"
 	opts.Script = selinuxScript
 	out := runVM(t, opts, 30*time.Minute)
@@ -39,5 +41,8 @@ func TestSELinux(t *testing.T) {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q", want)
 		}
+	}
+	if strings.Contains(out, "denied  { watch") {
+		t.Error("the daemon may not see who reads blobs")
 	}
 }
