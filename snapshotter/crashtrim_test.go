@@ -185,7 +185,8 @@ func (c *crashContainerd) image(ctx context.Context, name string, blob []byte) (
 	configDesc := write(ocispec.MediaTypeImageConfig, config, map[string]string{
 		"containerd.io/gc.ref.snapshot.dedup": identity.ChainID(diffIDs).String()})
 	manifest, jerr := json.Marshal(ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
-		MediaType: ocispec.MediaTypeImageManifest, Config: configDesc, Layers: []ocispec.Descriptor{layer}})
+		MediaType: ocispec.MediaTypeImageManifest, Config: configDesc, Layers: []ocispec.Descriptor{layer},
+		Annotations: map[string]string{"name": name}}) // another one in each round: a trim takes references off it
 	err = errors.Join(err, jerr)
 	target := write(ocispec.MediaTypeImageManifest, manifest, map[string]string{
 		"containerd.io/gc.ref.content.config": configDesc.Digest.String(),
