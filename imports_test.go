@@ -17,7 +17,7 @@ const module = "github.com/dedup-snapshotter/dedup-snapshotter"
 // /content and /proto.
 var layers = [][]string{
 	{"/content/archive", "/content/tree", "/content/verity"},
-	{"/content/erofs"},
+	{"/content/erofs", "/content/recipe"},
 	{"/content/object"},
 	{"/content/layer"},
 	{"/content/forecast"},

@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/encoders"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/recipe"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 )
@@ -80,7 +81,7 @@ func runEncoders(c *cli.Context) (err error) {
 
 type encoderTable struct {
 	w             io.Writer
-	gzip, zstd    []encoders.Encoder
+	gzip, zstd    []recipe.Encoder
 	rows, matched int
 }
 
@@ -97,11 +98,11 @@ func (t *encoderTable) row(ctx context.Context, name, path string) error {
 	if isZstd {
 		list = t.zstd
 	}
-	m, err := encoders.Find(ctx, blob, data, list)
+	m, err := encoders.Find(ctx, path, list)
 	if err != nil {
 		return err
 	}
-	r, err := encoders.MakeRecipe(data)
+	r, err := encoders.MakeRecipe(ctx, data)
 	if err != nil {
 		return err
 	}
@@ -111,12 +112,9 @@ func (t *encoderTable) row(ctx context.Context, name, path string) error {
 		t.matched++
 		by, took = m.Encoder, m.Time.Round(time.Millisecond).String()
 	}
-	recipe := "the tar is not made again"
-	if r.Same {
-		recipe = fmt.Sprintf("%.1f bytes a file", float64(r.Bytes)/float64(max(1, r.Files)))
-	}
+	cost := fmt.Sprintf("%.1f bytes a file", float64(r.Bytes)/float64(max(1, r.Files)))
 	_, err = fmt.Fprintf(t.w, "| %s | %.1f MB, %.1f MB | %s | %s | %s |\n",
-		name, float64(len(blob))/1e6, float64(len(data))/1e6, by, took, recipe)
+		name, float64(len(blob))/1e6, float64(len(data))/1e6, by, took, cost)
 	return err
 }
 
