@@ -2,6 +2,7 @@ package recipe
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	stdgzip "compress/gzip"
 	"context"
@@ -393,25 +394,14 @@ func FuzzRead(f *testing.F) {
 	}
 	f.Add(raw)
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		var file bytes.Buffer
-		w, err := zstd.NewWriter(&file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := w.Write(raw); err != nil {
-			t.Fatal(err)
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		r, err := Read(&file)
-		if err != nil {
+		// Without zstd, whose checksum would keep everything else out.
+		r := &Recipe{in: bufio.NewReader(bytes.NewReader(raw)), last: -1}
+		if r.readHeader() != nil {
 			return
 		}
-		defer r.Close()
 		var n counter
-		if err := r.Build(t.Context(), &n, l); int64(n) > r.Size {
-			t.Errorf("%d of %d bytes: %v", n, r.Size, err)
+		if err := r.tar(t.Context(), &n, l); int64(n) > r.TarSize || err == nil && int64(n) != r.TarSize {
+			t.Errorf("%d of %d bytes: %v", n, r.TarSize, err)
 		}
 	})
 }
