@@ -89,7 +89,7 @@ func serve(ctx context.Context, c Config) (err error) {
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
-		Catalog: catalog, Blobs: c.Blobs, Trimmer: trimmer,
+		Catalog: catalog, Blobs: c.Blobs, Trimmer: trimmer, Found: found,
 	}))
 
 	done := make(chan error, 1)
@@ -155,7 +155,11 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 			"to be fetched again")
 	}
 	stored := func(ctx context.Context) (blobs.Stored, error) { return snapshotter.StoredLayers(ctx, sn) }
-	trimmer = blobs.NewTrimmer(catalog, found, stored, nil)
+	var recipes blobs.Recipes
+	if c.Recipes {
+		recipes = snapshotter.KeepRecipes(func() *snapshotter.Snapshotter { return sn })
+	}
+	trimmer = blobs.NewTrimmer(catalog, found, stored, recipes, nil)
 	sn, err = snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),

@@ -34,6 +34,7 @@ type TrimmedImage struct {
 	KeptBlobs int64    `json:"kept_blobs"`
 	KeptBytes int64    `json:"kept_bytes"`
 	Kept      string   `json:"kept,omitempty"`
+	Recipes   int64    `json:"recipes"`
 }
 
 // dockerNamespace is containerd's namespace that Docker uses.
@@ -88,7 +89,7 @@ func runTrim(c *cli.Context) error {
 		out.Images = append(out.Images, TrimmedImage{
 			Namespace: i.GetNamespace(), Names: append([]string{}, i.GetNames()...),
 			Manifest: i.GetManifest(), Layers: i.GetLayers(), Blobs: i.GetBlobs(), BlobBytes: i.GetBlobBytes(),
-			KeptBlobs: i.GetKeptBlobs(), KeptBytes: i.GetKeptBytes(), Kept: i.GetKept(),
+			KeptBlobs: i.GetKeptBlobs(), KeptBytes: i.GetKeptBytes(), Kept: i.GetKept(), Recipes: i.GetRecipes(),
 		})
 	}
 	return print(c, out, writeTrimmed)
@@ -104,6 +105,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 		goes, verb = "TO DROP", "would be freed"
 	}
 	lastCopies, docker := false, false
+	recipes := int64(0)
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "NAMESPACE\tIMAGE\tLAYERS\tBLOBS\t%s\tKEPT\tWHY KEPT\n", goes)
 		for _, i := range t.Images {
@@ -112,6 +114,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 				why = "-"
 			}
 			lastCopies = lastCopies || strings.HasPrefix(why, "the last copy")
+			recipes += i.Recipes
 			docker = docker || i.Namespace == dockerNamespace && i.BlobBytes > 0
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.Namespace, imageName(i.Names), count(i.Layers),
 				count(i.Blobs+i.KeptBlobs), dash(i.BlobBytes), dash(i.KeptBytes), plain(why))
@@ -119,6 +122,10 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 	})
 	fmt.Fprintf(w, "\n%s, %s %s in containerd's content store\n", plural(t.FreedBlobs, "blob", "blobs"),
 		size(t.FreedBytes), verb)
+	if recipes > 0 {
+		fmt.Fprintf(w, "%s can be made again from the store, without a registry: dedupctl complete IMAGE\n",
+			plural(recipes, "of them", "of them"))
+	}
 	if lastCopies {
 		fmt.Fprintln(w, "what was built or imported here goes only by name: dedupctl trim --last-copy IMAGE")
 	}

@@ -36,6 +36,7 @@ func (s *Server) Trim(ctx context.Context, req *dedupv1.TrimRequest) (*dedupv1.T
 		resp.Images = append(resp.Images, &dedupv1.TrimmedImage{
 			Namespace: i.Namespace, Names: i.Names, Manifest: i.Manifest.String(), Layers: int64(i.Layers),
 			Blobs: int64(i.Blobs), BlobBytes: i.Bytes, KeptBlobs: int64(i.KeptBlobs), KeptBytes: i.KeptBytes, Kept: i.Kept,
+			Recipes: int64(i.Recipes),
 		})
 	}
 	return resp, nil
