@@ -29,6 +29,12 @@ type found struct {
 	head []byte // the blob's gzip header
 }
 
+// Find looks for the encoder of a blob: see find.
+func Find(ctx context.Context, open Opener, memory archive.Memory) (Encoder, error) {
+	f, err := find(ctx, open, memory)
+	return f.Encoder, err
+}
+
 // find looks for the encoder of a blob. It compares what each makes of the beginning of the tar, and all of the blob
 // only where more than one is left. The error wraps ErrNoEncoder when there is none.
 func find(ctx context.Context, open Opener, memory archive.Memory) (f found, err error) {

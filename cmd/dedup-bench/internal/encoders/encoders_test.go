@@ -74,8 +74,12 @@ func TestFind(t *testing.T) {
 }
 
 func TestRecipe(t *testing.T) {
-	r, err := MakeRecipe(t.Context(), testTar(t))
-	if err != nil || r.Files != 2 || r.Pycs != 1 || r.Bytes == 0 || r.Bytes > 1000 {
+	path, data := filepath.Join(t.TempDir(), "tar"), testTar(t)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := MakeRecipe(t.Context(), path, data)
+	if err != nil || r.Files != 2 || r.Pycs != 1 || r.Bytes == 0 || r.Bytes > 1000 || r.Encoder != "tar" {
 		t.Errorf("%+v, %v", r, err)
 	}
 }
