@@ -23,7 +23,7 @@ var layers = [][]string{
 	{"/content/forecast"},
 	{"/snapshotter/blobs", "/snapshotter/lower"},
 	{"/snapshotter"},
-	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control"},
+	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control", "/snapshotter/source"},
 	{"/cmd/containerd-dedup-grpc", "/cmd/dedupctl"},
 }
 

@@ -13,7 +13,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
@@ -118,8 +123,26 @@ func TestTrimmedWithoutRegistry(t *testing.T) {
 		t.Errorf("of what no encoder makes, without a registry: %q, %v", out, err)
 	}
 	equal(t, files, dump(t, n, node.Snapshotter, ref), noRootTime)
+	servesBlobs(t, n, layers)
 	fsck(t, n, 0)
 	removesRecipes(t, n, ref, mixed)
+}
+
+// servesBlobs reads what can be made from the daemon's socket, as a client of containerd's content API.
+func servesBlobs(t *testing.T, n *node.Node, layers []*image.Layer) {
+	t.Helper()
+	ctx := testContext(t)
+	c, err := client.New(n.DedupAddress())
+	must(t, err)
+	defer c.Close()
+	ctx = namespaces.WithNamespace(ctx, node.Namespace)
+	for _, l := range layers {
+		got, err := content.ReadBlob(ctx, c.ContentStore(), ocispec.Descriptor{Digest: digest.Digest(l.Hash.String())})
+		must(t, err)
+		if sum := digest.FromBytes(got); sum.String() != l.Hash.String() {
+			t.Errorf("%s is served with other bytes", l.Hash)
+		}
+	}
 }
 
 // removesRecipes removes the images, and with them the recipes.

@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
@@ -37,6 +38,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/compare"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/source"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -86,6 +88,9 @@ func serve(ctx context.Context, c Config) (err error) {
 	applier := apply.New(sn, found)
 	defer applier.Close()
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, newComparer(sn, conn)))
+	made := source.New(sn.Layers())
+	defer func() { err = errors.Join(err, made.Close()) }()
+	contentapi.RegisterContentServer(server, made.Server())
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
@@ -61,9 +62,10 @@ type RecipeStats struct {
 
 // BlobInfo is a blob that can be made.
 type BlobInfo struct {
-	Digest digest.Digest
-	Size   int64
-	Layer  content.LayerID
+	Digest  digest.Digest
+	Size    int64
+	Layer   content.LayerID
+	Created time.Time // of the recipe
 }
 
 func recipeName(blob content.Sum, id content.LayerID) string { return blob.Hex() + "-" + id.Hex() }
@@ -363,7 +365,27 @@ func (r *recipes) Recipe(blob digest.Digest) (BlobInfo, error) {
 	}
 	defer f.Close()
 	defer rec.Close()
-	return BlobInfo{Digest: blob, Size: rec.Size, Layer: k.layer}, rec.Check()
+	fi, err := f.Stat()
+	if err != nil {
+		return BlobInfo{}, err
+	}
+	return BlobInfo{Digest: blob, Size: rec.Size, Layer: k.layer, Created: fi.ModTime()}, rec.Check()
+}
+
+// Recipes returns the blobs whose recipes are kept and whose layers are in service, sorted.
+func (r *recipes) Recipes() (list []digest.Digest) {
+	r.catalog.mu.RLock()
+	for blob, all := range r.catalog.recipes.byBlob {
+		for _, k := range all {
+			if st := r.layers[k.layer]; st != nil && st.damage == nil {
+				list = append(list, blob.Digest())
+				break
+			}
+		}
+	}
+	r.catalog.mu.RUnlock()
+	slices.Sort(list)
+	return list
 }
 
 // begin opens a recipe. One that is damaged is removed.
@@ -395,47 +417,6 @@ func (r *recipes) discard(k keptRecipe, why error) {
 	defer r.catalog.mu.Unlock()
 	_ = os.Remove(r.recipePath(k.blob, k.layer))
 	r.catalog.recipes.drop(k.blob, k.layer)
-}
-
-// WriteBlob makes a blob of its recipe and writes it to w. The error wraps ErrNoRecipe where none is kept. What was
-// written before an error is worth nothing.
-func WriteBlob(ctx context.Context, s *Store, blob digest.Digest, w io.Writer) (err error) {
-	r := s.recipes
-	k, ok := r.recipeOf(blob, true)
-	if !ok {
-		return fmt.Errorf("blob %s: %w", blob, ErrNoRecipe)
-	}
-	defer s.Release(k.layer)
-	f, rec, err := r.begin(k)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	defer rec.Close()
-	defer func() {
-		r.count(func(st *RecipeStats) {
-			if err == nil {
-				st.Followed, st.FollowedBytes = st.Followed+1, st.FollowedBytes+rec.Size
-			} else if ctx.Err() == nil {
-				st.Useless++
-			}
-		})
-	}()
-	mem, err := r.budget.share(ctx, false)
-	if err != nil {
-		return err
-	}
-	defer mem.end()
-	l, err := r.read(ctx, k.layer, mem)
-	if err != nil {
-		return err
-	}
-	err = rec.Build(ctx, w, l)
-	r.discard(k, err)
-	if errors.Is(err, recipe.ErrOtherBytes) {
-		err = fmt.Errorf("%w; a payload may be damaged: run `dedupctl fsck`", err)
-	}
-	return err
 }
 
 // orphanRecipes finds those without a layer, and removes them if asked to.
