@@ -22,7 +22,7 @@ import (
 // keepRecipes keeps a recipe of each blob that goes from the disk, where one can be made. A blob without goes all the
 // same, as it does where no recipes are kept. Only the end of ctx is an error.
 func (t *Trimmer) keepRecipes(ctx context.Context, plan TrimPlan) error {
-	if t.recipes == nil {
+	if t.recipes == nil || plan.noRecipes {
 		return nil
 	}
 	for at := range plan.Images {

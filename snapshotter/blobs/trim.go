@@ -106,6 +106,8 @@ type TrimOptions struct {
 	Survey bool
 	// Wait is how long Settle waits for those who read.
 	Wait time.Duration
+	// NoRecipes keeps none of what goes.
+	NoRecipes bool
 }
 
 // TrimImage is one manifest of a namespace with blobs in the content store, or named in the options.
@@ -137,9 +139,10 @@ type TrimPlan struct {
 	Blobs int
 	Bytes int64
 
-	going map[digest.Digest]int64
-	again time.Time
-	at    time.Time // before anything was looked at
+	going     map[digest.Digest]int64
+	noRecipes bool
+	again     time.Time
+	at        time.Time // before anything was looked at
 	// unseen is why nobody knows who reads blobs: then all stay.
 	unseen error
 }
@@ -171,7 +174,7 @@ func (t *Trimmer) Totals() TrimTotals {
 
 // Plan finds what can be let go of. It changes nothing.
 func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
-	plan.at = time.Now()
+	plan.at, plan.noRecipes = time.Now(), opts.NoRecipes
 	plan.unseen = t.readers.look(ctx)
 	graphs, err := t.catalog.graphs(ctx)
 	if err != nil {

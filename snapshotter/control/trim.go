@@ -17,6 +17,7 @@ func (s *Server) Trim(ctx context.Context, req *dedupv1.TrimRequest) (*dedupv1.T
 	plan, err := s.opts.Trimmer.Settle(ctx, blobs.TrimOptions{
 		Namespace: req.GetNamespace(), Images: req.GetImages(), LastCopy: req.GetLastCopy(), Fetched: req.GetFetched(),
 		Survey: req.GetDryRun(), Wait: time.Duration(req.GetWaitSeconds()) * time.Second,
+		NoRecipes: req.GetNoRecipes(),
 	})
 	if err == nil && !req.GetDryRun() {
 		plan, err = s.opts.Trimmer.Execute(ctx, plan)

@@ -1554,7 +1554,9 @@ type TrimRequest struct {
 	// Also blobs that were fetched for their own sake within the hour, by `dedupctl complete` say.
 	Fetched bool `protobuf:"varint,5,opt,name=fetched,proto3" json:"fetched,omitempty"`
 	// How long to wait for those who read what would go. What is read for longer stays.
-	WaitSeconds   uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
+	WaitSeconds uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
+	// Keep no recipes of the blobs that go, which takes about as long as compressing them again.
+	NoRecipes     bool `protobuf:"varint,7,opt,name=no_recipes,json=noRecipes,proto3" json:"no_recipes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1629,6 +1631,13 @@ func (x *TrimRequest) GetWaitSeconds() uint32 {
 		return x.WaitSeconds
 	}
 	return 0
+}
+
+func (x *TrimRequest) GetNoRecipes() bool {
+	if x != nil {
+		return x.NoRecipes
+	}
+	return false
 }
 
 type TrimResponse struct {
@@ -2237,14 +2246,16 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
 	"\n" +
 	"GCResponse\x12+\n" +
-	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\xb6\x01\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\xd5\x01\n" +
 	"\vTrimRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x16\n" +
 	"\x06images\x18\x03 \x03(\tR\x06images\x12\x1b\n" +
 	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\x12\x18\n" +
 	"\afetched\x18\x05 \x01(\bR\afetched\x12!\n" +
-	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\"\x80\x01\n" +
+	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\x12\x1d\n" +
+	"\n" +
+	"no_recipes\x18\a \x01(\bR\tnoRecipes\"\x80\x01\n" +
 	"\fTrimResponse\x12.\n" +
 	"\x06images\x18\x01 \x03(\v2\x16.dedup.v1.TrimmedImageR\x06images\x12\x1f\n" +
 	"\vfreed_blobs\x18\x02 \x01(\x03R\n" +
