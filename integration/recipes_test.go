@@ -143,6 +143,18 @@ func servesBlobs(t *testing.T, n *node.Node, layers []*image.Layer) {
 			t.Errorf("%s is served with other bytes", l.Hash)
 		}
 	}
+	out, err := n.Ctr(ctx, "--address", n.DedupAddress(), "content", "ls", "--quiet")
+	if err != nil || len(strings.Fields(out)) != len(layers) || !strings.Contains(out, layers[1].Hash.String()) {
+		t.Errorf("ctr lists %q, %v", out, err)
+	}
+	out, err = n.Ctr(ctx, "--address", n.DedupAddress(), "content", "get", layers[1].Hash.String())
+	if err != nil || digest.FromString(out).String() != layers[1].Hash.String() {
+		t.Errorf("ctr gets %d bytes, %v", len(out), err)
+	}
+	_, err = n.Ctr(ctx, "--address", n.DedupAddress(), "content", "rm", layers[1].Hash.String())
+	if err == nil || !strings.Contains(err.Error(), "read only") {
+		t.Errorf("ctr removes: %v", err)
+	}
 }
 
 // removesRecipes removes the images, and with them the recipes.
