@@ -18,7 +18,7 @@ const (
 	// version changes with the format. A recipe of another one is refused: blobs come from the registry then.
 	version = 1
 	// window is what a decoder and an encoder of zstd keep of a recipe.
-	window = 4 << 20
+	window = 1 << 20
 	// maxHead bounds the gzip header that a recipe keeps, maxHeader the whole header.
 	maxHead   = 4 << 10
 	maxHeader = maxHead + 1<<10
@@ -54,7 +54,7 @@ type output struct {
 }
 
 func newOutput(w io.Writer) (*output, error) {
-	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderConcurrency(1),
+	z, err := zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1),
 		zstd.WithWindowSize(window), zstd.WithEncoderCRC(true))
 	if err != nil {
 		return nil, fmt.Errorf("zstd encoder: %w", err)

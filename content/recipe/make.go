@@ -123,6 +123,7 @@ type splitter struct {
 	bySum    map[content.Sum]int // made when it is first needed
 	raw      *tap
 	buf      []byte
+	kept     []byte // what the content of the last member was kept in
 	stats    Stats
 	last     int // the payload before
 }
@@ -172,7 +173,8 @@ func sparse(h *tar.Header) bool {
 // member reads the content of one, and finds it in the layer.
 func (s *splitter) member(tr *tar.Reader, h *tar.Header) error {
 	n, e := s.byPath(h)
-	c := &contentOf{sum: sha256.New()}
+	c := &contentOf{sum: sha256.New(), kept: s.kept[:0]}
+	defer func() { s.kept = c.kept }()
 	if e != nil && e.Size == h.Size {
 		c.expect(e, s.l)
 	}
@@ -265,7 +267,7 @@ func sumOf(e *content.Entry) content.Sum {
 type contentOf struct {
 	n    int64
 	sum  hash.Hash
-	kept []byte // all of it, up to keptContent
+	kept []byte // all of it, if it is no longer than keptContent
 	head []byte // the first bytes, until they are a bytecode's header
 	want content.Sum
 	// stamp is what the layer's bytecode records; nil for other content. stamped is the sum with it.
@@ -290,8 +292,6 @@ func (c *contentOf) Write(p []byte) (int, error) {
 	c.sum.Write(p)
 	if c.n <= keptContent {
 		c.kept = append(c.kept, p...)
-	} else {
-		c.kept = nil
 	}
 	if c.stamped == nil {
 		return len(p), nil
