@@ -214,7 +214,8 @@ func (c *crashChild) trim(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, stop()) }()
 	store := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 	stored := func(ctx context.Context) (blobs.Stored, error) { return StoredLayers(ctx, c.s) }
-	trimmer := blobs.NewTrimmer(blobs.NewCatalog(conn, crashSocket), store, stored, c.hook)
+	recipes := KeepRecipes(func() *Snapshotter { return c.s })
+	trimmer := blobs.NewTrimmer(blobs.NewCatalog(conn, crashSocket), store, stored, recipes, c.hook)
 	if err := os.MkdirAll(filepath.Join(dir, "blobs/sha256"), 0o755); err != nil {
 		return err
 	}

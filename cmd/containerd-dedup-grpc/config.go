@@ -40,6 +40,8 @@ type Config struct {
 	// Blobs is "keep" (containerd's content store keeps the blobs of all images) or "drop" (those of layers that are
 	// stored here go, unless something needs them).
 	Blobs string `toml:"blobs"`
+	// Recipes: of a blob that goes, what it takes to make it again from the store is kept, where that is possible.
+	Recipes bool `toml:"recipes"`
 	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out
 	// within ten seconds; what a power cut catches is found at the next start and has to be fetched again).
 	Durability string `toml:"durability"`
@@ -81,6 +83,7 @@ func defaultConfig() Config {
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
 		Blobs:             blobsKeep,
+		Recipes:           true,
 		Durability:        string(layer.Strict),
 		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
@@ -120,8 +123,8 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"blobs, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, project_ids, log_level, "+
-			"metrics_address, pprof_address)",
+			"blobs, recipes, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, project_ids, "+
+			"log_level, metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError

@@ -51,8 +51,27 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	e.count("dedup_trimmed_bytes_total", "What these blobs had occupied.", float64(trimmed.Bytes))
 	e.count("dedup_trim_errors_total", "Times that blobs could not be let go of; it is tried again.",
 		float64(trimmed.Errors))
+	c.recipes(e)
 	collectIngests(e, c.sn.Layers().Stats())
 	c.disk(e)
+}
+
+// recipes are what it takes to make blobs again.
+func (c collector) recipes(e emitter) {
+	kept, did := c.sn.Layers().RecipeUsage(), c.sn.Layers().RecipeStats()
+	e.gauge("dedup_recipes", "Blobs that can be made again from the store.", float64(kept.Inodes))
+	e.gauge("dedup_recipe_bytes", "What recipes of blobs occupy.", float64(kept.Bytes))
+	const tried = "Blobs that went, by whether a recipe was kept: no encoder makes some again, and of some too " +
+		"little is in their layer."
+	for result, n := range map[string]int64{
+		"kept": did.Made, "no_encoder": did.NoEncoder, "too_large": did.TooLarge, "error": did.Failed,
+	} {
+		e.count("dedup_recipes_made_total", tried, float64(n), "result", result)
+	}
+	const followed = "Blobs that were asked for and have a recipe, by whether they were made."
+	e.count("dedup_blobs_made_total", followed, float64(did.Followed), "result", "made")
+	e.count("dedup_blobs_made_total", followed, float64(did.Useless), "result", "error")
+	e.count("dedup_blobs_made_bytes_total", "What blobs that were made have, compressed.", float64(did.FollowedBytes))
 }
 
 // holdings are what the store holds, and what it would hold without deduplication.
