@@ -1,11 +1,13 @@
 package integration
 
 import (
+	"archive/tar"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,10 +59,14 @@ func pushSuiteImages(t *testing.T, r *registry.Registry) []string {
 	busybox := s.push("containerd/busybox:1.36", shell)
 	s.push("e2e-test-images/busybox:1.29-2", shell)
 	s.push("containerd/alpine:3.14.0", shell, s.alpine())
-	s.push("e2e-test-images/resource-consumer:1.10", shell)
-	paused := eachPlatform(t, pauseProgram(t))
+	s.push("e2e-test-images/resource-consumer:1.10", image.Options{Cmd: []string{"sleep", "100000"}, Env: shell.Env})
+	program := pauseProgram(t)
+	paused := eachPlatform(t, []image.Entry{{Name: "pause", Mode: 0o755, Content: program}})
+	s.push("e2e-test-images/nonewprivs:1.3", image.Options{Entrypoint: []string{"/nnp"}},
+		layer(t, image.Entry{Name: "nnp", Mode: 0o4755, Content: program}))
 	pause := image.Options{Entrypoint: []string{"/pause"}, User: "65535:65535"}
 	for _, tag := range []string{"3.6", "3.9", "3.10.2"} {
+		pause.Env = []string{"VERSION=" + tag} // another image
 		s.pushLayers("pause:"+tag, pause, paused)
 	}
 	volumes := shell
@@ -84,14 +90,18 @@ func pushSuiteImages(t *testing.T, r *registry.Registry) []string {
 	}
 }
 
-// netcat ends on a signal as process 1 too; busybox's own does not.
-const netcat = `#!/bin/sh
-trap 'kill $!; exit 143' TERM
-busybox nc "$@" &
-wait $!
-`
+// suiteScripts are programs that busybox here does not have as the images of public registries do.
+var suiteScripts = map[string]string{
+	"bin/bash": "#!/bin/sh\nexec sh \"$@\"\n",
+	"bin/ipcs": "#!/bin/sh\ncat /proc/sysvipc/shm\n",
+	// It ends on a signal as process 1, too.
+	"bin/nc":    "#!/bin/sh\ntrap 'kill $!; exit 143' TERM\nbusybox nc \"$@\" &\nwait $!\n",
+	"bin/pgrep": "#!/bin/sh\nfor p in /proc/[0-9]*; do [ \"$(cat $p/comm)\" = \"$1\" ] && echo ${p#/proc/}; done\n",
+	// It takes memory for a while.
+	"bin/stress": "#!/bin/sh\ndd if=/dev/zero bs=110M count=1 | sleep 30\n",
+}
 
-// suiteBase is busybox with more users, and absolute links as Alpine has them.
+// suiteBase is busybox with more users and programs.
 func suiteBase(t *testing.T) []image.Entry {
 	t.Helper()
 	var entries []image.Entry
@@ -100,34 +110,37 @@ func suiteBase(t *testing.T) []image.Entry {
 	for _, e := range all {
 		switch e.Name {
 		case "etc/passwd":
-			e.Content += "daemon:x:1:1:daemon:/usr/sbin:/bin/false\nwww-data:x:33:33:www-data:/var/www:/bin/false\n" +
-				"default-user:x:1000:1000::/home/default-user:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+			e.Content += "daemon:x:1:1:daemon:/usr/sbin:/bin/false\nsys:x:3:3:sys:/dev:/bin/false\n" +
+				"www-data:x:33:33:www-data:/var/www:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n"
 		case "etc/group":
-			e.Content += "daemon:x:1:\nwww-data:x:33:\ndefault-user:x:1000:\nnobody:x:65534:\nnogroup:x:65533:\n" +
-				"group-defined-in-image:x:50000:default-user\n"
+			e.Content += "daemon:x:1:\nsys:x:3:\nwheel:x:10:root\nwww-data:x:33:\nnobody:x:65534:\nnogroup:x:65533:\n"
 		}
-		if e.Link == "busybox" {
-			e.Link = "/bin/busybox"
+		if e.Link == "busybox" { // a path may be masked without the others
+			e = image.Entry{Name: e.Name, Type: tar.TypeLink, Link: "bin/busybox", Mode: 0o755}
 		}
-		if e.Name == "bin/nc" {
-			e = image.Entry{Name: e.Name, Mode: 0o755, Content: netcat}
+		if script, ok := suiteScripts[e.Name]; ok {
+			e = image.Entry{Name: e.Name, Mode: 0o755, Content: script}
 		}
 		entries = append(entries, e)
 	}
 	for _, dir := range []string{"home", "mnt", "run", "usr", "usr/bin", "usr/sbin", "var", "var/run", "var/www"} {
 		entries = append(entries, image.Dir(dir))
 	}
-	return append(entries,
-		image.Entry{Name: "usr/bin/passwd", Mode: 0o4755, Content: "#!/bin/sh\n"},
-		image.Entry{Name: "bin/bash", Mode: 0o755, Content: "#!/bin/sh\nexec sh \"$@\"\n"})
+	for name, script := range suiteScripts {
+		if !slices.ContainsFunc(entries, func(e image.Entry) bool { return e.Name == name }) {
+			entries = append(entries, image.Entry{Name: name, Mode: 0o755, Content: script})
+		}
+	}
+	return append(entries, image.Entry{Name: "usr/bin/passwd", Mode: 0o4755, Content: "#!/bin/sh\n"})
 }
 
 func (s suiteImages) alpine() *image.Layer {
-	return layer(s.t, image.File("etc/os-release", "NAME=\"Alpine Linux\"\nID=alpine\nVERSION_ID=3.14.0\n"))
+	return layer(s.t, image.Symlink("bin/sh", "/bin/busybox"),
+		image.File("etc/os-release", "NAME=\"Alpine Linux\"\nID=alpine\nVERSION_ID=3.14.0\n"))
 }
 
 // pauseProgram is all that the pause image has: one static program.
-func pauseProgram(t *testing.T) []image.Entry {
+func pauseProgram(t *testing.T) string {
 	t.Helper()
 	bin := filepath.Join(t.TempDir(), "pause")
 	cmd := exec.CommandContext(testContext(t), "go", "build", "-ldflags=-s -w", "-o", bin, "./pause")
@@ -137,7 +150,7 @@ func pauseProgram(t *testing.T) []image.Entry {
 	}
 	content, err := os.ReadFile(bin)
 	must(t, err)
-	return []image.Entry{{Name: "pause", Mode: 0o755, Content: string(content)}}
+	return string(content)
 }
 
 // push pushes an image for several platforms and returns its digest.
@@ -160,22 +173,22 @@ func (s suiteImages) pushLayers(name string, opts image.Options, base []*image.L
 	return digest.String()
 }
 
-// webServers are nginx as far as the suites look: a process of that name with a pid file, serving a page.
+// webServers are nginx and httpd as far as the suites look: a process of that name with a pid file, serving a page.
 func (s suiteImages) webServers() {
 	s.t.Helper()
-	for name, port := range map[string]int{
-		"containerd/nginx:1.27.0":                               80,
-		"e2e-test-images/nginx:1.14-2":                          80,
-		"k8s-staging-cri-tools/hostnet-nginx-" + runtime.GOARCH: 12003,
-	} {
-		script := fmt.Sprintf("#!/bin/sh\necho $$ > /var/run/nginx.pid\ntrap 'exit 0' TERM QUIT\n"+
-			"httpd -f -p %d -h /html & wait\n", port)
-		s.push(name, image.Options{
+	server := func(ref, name string, port int) {
+		script := fmt.Sprintf("#!/bin/sh\necho $$ > /var/run/%s.pid\necho %s\ntrap 'exit 0' TERM QUIT\n"+
+			"busybox httpd -f -p %d -h /html & wait\n", name, name, port)
+		s.push(ref, image.Options{
 			Env:        []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
-			Entrypoint: []string{"/usr/sbin/nginx"}, Cmd: []string{"nginx: master process"},
-		}, layer(s.t, image.Entry{Name: "usr/sbin/nginx", Mode: 0o755, Content: script}, image.Dir("html"),
-			image.File("html/index.html", "<title>Welcome to nginx!</title>\n")))
+			Entrypoint: []string{"/usr/sbin/" + name}, Cmd: []string{name + ": master process"},
+		}, layer(s.t, image.Entry{Name: "usr/sbin/" + name, Mode: 0o755, Content: script}, image.Dir("html"),
+			image.File("html/index.html", "<title>Welcome to "+name+"!</title>\n")))
 	}
+	server("containerd/nginx:1.27.0", "nginx", 80)
+	server("e2e-test-images/nginx:1.14-2", "nginx", 80)
+	server("e2e-test-images/httpd:2.4.39-4", "httpd", 80)
+	server("k8s-staging-cri-tools/hostnet-nginx-"+runtime.GOARCH, "nginx", 12003)
 }
 
 // critestImages are those that critest pulls from the registry of its project; it returns the digest of one.
@@ -184,10 +197,13 @@ func (s suiteImages) critestImages() (digest string) {
 	const project = "k8s-staging-cri-tools/"
 	for name, user := range map[string]string{
 		"test-image-user-uid": "1002", "test-image-user-username": "www-data", "test-image-user-uid-group": "1003:1004",
-		"test-image-user-username-group": "www-data:1004", "test-image-predefined-group": "1000",
+		"test-image-user-username-group": "www-data:1004",
 	} {
 		s.push(project+name, image.Options{Cmd: []string{"sh"}, User: user})
 	}
+	s.push(project+"test-image-predefined-group", image.Options{Cmd: []string{"sh"}, User: "1000"}, layer(s.t,
+		image.File("etc/passwd", "root:x:0:0::/root:/bin/sh\ndefault-user:x:1000:1000::/home/default-user:/bin/sh\n"),
+		image.File("etc/group", "root:x:0:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")))
 	file := func(name, file string) string {
 		return s.push(project+name, image.Options{Cmd: []string{"sh"}}, layer(s.t, image.File(file, "")))
 	}

@@ -30,6 +30,9 @@ type suiteRun struct {
 // suiteVariable holds a suiteRun as JSON for the process in the cell.
 const suiteVariable = "DEDUP_SUITE_RUN"
 
+// shortTemp is the suites' directory for temporary files: their containerds have sockets below the names of tests.
+const shortTemp = "/var/lib/t"
+
 func (s suiteRun) path(name string) string { return filepath.Join(s.Dir, name) }
 
 // TestInsideCell is what runs in a cell for TestContainerdSuites and TestCritest: a registry that answers as the public
@@ -68,6 +71,11 @@ func (s suiteRun) onNode(t *testing.T, named []string) error {
 	reachable(t, n)
 	for _, name := range []string{"containerd-shim-runc-fp-v1", "runc-fp", "loopback-v2"} {
 		must(t, os.Symlink(filepath.Join(s.Suites, name), filepath.Join(n.Dir(), "bin", name)))
+	}
+	for _, name := range []string{"iptables", "ip6tables"} { // for portmap
+		path, err := node.LookPath(name)
+		must(t, err)
+		must(t, os.Symlink(path, filepath.Join(n.Dir(), "bin", name)))
 	}
 	// The suites end containerd, and wait until something starts it again.
 	stop := n.KeepContainerd(t.Context(), 4*time.Second)
@@ -111,7 +119,10 @@ func (s suiteRun) network(t *testing.T) {
 		must(t, os.MkdirAll(dir, 0o755))
 		must(t, os.WriteFile(filepath.Join(dir, "10-containerd-net.conflist"), []byte(text), 0o600))
 	}
-	must(t, os.MkdirAll("/opt/cni/bin", 0o755))
+	// The suites look at the file system of containerd-test.
+	for _, dir := range []string{"/opt/cni/bin", "/var/lib/containerd-test", shortTemp} {
+		must(t, os.MkdirAll(dir, 0o755))
+	}
 	for _, path := range []string{"bridge", "loopback", "host-local", "portmap"} {
 		must(t, os.Symlink(filepath.Join(s.CNI, path), filepath.Join("/opt/cni/bin", path)))
 	}
@@ -216,8 +227,7 @@ func (s suiteRun) run(t *testing.T, n *node.Node, named []string) error {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = s.Dir, out, out
-	must(t, os.MkdirAll(s.path("tmp"), 0o711))
-	cmd.Env = append(os.Environ(), append(named, "TMPDIR="+s.path("tmp"),
+	cmd.Env = append(os.Environ(), append(named, "TMPDIR="+shortTemp,
 		"PATH="+strings.Join([]string{path, s.Suites, filepath.Dir(s.Runc), os.Getenv("PATH")}, ":"))...)
 	_, _ = io.WriteString(out, strings.Join(args, " ")+"\n")
 	return cmd.Run()

@@ -21,10 +21,17 @@ import (
 // suiteTime bounds one run of a suite.
 const suiteTime = 18 * time.Minute
 
+// idMapped is why TestIDMappedOverlay fails with dedup alone; TestUserNamespace is dedup's own.
+const idMapped = "the test takes all that follows lowerdir= for one path and wants that not to exist, as the " +
+	"paths of several layers do not; dedup has one"
+
 // knownDifferences are tests that fail with dedup alone for a reason that is not dedup's.
 var knownDifferences = map[string]string{
 	"TestSnapshotterClient/Rename": "the suite leaves it out for a snapshotter of the name overlayfs; " +
 		"no overlay mount can rename a directory of a lower layer",
+	"TestIDMappedOverlay/TestIDMappedOverlay-SingleMapping":                idMapped,
+	"TestIDMappedOverlay/TestIDMappedOverlay-MultiMapping":                 idMapped,
+	"TestIDMappedOverlay/TestIDMappedOverlay-SingleMapping-ParallelUnpack": idMapped,
 }
 
 // TestContainerdSuites runs containerd's integration suites on overlayfs and on dedup: what passes with the one passes
@@ -66,7 +73,8 @@ func compareSuite(t *testing.T, suite string) {
 	overlay, dedup := found[beside[0]], found[beside[1]]
 	again := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(dedup)) {
-		if top := topLevel(name); dedup[name] == "fail" && overlay[name] != "fail" && knownDifferences[name] == "" {
+		if top := topLevel(name); dedup[name] == "fail" && overlay[name] != "fail" && knownDifferences[name] == "" &&
+			!knownBelow(dedup, name) {
 			again[top] = true
 		}
 	}
@@ -126,7 +134,7 @@ func prepareSuite(t *testing.T, suite string) suiteRun {
 	_, err = node.Build(ctx, node.DefaultVersion, say)
 	must(t, err)
 	must(t, node.Require(ctx, say, node.Command{Name: "mkfs.xfs", Packages: "xfsprogs"},
-		node.Command{Name: "pkill", Packages: "procps"}))
+		node.Command{Name: "pkill", Packages: "procps"}, node.Command{Name: "iptables", Packages: "iptables"}))
 	busybox(t)
 	return s
 }

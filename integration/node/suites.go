@@ -44,6 +44,8 @@ func containerdSuites() suite {
 			{"defaults/defaults_linux.go", "\nconst (\n",
 				"\nvar DefaultSnapshotter = cmp.Or(os.Getenv(\"" + TestSnapshotter + "\"), \"overlayfs\")\n\nconst (\n"},
 			{"integration/image_volume_linux_test.go", volumes, `SnapshotService(os.Getenv("` + VolumeSnapshotter + `"))`},
+			{"integration/client/container_idmapped_linux_test.go", `snapshotter = "overlayfs"`,
+				"snapshotter = testSnapshotter"},
 			{"integration/client/container_test.go", `"/tmp/runc-test"`, `t.TempDir()`},
 			{"integration/images/image_list.go",
 				`"ghcr.io/containerd/busybox@sha256:7b3ccabffc97de872a30dfd234fd972a66d247c8cfc69b0550f276481852627c"`,
