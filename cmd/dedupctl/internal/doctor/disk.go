@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 const (
@@ -34,12 +36,13 @@ func (n *node) lookAtDisk(context.Context) {
 	}
 	n.lookAtSpace(st)
 	n.lookAtInodes(st)
-	dir, err := os.MkdirTemp(n.place(), "probe-disk-")
+	dir, release, err := lower.ProbeDir(n.place(), lower.ProbePrefix+"disk-")
 	if err != nil {
 		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root",
 			"root %s cannot be written to: %v", n.Settings.Root, err)
 		return
 	}
+	defer release()
 	defer os.RemoveAll(dir)
 	n.lookAtTypes(dir)
 	n.lookAtReflink(dir)
