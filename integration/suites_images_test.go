@@ -81,7 +81,7 @@ func pushSuiteImages(t *testing.T, r *registry.Registry) []string {
 	owned := image.Dir("test_dir")
 	owned.UID, owned.GID = 65534, 65534
 	volumes.Volumes = []string{"/test_dir"}
-	s.push("containerd/volume-ownership:2.1", volumes, layer(t, owned), layer(t, payload("suites", "large", 4<<20)))
+	s.push("containerd/volume-ownership:2.1", volumes, layer(t, owned), layer(t, payload("suites", "large", 8<<20)))
 	s.webServers()
 	digest := s.critestImages()
 	return []string{
@@ -177,8 +177,8 @@ func (s suiteImages) pushLayers(name string, opts image.Options, base []*image.L
 func (s suiteImages) webServers() {
 	s.t.Helper()
 	server := func(ref, name string, port int) {
-		script := fmt.Sprintf("#!/bin/sh\necho $$ > /var/run/%s.pid\necho %s\ntrap 'exit 0' TERM QUIT\n"+
-			"busybox httpd -f -p %d -h /html & wait\n", name, name, port)
+		script := fmt.Sprintf("#!/bin/sh\necho $$ > /var/run/%s.pid\necho %s: start worker processes\n"+
+			"trap 'exit 0' TERM QUIT\nbusybox httpd -f -p %d -h /html & wait\n", name, name, port)
 		s.push(ref, image.Options{
 			Env:        []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
 			Entrypoint: []string{"/usr/sbin/" + name}, Cmd: []string{name + ": master process"},

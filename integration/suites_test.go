@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/machine"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
@@ -209,6 +211,21 @@ func (s suiteRun) results() (results, error) {
 		}
 	}
 	return found, nil
+}
+
+// A test that has begun and does not end, as when its binary panics, has failed; what a test prints counts for nothing.
+func TestSuiteResults(t *testing.T) {
+	s := suiteRun{Suite: "client", Dir: t.TempDir()}
+	const said = "\x16=== RUN   TestA\n\x16=== RUN   TestA/sub\n--- FAIL: TestA (0s)\n" +
+		"loud\x16    --- PASS: TestA/sub (0.00s)\n" +
+		"\x16--- PASS: TestA (0.10s)\n\x16=== RUN   TestB\n\x16--- SKIP: TestB (0.00s)\n\x16=== RUN   TestC\npanic: no\n"
+	must(t, os.WriteFile(s.path("suite.log"), []byte(said), 0o600))
+	got, err := s.results()
+	must(t, err)
+	want := results{"TestA": "pass", "TestA/sub": "pass", "TestB": "skip", "TestC": "fail"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
 }
 
 func (s suiteRun) critestResults() (results, error) {
