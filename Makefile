@@ -97,8 +97,8 @@ test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubel
 	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
 
 .PHONY: test-containerd
-test-containerd: setup ## containerd's own integration suites and critest, on overlayfs and on dedup (root; builds them once, an hour)
-	DEDUP_CONTAINERD=1 $(GO) test -v -count 1 -timeout 100m -run '^(TestContainerdSuites|TestCritest)$$' ./integration
+test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)
+	DEDUP_CONTAINERD=1 $(GO) test -v -count 1 -timeout 75m -run '^(TestContainerdSuites|TestCritest)$$' ./integration
 
 .PHONY: test-kernels
 test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, two hours)

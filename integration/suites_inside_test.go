@@ -127,6 +127,8 @@ func (s suiteRun) network(t *testing.T) {
 		must(t, os.Symlink(filepath.Join(s.CNI, path), filepath.Join("/opt/cni/bin", path)))
 	}
 	must(t, os.Symlink(filepath.Join(s.Suites, "cni-bridge-fp"), "/opt/cni/bin/cni-bridge-fp"))
+	must(t, os.MkdirAll("/usr/local/bin", 0o755))
+	must(t, os.Symlink(filepath.Join(s.Suites, "loopback-v2"), "/usr/local/bin/loopback-v2"))
 }
 
 // plugins is containerd's configuration as its own scripts write it for the suites.

@@ -21,7 +21,7 @@ import (
 )
 
 // suiteTime bounds one run of a suite.
-const suiteTime = 18 * time.Minute
+const suiteTime = 15 * time.Minute
 
 // idMapped is why TestIDMappedOverlay fails with dedup alone; TestUserNamespace is dedup's own.
 const idMapped = "the test takes all that follows lowerdir= for one path and wants that not to exist, as the " +
@@ -64,6 +64,7 @@ func compareSuite(t *testing.T, suite string) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: containerd, mounts and runc do")
 	}
+	sweepSuites(t)
 	s := prepareSuite(t, suite)
 	found := map[string]results{}
 	for _, snapshotter := range beside {
@@ -145,7 +146,7 @@ func prepareSuite(t *testing.T, suite string) suiteRun {
 func (s suiteRun) inCell(t *testing.T) results {
 	t.Helper()
 	var err error
-	s.Dir, err = os.MkdirTemp("", "suite-") // a short path: sockets lie below it
+	s.Dir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-", suitePrefix, os.Getpid())) // a short path: sockets lie below it
 	must(t, err)
 	defer func() {
 		if keep := os.Getenv("DEDUP_SUITE_LOGS"); keep != "" {
@@ -178,6 +179,22 @@ func (s suiteRun) inCell(t *testing.T) results {
 	return found
 }
 
+const suitePrefix = "suite-"
+
+// sweepSuites removes what processes left that died before they could.
+func sweepSuites(t *testing.T) {
+	t.Helper()
+	old, err := filepath.Glob(filepath.Join(os.TempDir(), suitePrefix+"[0-9]*-*"))
+	must(t, err)
+	for _, dir := range old {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), suitePrefix), "-")
+		if _, err := os.Stat("/proc/" + pid); os.IsNotExist(err) {
+			must(t, os.RemoveAll(dir))
+		}
+	}
+}
+
+// keepLogs copies a run's logs to where DEDUP_SUITE_LOGS wants them.
 func keepLogs(t *testing.T, s suiteRun, dir string) {
 	t.Helper()
 	to := filepath.Join(dir, fmt.Sprintf("%s-%s-%d", s.Suite, s.Snapshotter, time.Now().Unix()))

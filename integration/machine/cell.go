@@ -20,9 +20,9 @@ import (
 var cellScript string
 
 // Cell runs a command in namespaces of its own on this machine's root file system. It has no network but a loopback
-// device, which LoopbackUp starts, and sees no process but its own. It may write to /etc, /opt, /var/lib and /run, and
-// this machine sees nothing of it; what others have in /var/lib is read-only. dir, on a real file system, takes what it
-// writes. When the command ends, or ctx, all its processes, mounts, network interfaces and cgroups go.
+// device, which LoopbackUp starts, and sees no process but its own. This machine sees nothing of what it writes below
+// /etc, /opt, /usr/local/bin, /var/lib and /run; what others have in /var/lib is read-only. dir, on a real file system,
+// takes those writes. When the command ends, or ctx, its processes, mounts, network interfaces and cgroups go.
 func Cell(ctx context.Context, dir string, output io.Writer, env []string, command ...string) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("%w: root's rights; namespaces and mounts need them", node.ErrMissing)

@@ -15,7 +15,7 @@ else
 		mount -t cgroup -o "$c" cgroup "$cgroups/${c#name=}"
 	done
 fi
-for part in etc opt; do
+for part in etc opt usr/local/bin; do
 	mkdir -p "$dir/cell/$part/upper" "$dir/cell/$part/work" "/$part"
 	mount -t overlay overlay -o "lowerdir=/$part,upperdir=$dir/cell/$part/upper,workdir=$dir/cell/$part/work" "/$part"
 done

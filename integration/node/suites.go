@@ -140,7 +140,7 @@ func (s suite) copy(ctx context.Context) (string, error) {
 	if err := json.Unmarshal(out, &module); err != nil {
 		return "", fmt.Errorf("download %s: %w", s.module, err)
 	}
-	dir, err := os.MkdirTemp("", "suite-")
+	dir, err := os.MkdirTemp("", "module-")
 	if err != nil {
 		return "", err
 	}
