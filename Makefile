@@ -96,6 +96,10 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)
 	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
 
+.PHONY: test-containerd
+test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)
+	DEDUP_CONTAINERD=1 $(GO) test -v -count 1 -timeout 75m -run '^(TestContainerdSuites|TestCritest)$$' ./integration
+
 .PHONY: test-kernels
 test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, two hours)
 	DEDUP_VM=1 $(GO) test -v -timeout 12h -run '^(TestKernels|TestSwitchKernels|TestKernelDemo)$$' ./integration/vm | tee /dev/stderr | grep 'table: '

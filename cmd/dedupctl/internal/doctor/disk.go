@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
 
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
@@ -38,12 +39,13 @@ func (n *node) lookAtDisk(context.Context) {
 	n.lookAtSpace(st)
 	n.lookAtInodes(st)
 	lookAtQuota(n)
-	dir, err := os.MkdirTemp(n.place(), "probe-disk-")
+	dir, release, err := lower.ProbeDir(n.place(), lower.ProbePrefix+"disk-")
 	if err != nil {
 		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root",
 			"root %s cannot be written to: %v", n.Settings.Root, err)
 		return
 	}
+	defer release()
 	defer os.RemoveAll(dir)
 	n.lookAtTypes(dir)
 	n.lookAtReflink(dir)
