@@ -86,12 +86,12 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		return err
 	})
 	c.id = id
-	s.putOff(c.over)
 	if err != nil {
-		s.leave(ctx, id)
+		s.ingestIdle(s.leave(ctx, id))
 		s.limits.giveBack(id, size)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
+	s.putOff(c.over)
 	defer func() {
 		if err != nil {
 			// The caller's ctx may be what failed.

@@ -18,9 +18,13 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
+	var below []string // steps that were to be ingested with this one
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if id, info, err = removeSnapshot(ctx, key); err == nil {
 			s.refs.remove(info.Labels[labelRef], key)
+		}
+		if err == nil && info.Labels[labelPending] == pendingStep {
+			below, _ = stepsOn(ctx, info.Parent) // what is wrong with the parent does not concern this one
 		}
 		return err
 	})
@@ -38,6 +42,8 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
 	s.waitsNoMore(id)
+	s.cancelBuild(idleJob(id))
+	s.ingestIdle(below)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {
 			s.unuse(ctx, id)
