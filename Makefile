@@ -90,11 +90,15 @@ test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (r
 
 .PHONY: test-vm
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (400 MB of downloads, half an hour)
-	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages)$$' ./integration/vm
+	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestQuota|TestSELinux)$$' ./integration/vm
 
 .PHONY: test-kubelet
 test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)
 	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
+
+.PHONY: test-containerd
+test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)
+	DEDUP_CONTAINERD=1 $(GO) test -v -count 1 -timeout 75m -run '^(TestContainerdSuites|TestCritest)$$' ./integration
 
 .PHONY: test-kernels
 test-kernels: ## a node on each of Debian's kernels, in QEMU: one table (400 MB of downloads, two hours)
@@ -182,7 +186,7 @@ deb: build ## a Debian package, into out/
 		UNITDIR=/usr/lib/systemd/system TMPFILESDIR=/usr/lib/tmpfiles.d ZSHDIR=/usr/share/zsh/vendor-completions
 	install -d out/deb/DEBIAN out/deb$(DOCDIR)
 	install -m 0644 LICENSE out/deb$(DOCDIR)/copyright
-	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json out/deb$(DOCDIR)/
+	install -m 0644 README.md docs/*.md deploy/alerts.yaml deploy/grafana-dashboard.json deploy/selinux/* out/deb$(DOCDIR)/
 	install -m 0755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm out/deb/DEBIAN/
 	install -m 0644 deploy/debian/conffiles out/deb/DEBIAN/
 	(cd out/deb && find usr -type f -exec md5sum {} +) > out/deb/DEBIAN/md5sums

@@ -17,13 +17,13 @@ const module = "github.com/dedup-snapshotter/dedup-snapshotter"
 // /content and /proto.
 var layers = [][]string{
 	{"/content/archive", "/content/tree", "/content/verity"},
-	{"/content/erofs"},
+	{"/content/erofs", "/content/recipe"},
 	{"/content/object"},
 	{"/content/layer"},
 	{"/content/forecast"},
-	{"/snapshotter/blobs", "/snapshotter/lower"},
+	{"/snapshotter/blobs", "/snapshotter/lower", "/snapshotter/quota"},
 	{"/snapshotter"},
-	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control"},
+	{"/snapshotter/apply", "/snapshotter/compare", "/snapshotter/control", "/snapshotter/source"},
 	{"/cmd/containerd-dedup-grpc", "/cmd/dedupctl"},
 }
 

@@ -38,6 +38,7 @@
 //	  packs/<13 hex>.erofs       payloads
 //	  objects/, former           what containers from before an upgrade still need; gone after it
 //	  layers/<64 hex>            trees
+//	  recipes/<64 hex>-<64 hex>  how to make a blob of a layer again; may be missing
 //	  chains/<64 hex>.erofs      chain images; a cache
 //	  snapshots/<id>/{fs,work}   active snapshots
 //	  mounts                     a symbolic link to where chain images are mounted, for mapped containers

@@ -5,7 +5,7 @@
 // packages below it:
 //
 //	node      a throw-away containerd and daemon
-//	machine   a fresh Debian with its own systemd
+//	machine   a fresh Debian with its own systemd, and namespaces on this machine's files
 //	registry  a registry with an access log
 //	image     building layers and images
 //	inputs    Debian, Python and busybox file systems, cached

@@ -50,13 +50,13 @@ func standInForDockerHub(t *testing.T, r *registry.Registry, opts *machine.Optio
 	t.Cleanup(func() { _ = server.Close() })
 }
 
-// selfSigned returns a certificate for a host, and its PEM.
-func selfSigned(t *testing.T, host string) (tls.Certificate, string) {
+// selfSigned returns a certificate for hosts, and its PEM.
+func selfSigned(t *testing.T, hosts ...string) (tls.Certificate, string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{host}, IsCA: true, BasicConstraintsValid: true,
+		SerialNumber: big.NewInt(1), DNSNames: hosts, IsCA: true, BasicConstraintsValid: true,
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
 		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
 	}

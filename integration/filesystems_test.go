@@ -33,7 +33,7 @@ func TestFileSystems(t *testing.T) {
 		t.Run(strings.ReplaceAll(row.name, " ", "-"), func(t *testing.T) {
 			must(t, node.Require(testContext(t), nil, node.Command{Name: "mkfs." + row.fs, Packages: row.packages}))
 			n := startNode(t, exact) // its end unmounts what is mounted there
-			mountFileSystem(t, n.DedupRoot(), row.fs, row.args...)
+			mountFileSystem(t, n.DedupRoot(), row.fs, row.args)
 			must(t, n.StartDaemon(testContext(t)))
 			worksOn(t, n)
 		})
@@ -77,7 +77,7 @@ func worksOn(t *testing.T, n *node.Node) {
 }
 
 // mountFileSystem mounts a new file system.
-func mountFileSystem(t *testing.T, at, kind string, args ...string) {
+func mountFileSystem(t *testing.T, at, kind string, args []string, options ...string) {
 	t.Helper()
 	mkfs, err := node.LookPath("mkfs." + kind)
 	must(t, err)
@@ -86,7 +86,7 @@ func mountFileSystem(t *testing.T, at, kind string, args ...string) {
 	if out, err := exec.CommandContext(testContext(t), mkfs, append(args, file)...).CombinedOutput(); err != nil {
 		t.Fatalf("%s %q: %v\n%s", mkfs, args, err, out)
 	}
-	m := mount.Mount{Type: kind, Source: file, Options: []string{"loop"}}
+	m := mount.Mount{Type: kind, Source: file, Options: append(options, "loop")}
 	if err := m.Mount(at); err != nil {
 		t.Skipf("this kernel does not mount %s: %v", kind, err)
 	}

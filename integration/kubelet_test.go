@@ -21,6 +21,16 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
+// cniScript stands in for CNI's plugins: pods get a network namespace with nothing in it.
+const cniScript = `#!/bin/sh
+case "$CNI_COMMAND" in
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}' ;;
+ADD)
+	echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],'
+	echo '"ips":[{"address":"10.88.0.2/16","interface":0}]}' ;;
+esac
+`
+
 // kube is a node with a kubelet.
 type kube struct {
 	*node.Kubelet

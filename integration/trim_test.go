@@ -101,7 +101,7 @@ func completeArgs(n *node.Node, more ...string) []string {
 // and pushed, until it is trimmed again.
 func TestTrim(t *testing.T) {
 	t.Parallel()
-	n := startDedup(t, node.Options{})
+	n := startDedup(t, node.Options{Daemon: map[string]any{"recipes": false}})
 	r, err := registry.Start(registry.Options{Dir: t.TempDir()})
 	must(t, err)
 	layers := []*image.Layer{busybox(t), layer(t, payload("trim", "app", 90000))}

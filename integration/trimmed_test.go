@@ -119,7 +119,7 @@ func TestTrimmedAndTheRegistryFails(t *testing.T) {
 	}})
 	must(t, err)
 	t.Cleanup(func() { must(t, r.Close()) })
-	n := startDedup(t, node.Options{})
+	n := startDedup(t, node.Options{Daemon: map[string]any{"recipes": false}})
 	bb, own := busybox(t), layer(t, payload("fails", "own", 90000))
 	ref := push(t, r, "fails:1", bb, own)
 	pull(t, n, node.Snapshotter, ref)

@@ -444,9 +444,8 @@ func (c *crashChild) build(ctx context.Context) error {
 }
 
 func blobOfBytes(b []byte) layer.Blob {
-	return layer.Blob{Digest: digest.FromBytes(b), Open: func(context.Context) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(b)), nil
-	}}
+	open := func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }
+	return layer.Blob{Digest: digest.FromBytes(b), Size: int64(len(b)), Open: open}
 }
 
 func (c *crashChild) view(ctx context.Context) error {

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
@@ -79,6 +80,7 @@ var stepNames = []string{
 	"chain.staged", "chain.renamed", "chain.mounting", "chain.packs", "chain.mounted", "chain.unmounted", "chain.dropped",
 	"remove.recorded", "remove.tree", "remove.object", "remove.done", "discard.renamed", "discard.done", "open.sweep",
 	"trim.released", "trim.collected",
+	"recipe.staged", "recipe.renamed", "recipe.removed",
 }
 
 const stepEnv = "DEDUP_CRASH_STEP"
@@ -228,7 +230,7 @@ func (c *crashChild) compare(ctx context.Context) error {
 	return errors.Join(pair.Close(), c.s.Remove(ctx, key))
 }
 
-// pullLarge ingests a payload that is staged in a file.
+// pullLarge ingests a payload that is staged in a file; the layer goes, and a recipe of its blob with it.
 func (c *crashChild) pullLarge(ctx context.Context) error {
 	blob, err := tarOfFiles(map[string]string{"large": strings.Repeat("large", 17<<20/5)})
 	if err != nil {
@@ -238,8 +240,8 @@ func (c *crashChild) pullLarge(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.s.Layers().Release(in.Layer)
-	return nil
+	defer c.s.Layers().Release(in.Layer)
+	return layer.MakeRecipe(ctx, c.s.Layers(), in.DiffID, blobOfBytes(blob))
 }
 
 // merge has so many small packs that they are merged, while a view is mounted over some of them.

@@ -185,7 +185,8 @@ func (c *crashContainerd) image(ctx context.Context, name string, blob []byte) (
 	configDesc := write(ocispec.MediaTypeImageConfig, config, map[string]string{
 		"containerd.io/gc.ref.snapshot.dedup": identity.ChainID(diffIDs).String()})
 	manifest, jerr := json.Marshal(ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
-		MediaType: ocispec.MediaTypeImageManifest, Config: configDesc, Layers: []ocispec.Descriptor{layer}})
+		MediaType: ocispec.MediaTypeImageManifest, Config: configDesc, Layers: []ocispec.Descriptor{layer},
+		Annotations: map[string]string{"name": name}}) // another one in each round: a trim takes references off it
 	err = errors.Join(err, jerr)
 	target := write(ocispec.MediaTypeImageManifest, manifest, map[string]string{
 		"containerd.io/gc.ref.content.config": configDesc.Digest.String(),
@@ -213,7 +214,8 @@ func (c *crashChild) trim(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, stop()) }()
 	store := blobs.New(contentproxy.NewContentStore(conn), introspection.NewIntrospectionClient(conn))
 	stored := func(ctx context.Context) (blobs.Stored, error) { return StoredLayers(ctx, c.s) }
-	trimmer := blobs.NewTrimmer(blobs.NewCatalog(conn, crashSocket), store, stored, c.hook)
+	recipes := KeepRecipes(func() *Snapshotter { return c.s })
+	trimmer := blobs.NewTrimmer(blobs.NewCatalog(conn, crashSocket), store, stored, recipes, c.hook)
 	if err := os.MkdirAll(filepath.Join(dir, "blobs/sha256"), 0o755); err != nil {
 		return err
 	}

@@ -365,7 +365,7 @@ func (h *health) giveUpLost(ctx context.Context) error {
 		if strings.HasPrefix(dir, goingPrefix) {
 			continue
 		}
-		err = errors.Join(err, os.MkdirAll(h.path(dirLost), 0o700), os.Rename(h.path(dirSnapshots, dir),
+		err = errors.Join(err, os.MkdirAll(h.path(dirLost), 0o700), h.limits.move(h.path(dirSnapshots, dir),
 			h.path(dirLost, dir)))
 	}
 	return err

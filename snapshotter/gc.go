@@ -295,7 +295,7 @@ func (h *health) strays(ctx context.Context) (stray strays, err error) {
 func (h *health) clearStrays(ctx context.Context, stray strays) error {
 	var errs []error
 	for _, dir := range stray.dirs {
-		errs = append(errs, os.RemoveAll(h.path(dirSnapshots, dir)))
+		errs = append(errs, h.limits.removeDir(dir))
 	}
 	for _, n := range stray.chains {
 		errs = append(errs, h.chains.Drop(ctx, n))

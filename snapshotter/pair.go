@@ -233,13 +233,14 @@ func topDirectory(options []string) (top string, ok bool) {
 // sideOfAny looks at the snapshots with these ids, the newest first, for one that has the directory on top.
 func sideOfAny(ctx context.Context, s *Snapshotter, ids []string, top string) (side, error) {
 	slices.SortFunc(ids, func(a, b string) int {
-		x, _ := strconv.Atoi(a)
-		y, _ := strconv.Atoi(b)
+		x, _ := strconv.Atoi(strings.TrimSuffix(a, besideSteps))
+		y, _ := strconv.Atoi(strings.TrimSuffix(b, besideSteps))
 		return y - x
 	})
 	for _, id := range ids {
+		id, onAll := strings.CutSuffix(id, besideSteps)
 		for _, key := range s.ids.get(id) {
-			found, ok, err := sideOfSnapshot(ctx, s, id, key, top)
+			found, ok, err := sideOfSnapshot(ctx, s, id, key, top, onAll)
 			if err != nil || ok {
 				return found, err
 			}
@@ -248,8 +249,9 @@ func sideOfAny(ctx context.Context, s *Snapshotter, ids []string, top string) (s
 	return side{}, foreign("mounts of another snapshotter")
 }
 
+// sideOfSnapshot looks at one snapshot. onAll: it uses the chain image of all below it, over whatever steps it lies.
 func sideOfSnapshot(
-	ctx context.Context, s *Snapshotter, id, key, top string,
+	ctx context.Context, s *Snapshotter, id, key, top string, onAll bool,
 ) (found side, ok bool, err error) {
 	var info snapshots.Info
 	err = s.db.view(ctx, func(ctx context.Context) (err error) {
@@ -264,7 +266,7 @@ func sideOfSnapshot(
 	}
 	found.snapshot, found.parent = info.Parent, info.Parent
 	if top != s.upper(id) {
-		if len(overOf(info)) > 0 { // it uses a chain image, too, but shows more
+		if len(overOf(info)) > 0 && !onAll { // it uses a chain image, too, but shows more
 			return found, info.Kind == snapshots.KindView && top == s.viewPoint(id), nil
 		}
 		chain, err := s.resolve(ctx, info.Parent)

@@ -24,6 +24,7 @@ type store struct {
 	refs     *index // snapshot.ref -> names of committed snapshots
 	ids      *index // id -> key of an active snapshot
 	counters *counters
+	limits   *limits
 }
 
 // reports tell what the store holds, and how it is mounted.
@@ -90,6 +91,7 @@ func assemble(opts Options) *Snapshotter {
 		root: root{dir: opts.Root, runDir: opts.RunDir, stepAt: opts.Step}, opts: opts,
 		refs: newIndex(), ids: newIndex(), counters: newCounters(),
 	}
+	st.limits = &limits{root: &st.root}
 	work := &tasks{store: st, jobs: map[string]*buildJob{}}
 	in := &ingester{
 		tasks: work, ingests: map[string]*ingestJob{}, waiting: map[string]string{}, steps: newSteps(), stepIdle: stepIdle,

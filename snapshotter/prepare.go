@@ -58,6 +58,10 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	labels map[string]string) (_ []mount.Mount, err error) {
 	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}
 	var id string
+	size, err := s.limits.take(ctx, key, c, labels)
+	if err != nil {
+		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
+	}
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if c.ids, err = (idMapper{s.kernel.NoIDMap}).maps(ctx, key, parent, labels); err != nil {
 			return err
@@ -77,15 +81,17 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		if id, err = createSnapshot(ctx, kind, key, parent, labels); err == nil {
 			s.ids.add(id, key)
 			s.steps.use(id, c.over)
+			s.limits.keep(id, size)
 		}
 		return err
 	})
 	c.id = id
-	s.putOff(c.over)
 	if err != nil {
-		s.leave(ctx, id)
+		s.ingestIdle(s.leave(ctx, id))
+		s.limits.giveBack(id, size)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
+	s.putOff(c.over)
 	defer func() {
 		if err != nil {
 			// The caller's ctx may be what failed.
@@ -119,9 +125,12 @@ func (m *mounter) restoreDirs(id string, l below) error {
 	m.restoring.Lock()
 	defer m.restoring.Unlock()
 	if _, err := os.Stat(m.work(id)); !errors.Is(err, os.ErrNotExist) {
-		return err
+		return errors.Join(err, m.limits.makeRoom(id))
 	}
-	err := m.makeDir(m.upper(id), 0o755)
+	err := m.limits.enforce(id)
+	if err == nil {
+		err = m.makeDir(m.upper(id), 0o755)
+	}
 	if err == nil && (l.chain && l.mounted || len(l.steps) > 0 || l.ids != (idMap{})) {
 		err = copyRoot(l.top(), m.upper(id), l.ids)
 	}
@@ -293,6 +302,9 @@ func copyXattrs(from, to string) error {
 	for _, name := range splitNul(names[:n]) {
 		if strings.HasPrefix(name, "trusted.overlay.") {
 			continue // it is about the directory of a step, which another overlay wrote
+		}
+		if name == "security.selinux" && lower.MountContext() != "" {
+			continue // that of the mount: the directory has its own
 		}
 		value := make([]byte, 64<<10)
 		n, err := unix.Getxattr(from, name, value)

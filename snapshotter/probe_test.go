@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // A container that has changed the mode of a file under a kernel which needs metacopy=on goes on under one that does
@@ -63,5 +65,29 @@ func TestMetacopyOutlivesItsKernel(t *testing.T) {
 	}
 	if again() != needed {
 		t.Errorf("nothing is left of the older kernel: options %v", s.OverlayOptions())
+	}
+}
+
+// A start removes what a dead process has left of trying something out, and leaves alone what one that lives is at.
+func TestStartLeavesProbes(t *testing.T) {
+	root := t.TempDir()
+	if err := stop(open(t, root)); err != nil {
+		t.Fatal(err)
+	}
+	dir, release, err := lower.ProbeDir(root, lower.ProbePrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	dead := filepath.Join(root, lower.ProbePrefix+"dead")
+	if err := os.Mkdir(dead, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	open(t, root)
+	if _, err := os.Stat(dir); err != nil {
+		t.Errorf("a start removed what is in use: %v", err)
+	}
+	if _, err := os.Stat(dead); !os.IsNotExist(err) {
+		t.Errorf("a start left what is abandoned: %v", err)
 	}
 }

@@ -18,9 +18,13 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	defer s.explain(&err)
 	var id string
 	var info snapshots.Info
+	var below []string // steps that were to be ingested with this one
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if id, info, err = removeSnapshot(ctx, key); err == nil {
 			s.refs.remove(info.Labels[labelRef], key)
+		}
+		if err == nil && info.Labels[labelPending] == pendingStep {
+			below, _ = stepsOn(ctx, info.Parent) // what is wrong with the parent does not concern this one
 		}
 		return err
 	})
@@ -38,6 +42,8 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
 	s.waitsNoMore(id)
+	s.cancelBuild(idleJob(id))
+	s.ingestIdle(below)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {
 			s.unuse(ctx, id)
@@ -81,8 +87,9 @@ func (t *tasks) unuse(ctx context.Context, id string) {
 // discard takes a snapshot's directory out of sight and deletes it in the background.
 func (t *tasks) discard(ctx context.Context, id string) error {
 	gone := t.path(dirSnapshots, goingPrefix+id)
-	err := os.Rename(t.path(dirSnapshots, id), gone)
+	err := t.limits.move(t.path(dirSnapshots, id), gone)
 	if errors.Is(err, os.ErrNotExist) {
+		t.limits.free(id)
 		return nil
 	}
 	if err != nil {
@@ -93,7 +100,7 @@ func (t *tasks) discard(ctx context.Context, id string) error {
 	t.background(func(context.Context) {
 		defer t.going.Delete(filepath.Base(gone))
 		defer t.step("discard.done")
-		if err := os.RemoveAll(gone); err != nil {
+		if err := t.limits.removeDir(filepath.Base(gone)); err != nil {
 			t.counters.removeError()
 			log.G(ctx).WithError(err).Warn("a removed snapshot's directory stays until the next cleanup")
 		}

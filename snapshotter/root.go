@@ -49,7 +49,15 @@ func (r *root) clearLeftovers() error {
 	old, err := filepath.Glob(r.path(lower.ProbePrefix + "*"))
 	views, verr := filepath.Glob(filepath.Join(r.runDir, viewPrefix+"*"))
 	errs := []error{err, verr}
-	for _, dir := range append(old, views...) {
+	for _, dir := range old {
+		release, ok := lower.ClaimAbandoned(dir)
+		if !ok {
+			continue // another process is trying something out in it
+		}
+		defer release()
+		views = append(views, dir)
+	}
+	for _, dir := range views {
 		mounted, _ := filepath.Glob(filepath.Join(dir, "*"))
 		for _, point := range append(mounted, dir) {
 			// What is no mount point says EINVAL.

@@ -22,6 +22,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 // Options configure a Snapshotter.
@@ -45,6 +46,8 @@ type Options struct {
 	Verity lower.Verity
 	// PageCache says what containers share in memory; "" is what the kernel can.
 	PageCache lower.PageCache
+	// Projects are the project ids for snapshots of limited size; the zero value is quota.DefaultRange.
+	Projects quota.Range
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
 	// known are served in Prepare.
 	Blobs *blobs.Store
@@ -155,6 +158,7 @@ func newSnapshotter(ctx context.Context, opts Options) (_ *Snapshotter, err erro
 	if err := s.openStores(ctx, stored); err != nil {
 		return nil, err
 	}
+	s.limits.open(ctx, opts.Projects, stored)
 	if err := s.Cleanup(ctx); err != nil {
 		return nil, err
 	}

@@ -145,7 +145,7 @@ func (g *ingester) lieOver(ctx context.Context, user, name string) (ids []string
 		if err != nil || slices.Equal(now, ids) {
 			return ids, err
 		}
-		g.leave(ctx, user)
+		g.ingestIdle(g.leave(ctx, user))
 		ids = now
 	}
 }
@@ -163,35 +163,46 @@ func (g *ingester) leave(ctx context.Context, user string) (idle []string) {
 	return idle
 }
 
-// ingestIdle ingests the first of these steps, and all below it, if nothing lies on it in a while.
+// idleJob names the job of an idle step. It is no snapshot's name: those have jobs of their own, and are used again.
+func idleJob(id string) string { return "\x00" + id }
+
+// ingestIdle ingests the first of these steps that waits, and all below it, if nothing lies on it in a while.
 func (g *ingester) ingestIdle(ids []string) {
-	if len(ids) == 0 {
+	id, name := g.firstWaiting(ids)
+	if id == "" {
 		return
 	}
-	g.mu.Lock()
-	name, ok := g.waiting[ids[0]]
-	g.mu.Unlock()
-	if !ok {
-		return
-	}
-	g.startJob(g.ctx, name, g.stepIdle, func(ctx context.Context) error {
-		if g.steps.inUse(ids[0]) {
+	g.startJob(g.ctx, idleJob(id), g.stepIdle, func(ctx context.Context) error {
+		if g.steps.inUse(id) {
 			return nil // who leaves last begins anew
 		}
 		_, err := g.resolve(ctx, name)
+		if err == nil || isGone(err) { // it may have been faster than who noted that it waits
+			g.waitsNoMore(id)
+		}
 		return err // the log has it
 	})
 }
 
-// putOff keeps steps from being ingested for being idle.
+// firstWaiting returns the first of these steps that waits for its ingest, and its name; "" for none.
+func (g *ingester) firstWaiting(ids []string) (id, name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, id := range ids {
+		if name, ok := g.waiting[id]; ok {
+			return id, name
+		}
+	}
+	return "", ""
+}
+
+// putOff keeps steps from being ingested for being idle, while something lies on them.
 func (g *ingester) putOff(ids []string) {
 	for _, id := range ids {
-		g.mu.Lock()
-		name, ok := g.waiting[id]
-		g.mu.Unlock()
-		if ok {
-			g.cancelBuild(name)
-		}
+		g.cancelBuild(idleJob(id))
+	}
+	if len(ids) > 0 && !g.steps.inUse(ids[0]) { // any more
+		g.ingestIdle(ids)
 	}
 }
 
@@ -273,16 +284,14 @@ func (s *store) clearViews(stored records) error {
 
 // loadSteps notes who lies over which steps.
 func (s *Snapshotter) loadSteps(stored records) {
-	pending := map[string]bool{}
-	for _, p := range stored.pending() {
-		pending[p.id] = true
-	}
+	ingested := map[string]bool{} // a step whose record is damaged may be none of them
 	for _, sn := range stored.whole {
 		s.steps.use(sn.id, overOf(sn.Info))
+		_, ingested[sn.id] = layerOf(sn.Info)
 	}
 	for _, sn := range stored.whole {
 		for _, id := range overOf(sn.Info) {
-			if !pending[id] {
+			if ingested[id] {
 				s.steps.keep(id)
 			}
 		}

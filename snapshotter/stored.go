@@ -13,6 +13,17 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
 )
 
+// recipeKeeper implements blobs.Recipes.
+type recipeKeeper struct{ s func() *Snapshotter }
+
+// KeepRecipes keeps recipes of blobs beside the layers of a snapshotter, for the Trimmer.
+func KeepRecipes(s func() *Snapshotter) blobs.Recipes { return recipeKeeper{s} }
+
+// MakeRecipe implements blobs.Recipes.
+func (k recipeKeeper) MakeRecipe(ctx context.Context, d content.DiffID, b layer.Blob) error {
+	return layer.MakeRecipe(ctx, k.s().layers, d, b)
+}
+
 var (
 	errNotStored = errors.New("its layer is not stored here")
 	errDamaged   = errors.New("its layer is damaged: see dedupctl fsck")

@@ -18,6 +18,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 // Config is the daemon's TOML file. docs/configuration.md and deploy/config.toml say the same.
@@ -39,6 +40,8 @@ type Config struct {
 	// Blobs is "keep" (containerd's content store keeps the blobs of all images) or "drop" (those of layers that are
 	// stored here go, unless something needs them).
 	Blobs string `toml:"blobs"`
+	// Recipes: when a blob is removed, the daemon keeps what it takes to make it again from the store, if it can.
+	Recipes bool `toml:"recipes"`
 	// Durability is "strict" (a layer is served only after all of it is on the disk) or "deferred" (it is written out
 	// within ten seconds; what a power cut catches is found at the next start and has to be fetched again).
 	Durability string `toml:"durability"`
@@ -54,6 +57,8 @@ type Config struct {
 	ReserveInodes string `toml:"reserve_inodes"`
 	// MaxMemory bounds what ingests and chain builds keep in memory: "auto", or an amount such as "2GiB".
 	MaxMemory string `toml:"max_memory"`
+	// ProjectIDs are for containers whose size is limited: "first-last", used by nothing else on root's file system.
+	ProjectIDs string `toml:"project_ids"`
 	// LogLevel is "trace", "debug", "info", "warn", "error", "fatal" or "panic".
 	LogLevel string `toml:"log_level"`
 	// MetricsAddress is where Prometheus may ask, an IP address and a port; "" for nowhere.
@@ -78,11 +83,13 @@ func defaultConfig() Config {
 		Fidelity:          string(content.Python),
 		Reuse:             reuseKnown,
 		Blobs:             blobsKeep,
+		Recipes:           true,
 		Durability:        string(layer.Strict),
 		Verity:            string(lower.VerityAuto),
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		MaxMemory:         "auto",
+		ProjectIDs:        quota.DefaultRange.String(),
 		LogLevel:          "info",
 	}
 }
@@ -116,8 +123,8 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"blobs, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, log_level, "+
-			"metrics_address, pprof_address)",
+			"blobs, recipes, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, project_ids, "+
+			"log_level, metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -177,6 +184,9 @@ func (c Config) validate() error {
 	}
 	if _, err := c.memory(); err != nil {
 		return err
+	}
+	if _, err := quota.ParseRange(c.ProjectIDs); err != nil {
+		return fmt.Errorf("project_ids = %q: %w", c.ProjectIDs, err)
 	}
 	if c.MetricsAddress != "" {
 		// A name could lead elsewhere tomorrow, and no address would mean all of them.

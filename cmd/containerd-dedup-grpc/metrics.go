@@ -51,8 +51,27 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 	e.count("dedup_trimmed_bytes_total", "What these blobs had occupied.", float64(trimmed.Bytes))
 	e.count("dedup_trim_errors_total", "Failed attempts to remove blobs; the daemon tries again.",
 		float64(trimmed.Errors))
+	c.recipes(e)
 	collectIngests(e, c.sn.Layers().Stats())
 	c.disk(e)
+}
+
+// recipes are what it takes to make blobs again.
+func (c collector) recipes(e emitter) {
+	kept, did := c.sn.Layers().RecipeUsage(), c.sn.Layers().RecipeStats()
+	e.gauge("dedup_recipes", "Blobs that can be made again from the store.", float64(kept.Inodes))
+	e.gauge("dedup_recipe_bytes", "What the recipes of these blobs occupy.", float64(kept.Bytes))
+	const tried = "Dropped blobs by what became of their recipe: kept, no_encoder (none makes the blob), too_large " +
+		"(the layer has too little of the blob), error."
+	for result, n := range map[string]int64{
+		"kept": did.Made, "no_encoder": did.NoEncoder, "too_large": did.TooLarge, "error": did.Failed,
+	} {
+		e.count("dedup_recipes_made_total", tried, float64(n), "result", result)
+	}
+	const followed = "Requests for blobs that have a recipe, by whether the blob was made."
+	e.count("dedup_blobs_made_total", followed, float64(did.Followed), "result", "made")
+	e.count("dedup_blobs_made_total", followed, float64(did.Useless), "result", "error")
+	e.count("dedup_blobs_made_bytes_total", "The compressed size of the blobs that were made.", float64(did.FollowedBytes))
 }
 
 // holdings are what the store holds, and what it would hold without deduplication.

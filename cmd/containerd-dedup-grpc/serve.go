@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
@@ -37,6 +38,8 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/compare"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/control"
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/source"
 )
 
 // stopTimeout is how long a stop waits for running calls before it cuts them off.
@@ -86,10 +89,13 @@ func serve(ctx context.Context, c Config) (err error) {
 	applier := apply.New(sn, found)
 	defer applier.Close()
 	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(applier, newComparer(sn, conn)))
+	made := source.New(sn.Layers())
+	defer func() { err = errors.Join(err, made.Close()) }()
+	contentapi.RegisterContentServer(server, made.Server())
 	dedupv1.RegisterControlServer(server, control.New(sn, control.Options{
 		Version: version, Root: c.Root, Fidelity: c.Fidelity, Reuse: c.Reuse,
 		RunDir: c.RunDir, ContainerdAddress: c.ContainerdAddress,
-		Catalog: catalog, Blobs: c.Blobs, Trimmer: trimmer,
+		Catalog: catalog, Blobs: c.Blobs, Trimmer: trimmer, Found: found,
 	}))
 
 	done := make(chan error, 1)
@@ -148,6 +154,10 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	if err != nil {
 		return nil, nil, err
 	}
+	projects, err := quota.ParseRange(c.ProjectIDs)
+	if err != nil {
+		return nil, nil, err
+	}
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
 	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
@@ -155,11 +165,15 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 			"out of service until they are repaired or pulled again")
 	}
 	stored := func(ctx context.Context) (blobs.Stored, error) { return snapshotter.StoredLayers(ctx, sn) }
-	trimmer = blobs.NewTrimmer(catalog, found, stored, nil)
+	var recipes blobs.Recipes
+	if c.Recipes {
+		recipes = snapshotter.KeepRecipes(func() *snapshotter.Snapshotter { return sn })
+	}
+	trimmer = blobs.NewTrimmer(catalog, found, stored, recipes, nil)
 	sn, err = snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
-		Reserve: reserve, MaxMemory: memory,
+		Reserve: reserve, MaxMemory: memory, Projects: projects,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind, Committed: trimmer.Committed,
 	})

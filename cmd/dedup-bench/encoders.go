@@ -15,6 +15,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/encoders"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/recipe"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 )
@@ -42,8 +43,9 @@ func runEncoders(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	t := encoderTable{gzip: encoders.Gzip(ctx, dir, p.say), zstd: encoders.Zstd(), w: c.App.Writer}
-	fmt.Fprintln(t.w, "| made by | blob, tar | made again by | time | recipe of the tar |")
-	fmt.Fprintln(t.w, "| --- | --- | --- | --- | --- |")
+	fmt.Fprintln(t.w, "| made by | blob, tar | made again by | by the daemon | ms a MB of tar: recipe, blob | "+
+		"recipe of the tar |")
+	fmt.Fprintln(t.w, "| --- | --- | --- | --- | --- | --- |")
 	for _, path := range c.Args().Slice() {
 		if err := t.row(ctx, filepath.Base(path), path); err != nil {
 			return err
@@ -66,7 +68,7 @@ func runEncoders(c *cli.Context) (err error) {
 			}
 			if err != nil {
 				first, _, _ := strings.Cut(err.Error(), "\n")
-				fmt.Fprintf(t.w, "| %s | not to be had here: %s | | | |\n", m.Name, first)
+				fmt.Fprintf(t.w, "| %s | not to be had here: %s | | | | |\n", m.Name, first)
 				continue
 			}
 			if err := t.row(ctx, m.Name, path); err != nil {
@@ -74,14 +76,16 @@ func runEncoders(c *cli.Context) (err error) {
 			}
 		}
 	}
-	fmt.Fprintf(t.w, "\n%d of %d blobs can be made again.\n", t.matched, t.rows)
+	fmt.Fprintf(t.w, "\n%d of %d blobs can be made again, %d of them by the daemon.\n", t.matched, t.rows, t.daemon)
 	return nil
 }
 
 type encoderTable struct {
-	w             io.Writer
-	gzip, zstd    []encoders.Encoder
-	rows, matched int
+	w          io.Writer
+	gzip, zstd []recipe.Encoder
+	rows       int
+	matched    int
+	daemon     int // the daemon's own encoders
 }
 
 func (t *encoderTable) row(ctx context.Context, name, path string) error {
@@ -97,26 +101,29 @@ func (t *encoderTable) row(ctx context.Context, name, path string) error {
 	if isZstd {
 		list = t.zstd
 	}
-	m, err := encoders.Find(ctx, blob, data, list)
+	m, err := encoders.Find(ctx, path, list)
 	if err != nil {
 		return err
 	}
-	r, err := encoders.MakeRecipe(data)
+	r, err := encoders.MakeRecipe(ctx, path, data)
 	if err != nil {
 		return err
 	}
 	t.rows++
-	by, took := fmt.Sprintf("none of %d", m.Tried), "-"
+	by := fmt.Sprintf("none of %d", m.Tried)
 	if m.Encoder != "" {
 		t.matched++
-		by, took = m.Encoder, m.Time.Round(time.Millisecond).String()
+		by = m.Encoder
 	}
-	recipe := "the tar is not made again"
-	if r.Same {
-		recipe = fmt.Sprintf("%.1f bytes a file", float64(r.Bytes)/float64(max(1, r.Files)))
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.0f", d.Seconds()*1000/(float64(len(data))/1e6)) }
+	daemon, took := "no", fmt.Sprintf("%d ms in all", r.Looked.Milliseconds())
+	if r.Encoder != "" {
+		t.daemon++
+		daemon, took = "yes", ms(r.Made)+", "+ms(r.Built)
 	}
-	_, err = fmt.Fprintf(t.w, "| %s | %.1f MB, %.1f MB | %s | %s | %s |\n",
-		name, float64(len(blob))/1e6, float64(len(data))/1e6, by, took, recipe)
+	cost := fmt.Sprintf("%.1f bytes a file", float64(r.Bytes)/float64(max(1, r.Files)))
+	_, err = fmt.Fprintf(t.w, "| %s | %.1f MB, %.1f MB | %s | %s | %s | %s |\n",
+		name, float64(len(blob))/1e6, float64(len(data))/1e6, by, daemon, took, cost)
 	return err
 }
 

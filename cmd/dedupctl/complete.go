@@ -2,13 +2,11 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -26,7 +24,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/urfave/cli/v2"
 
-	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/blobs"
+	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
 )
 
 const defaultContainerd = "/run/containerd/containerd.sock"
@@ -34,18 +32,22 @@ const defaultContainerd = "/run/containerd/containerd.sock"
 // Completion is what `dedupctl complete --json` prints.
 type Completion struct {
 	Images  []Completed     `json:"images"`
-	Fetched []CompletedBlob `json:"fetched"` // of all images
+	Fetched []CompletedBlob `json:"fetched"` // of all images, from a registry
+	Made    []CompletedBlob `json:"made"`    // of all images, from the store
 	// PresentBytes are those of the blobs that were there already.
 	PresentBytes int64 `json:"present_bytes"`
 	FetchedBytes int64 `json:"fetched_bytes"`
+	MadeBytes    int64 `json:"made_bytes"`
 }
 
 // Completed is one image.
 type Completed struct {
 	Image        string          `json:"image"`
 	Fetched      []CompletedBlob `json:"fetched"`
+	Made         []CompletedBlob `json:"made"`
 	PresentBytes int64           `json:"present_bytes"`
 	FetchedBytes int64           `json:"fetched_bytes"`
+	MadeBytes    int64           `json:"made_bytes"`
 	Error        string          `json:"error,omitempty"`
 }
 
@@ -63,7 +65,8 @@ func completeCommand() *cli.Command {
 		ArgsUsage: "[IMAGE...]",
 		Description: "A pull can skip the download of known layers, and blobs = \"drop\" removes blobs. They are needed\n" +
 			"by ctr image push, export and convert, and by other snapshotters.\n" +
-			"This fetches the missing blobs from the registry that IMAGE names, checks their digests, and keeps them as\n" +
+			"The daemon first makes again what it can from the files in its store, without a network. This fetches the\n" +
+			"other missing blobs from the registry that IMAGE names. It checks each blob's digest, and keeps the blob as\n" +
 			"long as the image; with blobs = \"drop\" for an hour. It unpacks no layer.\n" +
 			"Without IMAGE: all images of the namespace.\n" +
 			"Exit code 1 also when an image could not be completed, after all others were; the output names it.",
@@ -101,11 +104,17 @@ func runComplete(c *cli.Context) error {
 			return err
 		}
 	}
-	all := Completion{Images: []Completed{}, Fetched: []CompletedBlob{}}
+	all := Completion{Images: []Completed{}, Fetched: []CompletedBlob{}, Made: []CompletedBlob{}}
+	var opts fetchOptions
+	// Without the daemon everything comes from registries.
+	if conn, err := dial(ctx, address(c)); err == nil {
+		defer conn.Close()
+		opts.daemon = dedupv1.NewControlClient(conn)
+	}
 	var first error
 	failed := 0
 	for _, name := range names {
-		done, err := fetchMissing(ctx, c, ctd, name, fetchOptions{})
+		done, err := fetchMissing(ctx, c, ctd, name, opts)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -133,12 +142,14 @@ func runComplete(c *cli.Context) error {
 
 func (all *Completion) add(done Completed) {
 	if done.Fetched == nil {
-		done.Fetched = []CompletedBlob{}
+		done.Fetched, done.Made = []CompletedBlob{}, []CompletedBlob{}
 	}
 	all.Images = append(all.Images, done)
 	all.Fetched = append(all.Fetched, done.Fetched...)
 	all.PresentBytes += done.PresentBytes
 	all.FetchedBytes += done.FetchedBytes
+	all.Made = append(all.Made, done.Made...)
+	all.MadeBytes += done.MadeBytes
 }
 
 // namesOfImages returns one name of each image of the namespace.
@@ -165,6 +176,8 @@ type fetchOptions struct {
 	verify bool
 	// chains are chainIDs: only the layers that end one of them are needed. None is all.
 	chains map[string]bool
+	// daemon makes blobs again; nil for none.
+	daemon dedupv1.ControlClient
 }
 
 // fetchMissing fetches the blobs of an image, in the namespace of ctx, that are not in the content store.
@@ -204,11 +217,12 @@ func fetchMissing(ctx context.Context, c *cli.Context, ctd *client.Client, name 
 		match = platforms.All
 	}
 	out := &completion{store: ctd.ContentStore(), leases: ctd.LeasesService(), fetcher: fetcher, source: source,
-		result: Completed{Image: name, Fetched: []CompletedBlob{}}}
+		daemon: opts.daemon, namespace: ns,
+		result: Completed{Image: name, Fetched: []CompletedBlob{}, Made: []CompletedBlob{}}}
 	if len(opts.chains) > 0 {
 		out.only = wantedBlobs(ctx, out.store, img.Target, match, opts.chains)
 	}
-	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " fetched" })
+	stop := showProgress(c, func() string { return size(out.soFar(ctx)) + " made or fetched" })
 	err = out.run(ctx, img, match)
 	stop()
 	if err != nil {
@@ -246,22 +260,27 @@ func printCompletion(w io.Writer, all Completion) {
 		switch {
 		case v.Error != "":
 			fmt.Fprintln(w, v.Error)
-		case len(v.Fetched) == 0:
+		case len(v.Fetched)+len(v.Made) == 0:
 			fmt.Fprintf(w, "%s is complete: all of its %s are there.\n", v.Image, size(v.PresentBytes))
 		default:
 			table(w, func(w io.Writer) {
-				fmt.Fprintln(w, "BLOB\tSIZE\tTYPE")
+				fmt.Fprintln(w, "BLOB\tSIZE\tFROM\tTYPE")
+				for _, b := range v.Made {
+					fmt.Fprintf(w, "%s\t%s\tstore\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
+				}
 				for _, b := range v.Fetched {
-					fmt.Fprintf(w, "%s\t%s\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
+					fmt.Fprintf(w, "%s\t%s\tregistry\t%s\n", short(b.Digest), size(b.Bytes), b.MediaType)
 				}
 			})
-			fmt.Fprintf(w, "\n%s of %s fetched, %s; %s were there.\n", plural(int64(len(v.Fetched)), "blob", "blobs"), v.Image,
+			fmt.Fprintf(w, "\n%s of %s made from the store, %s; %s fetched, %s; %s were there.\n",
+				plural(int64(len(v.Made)), "blob", "blobs"), v.Image, size(v.MadeBytes), count(int64(len(v.Fetched))),
 				size(v.FetchedBytes), size(v.PresentBytes))
 		}
 	}
 	if len(all.Images) > 1 {
-		fmt.Fprintf(w, "\n%s, %s fetched, %s were there.\n", plural(int64(len(all.Images)), "image", "images"),
-			size(all.FetchedBytes), size(all.PresentBytes))
+		fmt.Fprintf(w, "\n%s, %s made from the store, %s fetched, %s were there.\n",
+			plural(int64(len(all.Images)), "image", "images"), size(all.MadeBytes), size(all.FetchedBytes),
+			size(all.PresentBytes))
 	}
 }
 
@@ -316,94 +335,6 @@ func registryHint(err error) string {
 		return "\n  the registry does not have it any more: push the image there again from where it is complete"
 	}
 	return ""
-}
-
-// completion fetches what an image lacks.
-type completion struct {
-	store   content.Store
-	leases  leases.Manager
-	fetcher remotes.Fetcher
-	source  images.HandlerFunc     // notes on a blob which registry has it
-	only    map[digest.Digest]bool // layers' blobs that are wanted; nil is all
-
-	mu     sync.Mutex // guards result
-	result Completed
-}
-
-func (c *completion) run(ctx context.Context, img images.Image, match platforms.MatchComparer) error {
-	children := images.SetChildrenMappedLabels(c.store, images.FilterPlatforms(images.ChildrenHandler(c.store), match),
-		nil)
-	return images.Dispatch(ctx, images.Handlers(images.HandlerFunc(c.fetch), children), nil, img.Target)
-}
-
-// fetch fetches one blob, unless it is there.
-func (c *completion) fetch(ctx context.Context, desc ocispec.Descriptor) ([]ocispec.Descriptor, error) {
-	if c.only != nil && images.IsLayerType(desc.MediaType) && !c.only[desc.Digest] {
-		return nil, images.ErrSkipDesc
-	}
-	if err := c.hold(ctx, desc); err != nil {
-		return nil, err
-	}
-	_, err := c.store.Info(ctx, desc.Digest)
-	if err == nil {
-		if err := c.want(ctx, desc); err != nil {
-			return nil, err
-		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.result.PresentBytes += desc.Size
-		return nil, nil
-	}
-	if !errdefs.IsNotFound(err) {
-		return nil, fmt.Errorf("blob %s: %w", desc.Digest, err)
-	}
-	if _, err := remotes.FetchHandler(c.store, c.fetcher)(ctx, desc); err != nil {
-		if errdefs.IsFailedPrecondition(err) { // other bytes: containerd would go on with them next time
-			aerr := c.store.Abort(context.WithoutCancel(ctx), remotes.MakeRefKey(ctx, desc))
-			if aerr != nil && !errdefs.IsNotFound(aerr) {
-				err = errors.Join(err, aerr)
-			}
-		}
-		return nil, fmt.Errorf("fetch blob %s (%s): %w", desc.Digest, size(desc.Size), err)
-	}
-	if _, err := c.source(ctx, desc); err != nil {
-		return nil, fmt.Errorf("note where blob %s is from: %w", desc.Digest, err)
-	}
-	if err := c.want(ctx, desc); err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.result.Fetched = append(c.result.Fetched, CompletedBlob{desc.Digest.String(), desc.MediaType, desc.Size})
-	c.result.FetchedBytes += desc.Size
-	return nil, nil
-}
-
-// hold leases a blob before anybody looks whether it is there: else a trim could take away what was.
-func (c *completion) hold(ctx context.Context, desc ocispec.Descriptor) error {
-	id, ok := leases.FromContext(ctx)
-	if !ok {
-		return nil
-	}
-	resource := leases.Resource{ID: desc.Digest.String(), Type: "content"}
-	if err := c.leases.AddResource(ctx, leases.Lease{ID: id}, resource); err != nil && !errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("lease blob %s: %w", desc.Digest, err)
-	}
-	return nil
-}
-
-// want notes on a layer's blob that it is wanted for a while: the daemon lets go of it later, and a trim by somebody
-// else leaves it.
-func (c *completion) want(ctx context.Context, desc ocispec.Descriptor) error {
-	if !images.IsLayerType(desc.MediaType) {
-		return nil
-	}
-	until := time.Now().Add(blobs.WantedFor).UTC().Format(time.RFC3339)
-	info := content.Info{Digest: desc.Digest, Labels: map[string]string{blobs.LabelWanted: until}}
-	if _, err := c.store.Update(ctx, info, "labels."+blobs.LabelWanted); err != nil {
-		return fmt.Errorf("note that blob %s is wanted: %w", desc.Digest, err)
-	}
-	return nil
 }
 
 // dropDamaged removes the blobs of an image that are not what their digests say from the content store, in all
@@ -464,19 +395,4 @@ func verifyBlob(ctx context.Context, store content.Store, desc ocispec.Descripto
 		return false, nil // a disk that cannot read it
 	}
 	return verifier.Verified(), nil
-}
-
-// soFar is how many bytes have arrived.
-func (c *completion) soFar(ctx context.Context) int64 {
-	running, err := c.store.ListStatuses(ctx)
-	if err != nil {
-		return 0
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	n := c.result.FetchedBytes
-	for _, s := range running {
-		n += s.Offset
-	}
-	return n
 }

@@ -162,6 +162,9 @@ func (r *rig) commit(t *testing.T, name string, uid int) {
 	if err := sn.Commit(ctx, name, name+"-active"); err != nil {
 		t.Fatal(err)
 	}
+	if code, out, errs := r.run(t, "fsck"); code != exitOK { // its directory becomes a layer now, not when it is idle
+		t.Fatal(code, out, errs)
+	}
 	if _, err := sn.View(ctx, name+"-view", name, snapshots.WithLabels(nil)); err != nil { // waits for the ingest
 		t.Fatal(err)
 	}

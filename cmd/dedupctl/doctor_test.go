@@ -70,7 +70,7 @@ func TestDoctorDisks(t *testing.T) {
 	}{
 		{"ext4", func(t *testing.T) string { return disk(t, "mkfs.ext4 -q -F") },
 			map[string]doctor.Severity{"disk.type": "ok", "disk.space": "ok", "disk.inodes": "ok",
-				"disk.d_type": "ok", "disk.reflink": "info", "kernel.upper": "ok"}},
+				"disk.d_type": "ok", "disk.reflink": "info", "disk.quota": "info", "kernel.upper": "ok"}},
 		{"xfs", func(t *testing.T) string {
 			return disk(t, "mkfs.xfs -q -f")
 		}, map[string]doctor.Severity{"disk.type": "ok", "disk.inodes": "ok", "disk.reflink": "ok"}},

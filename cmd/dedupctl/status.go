@@ -49,6 +49,8 @@ type Status struct {
 	ChainMounts    int64  `json:"chain_mounts"`
 	Verity         string `json:"verity"`
 	Blobs          string `json:"blobs"`
+	Recipes        int64  `json:"recipes"`
+	RecipeBytes    int64  `json:"recipe_bytes"`
 }
 
 func askStatus(c *cli.Context, measure bool) (Status, error) {
@@ -67,7 +69,7 @@ func statusOf(r *dedupv1.StatusResponse) Status {
 		FreeBytes: r.GetFreeBytes(), TotalBytes: r.GetTotalBytes(),
 		FreeInodes: r.GetFreeInodes(), TotalInodes: r.GetTotalInodes(),
 		ChainImages: r.GetChainImages(), ChainMounts: r.GetChainMounts(),
-		Verity: r.GetVerity(), Blobs: r.GetBlobs(),
+		Verity: r.GetVerity(), Blobs: r.GetBlobs(), Recipes: r.GetRecipes(), RecipeBytes: r.GetRecipeBytes(),
 	}
 }
 
@@ -114,6 +116,10 @@ func writeStatus(w io.Writer, s Status) {
 		fmt.Fprintf(w, "fs-verity\t%s\n", s.Verity)
 		if s.Blobs != "" { // an older daemon does not say
 			fmt.Fprintf(w, "blobs\t%s\n", s.Blobs)
+		}
+		if s.Recipes > 0 {
+			fmt.Fprintf(w, "recipes\t%s, %s\n", plural(s.Recipes, "dropped blob can be made again",
+				"dropped blobs can be made again"), size(s.RecipeBytes))
 		}
 		fmt.Fprintf(w, "chain images\t%s, %s mounted\n", count(s.ChainImages), count(s.ChainMounts))
 	})

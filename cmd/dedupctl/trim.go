@@ -34,6 +34,7 @@ type TrimmedImage struct {
 	KeptBlobs int64    `json:"kept_blobs"`
 	KeptBytes int64    `json:"kept_bytes"`
 	Kept      string   `json:"kept,omitempty"`
+	Recipes   int64    `json:"recipes"`
 }
 
 // dockerNamespace is containerd's namespace that Docker uses.
@@ -48,7 +49,8 @@ func trimCommand() *cli.Command {
 			"images, or of those named, and says why others stay: their layer is damaged or not stored here, another\n" +
 			"snapshotter has unpacked the image too, a lease holds it, a push or an export reads it, no registry is known to\n" +
 			"have them, or the image is marked (ctr images label IMAGE dedup-snapshotter.io/blobs=keep).\n" +
-			"Such images still run, and can be pulled again. Before you push or export one, run `dedupctl complete IMAGE`.\n" +
+			"Such images still run, and can be pulled again. Before you push or export one, run `dedupctl complete IMAGE`:\n" +
+			"it makes blobs again from the store where that is possible, and fetches the others.\n" +
 			"blobs = \"drop\" in the daemon's config trims after each pull.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "dry-run", Usage: "list what would be removed"},
@@ -57,6 +59,8 @@ func trimCommand() *cli.Command {
 			&cli.BoolFlag{Name: "last-copy", Usage: "of the IMAGEs named: also blobs that no registry is known to have"},
 			&cli.BoolFlag{Name: "fetched",
 				Usage: "also blobs that dedupctl complete fetched within the last hour"},
+			&cli.BoolFlag{Name: "no-recipes",
+				Usage: "keep nothing to make the blobs again with; saves about the time that compressing them took"},
 			&cli.DurationFlag{Name: "wait", Value: time.Minute,
 				Usage: "wait up to `DURATION` for pushes and exports that read what would go"},
 		},
@@ -71,11 +75,15 @@ func runTrim(c *cli.Context) error {
 	}
 	dry := c.Bool("dry-run")
 	wait := uint32(min(max(0, math.Ceil(c.Duration("wait").Seconds())), math.MaxUint32))
-	stop := showProgress(c, func() string { return "looking which blobs nothing needs" })
+	doing := "looking which blobs nothing needs"
+	if !dry && !c.Bool("no-recipes") {
+		doing += ", and keeping what it takes to make them again"
+	}
+	stop := showProgress(c, func() string { return doing })
 	r, err := ask(c, func(ctx context.Context, client dedupv1.ControlClient) (*dedupv1.TrimResponse, error) {
 		return client.Trim(ctx, &dedupv1.TrimRequest{
 			DryRun: dry, Namespace: c.String("namespace"), Images: names, LastCopy: c.Bool("last-copy"),
-			Fetched: c.Bool("fetched"), WaitSeconds: wait,
+			Fetched: c.Bool("fetched"), WaitSeconds: wait, NoRecipes: c.Bool("no-recipes"),
 		})
 	})
 	stop()
@@ -87,7 +95,7 @@ func runTrim(c *cli.Context) error {
 		out.Images = append(out.Images, TrimmedImage{
 			Namespace: i.GetNamespace(), Names: append([]string{}, i.GetNames()...),
 			Manifest: i.GetManifest(), Layers: i.GetLayers(), Blobs: i.GetBlobs(), BlobBytes: i.GetBlobBytes(),
-			KeptBlobs: i.GetKeptBlobs(), KeptBytes: i.GetKeptBytes(), Kept: i.GetKept(),
+			KeptBlobs: i.GetKeptBlobs(), KeptBytes: i.GetKeptBytes(), Kept: i.GetKept(), Recipes: i.GetRecipes(),
 		})
 	}
 	return print(c, out, writeTrimmed)
@@ -103,6 +111,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 		goes, verb = "TO DROP", "would be freed"
 	}
 	lastCopies, docker := false, false
+	recipes := int64(0)
 	table(w, func(w io.Writer) {
 		fmt.Fprintf(w, "NAMESPACE\tIMAGE\tLAYERS\tBLOBS\t%s\tKEPT\tWHY KEPT\n", goes)
 		for _, i := range t.Images {
@@ -111,6 +120,7 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 				why = "-"
 			}
 			lastCopies = lastCopies || strings.HasPrefix(why, "the last copy")
+			recipes += i.Recipes
 			docker = docker || i.Namespace == dockerNamespace && i.BlobBytes > 0
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.Namespace, imageName(i.Names), count(i.Layers),
 				count(i.Blobs+i.KeptBlobs), dash(i.BlobBytes), dash(i.KeptBytes), plain(why))
@@ -118,6 +128,10 @@ func writeTrimmed(w io.Writer, t Trimmed) {
 	})
 	fmt.Fprintf(w, "\n%s, %s %s in containerd's content store\n", plural(t.FreedBlobs, "blob", "blobs"),
 		size(t.FreedBytes), verb)
+	if recipes > 0 {
+		fmt.Fprintf(w, "%s can be made again from the store, without a registry: dedupctl complete IMAGE\n",
+			plural(recipes, "of them", "of them"))
+	}
 	if lastCopies {
 		fmt.Fprintln(w, "images that were built or imported here must be named: dedupctl trim --last-copy IMAGE")
 	}

@@ -34,6 +34,7 @@ type catalog struct {
 	fresh Usage
 	// damaged is how many layers are out of service.
 	damaged int
+	recipes recipeIndex
 }
 
 // show lets a layer be found. Under mu.

@@ -215,6 +215,11 @@ func (h *health) orphans(ctx context.Context, remove bool) (findings []Finding, 
 				Problem: "no snapshot uses this layer", Bytes: content.Blocks(fi.Size())})
 		}
 	}
+	recipes, err := h.orphanRecipes(remove)
+	if err != nil {
+		return findings, err
+	}
+	findings = append(findings, recipes...)
 	if h.uncounted() {
 		return findings, nil // an object that a damaged tree names looks like an orphan
 	}

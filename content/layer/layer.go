@@ -153,6 +153,7 @@ type Store struct {
 	*health
 	*accounts
 	*reports
+	*recipes
 
 	parked   buffers // payloads that wait for something else of their layer
 	budget   *budget
@@ -300,6 +301,7 @@ func (s *Store) unlink(id content.LayerID) ([]content.ObjectID, error) {
 	if err != nil && !isDamage(err) {
 		return nil, err
 	}
+	s.removeRecipes(id)
 	if err := os.RemoveAll(s.treePath(id)); err != nil {
 		return nil, err
 	}

@@ -45,6 +45,9 @@ func Look(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if _, err := s.load(ctx, holds, time.Time{}); err != nil {
 		return nil, err
 	}
+	if err := s.recipes.open(); err != nil {
+		return nil, err
+	}
 	if _, err := s.objects.Settle(true); err != nil {
 		return nil, err
 	}

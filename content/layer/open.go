@@ -51,6 +51,9 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err := s.openFormer(); err != nil {
 		return nil, fmt.Errorf("look for what an upgrade has kept: %w", err)
 	}
+	if err := s.recipes.open(); err != nil {
+		return nil, err
+	}
 	if err := s.sweep(ctx); err != nil {
 		return nil, err
 	}
@@ -86,6 +89,7 @@ func newStore(opts Options) (*Store, error) {
 		diffs:    map[diffKey]content.LayerID{},
 		blobs:    map[blobKey]tree.Tar{},
 		payloads: map[content.PayloadDigest][]content.LayerID{},
+		recipes:  recipeIndex{byBlob: map[content.Sum][]keptRecipe{}},
 	}
 	durable := &durable{directory: dir}
 	packed := &packed{durable: durable, wake: make(chan struct{}, 1)}
@@ -105,6 +109,7 @@ func newStore(opts Options) (*Store, error) {
 		s.parked.trim()
 		freeHeap()
 	})
+	s.recipes = &recipes{health: s.health, budget: s.budget}
 	s.flights.init()
 	s.counters.init()
 	return s, nil

@@ -47,10 +47,10 @@ func EqualGroups(list []Listed) [][]Listed {
 // Objects returns how many objects are stored.
 func (p *packed) Objects() int { return p.objects.Len() }
 
-// Measure returns what objects and trees occupy on the disk, directories included. It looks at every
+// Measure returns what objects, trees and recipes occupy on the disk, directories included. It looks at every
 // file, without holding up ingests: what comes or goes meanwhile may or may not be counted.
 func (r *reports) Measure(ctx context.Context) (Usage, error) {
-	return DiskUsage(ctx, r.path(dirPacks), r.path(dirLayers), r.path(dirObjects))
+	return DiskUsage(ctx, r.path(dirPacks), r.path(dirLayers), r.path(dirObjects), r.path(dirRecipes))
 }
 
 // DiskUsage returns what the trees below dirs occupy as the file system accounts it. Files that vanish

@@ -15,7 +15,7 @@ type accounts struct{ *oldLayout }
 // weight is a layer's part in the division; an empty one still has a tree.
 func (st *state) weight() int64 { return st.facts.Bytes + content.BlockSize }
 
-// Used returns what objects and trees occupy. It looks at no file: sizes are rounded up to blocks of 4 KiB.
+// Used returns what objects, trees and recipes occupy. It looks at no file: sizes are rounded up to blocks of 4 KiB.
 func (a *accounts) Used() Usage {
 	a.mu.RLock()
 	defer a.mu.RUnlock()
@@ -26,7 +26,10 @@ func (a *accounts) used() Usage {
 	bytes, inodes := a.objects.Packs().Used()
 	dirBytes, dirs := a.objects.Packs().Directories()
 	old := a.old.usage()
-	return Usage{Bytes: bytes + dirBytes + a.trees.Bytes + old.Bytes, Inodes: inodes + dirs + a.trees.Inodes + old.Inodes}
+	return Usage{
+		Bytes:  bytes + dirBytes + a.trees.Bytes + old.Bytes + a.recipes.used.Bytes,
+		Inodes: inodes + dirs + a.trees.Inodes + old.Inodes + a.recipes.used.Inodes,
+	}
 }
 
 // Claim makes one use of a held layer stand for all that nobody has claimed; more is as in Share. ok is false when

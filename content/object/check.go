@@ -56,6 +56,27 @@ func (s *Store) Head(id content.ObjectID, n int) (head []byte, err error) {
 	return head, nil
 }
 
+// ReadAt fills b with bytes of an object, from off on. They are not compared with its name.
+func (s *Store) ReadAt(id content.ObjectID, b []byte, off int64) error {
+	if s.IsBad(id) {
+		return fmt.Errorf("read object %s: %w", id, ErrDamaged)
+	}
+	err := s.at(id, func(p *pack, x extent) error {
+		if off < 0 || off+int64(len(b)) > x.size {
+			return fmt.Errorf("%d bytes at %d of %d: %w", len(b), off, x.size, io.ErrUnexpectedEOF)
+		}
+		_, err := p.file.ReadAt(b, int64(x.block)*content.BlockSize+off)
+		return err
+	})
+	if isDamage(err) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if err != nil {
+		return fmt.Errorf("read object %s: %w", id, err)
+	}
+	return nil
+}
+
 func isDamage(err error) bool {
 	return errors.Is(err, ErrDamaged) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.Is(err, unix.EIO) || errors.Is(err, fs.ErrNotExist)

@@ -1,6 +1,7 @@
 package image
 
 import (
+	stdgzip "compress/gzip"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,8 +17,10 @@ type Compression string
 // Compressions.
 const (
 	Gzip Compression = "gzip" // level 6, as docker push
-	Zstd Compression = "zstd"
-	None Compression = "none"
+	// GoGzip is by Go's own compress/gzip, as BuildKit, crane and kaniko use it.
+	GoGzip Compression = "go gzip"
+	Zstd   Compression = "zstd"
+	None   Compression = "none"
 	// Gzips is many gzip members of odd sizes, empty ones among them, as pigz -i and
 	// concatenation make.
 	Gzips Compression = "gzips"
@@ -46,6 +49,12 @@ func compressInto(w io.Writer, opts LayerOptions, write func(io.Writer) error) e
 		return errors.Join(write(z), z.Close())
 	case Gzip:
 		z, err := gzip.NewWriterLevel(w, opts.level())
+		if err != nil {
+			return err
+		}
+		return errors.Join(write(z), z.Close())
+	case GoGzip:
+		z, err := stdgzip.NewWriterLevel(w, opts.level())
 		if err != nil {
 			return err
 		}

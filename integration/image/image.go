@@ -19,10 +19,14 @@ import (
 
 // Options of an image. The zero value is an OCI image for this architecture.
 type Options struct {
-	Docker bool // docker's media types
-	Env    []string
-	Cmd    []string
-	Labels map[string]string
+	Docker     bool // docker's media types
+	Env        []string
+	Entrypoint []string
+	Cmd        []string
+	Labels     map[string]string
+	User       string
+	Volumes    []string
+	Platform   v1.Platform // the zero value is this one
 }
 
 // New stacks layers, the first one lowest.
@@ -45,12 +49,49 @@ func New(opts Options, layers ...*Layer) (v1.Image, error) {
 		return nil, fmt.Errorf("build image: %w", err)
 	}
 	file = file.DeepCopy()
-	file.OS, file.Architecture = "linux", runtime.GOARCH
-	file.Config = v1.Config{Env: opts.Env, Cmd: opts.Cmd, Labels: opts.Labels}
+	file.OS, file.Architecture, file.Variant = "linux", runtime.GOARCH, opts.Platform.Variant
+	if opts.Platform.Architecture != "" {
+		file.OS, file.Architecture = opts.Platform.OS, opts.Platform.Architecture
+	}
+	file.Config = v1.Config{
+		Env: opts.Env, Entrypoint: opts.Entrypoint, Cmd: opts.Cmd, Labels: opts.Labels, User: opts.User,
+	}
+	for _, volume := range opts.Volumes {
+		if file.Config.Volumes == nil {
+			file.Config.Volumes = map[string]struct{}{}
+		}
+		file.Config.Volumes[volume] = struct{}{}
+	}
 	if img, err = mutate.ConfigFile(img, file); err != nil {
 		return nil, fmt.Errorf("build image: %w", err)
 	}
 	return img, nil
+}
+
+// NewIndex is one image for several platforms, with the layers that a function returns for each.
+func NewIndex(opts Options, platforms []v1.Platform, layers func(i int) []*Layer) (v1.ImageIndex, error) {
+	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for i, p := range platforms {
+		opts.Platform = p
+		img, err := New(opts, layers(i)...)
+		if err != nil {
+			return nil, err
+		}
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{Add: img, Descriptor: v1.Descriptor{Platform: &p}})
+	}
+	return index, nil
+}
+
+// PushIndex pushes an image for several platforms to a plain-HTTP registry.
+func PushIndex(ctx context.Context, ref string, index v1.ImageIndex) error {
+	parsed, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	if err := remote.WriteIndex(parsed, index, remote.WithContext(ctx), remote.WithJobs(1)); err != nil {
+		return fmt.Errorf("push %s: %w", ref, err)
+	}
+	return nil
 }
 
 // Push pushes an image to a plain-HTTP registry.

@@ -9,4 +9,6 @@
 // plain ext4, since overlayfs cannot be stacked on overlayfs.
 //
 // All of it lives in namespaces of process 1: killing that ends every process, mount and loop device.
+//
+// A cell is less: a command in namespaces of its own on this machine's file system, without systemd and a network.
 package machine

@@ -132,12 +132,7 @@ func (m *Machine) start(root string, controllers []string) error {
 		}
 		args = append(args, mode, b.Source, b.Target)
 	}
-	// The shell enters the groups before it makes the cgroup namespace, whose root they become.
-	enter := "set -e\n"
-	for _, g := range m.groups {
-		enter += fmt.Sprintf("echo $$ > %q/cgroup.procs\n", g)
-	}
-	m.cmd = exec.Command("bash", append([]string{"-c", enter + `exec unshare "$@"`, "enter"}, args...)...)
+	m.cmd = exec.Command("bash", append([]string{"-c", enter(m.groups) + `exec unshare "$@"`, "enter"}, args...)...)
 	m.cmd.Stdout, m.cmd.Stderr = log, log
 	// It must not outlive a test that dies.
 	m.cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Pdeathsig: unix.SIGKILL}
@@ -157,6 +152,15 @@ func (m *Machine) start(root string, controllers []string) error {
 		return fmt.Errorf("boot: %w", err)
 	}
 	return nil
+}
+
+// enter is what a shell runs before it makes the cgroup namespace, whose root the groups become.
+func enter(groups []string) string {
+	script := "set -e\n"
+	for _, g := range groups {
+		script += fmt.Sprintf("echo $$ > %q/cgroup.procs\n", g)
+	}
+	return script
 }
 
 func (m *Machine) awaitBoot(ctx context.Context) error {

@@ -23,11 +23,14 @@ type table = map[string]any
 // a fixed place of the machine is moved below the node's directory or switched off.
 func (l *layout) containerdConfig() ([]byte, error) {
 	disabled := []string{
-		"io.containerd.nri.v1.nri", // listens on a fixed path
 		"io.containerd.snapshotter.v1.btrfs",
 		"io.containerd.snapshotter.v1.devmapper",
 		"io.containerd.snapshotter.v1.zfs",
 		"io.containerd.snapshotter.v1.blockfile",
+	}
+	const nri = "io.containerd.nri.v1.nri" // listens on a fixed path, if it is not given another
+	if _, ok := l.opts.Plugins[nri]; !ok {
+		disabled = append(disabled, nri)
 	}
 	if !l.opts.CRI {
 		disabled = append(disabled, "io.containerd.grpc.v1.cri",

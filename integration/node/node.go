@@ -255,6 +255,30 @@ func (s *services) RestartContainerd(ctx context.Context) error {
 	return s.StartContainerd(ctx)
 }
 
+// KeepContainerd starts containerd again, a few seconds after it has ended, until the function that it returns is
+// called. Nothing else may start or stop containerd meanwhile.
+func (s *services) KeepContainerd(ctx context.Context, pause time.Duration) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-s.containerd.done:
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(pause):
+			}
+			_ = s.StartContainerd(ctx) // if it ends again, it is started again
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
 // StartDaemon starts the dedup daemon and waits until its socket answers.
 func (s *services) StartDaemon(ctx context.Context) error {
 	bin := s.opts.DaemonBinary

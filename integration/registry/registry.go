@@ -2,7 +2,8 @@
 // an access log, so that a test can ask which blobs were fetched.
 //
 // The protocol is go-containerregistry's; the blobs are plain files, which may be put
-// there without a push. It does not authenticate, encrypt, or collect garbage.
+// there without a push. It does not authenticate or collect garbage, and encrypts only what
+// ServeTLS serves.
 //
 // # On disk
 //
@@ -12,6 +13,7 @@ package registry
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -43,6 +45,7 @@ type Registry struct {
 	dir    string
 	addr   string
 	server *http.Server
+	others []*http.Server // of ServeTLS
 	log    *os.File
 
 	mu sync.Mutex // guards writes to log
@@ -90,7 +93,26 @@ func (r *Registry) Addr() string { return r.addr }
 func (r *Registry) Ref(name string) string { return r.addr + "/" + name }
 
 // Close stops serving. The directory stays.
-func (r *Registry) Close() error { return errors.Join(r.server.Close(), r.log.Close()) }
+func (r *Registry) Close() error {
+	err := r.server.Close()
+	for _, other := range r.others {
+		err = errors.Join(err, other.Close())
+	}
+	return errors.Join(err, r.log.Close())
+}
+
+// ServeTLS also serves at another address, with a certificate.
+func (r *Registry) ServeTLS(address string, certificate tls.Certificate) error {
+	config := &tls.Config{Certificates: []tls.Certificate{certificate}, NextProtos: []string{"h2", "http/1.1"}}
+	listener, err := tls.Listen("tcp", address, config)
+	if err != nil {
+		return fmt.Errorf("serve the registry with TLS: %w", err)
+	}
+	other := &http.Server{Handler: r.server.Handler, ReadHeaderTimeout: 10 * time.Second, TLSConfig: config}
+	r.others = append(r.others, other)
+	go func() { _ = other.Serve(listener) }()
+	return nil
+}
 
 // Log returns all requests answered so far.
 func (r *Registry) Log() ([]Access, error) { return ReadLog(r.dir) }

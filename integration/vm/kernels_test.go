@@ -106,8 +106,18 @@ func addRunc(t *testing.T, k Kernel, files map[string]string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	files["usr/sbin/runc"] = runc
-	libraries, err := exec.CommandContext(t.Context(), "ldd", runc).Output()
+	addProgram(t, files, runc, "usr/sbin/runc")
+}
+
+// addProgram adds a program of this machine, and its libraries.
+func addProgram(t *testing.T, files map[string]string, from, to string) {
+	t.Helper()
+	program, err := filepath.EvalSymlinks(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files[to] = program
+	libraries, err := exec.CommandContext(t.Context(), "ldd", from).Output()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -51,6 +51,10 @@ type Options struct {
 	FS     FS // of the disk
 	// Files are put on the disk: path -> file here.
 	Files map[string]string
+	// Tree is a directory that the disk begins with a copy of; may be "".
+	Tree string
+	// Append is added to the kernel's command line.
+	Append string
 	// Disk is one that MakeDisk has made, for runs that go on with what an earlier one left; else one is made.
 	Disk string
 	// Root: the disk becomes the root directory, as containers need it (pivot_root does not leave an initramfs).
@@ -86,7 +90,8 @@ func Run(ctx context.Context, opts Options) (string, error) {
 			return "", err
 		}
 	}
-	cmd, err := emulate(ctx, opts.Kernel, "-initrd", initrd, "-drive", "file="+disk+",if=virtio,format=raw,cache=unsafe")
+	cmd, err := emulate(ctx, opts.Kernel, opts.Append, "-initrd", initrd,
+		"-drive", "file="+disk+",if=virtio,format=raw,cache=unsafe")
 	if err != nil {
 		return "", err
 	}
@@ -112,7 +117,7 @@ func Run(ctx context.Context, opts Options) (string, error) {
 // emulate is the command that boots a kernel. One CPU, since with two QEMU 7.2 may run a breakpoint that Linux has
 // taken out again while it patched itself, and Linux dies of it (6.12: "Oops: int3"). Not KVM, which is there on some
 // virtual machines and stops in the middle of the boot.
-func emulate(ctx context.Context, k Kernel, args ...string) (*exec.Cmd, error) {
+func emulate(ctx context.Context, k Kernel, line string, args ...string) (*exec.Cmd, error) {
 	// cx16=off: QEMU 7.2 emulates cmpxchg16b wrongly, and Linux dies of it. no_timer_check: on a busy machine the timer
 	// fails Linux's test.
 	name, console := qemu.Name, "ttyS0 no_timer_check"
@@ -128,7 +133,7 @@ func emulate(ctx context.Context, k Kernel, args ...string) (*exec.Cmd, error) {
 	return exec.CommandContext(ctx, bin, slices.Concat(machine, args, []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-accel", "tcg", "-smp", "1", "-m", "3G", "-serial", "stdio", "-kernel", k.Image,
-		"-append", "quiet loglevel=4 panic=-1 console=" + console,
+		"-append", "quiet loglevel=4 panic=-1 " + line + " console=" + console,
 	})...), nil
 }
 
@@ -142,7 +147,7 @@ func makeInitrd(ctx context.Context, opts Options) (string, error) {
 	}
 	order, err := opts.Kernel.copyModules(ctx, filepath.Join(root, "modules"),
 		"crc32c_generic", // what the file systems ask for by another name
-		"virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "overlay", "erofs")
+		"virtio_pci", "virtio_blk", "loop", "ext4", "btrfs", "xfs", "quota_v2", "overlay", "erofs")
 	if err != nil {
 		return "", fmt.Errorf("make initrd: %w", err)
 	}
@@ -184,6 +189,11 @@ func MakeDisk(ctx context.Context, opts Options) (string, error) {
 	from, file := filepath.Join(opts.Dir, "files"), filepath.Join(opts.Dir, "disk.img")
 	if err := os.MkdirAll(from, 0o755); err != nil {
 		return "", fmt.Errorf("make disk: %w", err)
+	}
+	if opts.Tree != "" {
+		if out, err := exec.CommandContext(ctx, "cp", "-a", opts.Tree+"/.", from).CombinedOutput(); err != nil {
+			return "", fmt.Errorf("make disk: %w\n%s", err, out)
+		}
 	}
 	for name, path := range opts.Files {
 		to := filepath.Join(from, name)

@@ -27,6 +27,9 @@ func (t *Trimmer) Execute(ctx context.Context, plan TrimPlan) (done TrimPlan, er
 			t.totals.Errors++
 		}
 	}()
+	if err := t.keepRecipes(ctx, plan); err != nil {
+		return done, err
+	}
 	held, err := t.hold(ctx, plan)
 	if err != nil {
 		return done, errors.Join(err, t.letGo(ctx, held, false))
@@ -91,7 +94,7 @@ func (t *Trimmer) restore(ctx context.Context, released []*TrimImage, planned ti
 			return errors.Join(err, rerr)
 		}
 		i.KeptBlobs, i.KeptBytes, i.Kept = i.KeptBlobs+i.Blobs, i.KeptBytes+i.Bytes, why.Error()
-		i.Blobs, i.Bytes = 0, 0
+		i.Blobs, i.Bytes, i.Recipes = 0, 0, 0
 	}
 	return err
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 )
 
 const (
@@ -75,6 +76,7 @@ type Trimmer struct {
 	catalog *Catalog
 	store   *Store
 	stored  func(context.Context) (Stored, error)
+	recipes Recipes // nil for none
 	step    func(string)
 	readers *readers
 
@@ -104,6 +106,8 @@ type TrimOptions struct {
 	Survey bool
 	// Wait is how long Settle waits for those who read.
 	Wait time.Duration
+	// NoRecipes keeps none of what goes.
+	NoRecipes bool
 }
 
 // TrimImage is one manifest of a namespace with blobs in the content store, or named in the options.
@@ -119,6 +123,8 @@ type TrimImage struct {
 	KeptBlobs int
 	KeptBytes int64
 	Kept      string
+	// Recipes are those of Blobs that went and can be made again.
+	Recipes int
 
 	refs  map[string]string // labels of the manifest that go, with their values
 	image *Image
@@ -133,19 +139,29 @@ type TrimPlan struct {
 	Blobs int
 	Bytes int64
 
-	going map[digest.Digest]int64
-	again time.Time
-	at    time.Time // before anything was looked at
+	going     map[digest.Digest]int64
+	noRecipes bool
+	again     time.Time
+	at        time.Time // before anything was looked at
 	// unseen is why nobody knows who reads blobs: then all stay.
 	unseen error
 }
 
-// NewTrimmer lets go of what stored says the store can do without. step may be nil; a test ends the process there.
-func NewTrimmer(c *Catalog, s *Store, stored func(context.Context) (Stored, error), step func(string)) *Trimmer {
+// Recipes keep what it takes to make blobs again.
+type Recipes interface {
+	// MakeRecipe keeps a recipe of a blob with this tar. It takes a while, and gives up when ctx ends.
+	MakeRecipe(ctx context.Context, d content.DiffID, b layer.Blob) error
+}
+
+// NewTrimmer lets go of what stored says the store can do without. recipes, if not nil, gets each blob before it goes.
+// step may be nil; a test ends the process there.
+func NewTrimmer(c *Catalog, s *Store, stored func(context.Context) (Stored, error), recipes Recipes,
+	step func(string),
+) *Trimmer {
 	if step == nil {
 		step = func(string) {}
 	}
-	return &Trimmer{catalog: c, store: s, stored: stored, step: step, kick: make(chan struct{}, 1),
+	return &Trimmer{catalog: c, store: s, stored: stored, recipes: recipes, step: step, kick: make(chan struct{}, 1),
 		readers: newReaders(s.directory)}
 }
 
@@ -158,7 +174,7 @@ func (t *Trimmer) Totals() TrimTotals {
 
 // Plan finds what can be let go of. It changes nothing.
 func (t *Trimmer) Plan(ctx context.Context, opts TrimOptions) (plan TrimPlan, err error) {
-	plan.at = time.Now()
+	plan.at, plan.noRecipes = time.Now(), opts.NoRecipes
 	plan.unseen = t.readers.look(ctx)
 	graphs, err := t.catalog.graphs(ctx)
 	if err != nil {

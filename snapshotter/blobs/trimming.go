@@ -73,8 +73,12 @@ func (t *Trimmer) sweep(ctx context.Context, collect bool) time.Duration {
 	case plan.unseen != nil && len(plan.Images) > 0:
 		log.G(ctx).WithError(plan.unseen).Warn("blobs that no container needs stay in containerd's content store")
 	case done.Blobs > 0:
-		log.G(ctx).Infof("removed %d blobs, %d bytes, from containerd's content store: their layers are stored here",
-			done.Blobs, done.Bytes)
+		recipes := 0
+		for _, i := range done.Images {
+			recipes += i.Recipes
+		}
+		log.G(ctx).Infof("removed %d blobs, %d bytes, from containerd's content store: their layers are stored here; "+
+			"%d of them can be made again without a registry", done.Blobs, done.Bytes, recipes)
 		if slices.ContainsFunc(done.Images, func(i TrimImage) bool { return i.Namespace == "moby" && i.Bytes > 0 }) {
 			log.G(ctx).Warn("docker save leaves out the layers of these images without an error: before it run " +
 				"dedupctl complete --namespace moby IMAGE")

@@ -1,5 +1,5 @@
 // Package control serves the control API (proto/dedup/v1/control.proto): what an operator
-// asks the running daemon. Check, GC and Trim aside, it changes nothing. Who may connect is the socket's
+// asks the running daemon. Check, GC, Trim and MakeBlob aside, it changes nothing. Who may connect is the socket's
 // mode: root alone. No answer holds the content of an image's files.
 package control
 
@@ -29,9 +29,10 @@ type Options struct {
 	ContainerdAddress string
 	// Catalog lists the images of the containerd that calls.
 	Catalog *blobs.Catalog
-	// Blobs is the key of that name, Trimmer what lets go of them.
+	// Blobs is the key of that name, Trimmer what lets go of them, Found where they are.
 	Blobs   string
 	Trimmer *blobs.Trimmer
+	Found   *blobs.Store
 }
 
 // Server is a dedupv1.ControlServer.
@@ -54,6 +55,8 @@ func (s *Server) Status(ctx context.Context, req *dedupv1.StatusRequest) (*dedup
 		Objects: int64(s.sn.Layers().Objects()), Verity: s.sn.VerityState(), Blobs: s.opts.Blobs,
 	}
 	addTotals(resp, s.sn.Layers().List())
+	recipes := s.sn.Layers().RecipeUsage()
+	resp.Recipes, resp.RecipeBytes = recipes.Inodes, recipes.Bytes
 	chains, err := s.sn.Chains(ctx, req.GetMeasure())
 	if err != nil {
 		return nil, answer(err)

@@ -17,6 +17,7 @@ func (s *Server) Trim(ctx context.Context, req *dedupv1.TrimRequest) (*dedupv1.T
 	plan, err := s.opts.Trimmer.Settle(ctx, blobs.TrimOptions{
 		Namespace: req.GetNamespace(), Images: req.GetImages(), LastCopy: req.GetLastCopy(), Fetched: req.GetFetched(),
 		Survey: req.GetDryRun(), Wait: time.Duration(req.GetWaitSeconds()) * time.Second,
+		NoRecipes: req.GetNoRecipes(),
 	})
 	if err == nil && !req.GetDryRun() {
 		plan, err = s.opts.Trimmer.Execute(ctx, plan)
@@ -36,6 +37,7 @@ func (s *Server) Trim(ctx context.Context, req *dedupv1.TrimRequest) (*dedupv1.T
 		resp.Images = append(resp.Images, &dedupv1.TrimmedImage{
 			Namespace: i.Namespace, Names: i.Names, Manifest: i.Manifest.String(), Layers: int64(i.Layers),
 			Blobs: int64(i.Blobs), BlobBytes: i.Bytes, KeptBlobs: int64(i.KeptBlobs), KeptBytes: i.KeptBytes, Kept: i.Kept,
+			Recipes: int64(i.Recipes),
 		})
 	}
 	return resp, nil

@@ -49,7 +49,7 @@ func mountLoop(image, target string, options []string) error {
 		return err
 	}
 	defer l.Close()
-	return explainMount(image, unix.Mount(l.Name(), target, "erofs", unix.MS_RDONLY, strings.Join(options, ",")))
+	return explainMount(image, unix.Mount(l.Name(), target, "erofs", unix.MS_RDONLY, strings.Join(labelled(options), ",")))
 }
 
 // loopName is what a loop device says of itself, as much of it as fits.

@@ -66,7 +66,7 @@ func mountImage(image, target string, devices []erofs.Device, path func(content.
 		}
 		options = append(options, "device="+name)
 	}
-	if n := length(options); n > os.Getpagesize() {
+	if n := length(labelled(options)); n > os.Getpagesize() {
 		return fmt.Errorf("mount %s: %d bytes of options for %d packs: %w", image, n, len(devices), ErrTooLong)
 	}
 	if !loop {
@@ -90,7 +90,7 @@ func mountPack(path, target string, d erofs.Device, loop bool) error {
 }
 
 func mountFile(source, target string, options []string) error {
-	return explainMount(source, unix.Mount(source, target, "erofs", unix.MS_RDONLY, strings.Join(options, ",")))
+	return explainMount(source, unix.Mount(source, target, "erofs", unix.MS_RDONLY, strings.Join(labelled(options), ",")))
 }
 
 func explainMount(source string, err error) error {

@@ -51,9 +51,6 @@ type Kernel struct {
 // Defaults are parameters of overlayfs's module that are not off here.
 type Defaults struct{ Xino, Metacopy, Redirect bool }
 
-// ProbePrefix names the probe's directory below the root.
-const ProbePrefix = "probe-"
-
 // Features are what the kernel and a file system offer, found out by trying: versions are not compared, since
 // distributions backport.
 type Features struct {
@@ -134,10 +131,11 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 // examine mounts small chain images over a pack, in both flavours, writable, and reads them. With keep, metacopy=on
 // stays.
 func examine(parent string, keep bool) (f Features, err error) {
-	dir, err := os.MkdirTemp(parent, ProbePrefix)
+	dir, release, err := ProbeDir(parent, ProbePrefix)
 	if err != nil {
 		return f, err
 	}
+	defer release()
 	p := prober{dir: dir, payload: []byte(strings.Repeat("served from a pack", 100))}
 	defer func() { err = errors.Join(err, p.close()) }()
 	f.Defaults = Defaults{overlayDefault("xino_auto"), overlayDefault("metacopy"), overlayDefault("redirect_dir")}

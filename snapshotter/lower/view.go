@@ -64,7 +64,7 @@ func (k Kernel) MountView(at string, s Stack) error {
 	if err := os.MkdirAll(at, 0o700); err != nil {
 		return fmt.Errorf("create mount point: %w", err)
 	}
-	overlay := mount.Mount{Type: "overlay", Source: "overlay", Options: options}
+	overlay := mount.Mount{Type: "overlay", Source: "overlay", Options: labelled(options)}
 	return explainMount(at, overlay.Mount(at))
 }
 

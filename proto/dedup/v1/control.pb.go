@@ -105,7 +105,10 @@ type StatusResponse struct {
 	// Whether objects and chain images have fs-verity: "on", perhaps with how many packs are still without, or "off: " and why.
 	Verity string `protobuf:"bytes,19,opt,name=verity,proto3" json:"verity,omitempty"`
 	// "keep" or "drop".
-	Blobs         string `protobuf:"bytes,20,opt,name=blobs,proto3" json:"blobs,omitempty"`
+	Blobs string `protobuf:"bytes,20,opt,name=blobs,proto3" json:"blobs,omitempty"`
+	// Blobs that can be made again from the store, and what the recipes for that occupy.
+	Recipes       int64 `protobuf:"varint,21,opt,name=recipes,proto3" json:"recipes,omitempty"`
+	RecipeBytes   int64 `protobuf:"varint,22,opt,name=recipe_bytes,json=recipeBytes,proto3" json:"recipe_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -278,6 +281,20 @@ func (x *StatusResponse) GetBlobs() string {
 		return x.Blobs
 	}
 	return ""
+}
+
+func (x *StatusResponse) GetRecipes() int64 {
+	if x != nil {
+		return x.Recipes
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetRecipeBytes() int64 {
+	if x != nil {
+		return x.RecipeBytes
+	}
+	return 0
 }
 
 type LayersRequest struct {
@@ -1537,7 +1554,9 @@ type TrimRequest struct {
 	// Also blobs that were fetched for their own sake within the hour, by `dedupctl complete` say.
 	Fetched bool `protobuf:"varint,5,opt,name=fetched,proto3" json:"fetched,omitempty"`
 	// How long to wait for those who read what would go. What is read for longer stays.
-	WaitSeconds   uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
+	WaitSeconds uint32 `protobuf:"varint,6,opt,name=wait_seconds,json=waitSeconds,proto3" json:"wait_seconds,omitempty"`
+	// Keep no recipes of the blobs that go, which takes about as long as compressing them again.
+	NoRecipes     bool `protobuf:"varint,7,opt,name=no_recipes,json=noRecipes,proto3" json:"no_recipes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1614,6 +1633,13 @@ func (x *TrimRequest) GetWaitSeconds() uint32 {
 	return 0
 }
 
+func (x *TrimRequest) GetNoRecipes() bool {
+	if x != nil {
+		return x.NoRecipes
+	}
+	return false
+}
+
 type TrimResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// By namespace and name. Images without blobs are not in it, unless they were named.
@@ -1688,9 +1714,11 @@ type TrimmedImage struct {
 	Blobs     int64 `protobuf:"varint,5,opt,name=blobs,proto3" json:"blobs,omitempty"`
 	BlobBytes int64 `protobuf:"varint,6,opt,name=blob_bytes,json=blobBytes,proto3" json:"blob_bytes,omitempty"`
 	// The blobs that it keeps, and why the first of them stays.
-	KeptBlobs     int64  `protobuf:"varint,7,opt,name=kept_blobs,json=keptBlobs,proto3" json:"kept_blobs,omitempty"`
-	KeptBytes     int64  `protobuf:"varint,8,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
-	Kept          string `protobuf:"bytes,9,opt,name=kept,proto3" json:"kept,omitempty"`
+	KeptBlobs int64  `protobuf:"varint,7,opt,name=kept_blobs,json=keptBlobs,proto3" json:"kept_blobs,omitempty"`
+	KeptBytes int64  `protobuf:"varint,8,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`
+	Kept      string `protobuf:"bytes,9,opt,name=kept,proto3" json:"kept,omitempty"`
+	// Of the blobs that went, those that can be made again from the store.
+	Recipes       int64 `protobuf:"varint,10,opt,name=recipes,proto3" json:"recipes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1788,6 +1816,120 @@ func (x *TrimmedImage) GetKept() string {
 	return ""
 }
 
+func (x *TrimmedImage) GetRecipes() int64 {
+	if x != nil {
+		return x.Recipes
+	}
+	return 0
+}
+
+type MakeBlobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// containerd's.
+	Namespace string `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// "sha256:<hex>"
+	Digest string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	// A lease of that namespace which keeps the blob; the caller has one.
+	Lease         string `protobuf:"bytes,3,opt,name=lease,proto3" json:"lease,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MakeBlobRequest) Reset() {
+	*x = MakeBlobRequest{}
+	mi := &file_dedup_v1_control_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MakeBlobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MakeBlobRequest) ProtoMessage() {}
+
+func (x *MakeBlobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MakeBlobRequest.ProtoReflect.Descriptor instead.
+func (*MakeBlobRequest) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *MakeBlobRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *MakeBlobRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *MakeBlobRequest) GetLease() string {
+	if x != nil {
+		return x.Lease
+	}
+	return ""
+}
+
+type MakeBlobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Size          int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MakeBlobResponse) Reset() {
+	*x = MakeBlobResponse{}
+	mi := &file_dedup_v1_control_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MakeBlobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MakeBlobResponse) ProtoMessage() {}
+
+func (x *MakeBlobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_dedup_v1_control_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MakeBlobResponse.ProtoReflect.Descriptor instead.
+func (*MakeBlobResponse) Descriptor() ([]byte, []int) {
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *MakeBlobResponse) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1796,7 +1938,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_dedup_v1_control_proto_msgTypes[24]
+	mi := &file_dedup_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +1950,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_dedup_v1_control_proto_msgTypes[24]
+	mi := &file_dedup_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +1963,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_dedup_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 type DoctorResponse struct {
@@ -1854,7 +1996,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_dedup_v1_control_proto_msgTypes[25]
+	mi := &file_dedup_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1866,7 +2008,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_dedup_v1_control_proto_msgTypes[25]
+	mi := &file_dedup_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1879,7 +2021,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_dedup_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_dedup_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DoctorResponse) GetVersion() string {
@@ -1986,7 +2128,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"\x16dedup/v1/control.proto\x12\bdedup.v1\")\n" +
 	"\rStatusRequest\x12\x18\n" +
-	"\ameasure\x18\x01 \x01(\bR\ameasure\"\xdf\x04\n" +
+	"\ameasure\x18\x01 \x01(\bR\ameasure\"\x9c\x05\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1a\n" +
@@ -2011,7 +2153,9 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x11 \x01(\x03R\vchainImages\x12!\n" +
 	"\fchain_mounts\x18\x12 \x01(\x03R\vchainMounts\x12\x16\n" +
 	"\x06verity\x18\x13 \x01(\tR\x06verity\x12\x14\n" +
-	"\x05blobs\x18\x14 \x01(\tR\x05blobs\"\x0f\n" +
+	"\x05blobs\x18\x14 \x01(\tR\x05blobs\x12\x18\n" +
+	"\arecipes\x18\x15 \x01(\x03R\arecipes\x12!\n" +
+	"\frecipe_bytes\x18\x16 \x01(\x03R\vrecipeBytes\"\x0f\n" +
 	"\rLayersRequest\"9\n" +
 	"\x0eLayersResponse\x12'\n" +
 	"\x06layers\x18\x01 \x03(\v2\x0f.dedup.v1.LayerR\x06layers\"\x8c\x02\n" +
@@ -2102,20 +2246,22 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"\fchain_images\x18\x02 \x01(\bR\vchainImages\"9\n" +
 	"\n" +
 	"GCResponse\x12+\n" +
-	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\xb6\x01\n" +
+	"\aremoved\x18\x01 \x03(\v2\x11.dedup.v1.FindingR\aremoved\"\xd5\x01\n" +
 	"\vTrimRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x16\n" +
 	"\x06images\x18\x03 \x03(\tR\x06images\x12\x1b\n" +
 	"\tlast_copy\x18\x04 \x01(\bR\blastCopy\x12\x18\n" +
 	"\afetched\x18\x05 \x01(\bR\afetched\x12!\n" +
-	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\"\x80\x01\n" +
+	"\fwait_seconds\x18\x06 \x01(\rR\vwaitSeconds\x12\x1d\n" +
+	"\n" +
+	"no_recipes\x18\a \x01(\bR\tnoRecipes\"\x80\x01\n" +
 	"\fTrimResponse\x12.\n" +
 	"\x06images\x18\x01 \x03(\v2\x16.dedup.v1.TrimmedImageR\x06images\x12\x1f\n" +
 	"\vfreed_blobs\x18\x02 \x01(\x03R\n" +
 	"freedBlobs\x12\x1f\n" +
 	"\vfreed_bytes\x18\x03 \x01(\x03R\n" +
-	"freedBytes\"\xfd\x01\n" +
+	"freedBytes\"\x97\x02\n" +
 	"\fTrimmedImage\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\x12\x1a\n" +
@@ -2128,7 +2274,15 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"kept_blobs\x18\a \x01(\x03R\tkeptBlobs\x12\x1d\n" +
 	"\n" +
 	"kept_bytes\x18\b \x01(\x03R\tkeptBytes\x12\x12\n" +
-	"\x04kept\x18\t \x01(\tR\x04kept\"\x0f\n" +
+	"\x04kept\x18\t \x01(\tR\x04kept\x12\x18\n" +
+	"\arecipes\x18\n" +
+	" \x01(\x03R\arecipes\"]\n" +
+	"\x0fMakeBlobRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x14\n" +
+	"\x05lease\x18\x03 \x01(\tR\x05lease\"&\n" +
+	"\x10MakeBlobResponse\x12\x12\n" +
+	"\x04size\x18\x01 \x01(\x03R\x04size\"\x0f\n" +
 	"\rDoctorRequest\"\xf4\x03\n" +
 	"\x0eDoctorResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x12\n" +
@@ -2147,7 +2301,7 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"lostImages\x12\x14\n" +
 	"\x05blobs\x18\f \x01(\tR\x05blobs\x12'\n" +
 	"\x0fdroppable_bytes\x18\r \x01(\x03R\x0edroppableBytes\x12'\n" +
-	"\x0fdroppable_blobs\x18\x0e \x01(\x03R\x0edroppableBlobs2\xa4\x04\n" +
+	"\x0fdroppable_blobs\x18\x0e \x01(\x03R\x0edroppableBlobs2\xe7\x04\n" +
 	"\aControl\x12;\n" +
 	"\x06Status\x12\x17.dedup.v1.StatusRequest\x1a\x18.dedup.v1.StatusResponse\x12;\n" +
 	"\x06Layers\x12\x17.dedup.v1.LayersRequest\x1a\x18.dedup.v1.LayersResponse\x128\n" +
@@ -2157,7 +2311,8 @@ const file_dedup_v1_control_proto_rawDesc = "" +
 	"Duplicates\x12\x1b.dedup.v1.DuplicatesRequest\x1a\x1c.dedup.v1.DuplicatesResponse\x12:\n" +
 	"\x05Check\x12\x16.dedup.v1.CheckRequest\x1a\x17.dedup.v1.CheckResponse0\x01\x12/\n" +
 	"\x02GC\x12\x13.dedup.v1.GCRequest\x1a\x14.dedup.v1.GCResponse\x125\n" +
-	"\x04Trim\x12\x15.dedup.v1.TrimRequest\x1a\x16.dedup.v1.TrimResponse\x12;\n" +
+	"\x04Trim\x12\x15.dedup.v1.TrimRequest\x1a\x16.dedup.v1.TrimResponse\x12A\n" +
+	"\bMakeBlob\x12\x19.dedup.v1.MakeBlobRequest\x1a\x1a.dedup.v1.MakeBlobResponse\x12;\n" +
 	"\x06Doctor\x12\x17.dedup.v1.DoctorRequest\x1a\x18.dedup.v1.DoctorResponseBGZEgithub.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1;dedupv1b\x06proto3"
 
 var (
@@ -2172,7 +2327,7 @@ func file_dedup_v1_control_proto_rawDescGZIP() []byte {
 	return file_dedup_v1_control_proto_rawDescData
 }
 
-var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_dedup_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_dedup_v1_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: dedup.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: dedup.v1.StatusResponse
@@ -2198,8 +2353,10 @@ var file_dedup_v1_control_proto_goTypes = []any{
 	(*TrimRequest)(nil),        // 21: dedup.v1.TrimRequest
 	(*TrimResponse)(nil),       // 22: dedup.v1.TrimResponse
 	(*TrimmedImage)(nil),       // 23: dedup.v1.TrimmedImage
-	(*DoctorRequest)(nil),      // 24: dedup.v1.DoctorRequest
-	(*DoctorResponse)(nil),     // 25: dedup.v1.DoctorResponse
+	(*MakeBlobRequest)(nil),    // 24: dedup.v1.MakeBlobRequest
+	(*MakeBlobResponse)(nil),   // 25: dedup.v1.MakeBlobResponse
+	(*DoctorRequest)(nil),      // 26: dedup.v1.DoctorRequest
+	(*DoctorResponse)(nil),     // 27: dedup.v1.DoctorResponse
 }
 var file_dedup_v1_control_proto_depIdxs = []int32{
 	4,  // 0: dedup.v1.LayersResponse.layers:type_name -> dedup.v1.Layer
@@ -2222,18 +2379,20 @@ var file_dedup_v1_control_proto_depIdxs = []int32{
 	14, // 17: dedup.v1.Control.Check:input_type -> dedup.v1.CheckRequest
 	19, // 18: dedup.v1.Control.GC:input_type -> dedup.v1.GCRequest
 	21, // 19: dedup.v1.Control.Trim:input_type -> dedup.v1.TrimRequest
-	24, // 20: dedup.v1.Control.Doctor:input_type -> dedup.v1.DoctorRequest
-	1,  // 21: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
-	3,  // 22: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
-	6,  // 23: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
-	9,  // 24: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
-	12, // 25: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
-	15, // 26: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
-	20, // 27: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
-	22, // 28: dedup.v1.Control.Trim:output_type -> dedup.v1.TrimResponse
-	25, // 29: dedup.v1.Control.Doctor:output_type -> dedup.v1.DoctorResponse
-	21, // [21:30] is the sub-list for method output_type
-	12, // [12:21] is the sub-list for method input_type
+	24, // 20: dedup.v1.Control.MakeBlob:input_type -> dedup.v1.MakeBlobRequest
+	26, // 21: dedup.v1.Control.Doctor:input_type -> dedup.v1.DoctorRequest
+	1,  // 22: dedup.v1.Control.Status:output_type -> dedup.v1.StatusResponse
+	3,  // 23: dedup.v1.Control.Layers:output_type -> dedup.v1.LayersResponse
+	6,  // 24: dedup.v1.Control.Equal:output_type -> dedup.v1.EqualResponse
+	9,  // 25: dedup.v1.Control.Images:output_type -> dedup.v1.ImagesResponse
+	12, // 26: dedup.v1.Control.Duplicates:output_type -> dedup.v1.DuplicatesResponse
+	15, // 27: dedup.v1.Control.Check:output_type -> dedup.v1.CheckResponse
+	20, // 28: dedup.v1.Control.GC:output_type -> dedup.v1.GCResponse
+	22, // 29: dedup.v1.Control.Trim:output_type -> dedup.v1.TrimResponse
+	25, // 30: dedup.v1.Control.MakeBlob:output_type -> dedup.v1.MakeBlobResponse
+	27, // 31: dedup.v1.Control.Doctor:output_type -> dedup.v1.DoctorResponse
+	22, // [22:32] is the sub-list for method output_type
+	12, // [12:22] is the sub-list for method input_type
 	12, // [12:12] is the sub-list for extension type_name
 	12, // [12:12] is the sub-list for extension extendee
 	0,  // [0:12] is the sub-list for field type_name
@@ -2254,7 +2413,7 @@ func file_dedup_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_dedup_v1_control_proto_rawDesc), len(file_dedup_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

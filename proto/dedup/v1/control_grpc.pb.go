@@ -33,6 +33,7 @@ const (
 	Control_Check_FullMethodName      = "/dedup.v1.Control/Check"
 	Control_GC_FullMethodName         = "/dedup.v1.Control/GC"
 	Control_Trim_FullMethodName       = "/dedup.v1.Control/Trim"
+	Control_MakeBlob_FullMethodName   = "/dedup.v1.Control/MakeBlob"
 	Control_Doctor_FullMethodName     = "/dedup.v1.Control/Doctor"
 )
 
@@ -58,6 +59,9 @@ type ControlClient interface {
 	GC(ctx context.Context, in *GCRequest, opts ...grpc.CallOption) (*GCResponse, error)
 	// Trim has containerd remove the blobs of layers that are stored here, unless something needs them.
 	Trim(ctx context.Context, in *TrimRequest, opts ...grpc.CallOption) (*TrimResponse, error)
+	// MakeBlob makes a layer's blob again from the files that are stored here, and puts it into containerd's content store.
+	// The code is NotFound where that cannot be done: no recipe is kept of it, or its layer is damaged.
+	MakeBlob(ctx context.Context, in *MakeBlobRequest, opts ...grpc.CallOption) (*MakeBlobResponse, error)
 	// Doctor is what only the daemon itself can see of its surroundings.
 	Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error)
 }
@@ -159,6 +163,16 @@ func (c *controlClient) Trim(ctx context.Context, in *TrimRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *controlClient) MakeBlob(ctx context.Context, in *MakeBlobRequest, opts ...grpc.CallOption) (*MakeBlobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MakeBlobResponse)
+	err := c.cc.Invoke(ctx, Control_MakeBlob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlClient) Doctor(ctx context.Context, in *DoctorRequest, opts ...grpc.CallOption) (*DoctorResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DoctorResponse)
@@ -191,6 +205,9 @@ type ControlServer interface {
 	GC(context.Context, *GCRequest) (*GCResponse, error)
 	// Trim has containerd remove the blobs of layers that are stored here, unless something needs them.
 	Trim(context.Context, *TrimRequest) (*TrimResponse, error)
+	// MakeBlob makes a layer's blob again from the files that are stored here, and puts it into containerd's content store.
+	// The code is NotFound where that cannot be done: no recipe is kept of it, or its layer is damaged.
+	MakeBlob(context.Context, *MakeBlobRequest) (*MakeBlobResponse, error)
 	// Doctor is what only the daemon itself can see of its surroundings.
 	Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error)
 	mustEmbedUnimplementedControlServer()
@@ -226,6 +243,9 @@ func (UnimplementedControlServer) GC(context.Context, *GCRequest) (*GCResponse, 
 }
 func (UnimplementedControlServer) Trim(context.Context, *TrimRequest) (*TrimResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Trim not implemented")
+}
+func (UnimplementedControlServer) MakeBlob(context.Context, *MakeBlobRequest) (*MakeBlobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MakeBlob not implemented")
 }
 func (UnimplementedControlServer) Doctor(context.Context, *DoctorRequest) (*DoctorResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Doctor not implemented")
@@ -388,6 +408,24 @@ func _Control_Trim_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Control_MakeBlob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MakeBlobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServer).MakeBlob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Control_MakeBlob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServer).MakeBlob(ctx, req.(*MakeBlobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Control_Doctor_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DoctorRequest)
 	if err := dec(in); err != nil {
@@ -440,6 +478,10 @@ var Control_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Trim",
 			Handler:    _Control_Trim_Handler,
+		},
+		{
+			MethodName: "MakeBlob",
+			Handler:    _Control_MakeBlob_Handler,
 		},
 		{
 			MethodName: "Doctor",

@@ -4,37 +4,22 @@ import (
 	"archive/tar"
 	"bytes"
 	stdgzip "compress/gzip"
-	"fmt"
-	"io"
-	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 
-	kgzip "github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-	"github.com/klauspost/pgzip"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/recipe"
 )
 
-// testTar has text, noise, bytecode and an empty file.
 func testTar(t *testing.T) []byte {
 	t.Helper()
-	r := rand.New(rand.NewPCG(1, 2))
-	noise := make([]byte, 400_000)
-	for i := range noise {
-		noise[i] = byte(r.Uint32())
-	}
-	var text bytes.Buffer
-	for text.Len() < 3<<20 {
-		fmt.Fprintf(&text, "line %d of many that are much alike\n", r.IntN(5000))
-	}
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
+	text := bytes.Repeat([]byte("a line of many that are alike\n"), 5000)
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{
-		{"text", text.Bytes()}, {"noise", noise}, {"empty", nil},
-		{"a.pyc", append([]byte("cafe\x00\x00\x00\x00"), noise[:100]...)},
-	} {
+	}{{"text", text}, {"empty", nil}, {"a.pyc", append([]byte("cafe\x00\x00\x00\x00"), text[:100]...)}} {
 		if err := w.WriteHeader(&tar.Header{Name: f.name, Size: int64(len(f.data)), Mode: 0o644}); err != nil {
 			t.Fatal(err)
 		}
@@ -48,58 +33,53 @@ func testTar(t *testing.T) []byte {
 	return out.Bytes()
 }
 
-// What a library makes in writes of any size is found again, by the name of the library, whatever the gzip header says.
+// A program is an encoder like those of a library.
 func TestFind(t *testing.T) {
 	data := testTar(t)
-	compress := func(open func(w io.Writer) (io.WriteCloser, error)) []byte {
-		t.Helper()
-		var out bytes.Buffer
-		w, err := open(&out)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for at := 0; at < len(data); at += 3000 {
-			if _, err := w.Write(data[at:min(at+3000, len(data))]); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return out.Bytes()
+	var blob bytes.Buffer
+	z, err := stdgzip.NewWriterLevel(&blob, 4)
+	if err != nil {
+		t.Fatal(err)
 	}
-	std := func(w io.Writer) (io.WriteCloser, error) {
-		z, err := stdgzip.NewWriterLevel(w, 6)
-		z.Name, z.Comment, z.Extra = "layer.tar", "any", []byte("extra")
-		return z, err
+	if _, err := z.Write(data); err != nil {
+		t.Fatal(err)
 	}
-	goEncoder := writer("go", func(w io.Writer) (io.WriteCloser, error) { return stdgzip.NewWriterLevel(w, 6) })
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path, tarPath := filepath.Join(t.TempDir(), "blob"), filepath.Join(t.TempDir(), "tar")
+	if err := os.WriteFile(path, blob.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tarPath, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	programs := []recipe.Encoder{
+		command(recipe.Gzip, "none", "cat"),
+		command(recipe.Gzip, "all", "sh", "-c", "cat >/dev/null; cat \"$0\"", path),
+	}
 	for _, row := range []struct {
 		want string
-		list []Encoder
-		open func(w io.Writer) (io.WriteCloser, error)
+		list []recipe.Encoder
 	}{
-		{"go", []Encoder{goEncoder}, std},
-		{"", []Encoder{goEncoder}, func(w io.Writer) (io.WriteCloser, error) { return stdgzip.NewWriterLevel(w, 1) }},
-		{"klauspost gzip 3", kinds(), func(w io.Writer) (io.WriteCloser, error) {
-			return kgzip.NewWriterLevel(w, 3)
-		}},
-		{"pgzip 3, blocks of 1024 KiB", kinds(), func(w io.Writer) (io.WriteCloser, error) {
-			return pgzip.NewWriterLevel(w, 3)
-		}},
-		{"klauspost zstd default", Zstd(), func(w io.Writer) (io.WriteCloser, error) { return zstd.NewWriter(w) }},
+		{"compress/gzip 4", recipe.Encoders(recipe.Gzip)}, {"all", programs}, {"", programs[:1]},
 	} {
-		m, err := Find(t.Context(), compress(row.open), data, row.list)
-		if err != nil || m.Encoder != row.want {
+		if m, err := Find(t.Context(), path, row.list); err != nil || m.Encoder != row.want {
 			t.Errorf("found %+v, %v; want %q", m, err, row.want)
 		}
+	}
+	if m, err := Find(t.Context(), tarPath, recipe.Encoders(recipe.Plain)); err != nil || m.Encoder != "tar" {
+		t.Errorf("found %+v, %v", m, err)
 	}
 }
 
 func TestRecipe(t *testing.T) {
-	data := testTar(t)
-	r, err := MakeRecipe(data)
-	if err != nil || !r.Same || r.Files != 3 || r.Pycs != 1 || r.Bytes == 0 || r.Bytes > 1000 {
+	path, data := filepath.Join(t.TempDir(), "tar"), testTar(t)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := MakeRecipe(t.Context(), path, data)
+	if err != nil || r.Files != 2 || r.Pycs != 1 || r.Bytes == 0 || r.Bytes > 1000 || r.Encoder != "tar" {
 		t.Errorf("%+v, %v", r, err)
 	}
 }

@@ -1,48 +1,112 @@
 package encoders
 
 import (
-	"archive/tar"
 	"bytes"
+	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
+	"time"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/archive"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/recipe"
 )
 
-// part is what stands before a file's content in a tar, and the content.
-type part struct {
-	meta, content []byte
+// Recipe is what the product does with a blob.
+type Recipe struct {
+	Files, Pycs int
+	// Bytes are those of the recipe of the tar, with the timestamps that a store of fidelity "python" has changed.
+	Bytes int64
+	// Encoder is the product's that makes the blob; "" for none. Looked is how long it took to find out.
+	Encoder string
+	Looked  time.Duration
+	// Made is how long it took to write the recipe, the look included, and Built to make the blob of it.
+	Made, Built time.Duration
 }
 
-// split takes a tar apart. archive/tar reads no further than it has to, so that the place in the tar tells what is a
-// header or padding and what is content.
-func split(data []byte) (parts []part, pycs int, err error) {
-	r := bytes.NewReader(data)
-	at := func() int { return len(data) - r.Len() }
-	tr, from := tar.NewReader(onlyReader{r}), 0
-	for {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			return append(parts, part{meta: data[from:]}), pycs, nil
+// MakeRecipe makes the recipe of the blob in a file, whose tar is data, and the blob of that.
+func MakeRecipe(ctx context.Context, path string, data []byte) (r Recipe, err error) {
+	payloads := objects{}
+	entries, err := archive.ReadTar(ctx, bytes.NewReader(data), payloads, nil)
+	if err != nil {
+		return r, err
+	}
+	for _, e := range entries {
+		if e.Kind != content.Regular || e.Size == 0 {
+			continue
 		}
-		if err != nil {
-			return nil, 0, fmt.Errorf("read tar: %w", err)
-		}
-		p := part{meta: data[from:at()]}
-		from = at()
-		if _, err := io.Copy(io.Discard, tr); err != nil {
-			return nil, 0, fmt.Errorf("read %s: %w", h.Name, err)
-		}
-		p.content = data[from:at()]
-		from = at()
-		parts = append(parts, p)
-		if strings.HasSuffix(h.Name, ".pyc") && len(p.content) >= 16 && bytes.Equal(p.content[4:8], make([]byte, 4)) {
-			pycs++
+		r.Files++
+		if strings.HasSuffix(e.Path, ".pyc") {
+			r.Pycs++
 		}
 	}
+	l := recipe.Layer{ID: content.LayerID{Sum: sha256.Sum256(data)}, Entries: entries, ReadAt: payloads.readAt}
+	var of bytes.Buffer
+	if _, err := recipe.Tar(ctx, &of, bytes.NewReader(data), l); err != nil {
+		return r, err
+	}
+	r.Bytes = int64(of.Len()) + 4*int64(r.Pycs)
+	return r, r.follow(ctx, path, int64(len(data)), l)
 }
 
-// onlyReader hides Seek: with it, a tar.Reader would skip.
-type onlyReader struct{ r io.Reader }
+func (r *Recipe) follow(ctx context.Context, path string, tarSize int64, l recipe.Layer) error {
+	blob, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	b := recipe.Blob{Sum: sha256.Sum256(blob), Size: int64(len(blob)), TarSize: tarSize,
+		Open: func() (io.ReadCloser, error) { return os.Open(path) }}
+	start := time.Now()
+	_, err = recipe.Find(ctx, b.Open, nil)
+	if r.Looked = time.Since(start); errors.Is(err, recipe.ErrNoEncoder) {
+		return nil
+	}
+	start = time.Now()
+	var file bytes.Buffer
+	if _, err = recipe.Make(ctx, &file, b, l, nil); err != nil {
+		return err
+	}
+	r.Made = time.Since(start)
+	rec, err := recipe.Read(&file)
+	if err != nil {
+		return err
+	}
+	defer rec.Close()
+	start = time.Now()
+	err = rec.Build(ctx, io.Discard, l)
+	if r.Built = time.Since(start); errors.Is(err, recipe.ErrOtherBytes) {
+		return nil
+	}
+	r.Encoder = rec.Encoder
+	return err
+}
 
-func (o onlyReader) Read(p []byte) (int, error) { return o.r.Read(p) }
+// objects are payloads in memory.
+type objects map[content.ObjectID][]byte
+
+// Put implements archive.Payloads.
+func (o objects) Put(e *content.Entry, r io.Reader) error {
+	data, err := io.ReadAll(r)
+	if err != nil {
+		return err
+	}
+	if len(data) <= content.InlineMax {
+		e.Data = data
+		return nil
+	}
+	e.Object.Sum = sha256.Sum256(data)
+	o[e.Object] = data
+	return nil
+}
+
+func (o objects) readAt(id content.ObjectID, b []byte, off int64) error {
+	if data := o[id]; off+int64(len(b)) <= int64(len(data)) {
+		copy(b, data[off:])
+		return nil
+	}
+	return fmt.Errorf("no object %s", id)
+}

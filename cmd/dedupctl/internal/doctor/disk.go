@@ -7,7 +7,11 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/quota"
 )
 
 const (
@@ -34,12 +38,14 @@ func (n *node) lookAtDisk(context.Context) {
 	}
 	n.lookAtSpace(st)
 	n.lookAtInodes(st)
-	dir, err := os.MkdirTemp(n.place(), "probe-disk-")
+	lookAtQuota(n)
+	dir, release, err := lower.ProbeDir(n.place(), lower.ProbePrefix+"disk-")
 	if err != nil {
 		n.add(Problem, "disk.writable", "mount it read-write, free space, or set another root",
 			"root %s cannot be written to: %v", n.Settings.Root, err)
 		return
 	}
+	defer release()
 	defer os.RemoveAll(dir)
 	n.lookAtTypes(dir)
 	n.lookAtReflink(dir)
@@ -77,6 +83,17 @@ func (n *node) lookAtInodes(st unix.Statfs_t) {
 	default:
 		n.ok("disk.inodes", "%s", text)
 	}
+}
+
+// lookAtQuota: what a client asks for with a label, the kernel has to keep.
+func lookAtQuota(n *node) {
+	if err := quota.Probe(n.place()); err != nil {
+		n.add(Info, "disk.quota", "only if containers are to be limited: "+quota.Remedy+", then restart the daemon",
+			"the label %s is ignored: %v", snapshots.LabelSnapshotMaxSize, err)
+		return
+	}
+	n.ok("disk.quota", "the label %s limits containers: the file system enforces project quotas",
+		snapshots.LabelSnapshotMaxSize)
 }
 
 // lookAtTypes: overlayfs needs readdir to tell what an entry is.

@@ -102,6 +102,7 @@ func (n *node) sayKernel(f lower.Features) {
 			n.ok("kernel.id-mapped", "overlays over ID-mapped chain images work: user namespaces need no copies")
 		}
 	}
+	lookAtSELinux(n)
 	n.idMapped = f.Erofs == nil && f.Upper == nil && f.IDMapped == nil
 	lookAtVerity(n, f.Verity)
 	if f.Punch != nil {

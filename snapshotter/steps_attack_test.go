@@ -1,0 +1,179 @@
+package snapshotter
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	"go.etcd.io/bbolt"
+)
+
+// openSteps is open for tests of steps that wait.
+func openSteps(t *testing.T, root string) *Snapshotter {
+	t.Helper()
+	s := open(t, root)
+	if s.kernel.Metacopy {
+		t.Skip("with metacopy, steps are ingested at once")
+	}
+	return s
+}
+
+// A step that nobody comes to lie on is ingested all the same.
+func TestStepsAreNotForgotten(t *testing.T) {
+	for name, do := range map[string]func(t *testing.T, s *Snapshotter, steps []string){
+		"a key that is taken": func(t *testing.T, s *Snapshotter, steps []string) {
+			ctx := ns(t, "steps")
+			_, err := s.Prepare(ctx, "taken", "")
+			must(t, err)
+			for _, key := range []string{"taken", "extract-1 taken"} {
+				if key != "taken" {
+					_, err := s.Prepare(ctx, key, "")
+					must(t, err)
+				}
+				if _, err := s.Prepare(ctx, key, steps[1]); !errdefs.IsAlreadyExists(err) {
+					t.Errorf("%s: %v", key, err)
+				}
+				must(t, s.Remove(ctx, key))
+			}
+		},
+		"the step on top is removed": func(t *testing.T, s *Snapshotter, steps []string) {
+			must(t, s.Remove(ns(t, "steps"), steps[1]))
+		},
+		"the step on top is ingested before": func(t *testing.T, s *Snapshotter, steps []string) {
+			ctx := ns(t, "steps")
+			_, err := s.Prepare(ctx, "user", steps[1])
+			must(t, err)
+			for _, p := range pendingOf(t, s) {
+				if p.name == steps[1] {
+					must(t, s.awaitIngest(ctx, p))
+				}
+			}
+			must(t, s.Remove(ctx, "user"))
+		},
+		"an empty step is committed without having been mounted": func(t *testing.T, s *Snapshotter, steps []string) {
+			ctx := ns(t, "steps")
+			_, err := s.Prepare(ctx, "empty", steps[1])
+			must(t, err)
+			must(t, s.Commit(ctx, "empty step", "empty"))
+		},
+		"a view is removed": func(t *testing.T, s *Snapshotter, steps []string) {
+			ctx := ns(t, "steps")
+			_, err := s.View(ctx, "view", steps[0])
+			must(t, err)
+			must(t, s.Remove(ctx, "view"))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, ctx := openSteps(t, t.TempDir()), ns(t, "steps")
+			s.stepIdle = 300 * time.Millisecond
+			one := addStep(t, s, ctx, stepBase(t, s, ctx), "one", file("one", "one"))
+			two := addStep(t, s, ctx, one, "two", file("two", "two"))
+			do(t, s, []string{one, two})
+			for end := time.Now().Add(20 * s.stepIdle); len(pendingOf(t, s)) > 0; time.Sleep(10 * time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatalf("nobody ingests %v", pendingOf(t, s))
+				}
+			}
+			holdsNoSteps(t, s)
+		})
+	}
+}
+
+func pendingOf(t *testing.T, s *Snapshotter) []pendingSnapshot {
+	t.Helper()
+	stored, err := s.db.records(t.Context())
+	must(t, err)
+	return stored.pending()
+}
+
+// holdsNoSteps: nothing is noted of steps once nothing lies over them.
+func holdsNoSteps(t *testing.T, s *Snapshotter) {
+	t.Helper()
+	var left string
+	for range 300 {
+		s.mu.Lock()
+		waiting := fmt.Sprint(s.waiting, len(s.jobs), len(s.ingests))
+		s.mu.Unlock()
+		s.steps.mu.Lock()
+		left = fmt.Sprint(s.steps.users, s.steps.over, s.steps.done, waiting)
+		s.steps.mu.Unlock()
+		if left == "map[] map[] map[]map[] 0 0" {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("noted of steps: %s", left)
+}
+
+// What was written to a step whose record is damaged stays, also when those who lay over it are gone: somebody may put
+// metadata.db back.
+func TestDamagedStepKeepsItsFiles(t *testing.T) {
+	root := t.TempDir()
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
+	_, err := s.View(ctx, "view", name)
+	must(t, err)
+	dir := stepBelow(t, s, ctx, "view")
+	must(t, stop(s))
+	damageRecords(t, filepath.Join(root, "metadata.db"), func(all, _ *bbolt.Bucket) error {
+		return all.Bucket([]byte(name)).Put([]byte("inodes"), []byte{7})
+	})
+	s = open(t, root)
+	_, err = s.Mounts(ctx, "view")
+	if !errors.Is(err, errRecord) {
+		t.Errorf("mounts over a damaged step: %v", err)
+	}
+	must(t, s.Remove(ctx, "view"))
+	s.wg.Wait()
+	if got, err := os.ReadFile(filepath.Join(dir, "new")); err != nil || string(got) != "new" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// Where options do not fit a mount, the steps below are ingested, and what lies on them can be compared, too.
+func TestStepsDoNotFit(t *testing.T) {
+	root := filepath.Join(t.TempDir(), strings.Repeat("long/", 40))
+	must(t, os.MkdirAll(root, 0o700))
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	parent := stepBase(t, s, ctx)
+	var view []mount.Mount
+	for i := 0; ; i++ {
+		parent = addStep(t, s, ctx, parent, fmt.Sprint("step ", i), file("last", fmt.Sprint(i)))
+		var err error
+		view, err = s.View(ctx, "view", parent)
+		must(t, err)
+		if !strings.Contains(view[0].Source, "/"+dirViews+"/") {
+			break
+		}
+		must(t, s.Remove(ctx, "view"))
+	}
+	if stepBelow(t, s, ctx, "view") == "" {
+		t.Fatal("too many steps are ingested, not those that do not fit")
+	}
+	for _, again := range []bool{false, true} {
+		if again {
+			must(t, s.Close())
+			s = open(t, root)
+		}
+		p, err := OpenPair(ctx, s, nil, view)
+		if err != nil {
+			t.Errorf("compare %v: %v", view, err)
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(p.Upper, "last")); err != nil {
+			t.Error(err)
+		}
+		must(t, p.Close())
+	}
+	must(t, s.Remove(ctx, "view"))
+	holdsNoSteps(t, s)
+	if left := mountsBelow(t, root); len(left) > 0 {
+		t.Errorf("mounted: %v", left)
+	}
+}
