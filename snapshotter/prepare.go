@@ -252,6 +252,7 @@ func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l 
 		case len(l.steps) > 0:
 			dir = m.viewPoint(id)
 			err = m.kernel.MountView(dir, stack)
+			m.step("view.mounted")
 		case len(l.packs) > 0:
 			dir, err = m.chains.View(ctx, l.dir)
 		}

@@ -42,7 +42,6 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
 	s.waitsNoMore(id)
-	s.cancelBuild(idleJob(id))
 	s.ingestIdle(below)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {

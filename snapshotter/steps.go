@@ -216,8 +216,9 @@ func (g *ingester) waits(p pendingSnapshot) {
 
 func (g *ingester) waitsNoMore(id string) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	delete(g.waiting, id)
+	g.mu.Unlock()
+	g.cancelBuild(idleJob(id))
 }
 
 // errNoSteps: what lies below cannot be shown as directories of steps.
