@@ -229,6 +229,12 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	if info.Labels[labelStaged] != "" {
 		return s.stagedMounts(ctx, id)
 	}
+	defer func() {
+		if s.isRemoved(ctx, key, id) { // before it could take back what follows
+			err = errors.Join(fmt.Errorf("mounts of snapshot %q: it was removed meanwhile: %w", key, errdefs.ErrNotFound),
+				s.vacate(ctx, id, info.Kind), s.discard(ctx, id))
+		}
+	}()
 	l, err := s.below(ctx, recreation(id, key, info))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)

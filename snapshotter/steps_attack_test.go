@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -176,4 +177,32 @@ func TestStepsDoNotFit(t *testing.T) {
 	if left := mountsBelow(t, root); len(left) > 0 {
 		t.Errorf("mounted: %v", left)
 	}
+}
+
+// Who asks for mounts while the snapshot is removed leaves nothing mounted.
+func TestMountsWhileRemoved(t *testing.T) {
+	root := t.TempDir()
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
+	_, err := s.View(ctx, "view", name)
+	must(t, err)
+	must(t, stop(s))
+	var once sync.Once
+	remove := func(at string) {
+		if at == "chain.mounting" {
+			once.Do(func() { must(t, s.Remove(ctx, "view")) })
+		}
+	}
+	s, err = New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: remove, Verity: testVerity(),
+		PageCache: testPageCache()})
+	must(t, err)
+	t.Cleanup(func() { must(t, stop(s)) })
+	if mounts, err := s.Mounts(ctx, "view"); !errdefs.IsNotFound(err) {
+		t.Errorf("%v, %v", mounts, err)
+	}
+	s.wg.Wait()
+	if left := mountsBelow(t, root); len(left) > 0 {
+		t.Errorf("mounted: %v", left)
+	}
+	holdsNoSteps(t, s)
 }
