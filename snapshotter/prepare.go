@@ -257,8 +257,7 @@ func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l 
 		switch {
 		case len(l.steps) > 0:
 			dir = m.viewPoint(id)
-			err = m.kernel.MountView(dir, stack)
-			m.step("view.mounted")
+			err = m.mountView(dir, stack)
 		case len(l.packs) > 0:
 			dir, err = m.chains.View(ctx, l.dir)
 		}
@@ -270,6 +269,14 @@ func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l 
 	stack.Upper, stack.Work = m.upper(id), m.work(id)
 	options, err := m.kernel.Overlay(stack)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
+}
+
+// mountView mounts a view over steps, once, whoever asks for it at the same time.
+func (m *mounter) mountView(dir string, stack lower.Stack) error {
+	m.restoring.Lock()
+	defer m.restoring.Unlock()
+	defer m.step("view.mounted")
+	return m.kernel.MountView(dir, stack)
 }
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.

@@ -206,3 +206,29 @@ func TestMountsWhileRemoved(t *testing.T) {
 	}
 	holdsNoSteps(t, s)
 }
+
+// Many who ask for a view over steps at once get one mount.
+func TestViewIsMountedOnce(t *testing.T) {
+	root := t.TempDir()
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
+	view, err := s.View(ctx, "view", name)
+	must(t, err)
+	for range 5 {
+		must(t, mount.UnmountAll(view[0].Source, 0)) // as after a reboot
+		errs := make(chan error)
+		for range 8 {
+			go func() {
+				_, err := s.Mounts(ctx, "view")
+				errs <- err
+			}()
+		}
+		for range 8 {
+			must(t, <-errs)
+		}
+		if n := len(mountsBelow(t, filepath.Dir(view[0].Source))); n != 1 {
+			t.Errorf("%d mounts", n)
+		}
+	}
+	must(t, s.Remove(ctx, "view"))
+}
