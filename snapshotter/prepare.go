@@ -82,7 +82,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	})
 	c.id = id
 	if err != nil {
-		s.ingestIdle(s.leave(ctx, id))
+		idle, gone := s.steps.takeBack(id, c.over)
+		s.discardSteps(ctx, gone)
+		s.ingestIdle(idle)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
 	s.putOff(c.over)

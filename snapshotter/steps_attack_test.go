@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -231,4 +232,26 @@ func TestViewIsMountedOnce(t *testing.T) {
 		}
 	}
 	must(t, s.Remove(ctx, "view"))
+}
+
+// Where metadata.db cannot be written, the next snapshot gets the id of the one that was not stored. What it lies over
+// stays.
+func TestIDOfFailedSnapshot(t *testing.T) {
+	st := newSteps()
+	failed, next := []string{"3", "2", "1"}, []string{"2", "1"}
+	st.use("7", failed)
+	st.use("7", next)
+	if idle, _ := st.takeBack("7", failed); !slices.Equal(idle, []string{"3"}) || !st.inUse("2") || !st.inUse("1") {
+		t.Errorf("idle: %v; users %v", idle, st.users)
+	}
+	if idle, _ := st.unuse("7"); !slices.Equal(idle, next) {
+		t.Errorf("idle: %v", idle)
+	}
+	st.use("8", failed)
+	if idle, _ := st.takeBack("8", failed); !slices.Equal(idle, failed) {
+		t.Errorf("idle: %v", idle)
+	}
+	if idle, _ := st.takeBack("", failed); len(st.users)+len(st.over)+len(st.done) > 0 {
+		t.Errorf("idle: %v; %v, %v", idle, st.users, st.over)
+	}
 }
