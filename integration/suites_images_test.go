@@ -142,8 +142,11 @@ func (s suiteImages) alpine() *image.Layer {
 // pauseProgram is all that the pause image has: one static program.
 func pauseProgram(t *testing.T) string {
 	t.Helper()
+	root, err := node.ModuleRoot()
+	must(t, err)
 	bin := filepath.Join(t.TempDir(), "pause")
-	cmd := exec.CommandContext(testContext(t), "go", "build", "-ldflags=-s -w", "-o", bin, "./pause")
+	cmd := exec.CommandContext(testContext(t), "go", "build", "-ldflags=-s -w", "-o", bin, "./integration/pause")
+	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build pause: %v\n%s", err, out)

@@ -71,7 +71,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 
 // stepNames are all there are; grep for step(" finds them.
 var stepNames = []string{
-	"prepare.recorded", "prepare.made", "known.recorded", "applied.noted", "commit.recorded", "pending.ingested",
+	"prepare.recorded", "prepare.made", "view.mounted",
+	"known.recorded", "applied.noted", "commit.recorded", "pending.ingested",
 	"pending.noted",
 	"compared.noted",
 	"ingest.object", "ingest.tree", "ingest.synced", "ingest.renamed", "ingest.committed", "ingest.done",
@@ -155,7 +156,7 @@ func crashWork(ctx context.Context, root, round string, hook func(string)) error
 	c := &crashChild{s: s, r: rand.New(rand.NewPCG(7, 3)), round: round, root: root, hook: hook}
 	work := []func(context.Context) error{
 		c.pull, c.pull, c.build, c.view, c.pullKnown, c.trim, c.pullLarge, c.harm, c.build, c.compare, c.view, c.merge,
-		c.view, c.remove, c.collect, c.remove, c.pull,
+		c.view, c.stay, c.remove, c.collect, c.remove, c.pull,
 	}
 	for _, do := range work {
 		if err := do(ctx); err != nil {
@@ -199,6 +200,25 @@ func (c *crashChild) pullKnown(ctx context.Context) error {
 	}
 	c.committed(name, "", seed)
 	return nil
+}
+
+// stay has a view and a container lie over a step's directory while it is ingested.
+func (c *crashChild) stay(ctx context.Context) error {
+	if err := c.build(ctx); err != nil {
+		return err
+	}
+	name, key := c.names[len(c.names)-1], fmt.Sprintf("crash/%s-%d/stays", c.round, c.n)
+	_, err := c.s.View(ctx, key+"-view", name)
+	if err == nil {
+		_, err = c.s.Prepare(ctx, key, name)
+	}
+	if err == nil {
+		_, err = c.s.resolve(ctx, name)
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(c.s.Remove(ctx, key+"-view"), c.s.Remove(ctx, key))
 }
 
 // compare notes what a snapshot was compared to, and then something else in its place.

@@ -82,7 +82,7 @@ type mounter struct {
 	known         *known
 	belowPatience time.Duration
 	mapped        atomic.Bool // see use
-	restoring     sync.Mutex  // held by who makes an active snapshot's directories
+	restoring     sync.Mutex  // held by who makes an active snapshot's directories, or mounts a view over steps
 }
 
 // assemble puts the parts together. Nothing is opened yet.

@@ -87,7 +87,9 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	})
 	c.id = id
 	if err != nil {
-		s.ingestIdle(s.leave(ctx, id))
+		idle, gone := s.steps.takeBack(id, c.over)
+		s.discardSteps(ctx, gone)
+		s.ingestIdle(idle)
 		s.limits.giveBack(id, size)
 		return nil, fmt.Errorf("create snapshot %q: %w", key, err)
 	}
@@ -238,6 +240,12 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 	if info.Labels[labelStaged] != "" {
 		return s.stagedMounts(ctx, id)
 	}
+	defer func() {
+		if s.isRemoved(ctx, key, id) { // before it could take back what follows
+			err = errors.Join(fmt.Errorf("mounts of snapshot %q: it was removed meanwhile: %w", key, errdefs.ErrNotFound),
+				s.vacate(ctx, id, info.Kind), s.discard(ctx, id))
+		}
+	}()
 	l, err := s.below(ctx, recreation(id, key, info))
 	if err != nil {
 		return nil, fmt.Errorf("parent of snapshot %q: %w", key, err)
@@ -260,7 +268,7 @@ func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l 
 		switch {
 		case len(l.steps) > 0:
 			dir = m.viewPoint(id)
-			err = m.kernel.MountView(dir, stack)
+			err = m.mountView(dir, stack)
 		case len(l.packs) > 0:
 			dir, err = m.chains.View(ctx, l.dir)
 		}
@@ -272,6 +280,14 @@ func (m *mounter) mounts(ctx context.Context, kind snapshots.Kind, id string, l 
 	stack.Upper, stack.Work = m.upper(id), m.work(id)
 	options, err := m.kernel.Overlay(stack)
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, err
+}
+
+// mountView mounts a view over steps, once, whoever asks for it at the same time.
+func (m *mounter) mountView(dir string, stack lower.Stack) error {
+	m.restoring.Lock()
+	defer m.restoring.Unlock()
+	defer m.step("view.mounted")
+	return m.kernel.MountView(dir, stack)
 }
 
 // copyRoot gives the upper directory the metadata of the root below, which it hides.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
@@ -42,17 +43,12 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	releaseAll(s, info)
 	ctx = context.WithoutCancel(ctx)
 	s.waitsNoMore(id)
-	s.cancelBuild(idleJob(id))
 	s.ingestIdle(below)
 	s.abandon(key, func(context.Context) {
 		if info.Kind != snapshots.KindCommitted {
-			s.unuse(ctx, id)
-			if info.Kind == snapshots.KindView {
-				if err := lower.UnmountView(s.viewPoint(id)); err != nil {
-					log.G(ctx).WithError(err).Warn("a view stays mounted until the next start")
-				}
+			if err := s.vacate(ctx, id, info.Kind); err != nil {
+				log.G(ctx).WithError(err).Warn("a view stays mounted until the next start")
 			}
-			s.ingestIdle(s.leave(ctx, id))
 			if err := s.layers.Unused(id); err != nil {
 				log.G(ctx).WithError(err).Warn("objects from before an upgrade stay until the next start")
 			}
@@ -62,6 +58,26 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 		return nil
 	}
 	return s.discard(ctx, id)
+}
+
+// vacate takes back what is mounted and noted for a container or a view.
+func (g *ingester) vacate(ctx context.Context, id string, kind snapshots.Kind) (err error) {
+	g.unuse(ctx, id)
+	if kind == snapshots.KindView {
+		err = lower.UnmountView(g.viewPoint(id))
+	}
+	g.ingestIdle(g.leave(ctx, id))
+	return err
+}
+
+// isRemoved tells whether a snapshot that was there is no more. The caller's ctx may have ended.
+func (s *store) isRemoved(ctx context.Context, key, id string) bool {
+	now := ""
+	err := s.db.view(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
+		now, _, _, err = getInfo(ctx, key)
+		return err
+	})
+	return errdefs.IsNotFound(err) || err == nil && now != id
 }
 
 // unuse unmounts a chain whose last user is gone; one that somebody else is building, after that. The caller's ctx may

@@ -67,7 +67,27 @@ func (st *steps) use(user string, ids []string) {
 func (st *steps) unuse(user string) (idle, gone []string) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	for _, id := range st.over[user] {
+	ids := st.over[user]
+	delete(st.over, user)
+	return st.drop(user, ids)
+}
+
+// takeBack is unuse for a snapshot that could not be stored after it had begun to use ids. Another one may have got its
+// id since, and keeps what it uses itself.
+func (st *steps) takeBack(user string, ids []string) (idle, gone []string) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	now := st.over[user]
+	if len(now) > 0 && len(ids) > 0 && &now[0] == &ids[0] { // it is the same use
+		delete(st.over, user)
+		now = nil
+	}
+	return st.drop(user, slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return slices.Contains(now, id) }))
+}
+
+// drop removes a user of steps. Under mu.
+func (st *steps) drop(user string, ids []string) (idle, gone []string) {
+	for _, id := range ids {
 		delete(st.users[id], user)
 		if len(st.users[id]) > 0 {
 			continue
@@ -79,7 +99,6 @@ func (st *steps) unuse(user string) (idle, gone []string) {
 			gone = append(gone, id)
 		}
 	}
-	delete(st.over, user)
 	return idle, gone
 }
 
@@ -154,13 +173,18 @@ func (g *ingester) lieOver(ctx context.Context, user, name string) (ids []string
 // more, the topmost first.
 func (g *ingester) leave(ctx context.Context, user string) (idle []string) {
 	idle, gone := g.steps.unuse(user)
+	g.discardSteps(ctx, gone)
+	return idle
+}
+
+// discardSteps discards the directories of steps that need them no more, and over which nothing lies any more.
+func (g *ingester) discardSteps(ctx context.Context, gone []string) {
 	for _, id := range gone {
 		if err := g.discard(ctx, id); err != nil {
 			g.counters.removeError()
 			log.G(ctx).WithError(err).Warn("the directory of an ingested step stays until the next cleanup")
 		}
 	}
-	return idle
 }
 
 // idleJob names the job of an idle step. It is no snapshot's name: those have jobs of their own, and are used again.
@@ -216,8 +240,9 @@ func (g *ingester) waits(p pendingSnapshot) {
 
 func (g *ingester) waitsNoMore(id string) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	delete(g.waiting, id)
+	g.mu.Unlock()
+	g.cancelBuild(idleJob(id))
 }
 
 // errNoSteps: what lies below cannot be shown as directories of steps.

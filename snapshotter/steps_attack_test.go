@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -175,5 +177,81 @@ func TestStepsDoNotFit(t *testing.T) {
 	holdsNoSteps(t, s)
 	if left := mountsBelow(t, root); len(left) > 0 {
 		t.Errorf("mounted: %v", left)
+	}
+}
+
+// Who asks for mounts while the snapshot is removed leaves nothing mounted.
+func TestMountsWhileRemoved(t *testing.T) {
+	root := t.TempDir()
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
+	_, err := s.View(ctx, "view", name)
+	must(t, err)
+	must(t, stop(s))
+	var once sync.Once
+	remove := func(at string) {
+		if at == "chain.mounting" {
+			once.Do(func() { must(t, s.Remove(ctx, "view")) })
+		}
+	}
+	s, err = New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: remove, Verity: testVerity(),
+		PageCache: testPageCache()})
+	must(t, err)
+	t.Cleanup(func() { must(t, stop(s)) })
+	if mounts, err := s.Mounts(ctx, "view"); !errdefs.IsNotFound(err) {
+		t.Errorf("%v, %v", mounts, err)
+	}
+	s.wg.Wait()
+	if left := mountsBelow(t, root); len(left) > 0 {
+		t.Errorf("mounted: %v", left)
+	}
+	holdsNoSteps(t, s)
+}
+
+// Many who ask for a view over steps at once get one mount.
+func TestViewIsMountedOnce(t *testing.T) {
+	root := t.TempDir()
+	s, ctx := openSteps(t, root), ns(t, "steps")
+	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
+	view, err := s.View(ctx, "view", name)
+	must(t, err)
+	for range 5 {
+		must(t, mount.UnmountAll(view[0].Source, 0)) // as after a reboot
+		errs := make(chan error)
+		for range 8 {
+			go func() {
+				_, err := s.Mounts(ctx, "view")
+				errs <- err
+			}()
+		}
+		for range 8 {
+			must(t, <-errs)
+		}
+		if n := len(mountsBelow(t, filepath.Dir(view[0].Source))); n != 1 {
+			t.Errorf("%d mounts", n)
+		}
+	}
+	must(t, s.Remove(ctx, "view"))
+}
+
+// Where metadata.db cannot be written, the next snapshot gets the id of the one that was not stored. What it lies over
+// stays.
+func TestIDOfFailedSnapshot(t *testing.T) {
+	st := newSteps()
+	failed, next := []string{"3", "2", "1"}, []string{"2", "1"}
+	st.use("7", failed)
+	st.use("7", next)
+	if idle, _ := st.takeBack("7", failed); !slices.Equal(idle, []string{"3"}) || !st.inUse("2") || !st.inUse("1") {
+		t.Errorf("idle: %v; users %v", idle, st.users)
+	}
+	if idle, _ := st.unuse("7"); !slices.Equal(idle, next) {
+		t.Errorf("idle: %v", idle)
+	}
+	st.use("8", failed)
+	if idle, _ := st.takeBack("8", failed); !slices.Equal(idle, failed) {
+		t.Errorf("idle: %v", idle)
+	}
+	if idle, _ := st.takeBack("", failed); len(st.users)+len(st.over)+len(st.done) > 0 {
+		t.Errorf("idle: %v; %v, %v", idle, st.users, st.over)
 	}
 }

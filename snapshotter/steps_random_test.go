@@ -216,7 +216,7 @@ func (w *stepWorld) remove(ctx context.Context, r *rand.Rand) error {
 	return nil
 }
 
-// compare opens a pair of a step and its parent.
+// compare opens a pair of a step and another one, its parent mostly.
 func (w *stepWorld) compare(ctx context.Context, r *rand.Rand) error {
 	on, key := w.take(r, false)
 	defer w.give(on)
@@ -225,8 +225,13 @@ func (w *stepWorld) compare(ctx context.Context, r *rand.Rand) error {
 		return err
 	}
 	var below []mount.Mount
-	if on.parent != nil {
-		if below, err = w.s.View(ctx, key+"-below", on.parent.name); err != nil {
+	under := on.parent
+	if r.IntN(3) == 0 { // or any other step
+		under, _ = w.take(r, false)
+		defer w.give(under)
+	}
+	if under != nil {
+		if below, err = w.s.View(ctx, key+"-below", under.name); err != nil {
 			return err
 		}
 	}
@@ -234,7 +239,7 @@ func (w *stepWorld) compare(ctx context.Context, r *rand.Rand) error {
 	if err != nil {
 		return err
 	}
-	for dir, of := range map[string]*stepNode{p.Upper: on, p.Lower: on.parent} {
+	for dir, of := range map[string]*stepNode{p.Upper: on, p.Lower: under} {
 		if of != nil {
 			err = errors.Join(err, w.shows([]mount.Mount{{Type: "bind", Source: dir, Options: []string{"rbind", "ro"}}},
 				of.files))

@@ -177,14 +177,14 @@ func ingest(t *testing.T, c Config) {
 		}
 	}
 	for name, size := range map[string]int{"kept": 100000, "gone": 50000} {
-		made, err := client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "k"})
+		made, err := client.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Key: "extract-k"})
 		must(made, err)
 		for _, o := range made.Mounts[0].Options {
 			if upper, ok := strings.CutPrefix(o, "upperdir="); ok {
 				must(nil, os.WriteFile(filepath.Join(upper, "f"), bytes.Repeat([]byte("x"), size), 0o600))
 			}
 		}
-		must(client.Commit(t.Context(), &snapshotsapi.CommitSnapshotRequest{Name: name, Key: "k"}))
+		must(client.Commit(t.Context(), &snapshotsapi.CommitSnapshotRequest{Name: name, Key: "extract-k"}))
 		// The ingest of a directory may run on in the background; what mounts it waits.
 		must(client.View(t.Context(), &snapshotsapi.ViewSnapshotRequest{Key: "v", Parent: name}))
 		must(client.Remove(t.Context(), &snapshotsapi.RemoveSnapshotRequest{Key: "v"}))

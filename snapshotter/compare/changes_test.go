@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -137,25 +138,26 @@ func tortureMore(root string) {
 	check(os.Link(at("usr/lib/one"), at("usr/lib/four")), os.Link(at("usr/lib/one"), at("usr/aaa")))
 }
 
-// shuffle makes random changes, those that are possible.
-func shuffle(t *testing.T, r *rand.Rand, root string, n int) {
+// shuffle makes random changes, those that are possible. Symbolic links may lead out of root: os.Root does not follow
+// them there, onto this machine's own files.
+func shuffle(t *testing.T, r *rand.Rand, dir string, n int) {
 	t.Helper()
-	var paths, dirs []string
-	look := func() {
-		paths, dirs = nil, []string{root}
-		_ = filepath.WalkDir(root, func(path string, d os.DirEntry, err error) error {
-			if path != root {
+	root, err := os.OpenRoot(dir)
+	check(err)
+	defer root.Close()
+	for i := range n {
+		var paths []string
+		dirs := []string{"."}
+		_ = fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+			if path != "." {
 				paths = append(paths, path)
-				if d.IsDir() {
+				if err == nil && d.IsDir() {
 					dirs = append(dirs, path)
 				}
 			}
 			return err
 		})
 		slices.Sort(paths)
-	}
-	for i := range n {
-		look()
 		if len(paths) < 5 {
 			return
 		}
@@ -163,35 +165,35 @@ func shuffle(t *testing.T, r *rand.Rand, root string, n int) {
 		fresh := filepath.Join(dirs[r.IntN(len(dirs))], fmt.Sprintf("n%d", r.IntN(20)))
 		switch r.IntN(12) {
 		case 0:
-			_ = os.RemoveAll(any())
+			_ = root.RemoveAll(any())
 		case 1:
-			_ = os.Remove(any())
+			_ = root.Remove(any())
 		case 2:
-			_ = os.Rename(any(), fresh)
+			_ = root.Rename(any(), fresh)
 		case 3:
-			_ = os.Link(any(), fresh)
+			_ = root.Link(any(), fresh)
 		case 4:
-			_ = os.Symlink(any()[len(root):], fresh)
+			_ = root.Symlink("/"+any(), fresh)
 		case 5:
-			_ = os.Mkdir(fresh, 0o755)
+			_ = root.Mkdir(fresh, 0o755)
 		case 6:
-			_ = os.Chmod(any(), os.FileMode(r.IntN(0o777)))
+			_ = root.Chmod(any(), os.FileMode(r.IntN(0o777)))
 		case 7:
-			_ = os.Lchown(any(), r.IntN(3), r.IntN(3))
+			_ = root.Lchown(any(), r.IntN(3), r.IntN(3))
 		case 8:
 			p := any()
-			if fi, err := os.Lstat(p); err == nil && fi.Mode().IsRegular() {
-				_ = os.WriteFile(p, []byte(strings.Repeat("w", r.IntN(2000))), 0o644)
+			if fi, err := root.Lstat(p); err == nil && fi.Mode().IsRegular() {
+				_ = root.WriteFile(p, []byte(strings.Repeat("w", r.IntN(2000))), 0o644)
 			}
 		case 9:
 			at := time.Unix(1e9+int64(r.IntN(3)), int64(r.IntN(2)))
-			_ = os.Chtimes(any(), at, at)
+			_ = root.Chtimes(any(), at, at)
 		case 10:
 			p := any()
-			_ = os.RemoveAll(p)
-			_ = os.Mkdir(p, 0o755)
+			_ = root.RemoveAll(p)
+			_ = root.Mkdir(p, 0o755)
 		default:
-			_ = os.WriteFile(fresh, []byte(fmt.Sprint(i, r.Uint64())), 0o644)
+			_ = root.WriteFile(fresh, []byte(fmt.Sprint(i, r.Uint64())), 0o644)
 		}
 	}
 }
