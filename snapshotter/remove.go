@@ -70,8 +70,8 @@ func (g *ingester) vacate(ctx context.Context, id string, kind snapshots.Kind) (
 	return err
 }
 
-// isRemoved tells whether a snapshot that was there is no more. The caller's ctx may have ended.
-func (s *store) isRemoved(ctx context.Context, key, id string) bool {
+// isGone tells whether a snapshot that was there is there no more. The caller's ctx may have ended.
+func (s *store) isGone(ctx context.Context, key, id string) bool {
 	now := ""
 	err := s.db.view(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
 		now, _, _, err = getInfo(ctx, key)
