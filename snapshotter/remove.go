@@ -20,9 +20,11 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	var id string
 	var info snapshots.Info
 	var below []string // steps that were to be ingested with this one
+	defer func() { s.going.Delete(id) }()
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if id, info, err = removeSnapshot(ctx, key); err == nil {
 			s.refs.remove(info.Labels[labelRef], key)
+			s.going.Store(id, true)
 		}
 		if err == nil && info.Labels[labelPending] == pendingStep {
 			below, _ = stepsOn(ctx, info.Parent) // what is wrong with the parent does not concern this one
