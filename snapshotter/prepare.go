@@ -234,7 +234,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 		return s.stagedMounts(ctx, id)
 	}
 	defer func() {
-		if s.isGone(ctx, key, id) { // whoever removed or committed it could not take back what follows
+		if s.vanished(ctx, key, id) { // whoever removed or committed it could not take back what follows
 			err = errors.Join(fmt.Errorf("mounts of snapshot %q: it was removed or committed meanwhile: %w", key,
 				errdefs.ErrNotFound), s.vacate(ctx, id, info.Kind))
 		}

@@ -72,8 +72,8 @@ func (g *ingester) vacate(ctx context.Context, id string, kind snapshots.Kind) (
 	return err
 }
 
-// isGone tells whether a snapshot that was there is there no more. The caller's ctx may have ended.
-func (s *store) isGone(ctx context.Context, key, id string) bool {
+// vanished tells whether a snapshot that was there is there no more. The caller's ctx may have ended.
+func (s *store) vanished(ctx context.Context, key, id string) bool {
 	now := ""
 	err := s.db.view(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
 		now, _, _, err = getInfo(ctx, key)
