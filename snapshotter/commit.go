@@ -341,7 +341,7 @@ func (g *ingester) ingest(ctx context.Context, p pendingSnapshot) error {
 	}
 	in, err := g.ingestDir(ctx, id, info.Parent)
 	if err != nil {
-		if g.isRemoved(ctx, p.name, id) {
+		if g.vanished(ctx, p.name, id) {
 			return nil
 		}
 		return err

@@ -223,7 +223,8 @@ func looksAgain(ctx context.Context, h *health) (stray strays, err error) {
 	}
 	stray.dirs = slices.DeleteFunc(stray.dirs, func(name string) bool {
 		_, going := h.going.Load(name)
-		return going
+		_, err := os.Lstat(h.path(dirSnapshots, name)) // it may have gone since
+		return going || errors.Is(err, fs.ErrNotExist)
 	})
 	return stray, err
 }

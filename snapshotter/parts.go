@@ -36,7 +36,7 @@ type tasks struct {
 	ctx    context.Context // of background work
 	cancel context.CancelFunc
 	wg     content.Tasks
-	going  sync.Map // names below snapshots/ that are being removed
+	going  sync.Map // names below snapshots/ that are being removed, or are about to
 
 	mu sync.Mutex // guards what follows, and the ingester's ingests
 	// closed is set before the background work is waited for: none is started after.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -56,6 +57,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string,
 	labels map[string]string) (_ []mount.Mount, err error) {
+	labels = maps.Clone(labels) // another try begins anew
 	c := creation{parent: parent, extraction: isExtraction(key, labels), view: kind == snapshots.KindView}
 	var id string
 	size, err := s.limits.take(ctx, key, c, labels)
@@ -241,9 +243,9 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) (_ []mount.Mount, 
 		return s.stagedMounts(ctx, id)
 	}
 	defer func() {
-		if s.isRemoved(ctx, key, id) { // before it could take back what follows
-			err = errors.Join(fmt.Errorf("mounts of snapshot %q: it was removed meanwhile: %w", key, errdefs.ErrNotFound),
-				s.vacate(ctx, id, info.Kind), s.discard(ctx, id))
+		if s.vanished(ctx, key, id) { // whoever removed or committed it could not take back what follows
+			err = errors.Join(fmt.Errorf("mounts of snapshot %q: it was removed or committed meanwhile: %w", key,
+				errdefs.ErrNotFound), s.vacate(ctx, id, info.Kind))
 		}
 	}()
 	l, err := s.below(ctx, recreation(id, key, info))

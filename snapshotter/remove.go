@@ -20,9 +20,11 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 	var id string
 	var info snapshots.Info
 	var below []string // steps that were to be ingested with this one
+	defer func() { s.going.Delete(id) }()
 	err = s.db.update(ctx, func(ctx context.Context) (err error) {
 		if id, info, err = removeSnapshot(ctx, key); err == nil {
 			s.refs.remove(info.Labels[labelRef], key)
+			s.going.Store(id, true)
 		}
 		if err == nil && info.Labels[labelPending] == pendingStep {
 			below, _ = stepsOn(ctx, info.Parent) // what is wrong with the parent does not concern this one
@@ -70,8 +72,8 @@ func (g *ingester) vacate(ctx context.Context, id string, kind snapshots.Kind) (
 	return err
 }
 
-// isRemoved tells whether a snapshot that was there is no more. The caller's ctx may have ended.
-func (s *store) isRemoved(ctx context.Context, key, id string) bool {
+// vanished tells whether a snapshot that was there is there no more. The caller's ctx may have ended.
+func (s *store) vanished(ctx context.Context, key, id string) bool {
 	now := ""
 	err := s.db.view(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
 		now, _, _, err = getInfo(ctx, key)

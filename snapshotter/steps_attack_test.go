@@ -180,32 +180,43 @@ func TestStepsDoNotFit(t *testing.T) {
 	}
 }
 
-// Who asks for mounts while the snapshot is removed leaves nothing mounted.
-func TestMountsWhileRemoved(t *testing.T) {
+// Who asks for mounts while the snapshot is removed, or committed, leaves nothing mounted, and takes nothing away.
+func TestMountsWhileItGoes(t *testing.T) {
 	root := t.TempDir()
 	s, ctx := openSteps(t, root), ns(t, "steps")
 	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
-	_, err := s.View(ctx, "view", name)
-	must(t, err)
-	must(t, stop(s))
-	var once sync.Once
-	remove := func(at string) {
-		if at == "chain.mounting" {
-			once.Do(func() { must(t, s.Remove(ctx, "view")) })
+	for key, do := range map[string]func(s *Snapshotter) error{
+		"view":   func(s *Snapshotter) error { return s.Remove(ctx, "view") },
+		"active": func(s *Snapshotter) error { return s.Commit(ctx, "committed", "active") },
+	} {
+		make := s.View
+		if key == "active" {
+			make = s.Prepare
 		}
+		mounts, err := make(ctx, key, name)
+		must(t, err)
+		if key == "active" {
+			write(t, mounts, file("written", "written"))
+		}
+		must(t, stop(s))
+		var once sync.Once
+		hook := func(at string) {
+			if at == "chain.mounting" {
+				once.Do(func() { must(t, do(s)) })
+			}
+		}
+		s, err = New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: hook, Verity: testVerity(),
+			PageCache: testPageCache()})
+		must(t, err)
+		t.Cleanup(func() { must(t, stop(s)) })
+		if mounts, err := s.Mounts(ctx, key); !errdefs.IsNotFound(err) {
+			t.Errorf("%v, %v", mounts, err)
+		}
+		eventually(t, "nothing is mounted", func() bool { return len(mountsBelow(t, root)) == 0 })
 	}
-	s, err = New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: remove, Verity: testVerity(),
-		PageCache: testPageCache()})
-	must(t, err)
-	t.Cleanup(func() { must(t, stop(s)) })
-	if mounts, err := s.Mounts(ctx, "view"); !errdefs.IsNotFound(err) {
-		t.Errorf("%v, %v", mounts, err)
+	if got := read(t, s, "committed", "written"); got != "written" {
+		t.Errorf("%q", got)
 	}
-	s.wg.Wait()
-	if left := mountsBelow(t, root); len(left) > 0 {
-		t.Errorf("mounted: %v", left)
-	}
-	holdsNoSteps(t, s)
 }
 
 // Many who ask for a view over steps at once get one mount.
