@@ -38,6 +38,7 @@ type kube struct {
 	n   *node.Node
 	cri *node.CRI
 	ctx context.Context
+	bin string // the daemon's program
 }
 
 // TestKubelet runs a real kubelet, without an API server, on containerd with dedup as CRI's snapshotter. `make
@@ -59,7 +60,8 @@ func kubeletLife(t *testing.T, discard bool) {
 	app := push(t, r, "app:1", append(owned, layer(t, payload("kubelet", "app/large", 20<<20)))...)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
 	t.Cleanup(cancel)
-	k := kube{t: t, ctx: ctx}
+	k := kube{t: t, ctx: ctx, bin: filepath.Join(dir, "containerd-dedup-grpc")}
+	installBinary(t, k.bin)
 	cni := filepath.Join(dir, "net.d")
 	must(t, os.MkdirAll(cni, 0o755))
 	conf := []byte(`{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`)
@@ -70,7 +72,8 @@ func kubeletLife(t *testing.T, discard bool) {
 	runc, err := node.BuildRunc(k.ctx, func(text string) { t.Log(text) })
 	must(t, err)
 	k.n = startDedup(t, node.Options{
-		Runc: runc, CRI: true, PauseImage: pushImage(t, r, "pause:1", pause), Plugins: map[string]map[string]any{
+		DaemonBinary: k.bin, Runc: runc, CRI: true, PauseImage: pushImage(t, r, "pause:1", pause),
+		Plugins: map[string]map[string]any{
 			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": cni}},
 			"io.containerd.cri.v1.images":  {"discard_unpacked_layers": discard},
 		},
@@ -88,6 +91,7 @@ func kubeletLife(t *testing.T, discard bool) {
 	k.statistics("plain")
 	k.survives(plain)
 	k.exceeds(app)
+	k.knowsNoClass(app)
 	unused := push(t, r, "unused:1", owned[0], layer(t, payload("kubelet-unused", "unused", 24<<20)))
 	k.collects(unused, !discard)
 }
@@ -233,10 +237,16 @@ func (k *kube) statistics(pod string) {
 	}
 }
 
-// survives: pods go on while the daemon is stopped, killed and started again, and restart after it.
+// survives: pods go on while the daemon is stopped, killed, upgraded and started again, and restart after it.
 func (k *kube) survives(id string) {
 	k.t.Helper()
-	for name, end := range map[string]func() error{"stopped": k.n.StopDaemon, "killed": k.n.KillDaemon} {
+	upgrade := func() error {
+		installBinary(k.t, k.bin)
+		return k.n.StopDaemon()
+	}
+	for name, end := range map[string]func() error{
+		"stopped": k.n.StopDaemon, "killed": k.n.KillDaemon, "upgraded": upgrade,
+	} {
 		must(k.t, end())
 		if got := k.exec(id, "wc -c < /app/large"); strings.TrimSpace(got) != fmt.Sprint(20<<20) {
 			k.t.Errorf("daemon %s: a running pod reads %q", name, got)
@@ -268,6 +278,19 @@ func (k *kube) exceeds(app string) {
 	eventually(k.t, "the pod to go", func() bool {
 		return len(k.containers("greedy", cri.ContainerState_CONTAINER_RUNNING)) == 0
 	})
+}
+
+// knowsNoClass: a kubelet without an API server runs no pod that names a runtime class, as the daemon's own pod does in
+// a DaemonSet (it has to run from another snapshotter). So that pod is tried with CRI alone (TestDaemonSet).
+func (k *kube) knowsNoClass(app string) {
+	k.t.Helper()
+	k.apply("classed", podSpec(app, "sleep 100000", map[string]any{"runtimeClassName": "overlayfs"}))
+	eventually(k.t, "the kubelet to refuse a runtime class", func() bool {
+		log, err := os.ReadFile(k.n.LogPath("kubelet"))
+		must(k.t, err)
+		return strings.Contains(string(log), `RuntimeClass \"overlayfs\"`) && strings.Contains(string(log), "classed")
+	})
+	must(k.t, os.Remove(filepath.Join(k.Manifests(), "classed.json")))
 }
 
 // collects: what the kubelet removes of images that no pod uses comes back as space, be it that more is used than it
