@@ -95,7 +95,7 @@ func served(t *testing.T) (*Source, ctdcontent.Store, []byte) {
 // Several clients read a blob at once, in any order; it is made once, and goes after them.
 func TestRead(t *testing.T) {
 	s, client, blob := served(t)
-	s.kept = 50 * time.Millisecond
+	s.kept = time.Hour
 	d := digest.FromBytes(blob)
 	if i, err := client.Info(t.Context(), d); err != nil || i.Size != int64(len(blob)) || i.Digest != d {
 		t.Errorf("%+v, %v", i, err)
@@ -127,6 +127,13 @@ func TestRead(t *testing.T) {
 	wg.Wait()
 	if st := s.layers.RecipeStats(); st.Followed != 1 {
 		t.Errorf("made %d times", st.Followed)
+	}
+	s.mu.Lock()
+	s.kept = 50 * time.Millisecond
+	s.mu.Unlock()
+	if got, err := ctdcontent.ReadBlob(t.Context(), client, ocispec.Descriptor{Digest: d}); err != nil ||
+		!bytes.Equal(got, blob) {
+		t.Errorf("once more: %d bytes, %v", len(got), err)
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		s.mu.Lock()
