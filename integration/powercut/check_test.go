@@ -135,6 +135,10 @@ func (c *checker) open(w world, s state, root, run string) (err error) {
 			return fmt.Errorf("again, what was under way: %w", err)
 		}
 	}
+	// What is at rest has no steps that wait for their ingest: a check waits for them.
+	if _, err := sn.Check(ctx, snapshotter.CheckOptions{}); err != nil {
+		return fmt.Errorf("check: %w", err)
+	}
 	return sn.Cleanup(ctx)
 }
 
@@ -286,6 +290,9 @@ func named(path string) (layers, dirs map[string]bool, err error) {
 			}
 			if info.Kind == snapshots.KindActive {
 				dirs[id+"/fs"], dirs[id+"/work"] = true, true
+			}
+			for _, step := range strings.Fields(info.Labels["dedup-snapshotter.io/over"]) { // it lies over their directories
+				dirs[step+"/fs"], dirs[step+"/work"] = true, true
 			}
 		}
 		return nil
