@@ -91,7 +91,6 @@ func kubeletLife(t *testing.T, discard bool) {
 	k.statistics("plain")
 	k.survives(plain)
 	k.exceeds(app)
-	k.knowsNoClass(app)
 	unused := push(t, r, "unused:1", owned[0], layer(t, payload("kubelet-unused", "unused", 24<<20)))
 	k.collects(unused, !discard)
 }
@@ -278,19 +277,6 @@ func (k *kube) exceeds(app string) {
 	eventually(k.t, "the pod to go", func() bool {
 		return len(k.containers("greedy", cri.ContainerState_CONTAINER_RUNNING)) == 0
 	})
-}
-
-// knowsNoClass: a kubelet without an API server runs no pod that names a runtime class, as the daemon's own pod does in
-// a DaemonSet (it has to run from another snapshotter). So that pod is tried with CRI alone (TestDaemonSet).
-func (k *kube) knowsNoClass(app string) {
-	k.t.Helper()
-	k.apply("classed", podSpec(app, "sleep 100000", map[string]any{"runtimeClassName": "overlayfs"}))
-	eventually(k.t, "the kubelet to refuse a runtime class", func() bool {
-		log, err := os.ReadFile(k.n.LogPath("kubelet"))
-		must(k.t, err)
-		return strings.Contains(string(log), `RuntimeClass \"overlayfs\"`) && strings.Contains(string(log), "classed")
-	})
-	must(k.t, os.Remove(filepath.Join(k.Manifests(), "classed.json")))
 }
 
 // collects: what the kubelet removes of images that no pod uses comes back as space, be it that more is used than it

@@ -17,15 +17,7 @@ func prepareBuild(ctx context.Context, s *stage) (func(context.Context, *Trial) 
 	if _, err := node.BuildBuildKit(ctx, s.opts.Say); err != nil {
 		return nil, "BuildKit cannot be built here: " + err.Error(), nil
 	}
-	r, err := s.registry(ctx)
-	if err != nil {
-		return nil, "", err
-	}
-	base, apps, err := s.apps(ctx, 1)
-	if err != nil {
-		return nil, "", err
-	}
-	img, err := s.serve(ctx, r, "team-1/app:v1", base, apps[0])
+	img, err := s.app(ctx)
 	return func(ctx context.Context, t *Trial) error { return t.build(ctx, img) }, "", err
 }
 

@@ -25,15 +25,7 @@ const (
 // prepareCommit serves one large image. Its trial changes files as a container or a step of a build does, and makes
 // layers of that.
 func prepareCommit(ctx context.Context, s *stage) (func(context.Context, *Trial) error, string, error) {
-	r, err := s.registry(ctx)
-	if err != nil {
-		return nil, "", err
-	}
-	base, apps, err := s.apps(ctx, 1)
-	if err != nil {
-		return nil, "", err
-	}
-	img, err := s.serve(ctx, r, "team-1/app:v1", base, apps[0])
+	img, err := s.app(ctx)
 	return func(ctx context.Context, t *Trial) error { return t.commit(ctx, img) }, "", err
 }
 

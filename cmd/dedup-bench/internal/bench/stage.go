@@ -102,6 +102,19 @@ func (s *stage) serve(ctx context.Context, r *Registry, repository string, layer
 	return img, image.Push(ctx, img.Ref, built)
 }
 
+// app serves one large image, from a registry of its own.
+func (s *stage) app(ctx context.Context) (Image, error) {
+	r, err := s.registry(ctx)
+	if err != nil {
+		return Image{}, err
+	}
+	base, apps, err := s.apps(ctx, 1)
+	if err != nil {
+		return Image{}, err
+	}
+	return s.serve(ctx, r, "team-1/app:v1", base, apps[0])
+}
+
 // copyImage copies an image that a user named into a registry on loopback, so that a
 // network is not what is measured.
 func (s *stage) copyImage(ctx context.Context, r *Registry, ref string) (Image, error) {
