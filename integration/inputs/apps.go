@@ -112,8 +112,8 @@ func npmInstall(ctx context.Context, s *Set, dir, manifest string) error {
 // jre is Debian's Java: 17 in Debian 12, 21 in Debian 13.
 const jre = "default-jre-headless"
 
-// javaMain is a class of the service's jars that prints something and ends: PostgreSQL's driver says its version.
-const javaMain = "org.postgresql.util.PGJDBCMain"
+// javaMain is a class of the service's jars that prints something and ends: Hibernate says its version.
+const javaMain = "org.hibernate.Version"
 
 // loader is what Spring Boot puts into a jar to start it from the jars within.
 const loader = "spring-boot-loader"
@@ -211,7 +211,8 @@ func makeFat(ctx context.Context, s *Set, build int, root string) (err error) {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(manifest, "Manifest-Version: 1.0\nMain-Class: org.springframework.boot.loader.launch.JarLauncher\n"+
+	_, err = fmt.Fprintf(manifest, "Manifest-Version: 1.0\n"+
+		"Main-Class: org.springframework.boot.loader.launch.JarLauncher\n"+
 		"Start-Class: %s\nSpring-Boot-Classes: BOOT-INF/classes/\nSpring-Boot-Lib: BOOT-INF/lib/\n", javaMain)
 	if err != nil {
 		return err
@@ -234,7 +235,7 @@ func makeFat(ctx context.Context, s *Set, build int, root string) (err error) {
 	return w.Close()
 }
 
-// addClasses copies what a jar holds, but for its manifest.
+// addClasses copies the files of a jar, but for its manifest.
 func addClasses(w *zip.Writer, path string) (err error) {
 	r, err := zip.OpenReader(path)
 	if err != nil {
@@ -242,7 +243,7 @@ func addClasses(w *zip.Writer, path string) (err error) {
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
 	for _, f := range r.File {
-		if strings.HasPrefix(f.Name, "META-INF/") && !strings.HasPrefix(f.Name, "META-INF/services/") {
+		if strings.HasSuffix(f.Name, "/") || strings.HasPrefix(f.Name, "META-INF/") {
 			continue
 		}
 		if err := w.Copy(f); err != nil {

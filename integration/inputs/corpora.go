@@ -57,10 +57,11 @@ type maker struct {
 func makers() []maker {
 	return []maker{
 		{name: "node", about: "a Node.js service: npm packages, and Node.js itself", needs: []node.Command{npm},
-			make:    makeNode,
-			command: []string{"/opt/node/bin/node", "-e", "require('/srv/app/node_modules/express'); console.log('ok')"}},
-		{name: "java-thin", about: "a Java service: Java from Debian, and the service's jars side by side, as Jib lays them " +
-			"out", debian: jre, needs: []node.Command{maven}, make: makeThin,
+			make: makeNode,
+			command: []string{"/opt/node/bin/node", "-e",
+				"require('/srv/app/node_modules/express'); console.log('ok')"}},
+		{name: "java-thin", about: "a Java service: Java from Debian, and the service's jars side by side, as Jib lays " +
+			"them out", debian: jre, needs: []node.Command{maven}, make: makeThin,
 			command: []string{"/usr/bin/java", "-cp", "/app/libs/*", javaMain}},
 		{name: "java-fat", about: "the same Java service as one jar that holds the others, as Spring Boot packs it",
 			recipe: "-2", debian: jre, needs: []node.Command{maven}, make: makeFat,
@@ -196,8 +197,8 @@ func (s *Set) mlCorpus(ctx context.Context) (Corpus, error) {
 		if err := ml.download(ctx, OlderWheels, mlUpgrades); err != nil {
 			return nil, err
 		}
-		return ml.install(ctx, root, install{name: "app-3", packages: upgraded(lines(mlRequirements), lines(mlUpgrades)),
-			check: ml.kit.imports})
+		packages := upgraded(lines(mlRequirements), lines(mlUpgrades))
+		return ml.install(ctx, root, install{name: "app-3", packages: packages, check: ml.kit.imports})
 	})
 	if err != nil {
 		return Corpus{}, err

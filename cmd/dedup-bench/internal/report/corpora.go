@@ -20,11 +20,11 @@ const corpusPrefix = "corpus-"
 // images of a corpus, in the order in which a node gets them; each metric begins with one of these, or with "all".
 var corpusImages = []string{"first image", "rebuild", "minor upgrade", "base change"}
 
-func isCorpus(scenario string) bool { return strings.HasPrefix(scenario, corpusPrefix) }
-
 // only keeps the results of corpora, or the others.
 func (r Report) only(corpora bool) Report {
-	r.Results = slices.DeleteFunc(slices.Clone(r.Results), func(x Result) bool { return isCorpus(x.Scenario) != corpora })
+	r.Results = slices.DeleteFunc(slices.Clone(r.Results), func(x Result) bool {
+		return strings.HasPrefix(x.Scenario, corpusPrefix) != corpora
+	})
 	return r
 }
 
@@ -79,7 +79,8 @@ func (r Report) corporaSummary() string {
 		}
 		rows = append(rows, append(row, r.times(s, "all: disk", "erofs"), r.times(s, "page cache", "erofs")))
 	}
-	writeTable(&b, []string{"", "overlayfs's disk", "its inodes", "its page cache", "erofs's disk", "its page cache"}, rows)
+	writeTable(&b, []string{"", "overlayfs's disk", "its inodes", "its page cache", "erofs's disk", "its page cache"},
+		rows)
 	return b.String()
 }
 
@@ -94,7 +95,8 @@ func (r Report) times(scenario, metric, by string) string {
 }
 
 func (r Report) corpusHead() []string {
-	return []string{"overlayfs", "erofs", "dedup", "dedup/overlayfs", "dedup/erofs", "dedup saves, by overlayfs; by erofs"}
+	return []string{"overlayfs", "erofs", "dedup", "dedup/overlayfs", "dedup/erofs",
+		"dedup saves, by overlayfs; by erofs"}
 }
 
 // corpusRow is one metric of one corpus; nil where dedup has none.
