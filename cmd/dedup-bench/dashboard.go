@@ -213,12 +213,11 @@ func (w *watched) session(ctx context.Context) error {
 			}
 			return nil
 		},
+		func(ctx context.Context) error { return w.dedupctl(ctx, "fsck") },
 		func(ctx context.Context) error { return w.dedupctl(ctx, "trim") },
 		func(ctx context.Context) error { return w.complete(ctx, "one/service:1") },
-		func(ctx context.Context) error { return w.remove(ctx, "three/service:3") },
-		func(ctx context.Context) error { return w.remove(ctx, "one/service:1", "two/service:2") },
-		func(ctx context.Context) error { return w.dedupctl(ctx, "fsck") },
-		func(ctx context.Context) error { return w.pull(ctx, "one/service:1", base, own, apps[0]) },
+		func(ctx context.Context) error { return w.remove(ctx, "two/service:2") },
+		func(ctx context.Context) error { return w.containers(ctx, "three/service:3", 3) },
 	} {
 		if err := step(ctx); err != nil {
 			return err

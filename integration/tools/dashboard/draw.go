@@ -50,7 +50,7 @@ func (b board) draw(ctx context.Context, r *record) (svg []byte, nothing []empty
 			Max: vg.Point{X: gap + vg.Length(g.X+g.W)*column, Y: height - head - vg.Length(g.Y)*row},
 		}
 		area.Min, area.Max = area.Min.Add(vg.Point{X: gap, Y: gap}), area.Max.Sub(vg.Point{X: gap, Y: gap})
-		if err := p.draw(draw.Canvas{Canvas: canvas, Rectangle: area}, r.start); err != nil {
+		if err := p.draw(draw.Canvas{Canvas: canvas, Rectangle: area}, r); err != nil {
 			return nil, nil, fmt.Errorf("panel %q: %w", p.Title, err)
 		}
 	}
@@ -62,7 +62,7 @@ func (b board) draw(ctx context.Context, r *record) (svg []byte, nothing []empty
 		[]byte("font-family:'Liberation Sans',Arial,Helvetica,sans-serif;")), nothing, nil
 }
 
-func (p evaluated) draw(c draw.Canvas, start time.Time) error {
+func (p evaluated) draw(c draw.Canvas, r *record) error {
 	if p.Type == "row" {
 		c.FillText(style(11, true), vg.Point{X: c.Min.X + 4, Y: c.Min.Y + 4}, p.Title)
 		return nil
@@ -81,7 +81,7 @@ func (p evaluated) draw(c draw.Canvas, start time.Time) error {
 	if err != nil {
 		return err
 	}
-	return p.plot(draw.Crop(c, 6, -10, below+4, -20), start)
+	return p.plot(draw.Crop(c, 6, -10, below+4, -20), r)
 }
 
 // stat is a panel with one figure.
@@ -150,25 +150,28 @@ func (p evaluated) legends(c draw.Canvas) (vg.Length, error) {
 	return vg.Length(lines)*line + 6, nil
 }
 
-func (p evaluated) plot(c draw.Canvas, start time.Time) error {
+func (p evaluated) plot(c draw.Canvas, r *record) error {
 	pl := plot.New()
 	pl.BackgroundColor = color.Transparent
 	grid := plotter.NewGrid()
 	grid.Vertical.Color, grid.Horizontal.Color = color.Gray{0xe8}, color.Gray{0xe8}
 	pl.Add(grid)
-	top, right := 0.0, 0.0
+	top, right := 0.0, r.end.Sub(r.start).Seconds()
 	for i, s := range p.lines {
-		points := make(plotter.XYs, len(s.points))
-		for j, at := range s.points {
-			points[j] = plotter.XY{X: time.UnixMilli(at.T).Sub(start).Seconds(), Y: at.F}
-			top, right = max(top, at.F), max(right, points[j].X)
+		for _, part := range s.parts(r) {
+			for _, at := range part {
+				top = max(top, at.Y)
+			}
+			if len(part) == 1 {
+				part = append(part, plotter.XY{X: part[0].X + r.interval.Seconds()/2, Y: part[0].Y})
+			}
+			l, err := plotter.NewLine(part)
+			if err != nil {
+				return err
+			}
+			l.Color, l.Width = colours[i%len(colours)], 1.2
+			pl.Add(l)
 		}
-		l, err := plotter.NewLine(points)
-		if err != nil {
-			return err
-		}
-		l.Color, l.Width = colours[i%len(colours)], 1.2
-		pl.Add(l)
 	}
 	pl.X.Min, pl.X.Max, pl.Y.Min = 0, right, min(0, pl.Y.Min)
 	pl.Y.Max = max(top, 1e-9) * 1.08
@@ -185,6 +188,18 @@ func (p evaluated) plot(c draw.Canvas, start time.Time) error {
 	pl.X.LineStyle.Color, pl.Y.LineStyle.Color = color.Gray{0xa0}, color.Gray{0xa0}
 	pl.Draw(c)
 	return nil
+}
+
+// parts are the points in seconds since the start, apart where there were none in between.
+func (s series) parts(r *record) (all []plotter.XYs) {
+	for i, at := range s.points {
+		if i == 0 || at.T-s.points[i-1].T > r.interval.Milliseconds()*3/2 {
+			all = append(all, nil)
+		}
+		last := &all[len(all)-1]
+		*last = append(*last, plotter.XY{X: time.UnixMilli(at.T).Sub(r.start).Seconds(), Y: at.F})
+	}
+	return all
 }
 
 // ticks are about four round values from 0 to top, in the panel's unit.

@@ -14,9 +14,9 @@ var blocks = []struct {
 	corpora bool // it is about corpora
 	text    func(r Report, plots string) string
 }{
-	{"results", false, func(r Report, plots string) string { return r.Markdown(plots) }},
+	{"results", false, Report.Markdown},
 	{"corpora", true, Report.corporaMarkdown},
-	{"corpora in short", true, func(r Report, _ string) string { return r.corporaSummary() }},
+	{"corpora in short", true, Report.corporaSummary},
 }
 
 // WriteDocs writes tables into a Markdown file, between the marks that it has, and plots into the directory beside it
