@@ -31,7 +31,7 @@ func (r Report) only(corpora bool) Report {
 // corporaMarkdown is one table for what all images of each corpus cost, and one for each image.
 func (r Report) corporaMarkdown(plots string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n\n![corpora](%s/corpora.svg)\n", r.Caption(), plots)
+	fmt.Fprintf(&b, "%s\n\n![corpora](%s/corpora.svg)\n", strings.Join(wrap(r.Caption(), 118), "\n"), plots)
 	b.WriteString("\nAll four images of each corpus together:\n\n")
 	for _, s := range r.scenarios() {
 		fmt.Fprintf(&b, "- **%s**: %s\n", strings.TrimPrefix(s, corpusPrefix), Describe(s))
@@ -121,7 +121,7 @@ func (r Report) saving(scenario, metric, by string) string {
 	if !inA || !inB || b.Median <= 0 {
 		return "-"
 	}
-	saved := 1 - a.Median/b.Median
+	saved := min(1, 1-a.Median/b.Median)
 	switch {
 	case math.Abs(saved) < 0.02:
 		return "nothing"
@@ -166,7 +166,7 @@ func (r Report) corpusPanel(scenario string) (*plot.Plot, error) {
 	p.Title.TextStyle = style(10, true)
 	p.Title.TextStyle.XAlign, p.Title.TextStyle.YAlign = text.XCenter, text.YTop
 	subjects := r.subjects(scenario)
-	const width = 14
+	const width = 12
 	var largest float64
 	for n, s := range subjects {
 		values := make(plotter.Values, len(corpusImages))
@@ -194,12 +194,12 @@ func (r Report) corpusPanel(scenario string) (*plot.Plot, error) {
 			y, _ := r.find(scenario, s, image+": disk added")
 			top = max(top, y.Median/1e6)
 		}
-		if err := addLabel(p, float64(i), top, "× "+ratio); err != nil {
+		if err := addLabel(p, float64(i), top, "× "+ratio[:4]); err != nil {
 			return nil, err
 		}
 	}
 	p.NominalX("first image", "rebuild", "upgrade", "base change")
-	p.X.Tick.Label.Font, p.Y.Tick.Label.Font = style(8, false).Font, style(8, false).Font
+	p.X.Tick.Label.Font, p.Y.Tick.Label.Font = style(7, false).Font, style(8, false).Font
 	p.X.Min, p.X.Max = -0.6, float64(len(corpusImages))-0.4
 	p.Y.Min, p.Y.Max = 0, max(largest, 1e-9)*1.45 // room for labels and the legend
 	p.Y.Tick.Marker = plot.ConstantTicks(niceTicks(largest))
