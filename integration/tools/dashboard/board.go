@@ -162,6 +162,8 @@ func digits(v float64) string {
 	decimals := 0
 	switch {
 	case a == math.Trunc(a):
+	case a < 0.1:
+		decimals = 4
 	case a < 10:
 		decimals = 2
 	case a < 100:

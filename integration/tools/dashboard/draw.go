@@ -137,7 +137,7 @@ func (p evaluated) legends(c draw.Canvas) (vg.Length, error) {
 			return 0, err
 		}
 		items = append(items, s.name+": "+value)
-		widest = max(widest, small.Width(items[len(items)-1])+18)
+		widest = max(widest, small.Width(items[len(items)-1])+26)
 	}
 	perLine := max(1, int((c.Size().X-16)/widest))
 	lines := (len(items) + perLine - 1) / perLine
