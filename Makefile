@@ -158,6 +158,11 @@ benchmarks: build ## all scenarios with overlayfs, erofs and dedup side by side,
 screens: build ## play an operator's session for real and write its outputs into docs/screens.md and docs/sentry.md (root)
 	bin/dedup-bench screens --docs docs/screens.md --docs docs/sentry.md
 
+# In a module of its own, so that the snapshotter does not depend on Prometheus's database.
+.PHONY: dashboard
+dashboard: build ## play some minutes on a node and draw Grafana's dashboard of them, into docs/monitoring/ (root)
+	bin/dedup-bench dashboard --out docs/monitoring/dashboard.svg
+
 .PHONY: install
 install: ## what build has made, config, systemd unit and tmpfiles (PREFIX, SYSCONFDIR, UNITDIR, TMPFILESDIR, DESTDIR)
 	@for f in $(INSTALLED); do [ -x "$$f" ] || { echo "no $$f: run 'make build' first, without sudo"; exit 1; }; done

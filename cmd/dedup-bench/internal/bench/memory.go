@@ -85,11 +85,12 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 			return err
 		}
 	}
-	return readTogether(ctx, t, "memory", m.images)
+	return readTogether(ctx, t, "memory", m.images, nil)
 }
 
-// readTogether is the part of trial after the pulls.
-func readTogether(ctx context.Context, t *Trial, scenario string, images []Image) error {
+// readTogether is the part of trial after the pulls. With c, the page cache is what c was charged with, else what the
+// whole machine's has grown by.
+func readTogether(ctx context.Context, t *Trial, scenario string, images []Image, c *charged) error {
 	if err := dropCaches("3"); err != nil {
 		return err
 	}
@@ -100,7 +101,7 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if err != nil {
 		return err
 	}
-	var seconds float64
+	var seconds, cached float64
 	var after map[string]int64
 	var twice float64
 	var next func(i int) error
@@ -109,6 +110,9 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 			after, err = meminfo()
 			if err == nil {
 				twice, err = t.packsCached()
+			}
+			if err == nil && c != nil {
+				cached, err = c.bytes()
 			}
 			return err
 		}
@@ -130,7 +134,10 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 		}
 		return max(0, sum)
 	}
-	t.record(scenario, "page cache", "bytes", grown("Cached"))
+	if c == nil {
+		cached = grown("Cached")
+	}
+	t.record(scenario, "page cache", "bytes", cached)
 	if twice > 0 {
 		t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
 	}
