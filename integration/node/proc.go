@@ -62,7 +62,7 @@ func (p *process) running() bool {
 	}
 }
 
-// stop sends sig and waits; after grace it kills.
+// stop sends sig and waits; after grace it kills, and the error says what the process was doing.
 func (p *process) stop(sig unix.Signal, grace time.Duration) error {
 	if p.running() {
 		_ = p.cmd.Process.Signal(sig)
@@ -72,9 +72,9 @@ func (p *process) stop(sig unix.Signal, grace time.Duration) error {
 		return nil
 	case <-time.After(grace):
 	}
-	_ = p.cmd.Process.Kill()
-	<-p.done
-	return fmt.Errorf("%s did not end within %s of %s and was killed\n%s", p.name, grace, sig, p.logTail(30))
+	h := &hung{name: p.name, sig: sig, grace: grace, log: p.logTail(30)}
+	h.stack = p.stackAndKill()
+	return h
 }
 
 // waitReady polls ready until it returns nil, the process ends, or ctx does.
