@@ -203,8 +203,8 @@ func (g *ingester) discardSteps(ctx context.Context, gone []string) {
 // idleJob names the job of an idle step. It is no snapshot's name: those have jobs of their own, and are used again.
 func idleJob(id string) string { return "\x00" + id }
 
-// ingestIdle ingests the first of these steps that waits, and all below it, if nothing lies on it in a while. Where that
-// fails, those below are tried by themselves.
+// ingestIdle ingests the first of these steps that waits, and all below it, if nothing lies on it in a while. Where
+// that fails, those below are tried by themselves.
 func (g *ingester) ingestIdle(ids []string) {
 	id, name := g.firstWaiting(ids)
 	if id == "" {
