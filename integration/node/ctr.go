@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -223,8 +224,29 @@ func (n *Node) activated(ctx context.Context, key string, mounts []mount.Mount, 
 	if err != nil {
 		return fmt.Errorf("activate mounts %+v: %w", mounts, err)
 	}
-	defer func() { err = errors.Join(err, manager.Deactivate(context.WithoutCancel(ctx), key)) }()
+	defer func() { err = errors.Join(err, deactivate(context.WithoutCancel(ctx), manager, key, info.Active)) }()
 	return n.WithMounts(info.System, look)
+}
+
+// deactivate has containerd take down mounts that it made. containerd first forgets them, and then unmounts them
+// without a lock. A garbage collection in between takes them for leftovers, and unmounts them too (2.4.2,
+// core/mount/manager). Then Deactivate fails for a mount that is not there. All is well once the collection is done.
+func deactivate(ctx context.Context, manager mount.Manager, key string, active []mount.ActiveMount) error {
+	err := manager.Deactivate(ctx, key)
+	if err == nil {
+		return nil
+	}
+	gone := func(m mount.ActiveMount) bool {
+		_, serr := os.Lstat(m.MountPoint)
+		return errors.Is(serr, os.ErrNotExist)
+	}
+	for range 100 {
+		if !slices.ContainsFunc(active, func(m mount.ActiveMount) bool { return !gone(m) }) {
+			return nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return fmt.Errorf("deactivate mounts of %s: %w", key, err)
 }
 
 // WithMounts mounts in the node's directory, calls look with the path, and unmounts.
