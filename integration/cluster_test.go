@@ -107,12 +107,10 @@ func clusterFiles(t *testing.T, server string) map[string]string {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	must(t, err)
 	files := map[string]string{
-		"/etc/kube/tokens.csv":              clusterToken + ",admin,admin,system:masters\n",
-		"/etc/kube/key.pem":                 string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})),
-		"/etc/cni/net.d/10-test.conflist":   `{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`,
-		"/opt/cni/bin/loopback":             cniScript,
-		"/opt/cni/bin/test":                 cniScript,
-		"/var/lib/kubelet/seccomp/.present": "",
+		"/etc/kube/tokens.csv":            clusterToken + ",admin,admin,system:masters\n",
+		"/etc/kube/key.pem":               string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})),
+		"/etc/cni/net.d/10-test.conflist": `{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`,
+		"/opt/cni/bin/loopback":           cniScript, "/opt/cni/bin/test": cniScript,
 	}
 	for name, value := range map[string]any{"kubelet.json": config, "config": access} {
 		b, err := json.Marshal(value)
@@ -244,9 +242,12 @@ func (c *cluster) served(image string) corev1.Pod {
 		must(c.t, c.call("GET", systemPods, nil, &pods))
 		s := set.Status
 		if s.ObservedGeneration == set.Generation && s.NumberReady == 1 && s.UpdatedNumberScheduled == 1 &&
-			len(pods.Items) == 1 && pods.Items[0].Spec.Containers[0].Image == image &&
-			pods.Items[0].DeletionTimestamp == nil && pods.Items[0].Status.ContainerStatuses[0].Ready {
-			return pods.Items[0]
+			len(pods.Items) == 1 {
+			p := pods.Items[0]
+			if p.Spec.Containers[0].Image == image && p.DeletionTimestamp == nil &&
+				len(p.Status.ContainerStatuses) == 1 && p.Status.ContainerStatuses[0].Ready {
+				return p
+			}
 		}
 		time.Sleep(200 * time.Millisecond)
 	}

@@ -190,7 +190,7 @@ func (c *cluster) rebooted() {
 	}
 	c.run(c.t, `systemctl stop containerd
 grep -o '/run/containerd-dedup-grpc[^ ]*' /proc/mounts | sort -r | xargs -r umount -l
-rm -rf /run/containerd-dedup-grpc
+rm -rf --one-file-system /run/containerd-dedup-grpc /run/containerd
 systemctl start containerd kubelet`)
 	for _, name := range []string{"app", "plain", "early", "other"} {
 		eventually(c.t, "pod "+name+" after a reboot", func() bool {
@@ -215,7 +215,7 @@ func (c *cluster) removed() {
 	c.do("DELETE", daemonSets+"/"+c.m.daemon.Name, nil)
 	c.gone(systemPods)
 	c.run(c.t, `rm /etc/containerd/conf.d/runtime.toml
-dedupctl config containerd --remove
+dedupctl config containerd --remove --yes
 systemctl restart containerd
 grep dedup /proc/mounts && exit 1
 rm -rf /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc`)
