@@ -187,7 +187,7 @@ func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *ku
 	k.images["owned"] = push(t, r, "owned:1", ownedImage(t, "daemonset")...)
 	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
 	must(t, err)
-	k.machine = bootContainerd(t, func(_ *testing.T, o *machine.Options) {
+	k.machine = bootMachine(t, func(_ *testing.T, o *machine.Options) {
 		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true",
 			"SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
