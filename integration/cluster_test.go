@@ -67,7 +67,7 @@ func startCluster(t *testing.T, discard bool) *cluster {
 			o.Files["/etc/systemd/system/"+name+".service"] = "[Service]\nExecStart=/usr/local/bin/" + command + "\n"
 		}
 		for target, source := range map[string]string{
-			"kubelet": kubelet, "runc": runc, "etcd": filepath.Join(programs, "server"),
+			"kubelet": kubelet, "new-runc": runc, "etcd": filepath.Join(programs, "server"),
 			"kube-apiserver":          filepath.Join(programs, "kube-apiserver"),
 			"kube-controller-manager": filepath.Join(programs, "kube-controller-manager"),
 			"kube-scheduler":          filepath.Join(programs, "kube-scheduler"),
@@ -76,7 +76,11 @@ func startCluster(t *testing.T, discard bool) *cluster {
 		}
 		o.Binds = append(o.Binds, machine.Bind{Source: "/dev/kmsg", Target: "/dev/kmsg"})
 	})
-	c.run(t, "chmod 755 /opt/cni/bin/*; systemctl start etcd kube-apiserver")
+	// runc looks for itself below what is mounted on its path.
+	c.run(t, `install /usr/local/bin/new-runc /usr/local/sbin/runc
+chmod 755 /opt/cni/bin/*
+systemctl restart containerd # asks runc what it can
+systemctl start etcd kube-apiserver`)
 	eventually(t, "the API server", func() bool { return c.call("GET", "/readyz", nil, nil) == nil })
 	c.run(t, "systemctl start kube-controller-manager kube-scheduler kubelet")
 	label := map[string]any{"metadata": map[string]any{"labels": c.m.class.Scheduling.NodeSelector}}
@@ -158,7 +162,7 @@ func (c *cluster) call(method, path string, body, into any) error {
 	req.Header.Set("Authorization", "Bearer "+clusterToken)
 	req.Header.Set("Content-Type", "application/json")
 	if method == "PATCH" {
-		req.Header.Set("Content-Type", "application/merge-patch+json")
+		req.Header.Set("Content-Type", "application/strategic-merge-patch+json")
 	}
 	resp, err := c.client.Do(req)
 	if err != nil {

@@ -188,6 +188,7 @@ func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *ku
 	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
 	must(t, err)
 	k.machine = bootMachine(t, func(_ *testing.T, o *machine.Options) {
+		o.Files["/etc/hosts"] = "127.0.0.1 localhost\n"
 		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true",
 			"SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
