@@ -64,8 +64,8 @@ func startCluster(t *testing.T, discard bool) *cluster {
 	c.kubelet = bootKubelet(t, discard, func(o *machine.Options) {
 		maps.Copy(o.Files, clusterFiles(t, c.server))
 		for name, command := range clusterUnits("http://"+freeAddress(t), "http://"+freeAddress(t), port) {
-			o.Files["/etc/systemd/system/"+name+".service"] = "[Service]\nRestart=always\nRestartSec=1\nExecStart=/usr/local/bin/" +
-				command + "\n"
+			o.Files["/etc/systemd/system/"+name+".service"] = "[Service]\nRestart=always\nRestartSec=1\n" +
+				"ExecStart=/usr/local/bin/" + command + "\n"
 		}
 		for target, source := range map[string]string{
 			"kubelet": kubelet, "new-runc": runc, "etcd": filepath.Join(programs, "server"),
