@@ -93,8 +93,8 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestQuota|TestSELinux)$$' ./integration/vm
 
 .PHONY: test-kubelet
-test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)
-	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
+test-kubelet: setup ## a real kubelet on containerd with dedup, and the DaemonSet in a cluster of one node (builds both once, twenty minutes)
+	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 90m -run '^(TestKubelet|TestCluster)$$' ./integration
 
 .PHONY: test-containerd
 test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)
