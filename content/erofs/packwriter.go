@@ -134,14 +134,14 @@ func (w *PackWriter) Read(n uint32) ([]byte, error) {
 		return nil, fmt.Errorf("pack %s has no slot %d", w.id, n)
 	}
 	s := w.slots[n]
-	b := w.waiting(s)
+	b := make([]byte, s.Size)
+	at := int64(s.Block) * blockSize
+	rest := w.copyRuns(b, at)
 	w.mu.Unlock()
-	if b != nil {
-		return b, nil
-	}
-	b = make([]byte, s.Size)
-	if _, err := w.f.ReadAt(b, int64(s.Block)*blockSize); err != nil {
-		return nil, fmt.Errorf("read from pack %s: %w", w.id, err)
+	for _, p := range rest {
+		if _, err := w.f.ReadAt(b[p.from:p.to], at+p.from); err != nil {
+			return nil, fmt.Errorf("read from pack %s: %w", w.id, err)
+		}
 	}
 	return b, nil
 }
