@@ -78,6 +78,7 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 	}
 	ps := &Packs{
 		dir: dir, staging: staging, opts: opts, all: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{},
+		turn: make(chan struct{}, freers),
 	}
 	s := &Store{index: newIndex(), packs: ps, packMax: packMax}
 	names, err := os.ReadDir(dir)

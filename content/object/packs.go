@@ -33,6 +33,9 @@ type Packs struct {
 	freed    Counts
 	merged   int64
 	dirBytes int64
+
+	freeing content.Tasks
+	turn    chan struct{} // is held by who frees one
 }
 
 // Dir returns the directory of the packs.
@@ -86,6 +89,7 @@ func (ps *Packs) MeasureDirectories() {
 
 // close closes the files; they stay as they are.
 func (ps *Packs) close() error {
+	ps.Wait()
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	var errs []error
@@ -212,7 +216,8 @@ func (ps *Packs) emptied(packs map[*pack]bool) (held []content.PackID, drops []*
 	return held, drops
 }
 
-// remove unlinks a pack that is not the store's any more. Who has it mounted keeps its bytes.
+// remove unlinks a pack that is not the store's any more, and has the file system free it in the background, see Wait.
+// Who has it mounted keeps its bytes.
 func (ps *Packs) remove(p *pack) error {
 	if p == nil {
 		return nil
@@ -225,8 +230,25 @@ func (ps *Packs) remove(p *pack) error {
 	delete(ps.sealing, p.id)
 	ps.mu.Unlock()
 	ps.step("pack.removed")
-	return errors.Join(err, p.file.Close())
+	ps.free(func() { _ = p.file.Close() }) // it was only read
+	return err
 }
+
+// free runs in the background what has the kernel free a pack, or its pages in memory: of a large one that takes tens
+// of milliseconds.
+func (ps *Packs) free(fn func()) {
+	ps.freeing.Go(func() {
+		ps.turn <- struct{}{}
+		defer func() { <-ps.turn }()
+		fn()
+	})
+}
+
+// Wait waits until the file system has freed the packs that were removed by now, but for those that are mounted.
+func (ps *Packs) Wait() { ps.freeing.Wait() }
+
+// freers is how many packs are freed at a time.
+const freers = 2
 
 func (ps *Packs) tellMoved(packs []content.PackID, damaged bool) {
 	if len(packs) > 0 && ps.opts.Moved != nil {
