@@ -147,7 +147,7 @@ func (s *Store) unref(ids []content.ObjectID, n uint32) error {
 	}
 	s.unlock()
 	for _, p := range last {
-		s.packs.free(func() { dropCache(p.file) })
+		s.packs.free(func() { dropCache(p.file, 0) })
 	}
 	var errs []error
 	for _, p := range drops {

@@ -177,6 +177,7 @@ func (ps *Packs) seal(f *filling) (_ *pack, err error) {
 		_ = f.file.Close() // what it could tell of the disk, the sync tells
 	}
 	p := newPack(r, sealed)
+	p.sealed = time.Now()
 	if err := p.measure(); err != nil {
 		return nil, errors.Join(fmt.Errorf("seal pack %s: %w", sealed.ID, err), r.Close(), os.Remove(ps.Path(sealed.ID)))
 	}
@@ -307,17 +308,19 @@ func (ps *Packs) Superseded(id content.PackID) bool {
 	return p == nil || p.objects == 0
 }
 
-// DropCache has the kernel forget its pages of the packs' files. A mounted pack is cached once more, by the file
-// system in it.
-func (ps *Packs) DropCache() {
+// DropCache has the kernel forget its pages of the payloads in packs' files, but for packs that were sealed after a
+// time. A mounted pack's payloads are cached once more, by the file system in it; its metadata are not.
+func (ps *Packs) DropCache(before time.Time) {
 	ps.mu.Lock()
-	files := make([]*os.File, 0, len(ps.all))
+	packs := make([]*pack, 0, len(ps.all))
 	for _, p := range ps.all {
-		files = append(files, p.file)
+		if p.sealed.Before(before) {
+			packs = append(packs, p)
+		}
 	}
 	ps.mu.Unlock()
-	for _, f := range files {
-		dropCache(f)
+	for _, p := range packs {
+		dropCache(p.file, int64(p.meta)*content.BlockSize)
 	}
 }
 

@@ -158,7 +158,7 @@ func newChains(o Options) *Chains {
 		packs: packMounts{
 			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
 		},
-		ahead: ahead{background: o.Background, busy: map[Name]bool{}},
+		ahead: ahead{background: o.Background, busy: map[Name]bool{}}, reads: o.Layers.Reads,
 	}
 	c.builds = builds{background: o.Background, run: c.buildShared, entries: o.Layers.Entries, of: map[Name]*build{}}
 	return c
