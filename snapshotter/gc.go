@@ -286,7 +286,7 @@ func (h *health) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case h.chains.IsMounted(name) && !h.chains.Users.IsUsed(name):
+		case h.chains.IsMounted(name) && !h.chains.Users.IsKept(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}

@@ -128,15 +128,15 @@ func (c *Chains) fits(packs int) bool {
 	return rest+packs*2*(len(c.mounts.packs.at(0))+2) <= maxOptions
 }
 
-// DropStale removes the images of chains over old packs that are not mounted.
+// DropStale removes the images of chains over old packs that nobody uses.
 func (c *Chains) DropStale(ctx context.Context, names []Name) error {
 	var errs []error
 	for _, n := range names {
 		errs = append(errs, c.Users.ifUnused(ctx, n, func() error {
-			if c.IsMounted(n) || !c.Images.isStale(n) {
+			if c.IsMounted(n) && !c.Users.IsLeft(n) || !c.Images.isStale(n) {
 				return nil
 			}
-			return c.Images.remove(n)
+			return errors.Join(c.mounts.unmount(n), c.Images.remove(n))
 		}))
 	}
 	return errors.Join(errs...)
