@@ -3,6 +3,7 @@ package integration
 import (
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"strings"
 	"testing"
@@ -43,8 +44,18 @@ func testContext(t *testing.T) context.Context {
 }
 
 // startNode starts a node that ends with the test; its logs are shown if the test fails.
+//
+// An image is unmounted with its last container, unless keep_mounted is set: tests look at what is mounted, and change
+// files below it.
 func startNode(t *testing.T, opts node.Options) *node.Node {
 	t.Helper()
+	opts.Daemon = maps.Clone(opts.Daemon)
+	if opts.Daemon == nil {
+		opts.Daemon = map[string]any{}
+	}
+	if opts.Daemon["keep_mounted"] == nil {
+		opts.Daemon["keep_mounted"] = "0s"
+	}
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: containerd, mounts and runc do")
 	}

@@ -29,10 +29,11 @@ type GCOptions struct {
 }
 
 // GC removes what nothing uses, while others go on, and tells what. Layers that were released go by themselves; what is
-// left for GC is what could not be removed then.
+// left for GC is what could not be removed then. Space that it frees is free when it returns.
 func (h *health) GC(ctx context.Context, opts GCOptions) (found []Finding, err error) {
 	defer h.explain(&err)
 	h.layers.Wait()
+	defer h.layers.Wait()
 	if found, err = h.checkStrays(ctx, CheckOptions{Repair: !opts.DryRun}); err != nil {
 		return nil, err
 	}
@@ -285,7 +286,7 @@ func (h *health) strays(ctx context.Context) (stray strays, err error) {
 		switch {
 		case !chainsUsed[name]:
 			stray.chains = append(stray.chains, name)
-		case h.chains.IsMounted(name) && !h.chains.Users.IsUsed(name):
+		case h.chains.IsMounted(name) && !h.chains.Users.IsKept(name):
 			stray.mounts = append(stray.mounts, name)
 		}
 	}

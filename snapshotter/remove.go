@@ -87,13 +87,18 @@ func (s *store) vanished(ctx context.Context, key, id string) bool {
 func (t *tasks) unuse(ctx context.Context, id string) {
 	for _, user := range []string{id, id + besideSteps} {
 		n, orphaned, busy := t.chains.Users.Unuse(user)
+		failed := func(err error) {
+			t.counters.removeError()
+			log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+		}
 		release := func(ctx context.Context) {
 			if err := t.chains.Release(ctx, n); err != nil {
-				t.counters.removeError()
-				log.G(ctx).WithError(err).Warn("a chain image stays mounted until the next cleanup")
+				failed(err)
 			}
 		}
 		switch {
+		case orphaned && t.opts.Linger > 0:
+			t.chains.Leave(n, failed)
 		case orphaned && busy:
 			t.background(release)
 		case orphaned:

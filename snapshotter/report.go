@@ -35,8 +35,8 @@ func (rep *reports) Chains(ctx context.Context, measure bool) (r ChainReport, er
 	return r, err
 }
 
-// IdleMounts returns the mount points of chain images that no container and no view uses. Whoever used one last
-// unmounts it, so that one which stays was left by a crash.
+// IdleMounts returns the mount points of chain images that no container and no view uses. One is
+// unmounted some time after the last use, so that one which stays was left by a crash.
 func (rep *reports) IdleMounts() ([]string, error) {
 	names, err := rep.chains.List()
 	if err != nil {
@@ -44,7 +44,7 @@ func (rep *reports) IdleMounts() ([]string, error) {
 	}
 	var idle []string
 	for _, n := range names {
-		if rep.chains.IsMounted(n) && !rep.chains.Users.IsUsed(n) {
+		if rep.chains.IsMounted(n) && !rep.chains.Users.IsKept(n) {
 			idle = append(idle, rep.chains.MountPoint(n))
 		}
 	}

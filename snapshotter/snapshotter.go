@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -46,6 +47,8 @@ type Options struct {
 	Verity lower.Verity
 	// PageCache says what containers share in memory; "" is what the kernel can.
 	PageCache lower.PageCache
+	// Linger is how long what containers have read stays mounted, and so in memory, after the last of them has gone.
+	Linger time.Duration
 	// Projects are the project ids for snapshots of limited size; the zero value is quota.DefaultRange.
 	Projects quota.Range
 	// Blobs is the content store of the containerd that calls. Without it only layers that are
@@ -231,7 +234,7 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 		Images: s.path(dirChains), Staging: s.path(dirIngest), Mounts: filepath.Join(s.opts.RunDir, dirChains),
 		PackMounts: filepath.Join(s.opts.RunDir, dirPackMounts), Layers: s.layers, Kernel: s.kernel,
 		Merge:      func(ctx context.Context, chain []content.LayerID) (*tree.Node, error) { return s.merge(ctx, chain) },
-		Background: s.background, Step: s.step,
+		Background: s.background, Linger: s.opts.Linger, Step: s.step,
 	})
 	if err != nil {
 		return err

@@ -51,6 +51,8 @@ type Config struct {
 	// PageCache is "shared" (equal files of all images are in memory once, for which the kernel needs data-only lower
 	// layers), "private" (the containers of one image share its files) or "": shared where the kernel can.
 	PageCache string `toml:"page_cache"`
+	// KeepMounted is how long an image stays mounted, and so in memory, after its last container has gone.
+	KeepMounted string `toml:"keep_mounted"`
 	// ReserveSpace and ReserveInodes are what ingests leave free on root's file system: "1%", or an amount such as
 	// "2GB" or "100000".
 	ReserveSpace  string `toml:"reserve_space"`
@@ -86,6 +88,7 @@ func defaultConfig() Config {
 		Recipes:           true,
 		Durability:        string(layer.Strict),
 		Verity:            string(lower.VerityAuto),
+		KeepMounted:       "30s",
 		ReserveSpace:      "1%",
 		ReserveInodes:     "1%",
 		MaxMemory:         "auto",
@@ -123,8 +126,8 @@ func explainTOML(err error) error {
 		first := unknown.Errors[0]
 		row, _ := first.Position()
 		return fmt.Errorf("line %d: unknown key %q (known: root, address, run_dir, containerd_address, fidelity, reuse, "+
-			"blobs, recipes, durability, verity, page_cache, reserve_space, reserve_inodes, max_memory, project_ids, "+
-			"log_level, metrics_address, pprof_address)",
+			"blobs, recipes, durability, verity, page_cache, keep_mounted, reserve_space, reserve_inodes, max_memory, "+
+			"project_ids, log_level, metrics_address, pprof_address)",
 			row, strings.Join(first.Key(), "."))
 	}
 	var decode *toml.DecodeError
@@ -178,6 +181,9 @@ func (c Config) validate() error {
 	case lower.PageCacheAuto, lower.PageCacheShared, lower.PageCachePrivate:
 	default:
 		return fmt.Errorf("page_cache = %q: want \"shared\" or \"private\", or leave it out", c.PageCache)
+	}
+	if _, err := c.linger(); err != nil {
+		return err
 	}
 	if _, err := c.reserve(); err != nil {
 		return err

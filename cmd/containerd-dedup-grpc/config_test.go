@@ -27,6 +27,7 @@ func TestConfig(t *testing.T) {
 		{"bad verity", "verity = 'yes'", `verity = "yes": want "auto", "on" or "off"`},
 		{"reserve of all", "reserve_space = '95%'", `reserve_space = "95%": want a part`},
 		{"reserve of nothing known", "reserve_inodes = 'many'", `reserve_inodes = "many": want a part`},
+		{"negative time", "keep_mounted = '-1s'", `keep_mounted = "-1s": want`},
 		{"negative reserve", "reserve_space = '-1GB'", `reserve_space = "-1GB": want`},
 		{"long socket path", "address = '/run/" + strings.Repeat("x", 103) + "'",
 			"has 108 bytes, and the path of a unix socket at most 107"},

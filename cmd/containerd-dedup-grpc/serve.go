@@ -158,6 +158,10 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	if err != nil {
 		return nil, nil, err
 	}
+	linger, err := c.linger()
+	if err != nil {
+		return nil, nil, err
+	}
 	log.G(ctx).Infof("max_memory: %s", units.BytesSize(float64(memory)))
 	limitHeap(memory)
 	if c.Durability == string(layer.Deferred) {
@@ -173,7 +177,7 @@ func openStore(ctx context.Context, c Config, found *blobs.Store, catalog *blobs
 	sn, err = snapshotter.New(ctx, snapshotter.Options{
 		Root: c.Root, RunDir: c.RunDir,
 		Durability: layer.Durability(c.Durability), Verity: lower.Verity(c.Verity), PageCache: lower.PageCache(c.PageCache),
-		Reserve: reserve, MaxMemory: memory, Projects: projects,
+		Reserve: reserve, MaxMemory: memory, Projects: projects, Linger: linger,
 		Fidelity: content.Fidelity(c.Fidelity), FetchedOnly: c.Reuse == reuseFetched,
 		Blobs: found, Remind: catalog.Remind, Committed: trimmer.Committed,
 	})

@@ -62,8 +62,8 @@ type Options struct {
 // the image is mounted with its packs.
 //
 // Nodes that share an Entry are one inode, except directories: each of those has its own. WriteChain keeps some 100
-// bytes an entry in memory, and hands the image to w in pieces of 256 KiB and more. An error about an entry names its
-// path; nothing was written then.
+// bytes an entry in memory, and hands the image to w in pieces of 256 KiB and more. It takes half the time where w is
+// an io.WriterAt, as an empty file is. An error about an entry names its path; nothing was written then.
 //
 // Errors are: an Entry that breaks its contract; a kind, name, xattr name, device number, link target or size that
 // EROFS or Linux cannot hold; an entry that would steer overlayfs (see Invariants); a payload that is not where Options

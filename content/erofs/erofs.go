@@ -75,6 +75,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io"
 
@@ -132,6 +133,9 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	sum := sha256.New()
+	if at, ok := w.(io.WriterAt); ok {
+		return im.length, im.writeOnce(w, at, sum)
+	}
 	first := out{w: sum}
 	if err := im.encode(&first); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
@@ -142,6 +146,19 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 		return second.base, err
 	}
 	return im.length, nil
+}
+
+// writeOnce makes a placed image once: its block 0, which nothing takes for an image before, comes last.
+func (im *image) writeOnce(w io.Writer, at io.WriterAt, sum hash.Hash) error {
+	o := out{w: io.MultiWriter(w, sum)}
+	if err := im.encode(&o); err != nil {
+		return err
+	}
+	seal(o.head, sum.Sum(nil))
+	if _, err := at.WriteAt(o.head, 0); err != nil {
+		return fmt.Errorf("write chain image: %w", err)
+	}
+	return nil
 }
 
 // encode makes the bytes of a placed image.

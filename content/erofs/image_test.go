@@ -334,7 +334,7 @@ func compare(t *testing.T, want, got []seen) {
 	}
 }
 
-// build writes the image of root.
+// build writes the image of root, in both ways.
 func build(t testing.TB, root *tree.Node) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -344,6 +344,19 @@ func build(t testing.TB, root *tree.Node) []byte {
 	}
 	if n != int64(b.Len()) || n%blockSize != 0 {
 		t.Fatalf("WriteChain says %d bytes, wrote %d", n, b.Len())
+	}
+	file := writeTemp(t, "once.erofs", nil)
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := WriteChain(t.Context(), f, root, options(root)); err != nil {
+		t.Fatal(err)
+	}
+	once, err := os.ReadFile(file)
+	if err != nil || !bytes.Equal(once, b.Bytes()) {
+		t.Fatalf("made once, the image has other bytes: %v", err)
 	}
 	return b.Bytes()
 }
@@ -359,7 +372,7 @@ func mountImage(t *testing.T, root *tree.Node) string {
 	return mountErofs(t, "file", writeTemp(t, "image.erofs", build(t, root)), packs...)
 }
 
-func writeTemp(t *testing.T, name string, data []byte) string {
+func writeTemp(t testing.TB, name string, data []byte) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), name)
 	if err := os.WriteFile(file, data, 0o600); err != nil {

@@ -10,7 +10,8 @@ import (
 const outChunk = 256 << 10
 
 // out takes the bytes of an image from front to back and hands them on in large pieces. Block 0 has checksums over
-// all that follows it, so an image is made twice: the first time to learn head, the second time with it.
+// all that follows it. So where it cannot be written last, an image is made twice: the first time to learn head, the
+// second time with it.
 type out struct {
 	w    io.Writer
 	head []byte // block 0 as it is to be written; nil: as it comes, and kept here

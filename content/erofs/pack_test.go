@@ -187,10 +187,34 @@ func TestPackManyWriters(t *testing.T) {
 	}
 }
 
+// TestSealTellsOfFailedWrites: small payloads are written with later ones, so Append may not know yet.
+func TestSealTellsOfFailedWrites(t *testing.T) {
+	f, err := os.Open(os.DevNull) // only for reading
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := NewPackWriter(f, 9)
+	data := pattern("small", 1000)
+	if _, err := w.Append(idOf(data), data); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Seal(); err == nil || !strings.Contains(err.Error(), "write pack 0000000000009") {
+		t.Errorf("Seal: %v", err)
+	}
+}
+
 // putSomehow appends or streams a payload, and gives each fifth up.
 func putSomehow(w *PackWriter, data []byte, i int) error {
 	if i%5 > 1 {
-		_, err := w.Append(idOf(data), data)
+		n, err := w.Append(idOf(data), data)
+		if err != nil {
+			return err
+		}
+		got, err := w.Read(n) // it may not be written yet
+		if err == nil && !bytes.Equal(got, data) {
+			err = fmt.Errorf("slot %d has other bytes than were put", n)
+		}
 		return err
 	}
 	e, err := w.Stream(int64(len(data)))

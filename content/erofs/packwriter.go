@@ -27,6 +27,8 @@ type PackWriter struct {
 	slots []Slot
 	next  uint32 // the first free block
 	err   error  // the first that a write gave; the pack is lost then
+	run   *run   // payloads that wait to be written together: the last of the pack
+	cuts  []*run // those that are being written
 	// What was written since the kernel was last asked to begin with it: where, and how much of that.
 	from, to, dirty int64
 	// asking: the kernel is being asked.
@@ -48,22 +50,32 @@ func (w *PackWriter) Blocks() int64 {
 	return int64(w.next)
 }
 
-// Append adds a payload, which is not empty, and returns the number of its slot.
+// Append adds a payload, which is not empty, and returns the number of its slot. A small payload may be written with
+// later ones: then a later call, Seal at the end, says what has failed.
 func (w *PackWriter) Append(id content.ObjectID, data []byte) (n uint32, err error) {
+	w.mu.Lock()
 	n, block, err := w.take(Slot{ID: id, Size: int64(len(data))})
 	if err != nil {
+		w.mu.Unlock()
 		return 0, err
 	}
-	if _, err := w.write(data, int64(block)*blockSize); err != nil {
-		return 0, err
+	at, small := int64(block)*blockSize, len(data) <= runMost
+	var full *run
+	if small {
+		full = w.collect(at, data)
+	} else {
+		full = w.cut()
 	}
-	return n, nil
+	w.mu.Unlock()
+	if err := w.put(full); err != nil || small {
+		return n, err
+	}
+	_, err = w.write(data, at)
+	return n, err
 }
 
-// take gives a payload its slot and its blocks.
+// take gives a payload its slot and its blocks. Under mu.
 func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	end := int64(w.next) + blocksOf(s.Size)
 	switch {
 	case w.err != nil:
@@ -122,10 +134,14 @@ func (w *PackWriter) Read(n uint32) ([]byte, error) {
 		return nil, fmt.Errorf("pack %s has no slot %d", w.id, n)
 	}
 	s := w.slots[n]
-	w.mu.Unlock()
 	b := make([]byte, s.Size)
-	if _, err := w.f.ReadAt(b, int64(s.Block)*blockSize); err != nil {
-		return nil, fmt.Errorf("read from pack %s: %w", w.id, err)
+	at := int64(s.Block) * blockSize
+	rest := w.copyRuns(b, at)
+	w.mu.Unlock()
+	for _, p := range rest {
+		if _, err := w.f.ReadAt(b[p.from:p.to], at+p.from); err != nil {
+			return nil, fmt.Errorf("read from pack %s: %w", w.id, err)
+		}
 	}
 	return b, nil
 }
@@ -142,8 +158,11 @@ type Extent struct {
 
 // Stream takes room for a payload of this many bytes.
 func (w *PackWriter) Stream(size int64) (*Extent, error) {
+	w.mu.Lock()
 	n, block, err := w.take(Slot{Size: size})
-	if err != nil {
+	full := w.cut()
+	w.mu.Unlock()
+	if err := errors.Join(err, w.put(full)); err != nil {
 		return nil, err
 	}
 	return &Extent{w: w, n: n, slot: Slot{Block: block, Size: size}}, nil
@@ -203,6 +222,10 @@ func (e *Extent) Abort() error {
 
 // Seal writes what makes the payloads a pack, the superblock last. It does not sync.
 func (w *PackWriter) Seal() (*Pack, error) {
+	w.mu.Lock()
+	last := w.cut()
+	w.mu.Unlock()
+	_ = w.put(last) // what it gives is the pack's error
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err != nil {

@@ -13,10 +13,12 @@ const (
 	quiet = 2 * time.Second
 	// latest is when they are merged though something does.
 	latest = time.Minute
-	// dropAfter is how long after that the kernel forgets the pages of the packs' own files. Before it they help the first
-	// container of a new image; then they are held a second time by the file systems in the packs.
-	dropAfter = 10 * time.Second
-	// dropEvery is how often it forgets those that reads have brought in since.
+	// freshFor is how long the kernel keeps the pages of a new pack's own file. They help the first container of a new
+	// image; from then on what is read of them is held a second time, by the file system in the pack.
+	freshFor = 5 * time.Second
+	// dropSoon is how long after a container began to read packs the kernel forgets such pages. It does so again each
+	// time that twice as long has gone by, and at least every dropEvery.
+	dropSoon  = time.Second
 	dropEvery = 5 * time.Minute
 	// moveEvery is how often it looks whether overlays from before the upgrade have gone.
 	moveEvery = 5 * time.Minute
@@ -43,6 +45,14 @@ func (p *packed) wakeKeeper() {
 	}
 }
 
+// Reads tells that somebody is about to read packs that are mounted, each by itself. It returns at once.
+func (s *Store) Reads() {
+	select {
+	case s.reads <- struct{}{}:
+	default:
+	}
+}
+
 func (k *keeper) stop() {
 	if k.cancel != nil {
 		k.cancel()
@@ -52,9 +62,10 @@ func (k *keeper) stop() {
 
 func (s *Store) keep(ctx context.Context) {
 	var woken time.Time // the first time since the last merge
-	merge, drop, move := time.NewTimer(quiet), time.NewTimer(dropAfter), time.NewTimer(moveEvery)
+	merge, move := time.NewTimer(quiet), time.NewTimer(moveEvery)
+	drop := newBackoff(freshFor, dropEvery)
 	defer merge.Stop()
-	defer drop.Stop()
+	defer drop.timer.Stop()
 	defer move.Stop()
 	for {
 		select {
@@ -65,15 +76,17 @@ func (s *Store) keep(ctx context.Context) {
 				woken = time.Now()
 			}
 			merge.Reset(max(0, min(quiet, time.Until(woken.Add(latest)))))
-			drop.Reset(quiet + dropAfter)
+			drop.within(freshFor)
+		case <-s.reads:
+			drop.within(dropSoon)
 		case <-merge.C:
 			woken = time.Time{}
 			if err := s.Compact(ctx); err != nil && ctx.Err() == nil {
 				log.G(ctx).WithError(err).Warn("packs are not merged: the next try is when a layer comes or goes")
 			}
-		case <-drop.C:
-			s.objects.Packs().DropCache()
-			drop.Reset(dropEvery)
+		case <-drop.timer.C:
+			s.objects.Packs().DropCache(time.Now().Add(-freshFor))
+			drop.next()
 		case <-move.C:
 			if s.oldLeft() {
 				s.moveRest(ctx)
@@ -81,6 +94,31 @@ func (s *Store) keep(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// backoff is a timer that takes twice as long each time, up to a limit, until it is told to hurry.
+type backoff struct {
+	timer     *time.Timer
+	gap, most time.Duration
+	at        time.Time
+}
+
+func newBackoff(gap, most time.Duration) *backoff {
+	return &backoff{time.NewTimer(gap), gap, most, time.Now().Add(gap)}
+}
+
+func (b *backoff) next() { b.set(min(2*b.gap, b.most)) }
+
+// within has the timer end in no more than gap, and begin anew with that.
+func (b *backoff) within(gap time.Duration) {
+	if b.gap = min(b.gap, gap); time.Until(b.at) > gap {
+		b.set(gap)
+	}
+}
+
+func (b *backoff) set(gap time.Duration) {
+	b.gap, b.at = gap, time.Now().Add(gap)
+	b.timer.Reset(gap)
 }
 
 // moveRest goes on with the upgrade: room may have come, and old overlays gone.

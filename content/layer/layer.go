@@ -32,6 +32,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/containerd/log"
@@ -223,8 +224,11 @@ func (c *catalog) insert(id content.LayerID, st *state, size int64) {
 	c.show(id, st)
 }
 
-// Wait waits until what has been released by now is removed.
-func (s *Store) Wait() { s.gc.Wait() }
+// Wait waits until what has been released by now is removed, and the file system has freed it.
+func (s *Store) Wait() {
+	s.gc.Wait()
+	s.objects.Packs().Wait()
+}
 
 // Places finds where the objects of a chain image lie, and keeps their packs until the result's Release. The caller
 // holds the layers. An object that no pack has takes its layers out of service, and the error wraps ErrDamaged.
@@ -263,6 +267,9 @@ func (s *Store) Release(id content.LayerID) {
 	})
 }
 
+// removeMost is how many objects of a layer go while who looks for others waits.
+const removeMost = 1024
+
 // remove removes a layer that still has no holds.
 func (s *Store) remove(id content.LayerID) error {
 	objects, err := s.unlink(id)
@@ -271,8 +278,8 @@ func (s *Store) remove(id content.LayerID) error {
 	}
 	s.step("remove.tree")
 	var errs []error
-	for _, o := range objects {
-		errs = append(errs, s.objects.Unref(o, 1))
+	for some := range slices.Chunk(objects, removeMost) {
+		errs = append(errs, s.objects.UnrefAll(some))
 		s.step("remove.object")
 	}
 	s.objects.Packs().MeasureDirectories()

@@ -92,7 +92,7 @@ func newStore(opts Options) (*Store, error) {
 		recipes:  recipeIndex{byBlob: map[content.Sum][]keptRecipe{}},
 	}
 	durable := &durable{directory: dir}
-	packed := &packed{durable: durable, wake: make(chan struct{}, 1)}
+	packed := &packed{durable: durable, wake: make(chan struct{}, 1), reads: make(chan struct{}, 1)}
 	old := &oldLayout{packed: packed, catalog: cat}
 	s := &Store{
 		directory: dir,

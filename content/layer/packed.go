@@ -9,4 +9,5 @@ type packed struct {
 	compactor *object.Compactor
 	buffers   buffers       // payloads on their way to the disk
 	wake      chan struct{} // tells the keeper that packs have come or lost something
+	reads     chan struct{} // tells it that mounted packs are about to be read
 }

@@ -251,7 +251,7 @@ type DamagedPack struct {
 
 // check reads again what the pack's file says of itself.
 func (p *pack) check() error {
-	dropCache(p.file)
+	dropCache(p.file, 0)
 	again, read, err := openPack(p.file.Name(), p.id)
 	if err != nil {
 		return err

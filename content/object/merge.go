@@ -233,7 +233,7 @@ func (c *Compactor) merge(ctx context.Context, ids []content.PackID) (err error)
 		return errors.Join(err, packs.remove(p))
 	}
 	packs.step("merge.synced")
-	dropCache(p.file)
+	dropCache(p.file, 0)
 	return c.switchOver(p, moves, bytes)
 }
 
@@ -265,7 +265,7 @@ func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []con
 		p := packs.all[id]
 		packs.mu.Unlock()
 		if p != nil {
-			dropCache(p.file)
+			dropCache(p.file, 0)
 		}
 	}
 	return moves, bytes, nil

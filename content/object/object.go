@@ -112,24 +112,48 @@ func (s *Store) Load(ids []content.ObjectID) {
 	}
 }
 
+// UnrefAll gives back one reference to each of some objects, at one moment. Packs that hold nothing any more go.
+func (s *Store) UnrefAll(ids []content.ObjectID) error { return s.unref(ids, 1) }
+
 // Unref gives back n references to an object. Without any its slot is dead.
-func (s *Store) Unref(id content.ObjectID, n uint32) error {
+func (s *Store) Unref(id content.ObjectID, n uint32) error { return s.unref([]content.ObjectID{id}, n) }
+
+func (s *Store) unref(ids []content.ObjectID, n uint32) error {
+	packs := map[*pack]bool{}
 	s.lock()
-	r := s.refs[id]
-	if r.count > n {
-		r.count -= n
-		s.refs[id] = r
-		s.unlock()
-		return nil
+	for _, id := range ids {
+		r := s.refs[id]
+		if r.count > n {
+			r.count -= n
+			s.refs[id] = r
+			continue
+		}
+		delete(s.refs, id)
+		delete(s.bad, id)
+		if r.pack == nil {
+			continue
+		}
+		if r.count > 0 {
+			r.pack.die(r.n)
+		}
+		packs[r.pack] = true
 	}
-	delete(s.refs, id)
-	delete(s.bad, id)
-	if r.pack != nil && r.count > 0 {
-		r.pack.die(r.n)
+	_, drops := s.packs.emptied(packs)
+	var last []*pack // a chain image still names them, and is likely to go next
+	for p := range packs {
+		if p.objects == 0 && p.holders > 0 {
+			last = append(last, p)
+		}
 	}
-	drop := s.packs.droppable(r.pack)
 	s.unlock()
-	return s.packs.remove(drop)
+	for _, p := range last {
+		s.packs.free(func() { dropCache(p.file, 0) })
+	}
+	var errs []error
+	for _, p := range drops {
+		errs = append(errs, s.packs.remove(p))
+	}
+	return errors.Join(errs...)
 }
 
 // Close closes the store; packs stay as they are.

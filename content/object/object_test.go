@@ -484,3 +484,33 @@ func TestConcurrent(t *testing.T) {
 
 // plenty of room for merging.
 const plenty = math.MaxInt64
+
+// TestRemovedPacksAreFreed: a pack goes in the background when nothing names it, and not while a chain image does.
+func TestRemovedPacksAreFreed(t *testing.T) {
+	d := newDisk(t)
+	s := d.open(t)
+	ids := put(t, s, "a", "b", "c")
+	placed, err := s.Places(ids)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := s.packs.all[placed.IDs()[0]].file
+	if err := s.UnrefAll(ids); err != nil {
+		t.Fatal(err)
+	}
+	s.packs.Wait()
+	got := make([]byte, len(payload("a")))
+	if _, err := file.ReadAt(got, content.BlockSize); err != nil || !bytes.Equal(got, payload("a")) {
+		t.Errorf("a chain image names the pack, which does not read: %v", err)
+	}
+	if err := placed.Release(); err != nil {
+		t.Fatal(err)
+	}
+	s.packs.Wait()
+	if _, err := file.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("a pack that was removed is still open: %v", err)
+	}
+	if _, err := os.Stat(s.packs.Path(placed.IDs()[0])); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a pack that nothing names is still there: %v", err)
+	}
+}

@@ -28,9 +28,10 @@ type pack struct {
 	tag  string   // what proves the file: see erofs.Device
 	// slots are where payloads lie; one of size 0 holds none.
 	slots  []extent
-	meta   uint32 // blocks before the metadata, block 0 and the payloads
-	blocks uint32 // of the whole file
-	plain  bool   // without fs-verity
+	meta   uint32    // blocks before the metadata, block 0 and the payloads
+	blocks uint32    // of the whole file
+	plain  bool      // without fs-verity
+	sealed time.Time // zero: before Open
 	// live is how many blocks objects take, objects how many there are, holders how many chain images name the pack.
 	live    int64
 	objects int
@@ -78,6 +79,7 @@ func Open(dir, staging string, opts Options) (*Store, error) {
 	}
 	ps := &Packs{
 		dir: dir, staging: staging, opts: opts, all: map[content.PackID]*pack{}, sealing: map[content.PackID]struct{}{},
+		turn: make(chan struct{}, freers),
 	}
 	s := &Store{index: newIndex(), packs: ps, packMax: packMax}
 	names, err := os.ReadDir(dir)
@@ -331,9 +333,10 @@ func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 	return placed, nil
 }
 
-func dropCache(f *os.File) {
+// dropCache has the kernel forget its pages of a file's first bytes, 0 for all.
+func dropCache(f *os.File, length int64) {
 	if c, err := f.SyscallConn(); err == nil {
-		_ = c.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), 0, 0, unix.FADV_DONTNEED) })
+		_ = c.Control(func(fd uintptr) { _ = unix.Fadvise(int(fd), 0, length, unix.FADV_DONTNEED) })
 	}
 }
 

@@ -33,6 +33,9 @@ type Packs struct {
 	freed    Counts
 	merged   int64
 	dirBytes int64
+
+	freeing content.Tasks
+	turn    chan struct{} // is held by who frees one
 }
 
 // Dir returns the directory of the packs.
@@ -86,6 +89,7 @@ func (ps *Packs) MeasureDirectories() {
 
 // close closes the files; they stay as they are.
 func (ps *Packs) close() error {
+	ps.Wait()
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	var errs []error
@@ -173,6 +177,7 @@ func (ps *Packs) seal(f *filling) (_ *pack, err error) {
 		_ = f.file.Close() // what it could tell of the disk, the sync tells
 	}
 	p := newPack(r, sealed)
+	p.sealed = time.Now()
 	if err := p.measure(); err != nil {
 		return nil, errors.Join(fmt.Errorf("seal pack %s: %w", sealed.ID, err), r.Close(), os.Remove(ps.Path(sealed.ID)))
 	}
@@ -212,7 +217,8 @@ func (ps *Packs) emptied(packs map[*pack]bool) (held []content.PackID, drops []*
 	return held, drops
 }
 
-// remove unlinks a pack that is not the store's any more. Who has it mounted keeps its bytes.
+// remove unlinks a pack that is not the store's any more, and has the file system free it in the background, see Wait.
+// Who has it mounted keeps its bytes.
 func (ps *Packs) remove(p *pack) error {
 	if p == nil {
 		return nil
@@ -225,8 +231,25 @@ func (ps *Packs) remove(p *pack) error {
 	delete(ps.sealing, p.id)
 	ps.mu.Unlock()
 	ps.step("pack.removed")
-	return errors.Join(err, p.file.Close())
+	ps.free(func() { _ = p.file.Close() }) // it was only read
+	return err
 }
+
+// free runs in the background what has the kernel free a pack, or its pages in memory: of a large one that takes tens
+// of milliseconds.
+func (ps *Packs) free(fn func()) {
+	ps.freeing.Go(func() {
+		ps.turn <- struct{}{}
+		defer func() { <-ps.turn }()
+		fn()
+	})
+}
+
+// Wait waits until the file system has freed the packs that were removed by now, but for those that are mounted.
+func (ps *Packs) Wait() { ps.freeing.Wait() }
+
+// freers is how many packs are freed at a time.
+const freers = 2
 
 func (ps *Packs) tellMoved(packs []content.PackID, damaged bool) {
 	if len(packs) > 0 && ps.opts.Moved != nil {
@@ -285,17 +308,19 @@ func (ps *Packs) Superseded(id content.PackID) bool {
 	return p == nil || p.objects == 0
 }
 
-// DropCache has the kernel forget its pages of the packs' files. A mounted pack is cached once more, by the file
-// system in it.
-func (ps *Packs) DropCache() {
+// DropCache has the kernel forget its pages of the payloads in packs' files, but for packs that were sealed after a
+// time. A mounted pack's payloads are cached once more, by the file system in it; its metadata are not.
+func (ps *Packs) DropCache(before time.Time) {
 	ps.mu.Lock()
-	files := make([]*os.File, 0, len(ps.all))
+	packs := make([]*pack, 0, len(ps.all))
 	for _, p := range ps.all {
-		files = append(files, p.file)
+		if p.sealed.Before(before) {
+			packs = append(packs, p)
+		}
 	}
 	ps.mu.Unlock()
-	for _, f := range files {
-		dropCache(f)
+	for _, p := range packs {
+		dropCache(p.file, int64(p.meta)*content.BlockSize)
 	}
 }
 

@@ -1,7 +1,6 @@
 package lower
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -111,19 +110,15 @@ func (c *Chains) stage(ctx context.Context, n Name, chain []content.LayerID, roo
 func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavour Flavour,
 	place func(content.ObjectID) (content.Place, bool), packs []erofs.Device,
 ) error {
-	w := bufio.NewWriterSize(to, 1<<20)
 	shared := c.opts.Kernel.Shared && flavour == Plain && c.fits(len(packs))
 	o := erofs.Options{Place: place, Packs: packs, Redirect: shared}
-	_, err := erofs.WriteChain(ctx, w, root, o)
+	_, err := erofs.WriteChain(ctx, to, root, o)
 	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
 		log.G(ctx).WithError(err).Warn("a chain image is built as a private one, which shares no memory with others")
 		o.Redirect = false
-		_, err = erofs.WriteChain(ctx, w, root, o)
+		_, err = erofs.WriteChain(ctx, to, root, o)
 	}
-	if err != nil {
-		return err
-	}
-	return w.Flush()
+	return err
 }
 
 // fits reports whether an overlay's options have room for so many packs. The rest of them is estimated from above.
@@ -133,15 +128,15 @@ func (c *Chains) fits(packs int) bool {
 	return rest+packs*2*(len(c.mounts.packs.at(0))+2) <= maxOptions
 }
 
-// DropStale removes the images of chains over old packs that are not mounted.
+// DropStale removes the images of chains over old packs that nobody uses.
 func (c *Chains) DropStale(ctx context.Context, names []Name) error {
 	var errs []error
 	for _, n := range names {
 		errs = append(errs, c.Users.ifUnused(ctx, n, func() error {
-			if c.IsMounted(n) || !c.Images.isStale(n) {
+			if c.IsMounted(n) && !c.Users.IsLeft(n) || !c.Images.isStale(n) {
 				return nil
 			}
-			return c.Images.remove(n)
+			return errors.Join(c.mounts.unmount(n), c.Images.remove(n))
 		}))
 	}
 	return errors.Join(errs...)

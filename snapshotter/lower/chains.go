@@ -77,6 +77,8 @@ type Options struct {
 	Merge func(context.Context, []content.LayerID) (*tree.Node, error)
 	// Background runs fn, with a ctx that ends when the daemon stops, and reports whether it does.
 	Background func(fn func(context.Context)) bool
+	// Linger is how long a chain stays mounted after its last user has gone.
+	Linger time.Duration
 	// Step names points at which a test may end the process; nil for none.
 	Step func(name string)
 }
@@ -96,9 +98,9 @@ type Stats struct {
 //	<run>/chains/<64 hex>          their mount points
 //	<run>/p/<13 hex>               mount points of the packs of mounted shared images
 //
-// A mount point stays mounted while an active snapshot or a view uses it: a client may mount what
-// it was told at any later time. Containers themselves do not need it, since overlayfs
-// clones the mounts below it.
+// A mount point stays mounted while an active snapshot or a view uses it, and for a while after (Leave): a client may
+// mount what it was told at any later time. Containers themselves do not need it, since overlayfs clones the mounts
+// below it.
 //
 // The file of an image holds the packs that it names, so that they stay while it does.
 //
@@ -158,7 +160,7 @@ func newChains(o Options) *Chains {
 		packs: packMounts{
 			dir: o.PackMounts, path: o.Layers.Packs().Path, loop: o.Kernel.Loop, users: map[content.PackID]map[Name]bool{},
 		},
-		ahead: ahead{background: o.Background, busy: map[Name]bool{}},
+		ahead: ahead{background: o.Background, busy: map[Name]bool{}}, reads: o.Layers.Reads,
 	}
 	c.builds = builds{background: o.Background, run: c.buildShared, entries: o.Layers.Entries, of: map[Name]*build{}}
 	return c
@@ -237,6 +239,47 @@ func (c *Chains) Release(ctx context.Context, n Name) error {
 		}
 		return err
 	})
+}
+
+// Leave releases a chain whose last user has gone, if nobody uses it again for a while: a container that follows finds
+// its files in memory. failed is told what Release returns.
+func (c *Chains) Leave(n Name, failed func(error)) {
+	u := c.Users
+	u.mu.Lock()
+	_, waits := u.left[n]
+	u.left[n] = time.Now()
+	u.mu.Unlock()
+	if waits {
+		return
+	}
+	release := func(ctx context.Context) {
+		u.mu.Lock()
+		delete(u.left, n)
+		u.mu.Unlock()
+		if err := c.Release(ctx, n); err != nil {
+			failed(err)
+		}
+	}
+	started := c.opts.Background(func(stop context.Context) {
+		for {
+			u.mu.Lock()
+			left := time.Until(u.left[n].Add(c.opts.Linger))
+			u.mu.Unlock()
+			if left <= 0 {
+				break
+			}
+			select {
+			case <-time.After(left):
+				continue
+			case <-stop.Done():
+			}
+			break
+		}
+		release(context.WithoutCancel(stop))
+	})
+	if !started {
+		release(context.Background())
+	}
 }
 
 func (c *Chains) change(fn func(*Stats)) {

@@ -14,6 +14,7 @@ type imageMounts struct {
 	kernel Kernel
 	packs  packMounts
 	ahead  ahead
+	reads  func() // is called before somebody reads packs of a shared image
 	step   func(name string)
 }
 
@@ -43,6 +44,7 @@ func (m *imageMounts) below(n Name, im *image) Below {
 			b.Packs = append(b.Packs, m.packs.at(id))
 			files = append(files, m.packs.path(id))
 		}
+		m.reads()
 	}
 	if !m.kernel.Loop { // the cache of a loop device is another
 		m.ahead.start(n, m.images.Path(n), files)

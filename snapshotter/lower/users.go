@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 )
 
 // Users are the snapshots that may be mounted over a chain, and who is busy with it. Safe for concurrent use.
@@ -16,10 +17,13 @@ type Users struct {
 	byID  map[string]Name
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
 	busy map[Name]chan struct{}
+	// left is when the last user of a chain went that stays mounted for a while, see Chains.Leave.
+	left map[Name]time.Time
 }
 
 func newUsers() *Users {
-	return &Users{users: map[Name]map[string]bool{}, byID: map[string]Name{}, busy: map[Name]chan struct{}{}}
+	return &Users{users: map[Name]map[string]bool{}, byID: map[string]Name{}, busy: map[Name]chan struct{}{},
+		left: map[Name]time.Time{}}
 }
 
 // Use notes that a snapshot may be mounted over a chain.
@@ -56,6 +60,22 @@ func (u *Users) IsUsed(n Name) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return len(u.users[n]) > 0 || u.busy[n] != nil
+}
+
+// IsKept tells whether a chain is used, or stays mounted for a while since its last user went.
+func (u *Users) IsKept(n Name) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	_, left := u.left[n]
+	return left || len(u.users[n]) > 0 || u.busy[n] != nil
+}
+
+// IsLeft tells whether a chain stays mounted for a while since its last user went.
+func (u *Users) IsLeft(n Name) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	_, left := u.left[n]
+	return left && len(u.users[n]) == 0
 }
 
 // of returns the ids of the snapshots that may be mounted over a chain.
