@@ -101,6 +101,10 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if err != nil {
 		return err
 	}
+	dropped, err := cachesDropped()
+	if err != nil {
+		return err
+	}
 	var seconds, cached float64
 	var after map[string]int64
 	var twice float64
@@ -137,9 +141,17 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if c == nil {
 		cached = grown("Cached")
 	}
-	t.record(scenario, "page cache", "bytes", cached)
-	if twice > 0 {
-		t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
+	again, err := cachesDropped()
+	if err != nil {
+		return err
+	}
+	if again != dropped {
+		t.opts.Say(scenario + ": no figure of the page cache: another process dropped it meanwhile")
+	} else {
+		t.record(scenario, "page cache", "bytes", cached)
+		if twice > 0 {
+			t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
+		}
 	}
 	t.record(scenario, "buffers", "bytes", grown("Buffers"))
 	t.record(scenario, "kernel objects", "bytes", grown("Slab"))
@@ -174,6 +186,20 @@ func (t *Trial) packsCached() (bytes float64, err error) {
 		bytes += float64(c.Cache) * float64(os.Getpagesize())
 	}
 	return bytes, nil
+}
+
+// cachesDropped counts how often somebody had the kernel drop the page cache, "" where it does not count.
+func cachesDropped() (string, error) {
+	data, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return "", fmt.Errorf("read memory figures: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if count, ok := strings.CutPrefix(line, "drop_pagecache "); ok {
+			return count, nil
+		}
+	}
+	return "", nil
 }
 
 // meminfo returns /proc/meminfo in bytes.

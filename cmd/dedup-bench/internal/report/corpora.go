@@ -74,10 +74,10 @@ func (r Report) corporaSummary(string) string {
 	var rows [][]string
 	for _, s := range r.scenarios() {
 		rows = append(rows, []string{Describe(s), r.times(s, "all: disk", r.Baseline), r.times(s, "all: disk", "erofs"),
-			r.times(s, "all: disk, with the content store", r.Baseline), r.times(s, "all: inodes", r.Baseline),
-			r.times(s, "page cache", r.Baseline), r.times(s, "page cache", "erofs")})
+			r.times(s, "all: disk, with the content store", r.Baseline), r.times(s, "page cache", r.Baseline),
+			r.times(s, "page cache", "erofs")})
 	}
-	writeTable(&b, []string{"", "disk, overlayfs", "disk, erofs", "node's disk, overlayfs", "inodes, overlayfs",
+	writeTable(&b, []string{"", "disk, overlayfs", "disk, erofs", "node's disk, overlayfs",
 		"page cache, overlayfs", "page cache, erofs"}, rows)
 	return b.String()
 }
@@ -121,10 +121,12 @@ func (r Report) saving(scenario, metric, by string) string {
 	if !inA || !inB || b.Median <= 0 {
 		return "-"
 	}
-	saved := min(1, 1-a.Median/b.Median)
+	saved := min(0.999, 1-a.Median/b.Median)
 	switch {
 	case math.Abs(saved) < 0.02:
 		return "nothing"
+	case saved > 0.99: // rounded down: there is no saving of all
+		return fmt.Sprintf("%.1f %%", math.Floor(saved*1000)/10)
 	case saved < 0:
 		return fmt.Sprintf("nothing: %.0f %% more", -100*saved)
 	}
@@ -194,7 +196,7 @@ func (r Report) corpusPanel(scenario string) (*plot.Plot, error) {
 			y, _ := r.find(scenario, s, image+": disk added")
 			top = max(top, y.Median/1e6)
 		}
-		if err := addLabel(p, float64(i), top, "× "+ratio[:4]); err != nil {
+		if err := addLabel(p, float64(i), top, "× "+ratio); err != nil {
 			return nil, err
 		}
 	}
