@@ -95,6 +95,8 @@ func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, 
 
 // ctrOutput runs ctr, and returns what the process in the container wrote, to either of its outputs. The shim writes it
 // into a file: ctr reads from a FIFO, and loses what is in there if a container ends before ctr has come to read it.
+// The shim may lose the end of the error output: its copyPipes closes the file at the end of the standard output. A
+// test that looks for a message of the process says 2>&1.
 func ctrOutput(ctx context.Context, n *Node, id string, flags, args []string) (string, error) {
 	path := filepath.Join(n.dir, "output-"+id)
 	defer os.Remove(path)
