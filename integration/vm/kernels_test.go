@@ -171,8 +171,9 @@ echo "row: loop devices left=$left"
 func TestKernels(t *testing.T) {
 	for _, row := range []struct{ suite, mode string }{
 		{Bullseye, "refused"}, {Bookworm, "private, loop"}, {Trixie, "shared, file"}, {Sid, "shared"},
+		{TrixieArm, "shared, file"},
 	} {
-		t.Run(row.suite, func(t *testing.T) {
+		t.Run(strings.ReplaceAll(row.suite, "/", "-"), func(t *testing.T) {
 			opts := nodeOptions(t, row.suite)
 			opts.Script += "echo \"row: kernel=$(uname -r)\"\n/repo/bin/dedupctl doctor | grep -A1 kernel || true\n" +
 				"./itest -test.v -test.timeout 2h -test.run '^TestKernelNode$'\n"
@@ -262,7 +263,11 @@ func TestKernelDemo(t *testing.T) {
 			} else {
 				t.Error("TestEqualityDemo did not pass there")
 			}
-			t.Logf("table: %s | equal: demo: %s", suite, result)
+			cells := []string{suite, "equal: demo: " + result}
+			for _, r := range regexp.MustCompile(`row: (demo [a-z]+=.*)`).FindAllStringSubmatch(out, -1) {
+				cells = append(cells, strings.TrimSpace(r[1]))
+			}
+			t.Logf("table: %s", strings.Join(cells, " | "))
 		})
 	}
 }
