@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -234,10 +235,12 @@ func nodeOptions(t *testing.T, suite string) Options {
 }
 
 // On Linux 6.1, where each chain image and each pack has a loop device, 200 images and 100 containers at a time start,
-// outlive a daemon that is killed, and leave neither mounts nor loop devices. It takes half an hour.
+// outlive a daemon that is killed, and leave neither mounts nor loop devices. It takes half an hour. DEDUP_SCALE sets
+// other numbers.
 func TestKernelScale(t *testing.T) {
 	opts := nodeOptions(t, Bookworm)
-	opts.Script += "DEDUP_SCALE=200,100 ./itest -test.v -test.timeout 3h -test.run '^TestManyImages$/^disk$'\n" + loopsLeft
+	opts.Script += "export DEDUP_SCALE=" + cmp.Or(os.Getenv("DEDUP_SCALE"), "200,100") +
+		"\n./itest -test.v -test.timeout 3h -test.run '^TestManyImages$/^disk$'\n" + loopsLeft
 	out := runVM(t, opts, 3*time.Hour)
 	for _, what := range []string{"scale", "loop devices left"} {
 		line := regexp.MustCompile(`row: ` + what + `=(.*)`).FindString(out)
