@@ -369,7 +369,7 @@ func (s *services) Client() *client.Client { return s.client }
 func (n *Node) Close() error {
 	var errs []error
 	if n.client != nil && n.containerd.running() {
-		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience(60*time.Second))
 		errs = append(errs, n.removeContainers(ctx))
 		cancel()
 	}
@@ -378,7 +378,7 @@ func (n *Node) Close() error {
 	}
 	for _, p := range []*process{n.containerd, n.daemon} {
 		if p != nil {
-			errs = append(errs, p.stop(unix.SIGTERM, 60*time.Second))
+			errs = append(errs, p.stop(unix.SIGTERM, patience(60*time.Second)))
 		}
 	}
 	errs = append(errs, destroy(n.dir))
