@@ -43,7 +43,7 @@ func pushDemo(t *testing.T, r *registry.Registry, name string, layers ...*image.
 }
 
 // The second image is pulled into a store that holds nearly all of its objects, and its
-// base layer is a hit.
+// base layer is a hit. What each takes on the disk comes out in lines that begin with "row: ".
 func TestEqualityDemo(t *testing.T) {
 	t.Parallel()
 	base, apps := demoImages(t)
@@ -52,7 +52,9 @@ func TestEqualityDemo(t *testing.T) {
 	second := pushDemo(t, r, "demo/two:1", base, apps[1])
 	for _, snapshotter := range []string{node.Snapshotter, "overlayfs"} {
 		pull(t, n, snapshotter, first)
+		one := diskOf(t, n, snapshotter)
 		pull(t, n, snapshotter, second)
+		t.Logf("row: demo %s=%s, %s", snapshotter, one, diskOf(t, n, snapshotter))
 	}
 	equal(t, dump(t, n, "overlayfs", first), dump(t, n, node.Snapshotter, first), noRootTime)
 	equal(t, dump(t, n, "overlayfs", second), dumpActive(t, n, node.Snapshotter, second), noRootTime)

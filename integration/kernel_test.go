@@ -85,14 +85,20 @@ func TestKernelNode(t *testing.T) {
 		ref := push(t, r, fmt.Sprint("nearly:", i), base, app)
 		for k, snapshotter := range []string{node.Snapshotter, "overlayfs"} {
 			pull(t, n, snapshotter, ref)
-			used, err := rootfs.Usage(n.SnapshotterRoot(snapshotter))
-			must(t, err)
-			disk[k] = append(disk[k], fmt.Sprintf("%.1f MB", float64(used.Bytes)/1e6))
+			disk[k] = append(disk[k], diskOf(t, n, snapshotter))
 		}
 		equal(t, dump(t, n, "overlayfs", ref), dump(t, n, node.Snapshotter, ref), noRootTime)
 	}
 	t.Logf("row: disk dedup=%s", strings.Join(disk[0], ", "))
 	t.Logf("row: disk overlayfs=%s", strings.Join(disk[1], ", "))
+}
+
+// diskOf is what a snapshotter takes on the disk.
+func diskOf(t *testing.T, n *node.Node, snapshotter string) string {
+	t.Helper()
+	used, err := rootfs.Usage(n.SnapshotterRoot(snapshotter))
+	must(t, err)
+	return fmt.Sprintf("%.1f MB", float64(used.Bytes)/1e6)
 }
 
 // With fs-verity, an image is not served from another file than its pack, even if only a payload's bytes differ: the
@@ -176,17 +182,20 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 	must(t, n.StartDaemon(testContext(t)))
 	base := busybox(t)
 	var refs []string
+	start := time.Now()
 	for i := range images {
 		own := layer(t, payload(fmt.Sprint("many", i), "file", 20000))
 		refs = append(refs, push(t, r, fmt.Sprint("many:", i), base, own))
 		pull(t, n, node.Snapshotter, refs[i])
+		progress(t, start, "pulled", i+1)
 	}
 	var ids []string
-	start := time.Now()
+	start = time.Now()
 	for i := range containers {
 		id, err := n.RunDetached(testContext(t), node.Snapshotter, refs[i%images], "sleep", "100000")
 		must(t, err)
 		ids = append(ids, id)
+		progress(t, start, "started", i+1)
 	}
 	each := time.Since(start) / time.Duration(max(1, containers))
 	devices := loopDevices(t, n.Dir())
@@ -202,14 +211,26 @@ func manyImages(t *testing.T, disk, cache string, images, containers int) {
 	if after := loopDevices(t, n.Dir()); len(after) != len(devices) {
 		t.Errorf("%d loop devices before the daemon was killed, %d after", len(devices), len(after))
 	}
-	for _, id := range ids {
+	start = time.Now()
+	for i, id := range ids {
 		must(t, n.RemoveContainer(testContext(t), id))
+		progress(t, start, "removed containers", i+1)
 	}
-	for _, ref := range refs {
+	start = time.Now()
+	for i, ref := range refs {
 		_, err := n.Ctr(testContext(t), "image", "rm", "--sync", ref)
 		must(t, err)
+		progress(t, start, "removed images", i+1)
 	}
 	unmounted(t, n)
+}
+
+// progress tells each ten, for a test that takes long under emulation.
+func progress(t *testing.T, start time.Time, what string, n int) {
+	t.Helper()
+	if n%10 == 0 {
+		t.Logf("%s %d in %s", what, n, time.Since(start).Round(time.Second))
+	}
 }
 
 // sharedOnly fails the test if a file has more loop devices than it needs: a pack that is mounted has one for chain

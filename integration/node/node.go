@@ -244,7 +244,7 @@ func (s *services) dialContainerd(ctx context.Context) error {
 // StopContainerd ends containerd in order; containers run on. A deadlock of containerd's own is not an error: it says
 // nothing about what runs on containerd.
 func (s *services) StopContainerd() error {
-	err := s.containerd.stop(unix.SIGTERM, 60*time.Second)
+	err := s.containerd.stop(unix.SIGTERM, patience(60*time.Second))
 	var h *hung
 	if errors.As(err, &h) && isContainerdsDeadlock(h.stack) {
 		if s.opts.Say != nil {
@@ -347,7 +347,7 @@ func (s *services) reaches(ctx context.Context) error {
 }
 
 // StopDaemon ends the dedup daemon in order; KillDaemon with SIGKILL.
-func (s *services) StopDaemon() error { return s.daemon.stop(unix.SIGTERM, 60*time.Second) }
+func (s *services) StopDaemon() error { return s.daemon.stop(unix.SIGTERM, patience(60*time.Second)) }
 
 // KillDaemon ends the dedup daemon with SIGKILL.
 func (s *services) KillDaemon() error { return s.daemon.stop(unix.SIGKILL, 60*time.Second) }
@@ -381,7 +381,7 @@ func (s *services) Client() *client.Client { return s.client }
 func (n *Node) Close() error {
 	var errs []error
 	if n.client != nil && n.containerd.running() {
-		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience(60*time.Second))
 		errs = append(errs, n.removeContainers(ctx))
 		cancel()
 	}

@@ -62,20 +62,22 @@ func build(t *testing.T, arch, path string, args ...string) {
 }
 
 // The store's and the snapshotter's own tests pass on Linux 6.12, whose overlayfs wants metacopy=on for data-only lower
-// layers, and on an ext4 with fs-verity, which other machines may lack; those of fs-verity on the newest Linux too,
-// where overlayfs wants no metacopy, and on btrfs. What kills processes at some millisecond is left out: here a
-// millisecond is nothing.
+// layers, and on an ext4 with fs-verity, which other machines may lack; those that mount on Linux 6.1 too, from loop
+// devices; those of fs-verity on the newest Linux, where overlayfs wants no metacopy, and on btrfs. What kills
+// processes at some millisecond is left out: here a millisecond is nothing.
 func TestUnitTests(t *testing.T) {
 	packages := []string{"content/verity", "content/object", "content/layer", "snapshotter"}
 	built := t.TempDir()
 	for _, row := range []struct {
-		suite string
-		fs    FS
-		tests string
+		suite    string
+		fs       FS
+		tests    string
+		packages []string
 	}{
-		{Trixie, Ext4, "."},
-		{Sid, Ext4, "Enable|Verity|TestRestart|TestPut"},
-		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut"},
+		{Bookworm, Ext4, ".", []string{"content/verity", "snapshotter/lower", "snapshotter"}}, // loop devices
+		{Trixie, Ext4, ".", packages},
+		{Sid, Ext4, "Enable|Verity|TestRestart|TestPut", packages},
+		{Trixie, Btrfs, "Enable|Verity|TestRestart|TestPut", packages},
 	} {
 		t.Run(fmt.Sprintf("%s on %s", row.suite, row.fs), func(t *testing.T) {
 			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: row.fs, Files: map[string]string{},
@@ -89,13 +91,14 @@ func TestUnitTests(t *testing.T) {
 			if testing.Verbose() {
 				opts.Output = os.Stderr
 			}
-			for _, pkg := range packages {
+			for _, pkg := range row.packages {
 				name, path := testBinary(t, opts.Kernel.Arch, built, pkg)
-				opts.Files[name] = path
-				opts.Script += fmt.Sprintf("echo '== %s'\n./%s -test.v -test.run '%s' -test.skip 'TestKilled|TestCrash'\n", pkg,
-					name, row.tests)
+				opts.Files[filepath.Join(pkg, name)] = path
+				addTestdata(t, opts.Files, pkg)
+				opts.Script += fmt.Sprintf("echo '== %[1]s'\n(cd %[1]s && ./%[2]s -test.v -test.run '%[3]s' "+
+					"-test.skip 'TestKilled|TestCrash')\n", pkg, name, row.tests)
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Hour) // a machine that hangs
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Hour) // a machine that hangs
 			defer cancel()
 			out, err := Run(ctx, opts)
 			if err != nil {
@@ -107,6 +110,26 @@ func TestUnitTests(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// addTestdata adds what the tests of a package read, for a machine that runs them in a directory of the same name.
+func addTestdata(t *testing.T, files map[string]string, pkg string) {
+	t.Helper()
+	root, err := node.ModuleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = filepath.WalkDir(filepath.Join(root, pkg, "testdata"), func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		name, err := filepath.Rel(root, path)
+		files[name] = path
+		return err
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
 	}
 }
 
