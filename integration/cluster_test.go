@@ -139,8 +139,8 @@ func clusterUnits(etcd, peers, port string) map[string]string {
 			" --service-account-key-file=/etc/kube/key.pem --service-account-signing-key-file=/etc/kube/key.pem" +
 			// No controller of the cluster's makes accounts or takes a node's first taint away.
 			" --disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
-		"kube-controller-manager": "kube-controller-manager --controllers=daemonset-controller --secure-port=0" +
-			" --leader-elect=false" + access,
+		"kube-controller-manager": "kube-controller-manager --secure-port=0 --leader-elect=false" +
+			" --controllers=daemonset-controller,garbage-collector-controller" + access,
 		"kube-scheduler": "kube-scheduler --secure-port=0 --leader-elect=false" + access,
 		"kubelet": "kubelet --config=/etc/kube/kubelet.json --root-dir=/var/lib/kubelet --cert-dir=/var/lib/kubelet/pki" +
 			" --hostname-override=node --v=2" + access,

@@ -232,7 +232,7 @@ func (c *cluster) removed() {
 	c.run(c.t, `rm /etc/containerd/conf.d/runtime.toml
 dedupctl config containerd --remove --yes
 systemctl restart containerd
-grep dedup /proc/mounts && exit 1
+grep containerd-dedup-grpc /proc/mounts && exit 1
 rm -rf /var/lib/containerd-dedup-grpc /run/containerd-dedup-grpc`)
 	c.create("last", "owned", forever, false)
 	c.running("last")
