@@ -45,7 +45,7 @@ type cluster struct {
 const clusterToken = "for-loopback"
 
 // startCluster boots a machine with containerd, set up for the DaemonSet, and starts a cluster on it.
-func startCluster(t *testing.T, discard bool) *cluster {
+func startCluster(t *testing.T, byItself bool) *cluster {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Minute)
 	t.Cleanup(cancel)
@@ -61,7 +61,7 @@ func startCluster(t *testing.T, discard bool) *cluster {
 	c.client = http.Client{Transport: &http.Transport{TLSClientConfig: trust}, Timeout: 30 * time.Second}
 	_, port, err := net.SplitHostPort(strings.TrimPrefix(c.server, "https://"))
 	must(t, err)
-	c.kubelet = bootKubelet(t, discard, func(o *machine.Options) {
+	c.kubelet = bootKubelet(t, byItself, func(o *machine.Options) {
 		maps.Copy(o.Files, clusterFiles(t, c.server))
 		for name, command := range clusterUnits("http://"+freeAddress(t), "http://"+freeAddress(t), port) {
 			o.Files["/etc/systemd/system/"+name+".service"] = "[Service]\nRestart=always\nRestartSec=1\n" +
@@ -139,8 +139,8 @@ func clusterUnits(etcd, peers, port string) map[string]string {
 			" --service-account-key-file=/etc/kube/key.pem --service-account-signing-key-file=/etc/kube/key.pem" +
 			// No controller of the cluster's makes accounts or takes a node's first taint away.
 			" --disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
-		"kube-controller-manager": "kube-controller-manager --controllers=daemonset-controller --secure-port=0" +
-			" --leader-elect=false" + access,
+		"kube-controller-manager": "kube-controller-manager --secure-port=0 --leader-elect=false" +
+			" --controllers=daemonset-controller,garbage-collector-controller" + access,
 		"kube-scheduler": "kube-scheduler --secure-port=0 --leader-elect=false" + access,
 		"kubelet": "kubelet --config=/etc/kube/kubelet.json --root-dir=/var/lib/kubelet --cert-dir=/var/lib/kubelet/pki" +
 			" --hostname-override=node --v=2" + access,

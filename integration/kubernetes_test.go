@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -116,17 +115,32 @@ func TestDaemonSet(t *testing.T) {
 	daemonSetServes(t, false)
 }
 
-// So it does where CRI pulls by itself, not through the transfer service, as nodes of EKS and GKE do.
+// So it does where CRI pulls by itself, not through the transfer service, for a setting that keeps layers.
 func TestDaemonSetWhereCRIPulls(t *testing.T) {
 	t.Parallel()
 	daemonSetServes(t, true)
 }
 
-func daemonSetServes(t *testing.T, discard bool) {
+// Where CRI gives up layers that one snapshotter has unpacked (EKS, GKE), another one has nothing to unpack, and no pod
+// of the class could start: the command that sets a node up for the DaemonSet refuses, and says what to do. It does not
+// once the setting is another.
+func TestDaemonSetWhereLayersGo(t *testing.T) {
+	t.Parallel()
+	k := bootUnconfigured(t, "discard_unpacked_layers = true")
+	const install = "dedupctl config containerd --write --daemonset --yes"
+	if out, err := k.machine.Run(testContext(t), install); err == nil ||
+		!strings.Contains(err.Error(), "discard_unpacked_layers is true in /etc/containerd/config.toml") {
+		t.Errorf("%s: %v", out, err)
+	}
+	k.run(t, "[ ! -e /etc/containerd/conf.d/dedup-snapshotter.toml ]")
+	k.run(t, "sed -i s/discard_unpacked_layers.*/discard_unpacked_layers=false/ /etc/containerd/config.toml; "+install)
+}
+
+func daemonSetServes(t *testing.T, byItself bool) {
 	t.Helper()
-	k := bootKubelet(t, discard)
+	k := bootKubelet(t, byItself)
 	k.startDaemonSet(t)
-	if discard {
+	if byItself {
 		k.run(t, "journalctl -u containerd | grep 'Falling back to local image pull mode'")
 	}
 
@@ -170,7 +184,24 @@ type kubelet struct {
 
 type pod struct{ sandbox, container string }
 
-func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *kubelet {
+// bootKubelet boots a node that is set up for the DaemonSet, and on which CRI pulls by itself or not.
+func bootKubelet(t *testing.T, byItself bool, more ...func(*machine.Options)) *kubelet {
+	t.Helper()
+	setting := ""
+	if byItself {
+		setting = "max_concurrent_downloads = 2" // one of those that the transfer service does not have
+	}
+	k := bootUnconfigured(t, setting, more...)
+	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
+	var err error
+	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
+	must(t, err)
+	t.Cleanup(func() { _ = k.Close() })
+	return k
+}
+
+// bootUnconfigured boots a node whose containerd has a runtime for dedup, and a setting of CRI's images.
+func bootUnconfigured(t *testing.T, setting string, more ...func(*machine.Options)) *kubelet {
 	t.Helper()
 	r := startRegistry(t)
 	root, err := node.ModuleRoot()
@@ -193,7 +224,7 @@ func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *ku
 			"SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
 			"[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"" + k.images["pause"] + "\"\n" +
-			fmt.Sprintf("[plugins.\"io.containerd.cri.v1.images\"]\n  discard_unpacked_layers = %v\n", discard) +
+			"[plugins.\"io.containerd.cri.v1.images\"]\n  " + setting + "\n" +
 			// What a container on this machine, which may be one itself, cannot do.
 			"[plugins.\"io.containerd.cri.v1.runtime\"]\n  restrict_oom_score_adj = true\n  disable_apparmor = true\n"
 		for name, text := range k.m.config.Data {
@@ -205,10 +236,6 @@ func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *ku
 			add(o)
 		}
 	})
-	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
-	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
-	must(t, err)
-	t.Cleanup(func() { _ = k.Close() })
 	return k
 }
 

@@ -205,7 +205,7 @@ version = {{.Version}}
 
 {{- if .DaemonSet}}
 
-# The diff service's order stays as it is: where CRI pulls by itself (discard_unpacked_layers and others), "dedup-diff"
+# The diff service's order stays as it is: where CRI pulls by itself (registry.mirrors and others), "dedup-diff"
 # in it would be asked about every image, and no pod could be pulled while the daemon's pod is away.
 {{- else}}
 

@@ -48,6 +48,12 @@ func writeDropIn(c *cli.Context, p snippet, text string) error {
 			"put version = 2 at its top, write plugins by their full names (\"io.containerd.grpc.v1.cri\" for \"cri\"), "+
 			"then run this again", path)
 	}
+	if p.DaemonSet && have.Discards() {
+		return fmt.Errorf("discard_unpacked_layers is true in %s: containerd gives up the layers of an image once overlayfs "+
+			"has unpacked it, the pause image first, and no pod of the runtime class could start. Set it to false there, "+
+			"restart containerd, pull the images again that are there already, the pause image too, then run this again; "+
+			"or run the daemon on the node (docs/kubernetes.md)", strings.Join(have.Files, ", "))
+	}
 	dropIn, err := have.DropIn(text, whole)
 	if err != nil {
 		return err

@@ -136,6 +136,23 @@ func installs(t *testing.T, config string) {
 	}
 }
 
+func TestDiscards(t *testing.T) {
+	for text, want := range map[string]bool{
+		"version = 3\n": false,
+		"version = 3\n[plugins.'io.containerd.cri.v1.images']\ndiscard_unpacked_layers = true\n":             true,
+		"version = 3\n[plugins.'io.containerd.cri.v1.images']\ndiscard_unpacked_layers = false\n":            false,
+		"version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\ndiscard_unpacked_layers = true\n":    true,
+		"version = 2\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\ndiscard_unpacked_layers = 'maybe'\n": false,
+	} {
+		config := filepath.Join(t.TempDir(), "config.toml")
+		write(t, config, text)
+		c, err := Read(config, false)
+		if err != nil || c.Discards() != want {
+			t.Errorf("%s: %v, want %v", text, err, want)
+		}
+	}
+}
+
 // The backup and the drop-in of a file that only some may read are theirs alone, and a symlink stays one.
 func TestModesAndLinks(t *testing.T) {
 	dir := t.TempDir()

@@ -26,6 +26,7 @@ const (
 // Plugin ids whose sections hold lists that a drop-in replaces.
 const (
 	DiffService = "io.containerd.service.v1.diff-service"
+	CRIImages   = "io.containerd.cri.v1.images"
 	Transfer    = "io.containerd.transfer.v1.local"
 )
 

@@ -152,6 +152,16 @@ func (c *Config) Proxy(name string) map[string]any {
 	return table(table(c.values, "proxy_plugins"), name)
 }
 
+// Discards tells whether CRI gives up an image's layers once one snapshotter has unpacked them
+// (discard_unpacked_layers). What another snapshotter needs later is then gone.
+func (c *Config) Discards() bool {
+	discards, ok := c.Plugin(CRIImages)["discard_unpacked_layers"]
+	if !ok { // as containerd 1.7 has it, which newer ones read too
+		discards = table(c.Plugin("io.containerd.grpc.v1.cri"), "containerd")["discard_unpacked_layers"]
+	}
+	return discards == true
+}
+
 // Disabled are the ids of plugins that are switched off.
 func (c *Config) Disabled() []string { return Strings(c.values["disabled_plugins"]) }
 

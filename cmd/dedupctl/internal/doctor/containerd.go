@@ -256,6 +256,11 @@ func (n *node) lookAtDifferOrder(c *ctdconfig.Config) {
 	ours := slices.IndexFunc(order, func(name string) bool { return leadsTo(c, name, n.Address) })
 	walking := slices.Index(order, "walking")
 	switch {
+	case ours < 0 && c.Discards():
+		n.add(Problem, "containerd.differ-order", "set discard_unpacked_layers = false, restart containerd, and pull images "+
+			"again, the pause image too; or let CRI use dedup for all pods: dedupctl config containerd --write --cri",
+			"discard_unpacked_layers is true, and the diff service's order %v has no dedup-diff: the layers of an image that "+
+				"overlayfs has unpacked are gone, and dedup cannot unpack them", order)
 	case ours < 0:
 		n.add(Warning, "containerd.differ-order", install,
 			"the diff service's order %v has no dedup-diff: what CRI and nerdctl "+
