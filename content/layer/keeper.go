@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/containerd/log"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
 const (
@@ -13,9 +15,9 @@ const (
 	quiet = 2 * time.Second
 	// latest is when they are merged though something does.
 	latest = time.Minute
-	// freshFor is how long the kernel keeps the pages of a new pack's own file. They help the first container of a new
-	// image; from then on what is read of them is held a second time, by the file system in the pack.
-	freshFor = 5 * time.Second
+	// freshFor is how long the kernel keeps the pages of a new pack's own file once a container reads it: it finds them
+	// in memory. From then on what has been read of them is held a second time, by the file system in the pack.
+	freshFor = 3 * time.Second
 	// dropSoon is how long after a container began to read packs the kernel forgets such pages. It does so again each
 	// time that twice as long has gone by, and at least every dropEvery.
 	dropSoon  = time.Second
@@ -46,7 +48,8 @@ func (p *packed) wakeKeeper() {
 }
 
 // Reads tells that somebody is about to read packs that are mounted, each by itself. It returns at once.
-func (s *Store) Reads() {
+func (s *Store) Reads(packs []content.PackID) {
+	s.objects.Packs().NoteReads(packs)
 	select {
 	case s.reads <- struct{}{}:
 	default:
@@ -63,7 +66,7 @@ func (k *keeper) stop() {
 func (s *Store) keep(ctx context.Context) {
 	var woken time.Time // the first time since the last merge
 	merge, move := time.NewTimer(quiet), time.NewTimer(moveEvery)
-	drop := newBackoff(freshFor, dropEvery)
+	drop := newBackoff(dropEvery, dropEvery)
 	defer merge.Stop()
 	defer drop.timer.Stop()
 	defer move.Stop()
@@ -76,7 +79,6 @@ func (s *Store) keep(ctx context.Context) {
 				woken = time.Now()
 			}
 			merge.Reset(max(0, min(quiet, time.Until(woken.Add(latest)))))
-			drop.within(freshFor)
 		case <-s.reads:
 			drop.within(dropSoon)
 		case <-merge.C:
@@ -85,7 +87,8 @@ func (s *Store) keep(ctx context.Context) {
 				log.G(ctx).WithError(err).Warn("packs are not merged: the next try is when a layer comes or goes")
 			}
 		case <-drop.timer.C:
-			s.objects.Packs().DropCache(time.Now().Add(-freshFor))
+			now := time.Now()
+			s.objects.Packs().DropCache(now.Add(-freshFor), now.Add(-dropEvery))
 			drop.next()
 		case <-move.C:
 			if s.oldLeft() {

@@ -32,6 +32,7 @@ type pack struct {
 	blocks uint32    // of the whole file
 	plain  bool      // without fs-verity
 	sealed time.Time // zero: before Open
+	read   time.Time // when it was first about to be read, zero for never since Open. Under mu of Packs
 	// live is how many blocks objects take, objects how many there are, holders how many chain images name the pack.
 	live    int64
 	objects int

@@ -308,13 +308,25 @@ func (ps *Packs) Superseded(id content.PackID) bool {
 	return p == nil || p.objects == 0
 }
 
-// DropCache has the kernel forget its pages of the payloads in packs' files, but for packs that were sealed after a
-// time. A mounted pack's payloads are cached once more, by the file system in it; its metadata are not.
-func (ps *Packs) DropCache(before time.Time) {
+// NoteReads notes that somebody is about to read packs through the file systems in them.
+func (ps *Packs) NoteReads(ids []content.PackID) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	for _, id := range ids {
+		if p := ps.all[id]; p != nil && p.read.IsZero() {
+			p.read = time.Now()
+		}
+	}
+}
+
+// DropCache has the kernel forget its pages of the payloads in packs' files. A mounted pack's payloads are cached once
+// more, by the file system in it; its metadata are not. It leaves alone the packs that were sealed since Open and have
+// not been read before a time, nor were sealed before another one.
+func (ps *Packs) DropCache(read, sealed time.Time) {
 	ps.mu.Lock()
 	packs := make([]*pack, 0, len(ps.all))
 	for _, p := range ps.all {
-		if p.sealed.Before(before) {
+		if p.sealed.Before(sealed) || !p.read.IsZero() && p.read.Before(read) {
 			packs = append(packs, p)
 		}
 	}

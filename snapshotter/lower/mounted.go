@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
 
 // imageMounts are the mounted images of chains. Who mounts or unmounts one is the only one that is busy with its chain.
@@ -14,7 +16,7 @@ type imageMounts struct {
 	kernel Kernel
 	packs  packMounts
 	ahead  ahead
-	reads  func() // is called before somebody reads packs of a shared image
+	reads  func([]content.PackID) // is called before somebody reads the packs of a shared image
 	step   func(name string)
 }
 
@@ -44,7 +46,7 @@ func (m *imageMounts) below(n Name, im *image) Below {
 			b.Packs = append(b.Packs, m.packs.at(id))
 			files = append(files, m.packs.path(id))
 		}
-		m.reads()
+		m.reads(im.ids())
 	}
 	if !m.kernel.Loop { // the cache of a loop device is another
 		m.ahead.start(n, m.images.Path(n), files)
