@@ -93,8 +93,8 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestQuota|TestSELinux)$$' ./integration/vm
 
 .PHONY: test-kubelet
-test-kubelet: setup ## a real kubelet on containerd with dedup (builds the kubelet and runc once, ten minutes)
-	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 40m -run TestKubelet ./integration
+test-kubelet: setup ## a real kubelet on containerd with dedup, and the DaemonSet in a cluster of one node (builds both once, twenty minutes)
+	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 90m -run '^(TestKubelet|TestCluster)$$' ./integration
 
 .PHONY: test-containerd
 test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)
@@ -157,6 +157,11 @@ benchmarks: build ## all scenarios with overlayfs, erofs and dedup side by side,
 .PHONY: screens
 screens: build ## play an operator's session for real and write its outputs into docs/screens.md and docs/sentry.md (root)
 	bin/dedup-bench screens --docs docs/screens.md --docs docs/sentry.md
+
+# In a module of its own, so that the snapshotter does not depend on Prometheus's database.
+.PHONY: dashboard
+dashboard: build ## play some minutes on a node and draw Grafana's dashboard of them, into docs/monitoring/ (root)
+	bin/dedup-bench dashboard --out docs/monitoring/dashboard.svg
 
 .PHONY: install
 install: ## what build has made, config, systemd unit and tmpfiles (PREFIX, SYSCONFDIR, UNITDIR, TMPFILESDIR, DESTDIR)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -102,9 +103,10 @@ func criPod(t *testing.T, n *node.Node, c *node.CRI, app string, ctx context.Con
 	t.Helper()
 	logs := t.TempDir()
 	hostNetwork := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}
+	largest := map[string]string{snapshots.LabelSnapshotMaxSize: "100000000"}
 	sandbox := &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: node.NewID("pod"), Uid: node.NewID("uid"), Namespace: "test"},
-		LogDirectory: logs,
+		LogDirectory: logs, Annotations: largest,
 		Linux: &cri.LinuxPodSandboxConfig{
 			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: hostNetwork},
 		},
@@ -114,13 +116,21 @@ func criPod(t *testing.T, n *node.Node, c *node.CRI, app string, ctx context.Con
 	created, err := c.CreateContainer(ctx, &cri.CreateContainerRequest{
 		PodSandboxId: pod.PodSandboxId, SandboxConfig: sandbox,
 		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: "main"}, Image: &cri.ImageSpec{Image: app},
+			Metadata: &cri.ContainerMetadata{Name: "main"}, Image: &cri.ImageSpec{Image: app}, Annotations: largest,
 			Command: []string{"sh", "-c", "echo started; exec sleep 100000"}, LogPath: "main.log",
 			Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: hostNetwork}},
 		},
 	})
 	must(t, err)
 	id := created.ContainerId
+	// docs/kubernetes.md says who can have a maximum size.
+	for key, want := range map[string]bool{pod.PodSandboxId: true, id: false} {
+		info, err := n.Client().SnapshotService(node.Snapshotter).Stat(namespaces.WithNamespace(ctx, node.CRINamespace), key)
+		must(t, err)
+		if _, got := info.Labels[snapshots.LabelSnapshotMaxSize]; got != want {
+			t.Errorf("CRI passes max-size on: %v, want %v; labels %v", got, want, info.Labels)
+		}
+	}
 	_, err = c.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: id})
 	must(t, err)
 	done, err := c.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id,

@@ -170,7 +170,7 @@ type kubelet struct {
 
 type pod struct{ sandbox, container string }
 
-func bootKubelet(t *testing.T, discard bool) *kubelet {
+func bootKubelet(t *testing.T, discard bool, more ...func(*machine.Options)) *kubelet {
 	t.Helper()
 	r := startRegistry(t)
 	root, err := node.ModuleRoot()
@@ -181,10 +181,14 @@ func bootKubelet(t *testing.T, discard bool) *kubelet {
 	k.images["pause"] = pushImage(t, r, "pause:1", pause)
 	k.images["app"] = push(t, r, "app:1", busybox(t), layer(t, payload("daemonset", "data", 300000)))
 	k.images["unknown"] = push(t, r, "unknown:1", layer(t, payload("unknown", "data", 300000)), busybox(t))
-	k.images["daemon"] = push(t, r, "daemon:1", busybox(t), daemonLayer(t, root))
+	daemon := daemonLayer(t, root)
+	k.images["daemon"] = push(t, r, "daemon:1", busybox(t), daemon)
+	k.images["newer"] = push(t, r, "daemon:2", busybox(t), daemon, layer(t, image.File("newer", "newer\n")))
+	k.images["owned"] = push(t, r, "owned:1", ownedImage(t, "daemonset")...)
 	runtime, err := os.ReadFile(filepath.Join(root, "deploy/kubernetes/containerd-runtime.toml"))
 	must(t, err)
-	k.machine = bootContainerd(t, func(_ *testing.T, o *machine.Options) {
+	k.machine = bootMachine(t, func(_ *testing.T, o *machine.Options) {
+		o.Files["/etc/hosts"] = "127.0.0.1 localhost\n"
 		o.Files["/etc/containerd/conf.d/runtime.toml"] = strings.Replace(string(runtime), "SystemdCgroup = true",
 			"SystemdCgroup = false", 1)
 		o.Files["/etc/containerd/config.toml"] = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" +
@@ -197,6 +201,9 @@ func bootKubelet(t *testing.T, discard bool) *kubelet {
 		}
 		o.Binds = append(o.Binds, machine.Bind{Source: filepath.Join(root, "bin/dedupctl"),
 			Target: "/usr/local/bin/dedupctl"})
+		for _, add := range more {
+			add(o)
+		}
 	})
 	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
 	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))

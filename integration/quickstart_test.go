@@ -152,8 +152,20 @@ systemd-analyze verify containerd-dedup-grpc.service 2>&1`)
 	}
 }
 
-// bootContainerd boots a machine on which containerd runs; add puts more into it.
+// bootContainerd boots a machine on which containerd runs, and where docker.io has an image of Python; add puts more
+// into it.
 func bootContainerd(t *testing.T, add func(*testing.T, *machine.Options)) *machine.Machine {
+	t.Helper()
+	return bootMachine(t, func(t *testing.T, o *machine.Options) {
+		r := startRegistry(t)
+		standInForDockerHub(t, r, o)
+		add(t, o)
+		pushPython(t, r)
+	})
+}
+
+// bootMachine boots a machine on which containerd runs; add puts more into it.
+func bootMachine(t *testing.T, add func(*testing.T, *machine.Options)) *machine.Machine {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: namespaces and mounts do")
@@ -162,16 +174,13 @@ func bootContainerd(t *testing.T, add func(*testing.T, *machine.Options)) *machi
 	say := func(s string) { t.Log(s) }
 	tools, err := node.Build(ctx, node.DefaultVersion, say)
 	must(t, err)
-	r := startRegistry(t)
 	opts := machine.Options{Dir: t.TempDir(), Say: say, Files: map[string]string{
 		"/etc/systemd/system/containerd.service": containerdUnit,
 	}}
-	standInForDockerHub(t, r, &opts)
 	for _, bin := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
 		opts.Binds = append(opts.Binds, machine.Bind{Source: filepath.Join(tools.Dir, bin), Target: "/usr/local/bin/" + bin})
 	}
 	add(t, &opts)
-	pushPython(t, r)
 	m, err := machine.Boot(ctx, opts)
 	must(t, err)
 	t.Cleanup(func() {

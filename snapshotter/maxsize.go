@@ -159,7 +159,7 @@ func (ls *limits) enforce(id string) error {
 }
 
 // makeRoom lets a container that has used up its limit be mounted again: with what a mount needs beyond it, so that it
-// can remove files.
+// can remove files. Where root was copied to another disk, it puts the limit back first.
 func (ls *limits) makeRoom(id string) error {
 	ls.mu.Lock()
 	l, ok := ls.of[id]
@@ -172,10 +172,33 @@ func (ls *limits) makeRoom(id string) error {
 	if err != nil {
 		return err
 	}
+	if u, err = ls.restore(id, l, u); err != nil {
+		return err
+	}
 	if want := max(l.bytes, u.Used+mountRoom); quota.Rounded(want) != u.Limit {
 		return quota.Limit(dir, l.project, want)
 	}
 	return nil
+}
+
+// restore gives a snapshot's directory, and what it holds, the project that its record names. rsync, cp and tar copy no
+// projects, and a new disk has no limits. The limit is set last: without one, what was interrupted begins anew.
+func (ls *limits) restore(id string, l limit, u quota.Usage) (quota.Usage, error) {
+	dir := ls.path(dirSnapshots, id)
+	switch p, err := quota.Of(dir); {
+	case err != nil:
+		return u, err
+	case p == l.project && u.Limit != 0:
+		return u, nil
+	case p != l.project && (u.Used != 0 || u.Inodes != 0):
+		return u, fmt.Errorf("limit snapshot %s: project %d of %s has files of others: set project_ids to other ids, and "+
+			"create the container anew: %w", id, l.project, dir, errdefs.ErrFailedPrecondition)
+	}
+	if err := errors.Join(quota.Limit(dir, l.project, 0), quota.AssignTree(dir, l.project)); err != nil {
+		return u, err
+	}
+	ls.step("limit.assigned")
+	return quota.Look(dir, l.project)
 }
 
 // projectOf returns the project that enforce has given to a snapshot's directory, or 0. Only what no container sees

@@ -165,6 +165,63 @@ func TestMaxSize(t *testing.T) {
 	})
 }
 
+// What was copied to another disk, without projects and limits, has its limit again when it is mounted: also when the
+// process that put it back was killed before it was done. Where others use the project by now, it is not mounted.
+func TestMaxSizeCopied(t *testing.T) {
+	onQuotas(t, func(t *testing.T, root string) {
+		const size = 4 << 20
+		s, ctx := open(t, root), ns(t, "a")
+		write := func(name string) int {
+			t.Helper()
+			mounts, err := s.Mounts(ctx, "a/1/one")
+			must(t, err)
+			at := t.TempDir()
+			must(t, mount.All(mounts, at))
+			defer func() { must(t, unix.Unmount(at, 0)) }()
+			must(t, os.MkdirAll(filepath.Join(at, "dir"), 0o755))
+			return fillFile(t, filepath.Join(at, "dir", name), size/4)
+		}
+		_, err := s.Prepare(ctx, "a/1/one", "", maxSize(fmt.Sprint(size)))
+		must(t, err)
+		if n := write("first"); n != size/4 {
+			t.Fatalf("%d bytes were written", n)
+		}
+		dir := s.path(dirSnapshots, idOf(t, s, "a/1/one"))
+		p := s.limits.of[filepath.Base(dir)].project
+		for _, state := range []string{"copied", "interrupted"} {
+			must(t, stop(s))
+			must(t, errors.Join(quota.AssignTree(dir, 0), quota.Limit(dir, p, 0)))
+			if state == "interrupted" {
+				must(t, quota.Assign(dir, p))
+			} else { // what cannot be given a project
+				must(t, os.Symlink("/", filepath.Join(dir, "fs/dir/out")))
+				must(t, unix.Mkfifo(filepath.Join(dir, "fs/dir/fifo"), 0o600))
+			}
+			waitFor(t, dir, p, func(u quota.Usage) bool { return u.Used < size/4 })
+			s = open(t, root)
+			n := write(state)
+			u, err := quota.Look(dir, p)
+			if n != size/4 || err != nil || u.Used < size/4+uint64(n) || u.Limit != size {
+				t.Errorf("%s: %d bytes more were written, of the project is known: %+v, %v", state, n, u, err)
+			}
+		}
+		for _, name := range []string{"more", "most"} {
+			write(name)
+		}
+		if u, err := quota.Look(dir, p); err != nil || u.Used > size+mountRoom {
+			t.Errorf("used is %+v, %v", u, err)
+		}
+		must(t, quota.AssignTree(dir, 0))
+		other := filepath.Join(root, "../other")
+		must(t, errors.Join(os.Mkdir(other, 0o700), quota.Assign(other, p)))
+		if _, err := s.Mounts(ctx, "a/1/one"); err == nil || !strings.Contains(err.Error(), "files of others") {
+			t.Errorf("with a project that others use: %v", err)
+		}
+		must(t, os.Remove(other))
+		leavesNothing(t, s, "a/1/one")
+	})
+}
+
 // leavesNothing removes snapshots and looks for stray directories.
 func leavesNothing(t *testing.T, s *Snapshotter, keys ...string) {
 	t.Helper()
@@ -182,9 +239,15 @@ func leavesNothing(t *testing.T, s *Snapshotter, keys ...string) {
 // waitIdle waits until nothing is charged to a project: XFS frees inodes a moment after their last name.
 func waitIdle(t *testing.T, s *Snapshotter, p quota.Project) {
 	t.Helper()
+	waitFor(t, s.path(dirSnapshots), p, quota.Usage.Idle)
+}
+
+// waitFor waits until a project's usage is as wanted.
+func waitFor(t *testing.T, dir string, p quota.Project, wanted func(quota.Usage) bool) {
+	t.Helper()
 	for end := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		u, err := quota.Look(s.path(dirSnapshots), p)
-		if err == nil && u.Idle() {
+		u, err := quota.Look(dir, p)
+		if err == nil && wanted(u) {
 			return
 		}
 		if time.Now().After(end) {

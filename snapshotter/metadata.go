@@ -129,16 +129,19 @@ func (m *metaDB) transact(ctx context.Context, writable bool, fn func(context.Co
 // sealOf returns the checksum of a record, and the one that is stored with it. The time of the last write is not in it;
 // the one that clients see is a label.
 func sealOf(name string, record *bbolt.Bucket) (is, stored string) {
-	var all []byte
+	all := make([]byte, 0, 1<<10)
 	add := func(b []byte) { all = append(binary.LittleEndian.AppendUint64(all, uint64(len(b))), b...) }
 	add([]byte(name))
 	var walk func(b *bbolt.Bucket) error
 	walk = func(b *bbolt.Bucket) error {
 		return b.ForEach(func(k, v []byte) error {
-			switch sub := b.Bucket(k); {
-			case sub != nil:
-				add(k)
-				return walk(sub)
+			if v == nil { // to look for a bucket is a search
+				if sub := b.Bucket(k); sub != nil {
+					add(k)
+					return walk(sub)
+				}
+			}
+			switch {
 			case string(k) == labelSeal:
 				stored = string(v)
 			case !bytes.Equal(k, keyUpdated):

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
@@ -50,6 +51,9 @@ type side struct {
 	use      string   // who uses what is mounted of it
 	over     []string // steps whose directories it lies over
 	dir      string   // upper directory
+	// view is where it is mounted, when it is a view over steps, and viewOver are these.
+	view     string
+	viewOver []string
 }
 
 // part is a committed snapshot of a side.
@@ -143,16 +147,19 @@ func (p *Pair) take(ctx context.Context, below, above *side, steps bool) error {
 
 // partsOf returns the snapshots from the base up to name, of which those in over are not waited for.
 func (g *ingester) partsOf(ctx context.Context, name string, over []string) (parts []part, err error) {
-	for _, id := range over {
-		err := g.db.view(ctx, func(ctx context.Context) error {
+	err = g.db.view(ctx, func(ctx context.Context) error {
+		for _, id := range over {
 			_, info, _, err := getInfo(ctx, name)
+			if err != nil {
+				return err
+			}
 			name = info.Parent
-			return err
-		})
-		if err != nil {
-			return nil, err
+			parts = append(parts, part{id: id})
 		}
-		parts = append(parts, part{id: id})
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	if _, err := g.resolve(ctx, name); err != nil {
 		return nil, err
@@ -267,6 +274,7 @@ func sideOfSnapshot(
 	found.snapshot, found.parent = info.Parent, info.Parent
 	if top != s.upper(id) {
 		if len(overOf(info)) > 0 && !onAll { // it uses a chain image, too, but shows more
+			found.view, found.viewOver = top, overOf(info)
 			return found, info.Kind == snapshots.KindView && top == s.viewPoint(id), nil
 		}
 		chain, err := s.resolve(ctx, info.Parent)
@@ -294,6 +302,11 @@ func (p *Pair) mount(ctx context.Context, of side) (dir string, err error) {
 		p.s.unuse(context.WithoutCancel(ctx), of.use)
 		return nil
 	})
+	if of.view != "" && slices.Equal(of.over, of.viewOver) {
+		if dir, ok := p.hold(of.view); ok {
+			return dir, nil
+		}
+	}
 	l, err := p.s.below(ctx, creation{id: of.use, parent: of.parent, over: of.over})
 	if err != nil {
 		return "", err
@@ -320,6 +333,21 @@ func (p *Pair) mount(ctx context.Context, of side) (dir string, err error) {
 	}
 	p.cancel = append(p.cancel, func() error { return mount.UnmountAll(view, 0) })
 	return view, nil
+}
+
+// hold keeps what is mounted at a view until Close, also when somebody removes the view: it shows what mount would.
+func (p *Pair) hold(view string) (dir string, ok bool) {
+	f, err := os.OpenFile(view, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return "", false
+	}
+	var st, above unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &st) != nil || unix.Stat(filepath.Dir(view), &above) != nil || st.Dev == above.Dev {
+		f.Close() // nothing is mounted there
+		return "", false
+	}
+	p.cancel = append(p.cancel, f.Close)
+	return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), true
 }
 
 // Names calls fn for each entry of the layers that only the upper side has, but for Dirs.

@@ -27,7 +27,7 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) (err error) {
 			s.going.Store(id, true)
 		}
 		if err == nil && info.Labels[labelPending] == pendingStep {
-			below, _ = stepsOn(ctx, info.Parent) // what is wrong with the parent does not concern this one
+			below, _ = allSteps(ctx, info.Parent) // what is wrong with the parent does not concern this one
 		}
 		return err
 	})

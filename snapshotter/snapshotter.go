@@ -352,7 +352,7 @@ func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 
 // Usage of an active snapshot is that of its directory. The first committed one of a layer has what was added to the
 // disk when it came, and all have their part in what nobody has, so that the sum over all snapshots is what the disk
-// holds, which is what the kubelet wants to know.
+// holds, which is what the kubelet wants to know. A step's directory counts for as long as it stays.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Usage, err error) {
 	defer s.explain(&err)
 	var id string
@@ -366,6 +366,9 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (usage snapshots.Us
 	}
 	if lid, ok := layerOf(info); ok {
 		u := s.layers.Share(lid, info.Labels[labelClaim] != "", s.chains.Images.Usage())
+		if s.steps.kept(id) { // what Commit found in the directory
+			u.Bytes, u.Inodes = u.Bytes+usage.Size, u.Inodes+usage.Inodes
+		}
 		return snapshots.Usage{Size: u.Bytes, Inodes: u.Inodes}, nil
 	}
 	if info.Kind != snapshots.KindActive {

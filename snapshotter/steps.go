@@ -114,6 +114,13 @@ func (st *steps) keep(id string) bool {
 	return true
 }
 
+// kept tells whether a directory stays that keep was asked for.
+func (st *steps) kept(id string) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.done[id]
+}
+
 func (st *steps) inUse(id string) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -123,8 +130,17 @@ func (st *steps) inUse(id string) bool {
 // overOf returns the ids of the steps that a stored snapshot lies over, the topmost first.
 func overOf(info snapshots.Info) []string { return strings.Fields(info.Labels[labelOver]) }
 
-// stepsOn returns the ids of the steps that lie on top of each other below name, the topmost first. In a transaction.
+// stepsOn returns the ids of the steps that what is put on name lies over, the topmost first: none where they are too
+// many. In a transaction.
 func stepsOn(ctx context.Context, name string) (ids []string, err error) {
+	if ids, err = allSteps(ctx, name); len(ids) > maxSteps {
+		return nil, err
+	}
+	return ids, err
+}
+
+// allSteps returns the ids of the steps that lie on top of each other, name the topmost. In a transaction.
+func allSteps(ctx context.Context, name string) (ids []string, err error) {
 	for name != "" {
 		id, info, _, err := getInfo(ctx, name)
 		if err != nil {
@@ -135,9 +151,6 @@ func stepsOn(ctx context.Context, name string) (ids []string, err error) {
 		}
 		ids = append(ids, id)
 		name = info.Parent
-	}
-	if len(ids) > maxSteps {
-		return nil, nil
 	}
 	return ids, nil
 }
@@ -190,7 +203,8 @@ func (g *ingester) discardSteps(ctx context.Context, gone []string) {
 // idleJob names the job of an idle step. It is no snapshot's name: those have jobs of their own, and are used again.
 func idleJob(id string) string { return "\x00" + id }
 
-// ingestIdle ingests the first of these steps that waits, and all below it, if nothing lies on it in a while.
+// ingestIdle ingests the first of these steps that waits, and all below it, if nothing lies on it in a while. Where
+// that fails, those below are tried by themselves.
 func (g *ingester) ingestIdle(ids []string) {
 	id, name := g.firstWaiting(ids)
 	if id == "" {
@@ -204,8 +218,24 @@ func (g *ingester) ingestIdle(ids []string) {
 		if err == nil || isGone(err) { // it may have been faster than who noted that it waits
 			g.waitsNoMore(id)
 		}
+		if err != nil && ctx.Err() == nil {
+			g.ingestIdle(g.stepsBelow(ctx, name)) // nothing is wrong with these
+		}
 		return err // the log has it
 	})
+}
+
+// stepsBelow returns the steps below a step, the topmost first. What is wrong with its record does not concern them:
+// there are none then.
+func (g *ingester) stepsBelow(ctx context.Context, name string) (ids []string) {
+	_ = g.db.view(ctx, func(ctx context.Context) error {
+		_, info, _, err := getInfo(ctx, name)
+		if err == nil {
+			ids, err = allSteps(ctx, info.Parent)
+		}
+		return err
+	})
+	return ids
 }
 
 // firstWaiting returns the first of these steps that waits for its ingest, and its name; "" for none.

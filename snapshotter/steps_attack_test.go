@@ -113,6 +113,41 @@ func holdsNoSteps(t *testing.T, s *Snapshotter) {
 	t.Errorf("noted of steps: %s", left)
 }
 
+// A step that cannot be ingested does not keep those below it from being ingested.
+func TestIdleStepFails(t *testing.T) {
+	for name, harm := range map[string]func(dir string) error{
+		"its directory is gone": os.RemoveAll,
+		"it has none": func(dir string) error {
+			return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, ctx := openSteps(t, t.TempDir()), ns(t, "steps")
+			s.stepIdle = time.Hour
+			top := stepBase(t, s, ctx)
+			for i := range 3 {
+				top = addStep(t, s, ctx, top, fmt.Sprint("step ", i), file("new", fmt.Sprint(i)))
+			}
+			var id string
+			for _, p := range pendingOf(t, s) {
+				if p.name == top {
+					id = p.id
+				}
+			}
+			must(t, harm(s.upper(id)))
+			s.stepIdle = 20 * time.Millisecond
+			s.ingestIdle([]string{id})
+			eventually(t, "the others are ingested", func() bool { return len(pendingOf(t, s)) == 1 })
+			if left := pendingOf(t, s); left[0].name != top {
+				t.Errorf("left: %v", left)
+			}
+			if got := read(t, s, "step 1", "new"); got != "1" {
+				t.Errorf("new: %q", got)
+			}
+		})
+	}
+}
+
 // What was written to a step whose record is damaged stays, also when those who lay over it are gone: somebody may put
 // metadata.db back.
 func TestDamagedStepKeepsItsFiles(t *testing.T) {

@@ -149,6 +149,8 @@ func TestStepStaysForItsUsers(t *testing.T) {
 	name := addStep(t, s, ctx, stepBase(t, s, ctx), "step", file("new", "new"))
 	mounts, err := s.Prepare(ctx, "container", name)
 	must(t, err)
+	directory, err := s.Usage(ctx, name)
+	must(t, err)
 	view, err := s.View(ctx, "view", name)
 	must(t, err)
 	looks := func() {
@@ -191,8 +193,15 @@ func TestStepStaysForItsUsers(t *testing.T) {
 	if n := len(directories(t, s)); n != 3 {
 		t.Errorf("%d directories, want those of two containers and of the step", n)
 	}
+	kept, err := s.Usage(ctx, name)
+	must(t, err)
 	must(t, s.Remove(ctx, "container"))
 	eventually(t, "the step's directory goes with its last user", func() bool { return len(directories(t, s)) == 1 })
+	alone, err := s.Usage(ctx, name)
+	must(t, err)
+	if got := kept.Size - alone.Size; got != directory.Size || kept.Inodes-alone.Inodes != directory.Inodes {
+		t.Errorf("usage with its directory %v, without %v: the directory has %v", kept, alone, directory)
+	}
 }
 
 // Views over steps whose snapshots are gone do not stay mounted.

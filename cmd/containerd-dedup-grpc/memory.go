@@ -5,7 +5,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"strconv"
 	"strings"
 
@@ -74,19 +73,4 @@ func cgroupMemory(self, root string) int64 {
 		}
 	}
 	return least
-}
-
-// heapGrowth is by how many percent the heap may grow between two collections. Half of Go's own takes 15 MB from the
-// peak of a pull, and no CPU time that could be measured: what large payloads take is not in the heap.
-const heapGrowth = 50
-
-// limitHeap has the garbage collector work harder before the heap becomes larger than what may be in use, and a
-// quarter more. What the environment says of the collector stays.
-func limitHeap(most int64) {
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(most + most/4 + fixedMemory)
-	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(heapGrowth)
-	}
 }

@@ -27,7 +27,7 @@ func main() {
 		Usage:       "measure the dedup snapshotter beside containerd's own",
 		HideVersion: true,
 		Commands: []*cli.Command{demoCommand(), runCommand(), limitCommand(), reportCommand(), screensCommand(),
-			setupCommand(), encodersCommand(), bench.RegistryCommand()},
+			dashboardCommand(), setupCommand(), encodersCommand(), bench.RegistryCommand()},
 		// Exit codes: 0 done, 1 failed; main prints the error once.
 		ExitErrHandler: func(*cli.Context, error) {},
 	}

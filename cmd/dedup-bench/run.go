@@ -43,8 +43,8 @@ func runCommand() *cli.Command {
 				strings.Join(versionsKnown(), ", ")},
 			&cli.IntFlag{Name: "unpacks", Value: 1,
 				Usage: "containerd's max_concurrent_unpacks, where the snapshotter allows more than 1"},
-			&cli.PathFlag{Name: "docs", Usage: "Markdown `FILE` whose tables (between <!-- results --> and <!-- end of " +
-				"results -->) are written anew, with plots in a directory beside it"},
+			&cli.StringSliceFlag{Name: "docs", Usage: "Markdown `FILE` whose tables (between <!-- results --> and <!-- end " +
+				"of results -->, or corpora) are written anew, with plots in a directory beside it"},
 		}, commonFlags()...),
 		Action: runRun,
 	}
@@ -138,10 +138,8 @@ func measure(c *cli.Context, p *progress, opts bench.Options) error {
 	if err != nil {
 		return err
 	}
-	if c.Path("docs") != "" {
-		if err := r.WriteDocs(c.Path("docs")); err != nil {
-			return err
-		}
+	if err := writeDocs(c, r); err != nil {
+		return err
 	}
 	if err := show(c, r); err != nil {
 		return err
@@ -150,8 +148,17 @@ func measure(c *cli.Context, p *progress, opts bench.Options) error {
 	return nil
 }
 
+func writeDocs(c *cli.Context, r report.Report) error {
+	for _, path := range c.StringSlice("docs") {
+		if err := r.WriteDocs(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func newReport(results []report.Result, about report.About) report.Report {
-	order := bench.Scenarios()
+	order := append(bench.Scenarios(), bench.CorporaScenarios()...)
 	slices.SortStableFunc(results, func(a, b report.Result) int {
 		return slices.Index(order, a.Scenario) - slices.Index(order, b.Scenario)
 	})
@@ -223,7 +230,7 @@ func reportCommand() *cli.Command {
 		Usage: "tables and plots of earlier runs, without measuring",
 		Flags: []cli.Flag{
 			&cli.PathFlag{Name: "out", Value: "out/bench", Usage: "`DIR` with results.json"},
-			&cli.PathFlag{Name: "docs", Usage: "Markdown `FILE` to write the tables into, as run does"},
+			&cli.StringSliceFlag{Name: "docs", Usage: "Markdown `FILE` to write the tables into, as run does; DIR is only read"},
 			&cli.BoolFlag{Name: "json", Usage: "print results.json instead of tables"},
 		},
 		Action: func(c *cli.Context) error {
@@ -235,13 +242,11 @@ func reportCommand() *cli.Command {
 				return fmt.Errorf("report: no results in %s: run `dedup-bench run --out %[1]s` first", c.Path("out"))
 			}
 			r := newReport(kept.Results, kept.About)
+			if len(c.StringSlice("docs")) > 0 {
+				return writeDocs(c, r)
+			}
 			if err := r.Write(c.Path("out")); err != nil {
 				return err
-			}
-			if c.Path("docs") != "" {
-				if err := r.WriteDocs(c.Path("docs")); err != nil {
-					return err
-				}
 			}
 			return show(c, r)
 		},

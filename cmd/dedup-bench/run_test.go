@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/report"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
@@ -192,6 +194,36 @@ func nothingLeft(t *testing.T, tmp string) {
 	for _, path := range lines {
 		if data, _ := os.ReadFile(path); strings.Contains(string(data), tmp) {
 			t.Errorf("a process was left behind: %q", data)
+		}
+	}
+}
+
+// The tables of corpora in the docs are those of the figures kept beside them.
+func TestCorporaInDocs(t *testing.T) {
+	kept, err := report.Read("../../docs/benchmarks/corpora")
+	if err != nil || len(kept.Results) == 0 {
+		t.Fatal(len(kept.Results), err)
+	}
+	r := newReport(kept.Results, kept.About)
+	for _, page := range []string{"../../docs/benchmarks.md", "../../README.md"} {
+		want, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), filepath.Base(page))
+		if err := os.WriteFile(path, want, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.WriteDocs(path); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(string(want), string(got)); diff != "" {
+			t.Errorf("%s: run dedup-bench report --out docs/benchmarks/corpora --docs %s (-now +then):\n%s", page,
+				strings.TrimPrefix(page, "../../"), diff)
 		}
 	}
 }

@@ -109,6 +109,15 @@ func npmInstall(ctx context.Context, s *Set, dir, manifest string) error {
 	return nil
 }
 
+// jre is Debian's Java: 17 in Debian 12, 21 in Debian 13.
+const jre = "default-jre-headless"
+
+// javaMain is a class of the service's jars that prints something and ends: Hibernate says its version.
+const javaMain = "org.hibernate.Version"
+
+// loader is what Spring Boot puts into a jar to start it from the jars within.
+const loader = "spring-boot-loader"
+
 const springBoot, springBootNewer = "3.3.5", "3.3.6"
 
 // pom asks for the libraries of a web service with a database and a message queue.
@@ -132,22 +141,27 @@ const pom = `<project xmlns="http://maven.apache.org/POM/4.0.0">
     </dependency>
     <dependency><groupId>org.springframework.kafka</groupId><artifactId>spring-kafka</artifactId></dependency>
     <dependency><groupId>org.postgresql</groupId><artifactId>postgresql</artifactId></dependency>
-  </dependencies>
+%s  </dependencies>
 </project>
 `
 
-// jars copies a service's jars into a directory.
-func (s *Set) jars(ctx context.Context, build int, dir string) error {
+// jars copies a service's jars into a directory, and those of some more artifacts of Spring Boot.
+func (s *Set) jars(ctx context.Context, build int, dir string, more ...string) error {
 	version := springBoot
 	if build == 3 {
 		version = springBootNewer
+	}
+	var also string
+	for _, artifact := range more {
+		also += fmt.Sprintf("    <dependency><groupId>org.springframework.boot</groupId><artifactId>%s</artifactId>"+
+			"</dependency>\n", artifact)
 	}
 	project, err := os.MkdirTemp(s.dir, "maven-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(project)
-	if err := os.WriteFile(filepath.Join(project, "pom.xml"), fmt.Appendf(nil, pom, version), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(project, "pom.xml"), fmt.Appendf(nil, pom, version, also), 0o644); err != nil {
 		return err
 	}
 	bin, err := node.LookPath(maven.Name)
@@ -173,14 +187,15 @@ func makeThin(ctx context.Context, s *Set, build int, root string) error {
 	return os.WriteFile(filepath.Join(root, "app/build"), fmt.Appendf(nil, "build %d\n", build), 0o644)
 }
 
-// makeFat packs the jars into one, stored, as Spring Boot does, with the time of the build on each.
+// makeFat packs the jars into one, stored, as Spring Boot does, with the time of the build on each, beside the loader
+// that finds them there.
 func makeFat(ctx context.Context, s *Set, build int, root string) (err error) {
 	staging, err := os.MkdirTemp(s.dir, "fat-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(staging)
-	if err := s.jars(ctx, build, staging); err != nil {
+	if err := s.jars(ctx, build, staging, loader); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Join(root, "app"), 0o755); err != nil {
@@ -192,16 +207,50 @@ func makeFat(ctx context.Context, s *Set, build int, root string) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	w := zip.NewWriter(f)
+	manifest, err := w.Create("META-INF/MANIFEST.MF")
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(manifest, "Manifest-Version: 1.0\n"+
+		"Main-Class: org.springframework.boot.loader.launch.JarLauncher\n"+
+		"Start-Class: %s\nSpring-Boot-Classes: BOOT-INF/classes/\nSpring-Boot-Lib: BOOT-INF/lib/\n", javaMain)
+	if err != nil {
+		return err
+	}
 	files, err := os.ReadDir(staging)
 	if err != nil {
 		return err
 	}
 	for _, file := range files {
-		if err := addJar(w, filepath.Join(staging, file.Name()), "BOOT-INF/lib/"+file.Name()); err != nil {
+		path := filepath.Join(staging, file.Name())
+		if strings.HasPrefix(file.Name(), loader) {
+			err = addClasses(w, path)
+		} else {
+			err = addJar(w, path, "BOOT-INF/lib/"+file.Name())
+		}
+		if err != nil {
 			return fmt.Errorf("pack %s: %w", file.Name(), err)
 		}
 	}
 	return w.Close()
+}
+
+// addClasses copies the files of a jar, but for its manifest.
+func addClasses(w *zip.Writer, path string) (err error) {
+	r, err := zip.OpenReader(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, r.Close()) }()
+	for _, f := range r.File {
+		if strings.HasSuffix(f.Name, "/") || strings.HasPrefix(f.Name, "META-INF/") {
+			continue
+		}
+		if err := w.Copy(f); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func addJar(w *zip.Writer, path, name string) error {

@@ -28,6 +28,8 @@ const (
 type Version struct {
 	What   string
 	Layers []*image.Layer // base first
+	// NoStart: its command cannot run.
+	NoStart bool
 }
 
 // Corpus is one kind of service, in images that follow one another on a node.
@@ -43,20 +45,29 @@ type Corpus struct {
 // directory root.
 type maker struct {
 	name, about string
-	needs       []node.Command
-	make        func(ctx context.Context, s *Set, build int, root string) error
-	command     []string
+	// recipe changes with what make makes; it is in the names of the cached layers.
+	recipe string
+	// debian are packages in a layer between Debian and the application, "" for no such layer.
+	debian  string
+	needs   []node.Command
+	make    func(ctx context.Context, s *Set, build int, root string) error
+	command []string
 }
 
 func makers() []maker {
 	return []maker{
-		{"node", "a Node.js service: npm packages, and Node.js itself", []node.Command{npm}, makeNode,
-			[]string{"/opt/node/bin/node", "-e", "require('/srv/app/node_modules/express'); console.log('ok')"}},
-		{"java-thin", "a Java service: its jars side by side, as Jib lays them out", []node.Command{maven}, makeThin, nil},
-		{"java-fat", "the same Java service as one jar that holds the others, as Spring Boot packs it", []node.Command{maven},
-			makeFat, nil},
-		{"binary", "one static Go program; a rebuild stamps another version into it", nil, makeBinary,
-			[]string{"/usr/local/bin/crane", "version"}},
+		{name: "node", about: "a Node.js service: npm packages, and Node.js itself", needs: []node.Command{npm},
+			make: makeNode,
+			command: []string{"/opt/node/bin/node", "-e",
+				"require('/srv/app/node_modules/express'); console.log('ok')"}},
+		{name: "java-thin", about: "a Java service: Java from Debian, and the service's jars side by side, as Jib lays " +
+			"them out", debian: jre, needs: []node.Command{maven}, make: makeThin,
+			command: []string{"/usr/bin/java", "-cp", "/app/libs/*", javaMain}},
+		{name: "java-fat", about: "the same Java service as one jar that holds the others, as Spring Boot packs it",
+			recipe: "-2", debian: jre, needs: []node.Command{maven}, make: makeFat,
+			command: []string{"/usr/bin/java", "-jar", "/app/service.jar"}},
+		{name: "binary", about: "one static Go program; a rebuild stamps another version into it", make: makeBinary,
+			command: []string{"/usr/local/bin/crane", "version"}},
 	}
 }
 
@@ -82,13 +93,13 @@ func (s *Set) Corpus(ctx context.Context, name string) (Corpus, error) {
 		return Corpus{}, fmt.Errorf("no corpus is called %q (%s)", name, strings.Join(Corpora(), ", "))
 	}
 	m := all[i]
-	base, next, err := s.bases(ctx)
+	base, next, err := s.bases(ctx, m.debian)
 	if err != nil {
 		return Corpus{}, err
 	}
 	var apps []*image.Layer
 	for build := 1; build <= 3; build++ {
-		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s-%d", m.name, build),
+		app, err := s.cached(ctx, fmt.Sprintf("corpus-%s%s-%d", m.name, m.recipe, build),
 			func(ctx context.Context) (*image.Layer, error) {
 				return s.makeApp(ctx, m, build)
 			})
@@ -100,26 +111,39 @@ func (s *Set) Corpus(ctx context.Context, name string) (Corpus, error) {
 	return Corpus{m.name, m.about, follow(base, next, apps), m.command}, nil
 }
 
-// bases are this Debian and the next one.
-func (s *Set) bases(ctx context.Context) (base, next *image.Layer, err error) {
-	if base, err = s.Debian(ctx); err != nil {
-		return nil, nil, err
-	}
+// bases are the layers below an application: this Debian's and the next one's, and those of packages, if any.
+func (s *Set) bases(ctx context.Context, packages string) (base, next []*image.Layer, err error) {
 	newer, err := OpenNewer(s.say)
 	if err != nil {
 		return nil, nil, err
 	}
-	next, err = newer.Debian(ctx)
+	if base, err = s.base(ctx, packages); err != nil {
+		return nil, nil, err
+	}
+	next, err = newer.base(ctx, packages)
 	return base, next, err
 }
 
+func (s *Set) base(ctx context.Context, packages string) ([]*image.Layer, error) {
+	debian, err := s.Debian(ctx)
+	if err != nil || packages == "" {
+		return []*image.Layer{debian}, err
+	}
+	l, err := s.cached(ctx, "packages-"+digest(packages), func(ctx context.Context) (*image.Layer, error) {
+		s.say("installing " + packages + " on Debian " + s.kit.suite)
+		return s.withPackages(ctx, aptInstall(packages), func(_, upper string) (*image.Layer, error) {
+			return image.FromDir(s.dir, image.LayerOptions{}, upper, image.DirOptions{Map: keepSystemFile})
+		})
+	})
+	return []*image.Layer{debian, l}, err
+}
+
 // follow lines up the images of three builds of an application.
-func follow(base, next *image.Layer, apps []*image.Layer) []Version {
+func follow(base, next, apps []*image.Layer) []Version {
+	on := func(below []*image.Layer, build int) []*image.Layer { return append(slices.Clone(below), apps[build]) }
 	return []Version{
-		{First, []*image.Layer{base, apps[0]}},
-		{Rebuild, []*image.Layer{base, apps[1]}},
-		{Upgrade, []*image.Layer{base, apps[2]}},
-		{BaseChange, []*image.Layer{next, apps[2]}},
+		{What: First, Layers: on(base, 0)}, {What: Rebuild, Layers: on(base, 1)}, {What: Upgrade, Layers: on(base, 2)},
+		{What: BaseChange, Layers: on(next, 2)},
 	}
 }
 
@@ -153,7 +177,7 @@ func (s *Set) mlCorpus(ctx context.Context) (Corpus, error) {
 	if err != nil {
 		return Corpus{}, err
 	}
-	base, next, err := ml.bases(ctx)
+	base, next, err := ml.bases(ctx, "")
 	if err != nil {
 		return Corpus{}, err
 	}
@@ -173,14 +197,15 @@ func (s *Set) mlCorpus(ctx context.Context) (Corpus, error) {
 		if err := ml.download(ctx, OlderWheels, mlUpgrades); err != nil {
 			return nil, err
 		}
-		return ml.install(ctx, root, install{name: "app-3", packages: upgraded(lines(mlRequirements), lines(mlUpgrades)),
-			check: ml.kit.imports})
+		packages := upgraded(lines(mlRequirements), lines(mlUpgrades))
+		return ml.install(ctx, root, install{name: "app-3", packages: packages, check: ml.kit.imports})
 	})
 	if err != nil {
 		return Corpus{}, err
 	}
-	return Corpus{"ml", "a machine learning service: tensorflow for CPUs, scipy, pandas, pyarrow and others",
-		follow(base, next, append(apps, app)),
+	versions := follow(base, next, append(apps, app))
+	versions[3].NoStart = true // the next Debian's Python does not look for packages of this one's
+	return Corpus{"ml", "a machine learning service: tensorflow for CPUs, scipy, pandas, pyarrow and others", versions,
 		[]string{"/usr/bin/python3", "-B", "-c", "import numpy; print('ok')"}}, nil
 }
 
@@ -212,13 +237,13 @@ func (s *Set) debianCorpus(ctx context.Context) (Corpus, error) {
 		apt  string // options of the second run of apt-get
 	}{{First, s, ""}, {Rebuild, s, ""}, {Upgrade, s, "-t bookworm-backports"}, {BaseChange, newer, ""}} {
 		name := "corpus-debian-" + strings.ReplaceAll(v.what, " ", "-")
-		l, err := s.cached(ctx, name, func(ctx context.Context) (*image.Layer, error) {
+		l, err := v.set.cached(ctx, name, func(ctx context.Context) (*image.Layer, error) {
 			return v.set.flattened(ctx, v.what, v.apt)
 		})
 		if err != nil {
 			return Corpus{}, err
 		}
-		versions = append(versions, Version{v.what, []*image.Layer{l}})
+		versions = append(versions, Version{What: v.what, Layers: []*image.Layer{l}})
 	}
 	return Corpus{"debian", "Debian with a few tools, each image one layer; the upgrade takes newer versions of some " +
 		"from backports", versions,
@@ -226,36 +251,45 @@ func (s *Set) debianCorpus(ctx context.Context) (Corpus, error) {
 }
 
 // flattened installs tools on a root file system and packs all of it.
-func (s *Set) flattened(ctx context.Context, what, options string) (_ *image.Layer, err error) {
+func (s *Set) flattened(ctx context.Context, what, options string) (*image.Layer, error) {
+	s.say("installing Debian packages for the " + what)
+	script := aptInstall(tools)
+	if options != "" {
+		script += "sed -E 's/ bookworm / bookworm-backports /' /etc/apt/sources.list > " +
+			"/etc/apt/sources.list.d/backports.list\n" + aptInstall(options+" "+tools)
+	}
+	return s.withPackages(ctx, script, func(root, _ string) (*image.Layer, error) {
+		return image.FromDir(s.dir, image.LayerOptions{}, root, image.DirOptions{Map: keepSystemFile})
+	})
+}
+
+func aptInstall(args string) string {
+	return "apt-get -q update\napt-get -qy install --no-install-recommends " + args + "\n"
+}
+
+// withPackages runs a script with apt-get in an overlay over the root file system, and then pack with the overlay's
+// root and with its upper directory.
+func (s *Set) withPackages(ctx context.Context, script string, pack func(root, upper string) (*image.Layer, error),
+) (_ *image.Layer, err error) {
 	base, err := s.rootfs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	s.say("installing Debian packages for the " + what)
 	work, err := os.MkdirTemp(s.dir, "debian-")
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, node.UnmountBelow(work), os.RemoveAll(work)) }()
-	root := filepath.Join(work, "root")
-	for _, d := range []string{"upper", "work", "root"} {
-		if err := os.Mkdir(filepath.Join(work, d), 0o755); err != nil {
+	root, upper := filepath.Join(work, "root"), filepath.Join(work, "upper")
+	for _, d := range []string{root, upper, filepath.Join(work, "work")} {
+		if err := os.Mkdir(d, 0o755); err != nil {
 			return nil, err
 		}
 	}
-	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, filepath.Join(work, "upper"),
-		filepath.Join(work, "work"))
+	opts := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, upper, filepath.Join(work, "work"))
 	if err := unix.Mount("overlay", root, "overlay", 0, opts); err != nil {
 		return nil, fmt.Errorf("mount overlay: %w", err)
 	}
-	script := "set -e; export DEBIAN_FRONTEND=noninteractive\napt-get -q update\n" +
-		"apt-get -qy install --no-install-recommends " + tools + "\n"
-	if options != "" {
-		script += "sed -E 's/ bookworm / bookworm-backports /' /etc/apt/sources.list > " +
-			"/etc/apt/sources.list.d/backports.list\n" +
-			"apt-get -q update\napt-get -qy install --no-install-recommends " + options + " " + tools + "\n"
-	}
-	script += "apt-get clean\n"
 	for _, file := range []string{"/etc/resolv.conf", "/etc/hosts"} {
 		if data, err := os.ReadFile(file); err == nil {
 			if err := os.WriteFile(filepath.Join(root, file), data, 0o644); err != nil {
@@ -263,13 +297,21 @@ func (s *Set) flattened(ctx context.Context, what, options string) (_ *image.Lay
 			}
 		}
 	}
+	proc := filepath.Join(root, "proc") // Java's package asks for it
+	if err := unix.Mount("proc", proc, "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return nil, fmt.Errorf("mount proc: %w", err)
+	}
 	chroot, err := node.LookPath("chroot")
 	if err != nil {
 		return nil, err
 	}
 	env := append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8")
+	script = "set -e; export DEBIAN_FRONTEND=noninteractive\n" + script + "apt-get clean\n"
 	if err := run(ctx, env, chroot, root, "/bin/sh", "-c", script); err != nil {
 		return nil, fmt.Errorf("install packages: %w", err)
 	}
-	return image.FromDir(s.dir, image.LayerOptions{}, root, image.DirOptions{Map: keepSystemFile})
+	if err := unix.Unmount(proc, unix.MNT_DETACH); err != nil {
+		return nil, fmt.Errorf("unmount proc: %w", err)
+	}
+	return pack(root, upper)
 }

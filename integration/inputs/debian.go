@@ -138,12 +138,15 @@ func (s *Set) rootfs(ctx context.Context) (string, error) {
 
 func (s *Set) cached(ctx context.Context, name string, build func(context.Context) (*image.Layer, error)) (*image.Layer,
 	error) {
+	path := filepath.Join(s.dir, name+".json")
+	if l, err := image.Load(s.dir, path); err == nil { // nobody who makes another one is waited for
+		return l, nil
+	}
 	unlock, err := node.Lock(ctx, filepath.Join(s.dir, "lock"))
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	path := filepath.Join(s.dir, name+".json")
 	if l, err := image.Load(s.dir, path); err == nil {
 		return l, nil
 	}

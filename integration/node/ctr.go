@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -94,6 +95,8 @@ func (n *Node) RunWith(ctx context.Context, snapshotter string, flags []string, 
 
 // ctrOutput runs ctr, and returns what the process in the container wrote, to either of its outputs. The shim writes it
 // into a file: ctr reads from a FIFO, and loses what is in there if a container ends before ctr has come to read it.
+// The shim may lose the end of the error output: its copyPipes closes the file at the end of the standard output. A
+// test that looks for a message of the process says 2>&1.
 func ctrOutput(ctx context.Context, n *Node, id string, flags, args []string) (string, error) {
 	path := filepath.Join(n.dir, "output-"+id)
 	defer os.Remove(path)
@@ -223,8 +226,29 @@ func (n *Node) activated(ctx context.Context, key string, mounts []mount.Mount, 
 	if err != nil {
 		return fmt.Errorf("activate mounts %+v: %w", mounts, err)
 	}
-	defer func() { err = errors.Join(err, manager.Deactivate(context.WithoutCancel(ctx), key)) }()
+	defer func() { err = errors.Join(err, deactivate(context.WithoutCancel(ctx), manager, key, info.Active)) }()
 	return n.WithMounts(info.System, look)
+}
+
+// deactivate has containerd take down mounts that it made. containerd first forgets them, and then unmounts them
+// without a lock. A garbage collection in between takes them for leftovers, and unmounts them too (2.4.2,
+// core/mount/manager). Then Deactivate fails for a mount that is not there. All is well once the collection is done.
+func deactivate(ctx context.Context, manager mount.Manager, key string, active []mount.ActiveMount) error {
+	err := manager.Deactivate(ctx, key)
+	if err == nil {
+		return nil
+	}
+	gone := func(m mount.ActiveMount) bool {
+		_, serr := os.Lstat(m.MountPoint)
+		return errors.Is(serr, os.ErrNotExist)
+	}
+	for range 100 {
+		if !slices.ContainsFunc(active, func(m mount.ActiveMount) bool { return !gone(m) }) {
+			return nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return fmt.Errorf("deactivate mounts of %s: %w", key, err)
 }
 
 // WithMounts mounts in the node's directory, calls look with the path, and unmounts.

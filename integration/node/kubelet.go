@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -23,8 +24,7 @@ type Kubelet struct {
 // StartKubelet starts Kubernetes' kubelet, which is built like Build does (some ten minutes, once). config is added to
 // its KubeletConfiguration. The caller closes it, before the node.
 func StartKubelet(ctx context.Context, n *Node, config map[string]any) (*Kubelet, error) {
-	dir, err := buildModule(ctx, "kubelet", n.opts.Say, "-X k8s.io/component-base/version.gitVersion=v1.34.4",
-		"k8s.io/kubernetes/cmd/kubelet")
+	bin, err := BuildKubelet(ctx, n.opts.Say)
 	if err != nil {
 		return nil, err
 	}
@@ -37,23 +37,11 @@ func StartKubelet(ctx context.Context, n *Node, config map[string]any) (*Kubelet
 	if err := l.Close(); err != nil {
 		return nil, err
 	}
-	all := map[string]any{
-		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-		"staticPodPath": k.Manifests(), "containerRuntimeEndpoint": "unix://" + n.Address(),
-		"address": "127.0.0.1", "port": k.port, "healthzPort": 0, "podLogsDir": k.path("logs"),
-		"authentication": map[string]any{
-			"anonymous": map[string]any{"enabled": true}, "webhook": map[string]any{"enabled": false},
-		},
-		"authorization": map[string]any{"mode": "AlwaysAllow"},
-		"cgroupDriver":  "cgroupfs", "cgroupsPerQOS": false, "enforceNodeAllocatable": []string{}, "failSwapOn": false,
-		"fileCheckFrequency": "1s", "syncFrequency": "2s", "imageMinimumGCAge": "1s", "registryPullQPS": 0,
-		"volumePluginDir": k.path("plugins"),
-		"featureGates":    map[string]bool{"ImageVolume": true},
-		"evictionHard":    map[string]string{"nodefs.available": "0%", "imagefs.available": "0%", "memory.available": "0%"},
-	}
-	for key, value := range config {
-		all[key] = value
-	}
+	all := KubeletConfig("unix://"+n.Address(), k.port)
+	maps.Copy(all, map[string]any{
+		"staticPodPath": k.Manifests(), "podLogsDir": k.path("logs"), "volumePluginDir": k.path("plugins"),
+	})
+	maps.Copy(all, config)
 	b, err := json.Marshal(all)
 	if err != nil {
 		return nil, err
@@ -69,12 +57,29 @@ func StartKubelet(ctx context.Context, n *Node, config map[string]any) (*Kubelet
 		}
 	}
 	k.process, err = startProcess("kubelet", n.LogPath("kubelet"), append(os.Environ(), "PATH="+os.Getenv("PATH")),
-		filepath.Join(dir, "kubelet"), "--config", k.path("config.json"), "--root-dir", k.path("root"),
+		bin, "--config", k.path("config.json"), "--root-dir", k.path("root"),
 		"--cert-dir", k.path("certs"), "--hostname-override", "node", "--v", "2")
 	if err != nil {
 		return nil, err
 	}
 	return k, nil
+}
+
+// KubeletConfig is the KubeletConfiguration of a kubelet that serves on loopback, to everyone, and leaves the machine's
+// cgroups and the images on its disk alone.
+func KubeletConfig(endpoint string, port int) map[string]any {
+	return map[string]any{
+		"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+		"containerRuntimeEndpoint": endpoint, "address": "127.0.0.1", "port": port, "healthzPort": 0,
+		"authentication": map[string]any{
+			"anonymous": map[string]any{"enabled": true}, "webhook": map[string]any{"enabled": false},
+		},
+		"authorization": map[string]any{"mode": "AlwaysAllow"},
+		"cgroupDriver":  "cgroupfs", "cgroupsPerQOS": false, "enforceNodeAllocatable": []string{}, "failSwapOn": false,
+		"fileCheckFrequency": "1s", "syncFrequency": "2s", "imageMinimumGCAge": "1s", "registryPullQPS": 0,
+		"featureGates": map[string]bool{"ImageVolume": true},
+		"evictionHard": map[string]string{"nodefs.available": "0%", "imagefs.available": "0%", "memory.available": "0%"},
+	}
 }
 
 func (k *Kubelet) path(name string) string { return filepath.Join(k.node.dir, "kube", name) }

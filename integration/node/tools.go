@@ -82,6 +82,23 @@ func BuildNerdctl(ctx context.Context, say func(string)) (string, error) {
 	return filepath.Join(dir, "nerdctl"), err
 }
 
+// kubeVersion tells what is built of Kubernetes which version it has.
+const kubeVersion = "-X k8s.io/component-base/version.gitVersion=v1.34.4"
+
+// BuildKubelet returns the path of Kubernetes' kubelet, built like Build does (ten minutes).
+func BuildKubelet(ctx context.Context, say func(string)) (string, error) {
+	dir, err := buildModule(ctx, "kubelet", say, kubeVersion, "k8s.io/kubernetes/cmd/kubelet")
+	return filepath.Join(dir, "kubelet"), err
+}
+
+// BuildCluster returns the directory of what a cluster has beside its kubelets, built like Build does (ten minutes):
+// kube-apiserver, kube-controller-manager, kube-scheduler, and etcd, whose program is called "server".
+func BuildCluster(ctx context.Context, say func(string)) (string, error) {
+	const cmd = "k8s.io/kubernetes/cmd/"
+	return buildModule(ctx, "cluster", say, kubeVersion, "go.etcd.io/etcd/server/v3", cmd+"kube-apiserver",
+		cmd+"kube-controller-manager", cmd+"kube-scheduler")
+}
+
 // BuildRunc returns the path of a runc that knows user namespaces of pods (1.2 or newer), built like Build does.
 func BuildRunc(ctx context.Context, say func(string)) (string, error) {
 	compiler := []Command{{"gcc", "gcc libc6-dev"}, {"pkg-config", "pkg-config libseccomp-dev"}}

@@ -11,15 +11,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
@@ -30,7 +33,28 @@ func TestMain(m *testing.M) {
 	if err := log.SetLevel("error"); err != nil {
 		panic(err)
 	}
+	if os.Geteuid() == 0 && os.Getenv(ownMountsEnv) == "" {
+		os.Exit(withOwnMounts())
+	}
 	os.Exit(m.Run())
+}
+
+const ownMountsEnv = "DEDUP_POWERCUT_OWN_MOUNTS"
+
+// withOwnMounts runs the tests in a mount namespace of their own and returns the exit code. Who starts a container on
+// this machine at the same time would otherwise take copies of the mounts along, and keep the disks busy with them.
+func withOwnMounts() int {
+	runtime.LockOSThread() // the child is to end with this thread
+	cmd := exec.Command(os.Args[0], os.Args[1:]...)
+	cmd.Env = append(os.Environ(), ownMountsEnv+"=1")
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	err := cmd.Run()
+	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
+		fmt.Fprintln(os.Stderr, "start the tests in a mount namespace of their own:", err)
+		return 1
+	}
+	return cmd.ProcessState.ExitCode()
 }
 
 // A store whose power is cut, after any flush and between, with what was not flushed lost, kept or kept in part, loses

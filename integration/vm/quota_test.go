@@ -48,12 +48,12 @@ func TestQuota(t *testing.T) {
 	out := runVM(t, opts, 30*time.Minute)
 	for _, name := range []string{"TestLimit/xfs", "TestLimit/ext4", "TestRenameBelowProject/xfs",
 		"TestRenameBelowProject/ext4", "TestProbe", "TestMaxSize/xfs", "TestMaxSize/ext4", "TestMaxSizeKilled/xfs",
-		"TestMaxSizeKilled/ext4"} {
+		"TestMaxSizeKilled/ext4", "TestMaxSizeCopied/xfs", "TestMaxSizeCopied/ext4"} {
 		want := 1
 		switch {
 		case strings.HasPrefix(name, "TestMaxSize/"):
 			want = 3 // the snapshotter's twice, and the node's
-		case strings.HasPrefix(name, "TestMaxSizeKilled/"):
+		case strings.HasPrefix(name, "TestMaxSizeKilled/"), strings.HasPrefix(name, "TestMaxSizeCopied/"):
 			want = 2
 		}
 		if got := strings.Count(out, "--- PASS: "+name+" "); got != want {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"sync"
 	"time"
 
 	ctdcontent "github.com/containerd/containerd/v2/core/content"
@@ -29,11 +30,20 @@ type Comparer struct {
 	snapshots *snapshotter.Snapshotter
 	store     ctdcontent.Store
 	leases    leases.Manager
+
+	mu     sync.Mutex       // guards shared
+	shared map[string]lease // by namespace
+}
+
+// lease is one of containerd's that blobs share.
+type lease struct {
+	id    string
+	until time.Time // takes blobs
 }
 
 // New returns a comparer for the mounts of s that writes to the content store of the containerd that calls.
 func New(s *snapshotter.Snapshotter, store ctdcontent.Store, l leases.Manager) *Comparer {
-	return &Comparer{snapshots: s, store: store, leases: l}
+	return &Comparer{snapshots: s, store: store, leases: l, shared: map[string]lease{}}
 }
 
 // Compare writes what upper adds to lower to the content store. What is not ours to serve is ErrNotImplemented, so
@@ -63,13 +73,7 @@ func (c *Comparer) Compare(
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	ctx, release, err := c.leased(ctx)
-	var desc ocispec.Descriptor
-	if err == nil {
-		if desc, err = c.compare(ctx, pair, config, compressor); err != nil {
-			err = errors.Join(err, release())
-		}
-	}
+	desc, err := c.compare(ctx, pair, config, compressor)
 	if cerr := pair.Close(); cerr != nil {
 		log.G(ctx).WithError(cerr).Warn("what was mounted to compare snapshots stays mounted until the next start")
 	}
@@ -95,22 +99,46 @@ func compressorOf(config *diff.Config) (compression.Compression, error) {
 	return 0, fmt.Errorf("dedup-diff does not write media type %q: %w", config.MediaType, errdefs.ErrNotImplemented)
 }
 
-// leaseTime is how long containerd keeps a blob for a caller whose lease it did not pass on. Once the caller knows the
-// blob, it refers to it from a manifest or under its lease.
-const leaseTime = 15 * time.Minute
+// leaseTime is how long containerd keeps a blob, at least, for a caller whose lease it did not pass on. Once the caller
+// knows the blob, it refers to it from a manifest or under its lease. A lease is a write to containerd's database and
+// a sync: the layers of a build share one, which takes blobs for leaseShared.
+const (
+	leaseTime   = 15 * time.Minute
+	leaseShared = 5 * time.Minute
+)
 
 // leased puts what is written under the caller's lease. containerd passes it on when it calls by itself, and loses that
-// of a client: such a blob gets a lease of its own, or the next garbage collection would remove it. release ends that.
-func (c *Comparer) leased(ctx context.Context) (_ context.Context, release func() error, err error) {
+// of a client: without one of our own the next garbage collection would remove the blob. shared is the id of that.
+func (c *Comparer) leased(ctx context.Context) (_ context.Context, shared string, err error) {
 	if id, ok := leases.FromContext(ctx); ok {
-		return leases.WithLease(ctx, id), func() error { return nil }, nil
+		return leases.WithLease(ctx, id), "", nil
 	}
-	l, err := c.leases.Create(ctx, leases.WithID("dedup-compare-"+rand.Text()), leases.WithExpiration(leaseTime))
-	if err != nil {
-		return ctx, nil, fmt.Errorf("lease for a layer: %w", err)
+	ns, _ := namespaces.Namespace(ctx)
+	c.mu.Lock()
+	have := c.shared[ns]
+	c.mu.Unlock()
+	if time.Now().After(have.until) {
+		l, err := c.leases.Create(ctx, leases.WithID("dedup-compare-"+rand.Text()),
+			leases.WithExpiration(leaseTime+leaseShared))
+		if err != nil {
+			return ctx, "", fmt.Errorf("lease for a layer: %w", err)
+		}
+		have = lease{l.ID, time.Now().Add(leaseShared)}
+		c.mu.Lock()
+		c.shared[ns] = have
+		c.mu.Unlock()
 	}
-	own := leases.WithLease(ctx, l.ID)
-	return own, func() error { return c.leases.Delete(context.WithoutCancel(ctx), l) }, nil
+	return leases.WithLease(ctx, have.id), have.id, nil
+}
+
+// forget has the next blob get a new lease.
+func (c *Comparer) forget(ctx context.Context, shared string) {
+	ns, _ := namespaces.Namespace(ctx)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.shared[ns].id == shared {
+		delete(c.shared, ns)
+	}
 }
 
 func (c *Comparer) compare(
@@ -120,19 +148,19 @@ func (c *Comparer) compare(
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	w, discard, err := c.writer(ctx, config)
+	ctx, w, discard, err := c.begin(ctx, config)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	out := newOutput(ctx, c.snapshots.Layers(), w, as)
 	var blob digest.Digest
-	diffID := ""
+	diffID, isNew := "", false
 	if err = out.write(pair, where, config.SourceDateEpoch); err == nil {
 		blob = w.Digest()
 		if as != compression.Uncompressed {
 			diffID = out.diffID().String()
 		}
-		err = commit(ctx, w, blob, config.Labels, diffID)
+		isNew, err = commit(ctx, w, blob, config.Labels, diffID)
 	}
 	if err != nil {
 		return ocispec.Descriptor{}, errors.Join(err, out.abandon(err), discard())
@@ -141,7 +169,29 @@ func (c *Comparer) compare(
 	if err := w.Close(); err != nil {
 		log.G(ctx).WithError(err).Warnf("close the writer of blob %s", blob)
 	}
-	return c.describe(ctx, ocispec.Descriptor{MediaType: config.MediaType, Digest: blob}, diffID)
+	desc := ocispec.Descriptor{MediaType: config.MediaType, Digest: blob, Size: out.size}
+	if isNew && diffID != "" {
+		return desc, nil
+	}
+	return c.describe(ctx, desc, diffID)
+}
+
+// begin begins a blob under a lease, which the ctx that it returns has. Somebody may have removed one that is shared.
+func (c *Comparer) begin(ctx context.Context, config diff.Config) (
+	own context.Context, w ctdcontent.Writer, discard func() error, err error,
+) {
+	for range 2 {
+		var shared string
+		if own, shared, err = c.leased(ctx); err != nil {
+			return own, nil, nil, err
+		}
+		w, discard, err = c.writer(own, config)
+		if !errdefs.IsNotFound(err) || shared == "" {
+			break
+		}
+		c.forget(ctx, shared)
+	}
+	return own, w, discard, err
 }
 
 // writer begins a blob. discard gives up one that is not to be committed. The caller's reference stays with containerd
@@ -175,10 +225,10 @@ func (c *Comparer) writer(
 	return w, discard, nil
 }
 
-// commit gives a blob its name and its labels. One that is there already will do.
+// commit gives a blob its name and its labels. One that is there already will do: that is not new.
 func commit(
 	ctx context.Context, w ctdcontent.Writer, blob digest.Digest, given map[string]string, diffID string,
-) error {
+) (isNew bool, err error) {
 	all := maps.Clone(given)
 	if diffID != "" {
 		if all == nil {
@@ -190,10 +240,11 @@ func commit(
 	if all != nil {
 		opts = append(opts, ctdcontent.WithLabels(all))
 	}
-	if err := w.Commit(ctx, 0, blob, opts...); err != nil && !errdefs.IsAlreadyExists(err) {
-		return fmt.Errorf("commit blob %s: %w", blob, err)
+	err = w.Commit(ctx, 0, blob, opts...)
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return false, fmt.Errorf("commit blob %s: %w", blob, err)
 	}
-	return nil
+	return err == nil, nil
 }
 
 // describe returns the descriptor of a blob, and makes sure of its label: it may have been there before.

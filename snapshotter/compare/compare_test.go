@@ -420,8 +420,8 @@ func TestFailedCompare(t *testing.T) {
 	if all := w.s.Layers().List(); len(all) != 1 {
 		t.Errorf("%d layers", len(all))
 	}
-	if left, err := w.leases.List(w.ctx); err != nil || len(left) > 0 {
-		t.Errorf("leases: %v, %v", left, err)
+	if held := w.leased(); len(held) > 0 {
+		t.Errorf("under leases: %v", held)
 	}
 	if left, err := filepath.Glob(filepath.Join(w.root, "run/view-*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
@@ -429,4 +429,65 @@ func TestFailedCompare(t *testing.T) {
 	if _, err := w.ours.Compare(w.ctx, lowerView, upperView, diff.WithReference("mine")); err != nil {
 		t.Errorf("the next one: %v", err)
 	}
+}
+
+// leased are the digests of blobs that any lease holds.
+func (w *world) leased() (all []string) {
+	w.t.Helper()
+	list, err := w.leases.List(w.ctx)
+	w.must(err)
+	for _, l := range list {
+		resources, err := w.leases.ListResources(w.ctx, l)
+		w.must(err)
+		for _, r := range resources {
+			if r.Type == "content" {
+				all = append(all, r.ID)
+			}
+		}
+	}
+	return all
+}
+
+// Layers share a lease for a while, and each is under it. Where somebody removes it, the next layer gets another one.
+func TestLayersShareALease(t *testing.T) {
+	w := newWorld(t, content.Python, lower.PageCacheShared)
+	names := []string{w.commit("", plant)}
+	for i := range 4 {
+		names = append(names, w.commit(names[i], func(root string) {
+			w.must(os.WriteFile(filepath.Join(root, "new"), []byte{byte(i)}, 0o600))
+		}))
+	}
+	compare := func(ctx context.Context, i int) string {
+		desc, err := w.ours.Compare(ctx, w.view(names[i]), w.view(names[i+1]))
+		w.must(err)
+		return desc.Digest.String()
+	}
+	want := []string{compare(w.ctx, 0), compare(w.ctx, 1)}
+	list, err := w.leases.List(w.ctx)
+	w.must(err)
+	slices.Sort(want)
+	if got := w.leased(); len(list) != 1 || !slices.Equal(slices.Sorted(slices.Values(got)), want) {
+		t.Errorf("%d leases hold %v, want one that holds %v", len(list), got, want)
+	}
+	if text := list[0].Labels["containerd.io/gc.expire"]; !after(t, text, leaseTime) {
+		t.Errorf("it expires at %s", text)
+	}
+	w.must(w.leases.Delete(w.ctx, list[0]))
+	last := compare(w.ctx, 2)
+	if got := w.leased(); !slices.Equal(got, []string{last}) {
+		t.Errorf("leases hold %v, want %s", got, last)
+	}
+	own, err := w.leases.Create(w.ctx, leases.WithID("own"))
+	w.must(err)
+	mine := compare(leases.WithLease(w.ctx, own.ID), 3)
+	resources, err := w.leases.ListResources(w.ctx, own)
+	if w.must(err); len(resources) != 1 || resources[0].ID != mine {
+		t.Errorf("the caller's lease holds %v, want %s", resources, mine)
+	}
+}
+
+func after(t *testing.T, text string, least time.Duration) bool {
+	t.Helper()
+	at, err := time.Parse(time.RFC3339, text)
+	return err == nil && time.Until(at) > least
 }

@@ -25,6 +25,7 @@ type output struct {
 	ctx  context.Context
 	stop context.CancelFunc // ends the ingest
 	blob *bufio.Writer
+	size int64 // of the blob, as far as it is written
 	as   compression.Compression
 	sum  digest.Digester
 
@@ -56,7 +57,11 @@ func newOutput(ctx context.Context, layers *layer.Store, blob io.Writer, as comp
 		layers: layers, named: make(chan digest.Digest, 1), done: make(chan struct{}),
 	}
 	t.blob, _ = blobBuffers.Get().(*bufio.Writer)
-	t.blob.Reset(blob)
+	t.blob.Reset(writerFunc(func(p []byte) (int, error) {
+		n, err := blob.Write(p)
+		t.size += int64(n)
+		return n, err
+	}))
 	var from *io.PipeReader
 	from, t.pipe = io.Pipe()
 	t.out, _ = pipeBuffers.Get().(*bufio.Writer)
@@ -78,6 +83,10 @@ func newOutput(ctx context.Context, layers *layer.Store, blob io.Writer, as comp
 	}()
 	return t
 }
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // write writes the changes.
 func (t *output) write(pair *snapshotter.Pair, where *names, epoch *time.Time) (err error) {

@@ -131,7 +131,8 @@ func Of(dir string) (Project, error) {
 }
 
 func attributesOf(dir string) (a attributes, err error) {
-	if err := ioctl(dir, getAttributes, &a); err != nil {
+	err = with(dir, func(fd uintptr) error { return ioctl(fd, getAttributes, &a) })
+	if err != nil {
 		return a, &fs.PathError{Op: "read the project of", Path: dir, Err: err}
 	}
 	return a, nil
@@ -139,15 +140,49 @@ func attributesOf(dir string) (a attributes, err error) {
 
 // Assign gives a directory a project, which all that is made in it from now on belongs to.
 func Assign(dir string, p Project) error {
-	a, err := attributesOf(dir)
+	err := with(dir, func(fd uintptr) error { return assign(fd, p, projInherit) })
 	if err != nil {
-		return err
-	}
-	a.project, a.flags = uint32(p), a.flags|projInherit
-	if err := ioctl(dir, setAttributes, &a); err != nil {
 		return &fs.PathError{Op: "set the project of", Path: dir, Err: err}
 	}
 	return nil
+}
+
+// AssignTree is Assign for a directory and all that it holds already: directories and regular files, which is what
+// takes space. It begins with the directory, and follows no link out of it.
+func AssignTree(dir string, p Project) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.IsDir() && !d.Type().IsRegular() {
+			return err
+		}
+		f, err := root.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		var flags uint32
+		if d.IsDir() {
+			flags = projInherit
+		}
+		if err := assign(f.Fd(), p, flags); err != nil {
+			return &fs.PathError{Op: "set the project of", Path: filepath.Join(dir, path), Err: err}
+		}
+		return nil
+	})
+}
+
+// assign gives an open file a project, and flags beside those that it has.
+func assign(fd uintptr, p Project, flags uint32) error {
+	var a attributes
+	if err := ioctl(fd, getAttributes, &a); err != nil {
+		return err
+	}
+	a.project, a.flags = uint32(p), a.flags|flags
+	return ioctl(fd, setAttributes, &a)
 }
 
 // Rename moves a directory to one beside it, or to another directory of the file system. Where that one passes on a
@@ -177,14 +212,11 @@ func quotactl(dir string, command int, p Project, data unsafe.Pointer) error {
 	})
 }
 
-func ioctl(dir string, request uintptr, a *attributes) error {
-	return with(dir, func(fd uintptr) error {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, uintptr(unsafe.Pointer(a)))
-		if errno != 0 {
-			return errno
-		}
-		return nil
-	})
+func ioctl(fd, request uintptr, a *attributes) error {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, request, uintptr(unsafe.Pointer(a))); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // with opens a directory, and nothing else: what it holds comes from containers.

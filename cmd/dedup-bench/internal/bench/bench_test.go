@@ -184,3 +184,35 @@ func TestSweep(t *testing.T) {
 		t.Errorf("left are %v, want %s", left, alive)
 	}
 }
+
+// Benchmarks that run side by side sweep while others make their directories.
+func TestSweepBesideOthers(t *testing.T) {
+	parent := t.TempDir()
+	stop, swept := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(swept)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				sweep(parent)
+			}
+		}
+	}()
+	for range 500 {
+		dir, release, err := newOwned(parent, diskPattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "image"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		release()
+	}
+	close(stop)
+	<-swept
+}

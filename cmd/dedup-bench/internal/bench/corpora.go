@@ -69,7 +69,7 @@ func prepareCorpus(ctx context.Context, s *stage, name string) (func(context.Con
 }
 
 // trial pulls the images one after the other and starts each, then reads all of all of them.
-func (c corpus) trial(ctx context.Context, t *Trial) error {
+func (c corpus) trial(ctx context.Context, t *Trial) (err error) {
 	var sum cost
 	for i, img := range c.images {
 		what := c.about.Versions[i].What
@@ -83,6 +83,9 @@ func (c corpus) trial(ctx context.Context, t *Trial) error {
 			t.record(c.scenario, what+": inodes added", "inodes", float64(cost.used.Inodes))
 		}
 		sum = sum.plus(cost)
+		if c.about.Versions[i].NoStart {
+			continue
+		}
 		if err := c.start(ctx, t, img, what); err != nil {
 			return err
 		}
@@ -93,7 +96,14 @@ func (c corpus) trial(ctx context.Context, t *Trial) error {
 		t.record(c.scenario, "all: inodes", "inodes", float64(sum.used.Inodes))
 	}
 	t.record(c.scenario, "all: disk, with the content store", "bytes", float64(sum.disk.Bytes))
-	return readTogether(ctx, t, c.scenario, c.images)
+	group, err := newCharged()
+	if err != nil {
+		return err
+	}
+	if group != nil {
+		defer func() { err = errors.Join(err, group.close()) }()
+	}
+	return readTogether(ctx, t, c.scenario, c.images, group)
 }
 
 // start runs the service's command once, with nothing cached.

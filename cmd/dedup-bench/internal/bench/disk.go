@@ -33,16 +33,12 @@ func WithDisk(ctx context.Context, parent string, fn func(dir string) error) err
 
 func withDisk(ctx context.Context, parent string, size int64, fn func(dir string) error) (err error) {
 	sweep(parent)
-	dir, err := os.MkdirTemp(parent, diskPattern)
+	dir, release, err := newOwned(parent, diskPattern)
 	if err != nil {
 		return fmt.Errorf("make a disk: %w", err)
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	release, err := own(dir)
-	if err != nil {
-		return err
-	}
 	defer release()
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	image, target := filepath.Join(dir, "image"), filepath.Join(dir, "fs")
 	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, size), os.Mkdir(target, 0o700)); err != nil {
 		return fmt.Errorf("make a disk: %w", err)
@@ -60,13 +56,29 @@ func withDisk(ctx context.Context, parent string, size int64, fn func(dir string
 	return fn(target)
 }
 
-// own marks a directory as in use for as long as this process lives.
+// newOwned makes a directory that sweep leaves alone until release, or until this process has ended.
+func newOwned(parent, pattern string) (dir string, release func(), err error) {
+	if dir, err = os.MkdirTemp(parent, pattern); err != nil {
+		return "", nil, err
+	}
+	if release, err = own(dir); err != nil {
+		return "", nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return dir, release, nil
+}
+
+// own marks a directory as in use. The mark gets its name when it is locked: sweep takes one without a lock for that of
+// a process that has ended, and other benchmarks may sweep at any moment.
 func own(dir string) (release func(), err error) {
-	f, err := os.Create(filepath.Join(dir, "owner"))
+	f, err := os.Create(filepath.Join(dir, "owner.new"))
 	if err != nil {
 		return nil, fmt.Errorf("own %s: %w", dir, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		err = os.Rename(f.Name(), filepath.Join(dir, "owner"))
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("own %s: %w", dir, err), f.Close())
 	}
 	return func() { _ = f.Close() }, nil

@@ -85,11 +85,12 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 			return err
 		}
 	}
-	return readTogether(ctx, t, "memory", m.images)
+	return readTogether(ctx, t, "memory", m.images, nil)
 }
 
-// readTogether is the part of trial after the pulls.
-func readTogether(ctx context.Context, t *Trial, scenario string, images []Image) error {
+// readTogether is the part of trial after the pulls. With c, the page cache is what c was charged with, else what the
+// whole machine's has grown by.
+func readTogether(ctx context.Context, t *Trial, scenario string, images []Image, c *charged) error {
 	if err := dropCaches("3"); err != nil {
 		return err
 	}
@@ -100,7 +101,11 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if err != nil {
 		return err
 	}
-	var seconds float64
+	dropped, err := cachesDropped()
+	if err != nil {
+		return err
+	}
+	var seconds, cached float64
 	var after map[string]int64
 	var twice float64
 	var next func(i int) error
@@ -109,6 +114,9 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 			after, err = meminfo()
 			if err == nil {
 				twice, err = t.packsCached()
+			}
+			if err == nil && c != nil {
+				cached, err = c.bytes()
 			}
 			return err
 		}
@@ -130,9 +138,20 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 		}
 		return max(0, sum)
 	}
-	t.record(scenario, "page cache", "bytes", grown("Cached"))
-	if twice > 0 {
-		t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
+	if c == nil {
+		cached = grown("Cached")
+	}
+	again, err := cachesDropped()
+	if err != nil {
+		return err
+	}
+	if again != dropped {
+		t.opts.Say(scenario + ": no figure of the page cache: another process dropped it meanwhile")
+	} else {
+		t.record(scenario, "page cache", "bytes", cached)
+		if twice > 0 {
+			t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
+		}
 	}
 	t.record(scenario, "buffers", "bytes", grown("Buffers"))
 	t.record(scenario, "kernel objects", "bytes", grown("Slab"))
@@ -167,6 +186,20 @@ func (t *Trial) packsCached() (bytes float64, err error) {
 		bytes += float64(c.Cache) * float64(os.Getpagesize())
 	}
 	return bytes, nil
+}
+
+// cachesDropped counts how often somebody had the kernel drop the page cache, "" where it does not count.
+func cachesDropped() (string, error) {
+	data, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return "", fmt.Errorf("read memory figures: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if count, ok := strings.CutPrefix(line, "drop_pagecache "); ok {
+			return count, nil
+		}
+	}
+	return "", nil
 }
 
 // meminfo returns /proc/meminfo in bytes.

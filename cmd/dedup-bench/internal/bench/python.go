@@ -47,6 +47,6 @@ func preparePython(ctx context.Context, s *stage) (func(context.Context, *Trial)
 		if err := (fleet{"python", rounds}).trial(ctx, t); err != nil {
 			return err
 		}
-		return readTogether(ctx, t, "python", slices.Concat(rounds...))
+		return readTogether(ctx, t, "python", slices.Concat(rounds...), nil)
 	}, "", nil
 }

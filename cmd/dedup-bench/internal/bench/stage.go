@@ -52,13 +52,9 @@ type stage struct {
 }
 
 func newStage(opts Options) (*stage, error) {
-	dir, err := os.MkdirTemp(opts.Tmp, stagePattern)
+	dir, release, err := newOwned(opts.Tmp, stagePattern)
 	if err != nil {
 		return nil, fmt.Errorf("make a work directory: %w", err)
-	}
-	release, err := own(dir)
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	return &stage{opts: opts, dir: dir, release: release}, nil
 }

@@ -163,8 +163,12 @@ func (t *Trial) firstOutputMapped(
 		return 0, fmt.Errorf("start task: %w", err)
 	}
 	status := <-exited
-	if code, _, err := status.Result(); err != nil || code != 0 {
-		return 0, fmt.Errorf("container ended with %d: %w: %s", code, err, errOut.String())
+	code, _, err := status.Result()
+	if err != nil {
+		return 0, fmt.Errorf("wait for task: %w", err)
+	}
+	if code != 0 {
+		return 0, fmt.Errorf("container ended with %d: %s", code, errOut.String())
 	}
 	select {
 	case <-out.seen:

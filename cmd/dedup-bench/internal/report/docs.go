@@ -8,28 +8,54 @@ import (
 	"strings"
 )
 
-// Marks between which WriteDocs writes.
-const (
-	docsStart = "<!-- results -->"
-	docsEnd   = "<!-- end of results -->"
-)
+// blocks are what WriteDocs writes, each between "<!-- NAME -->" and "<!-- end of NAME -->".
+var blocks = []struct {
+	name    string
+	corpora bool // it is about corpora
+	text    func(r Report, plots string) string
+}{
+	{"results", false, Report.Markdown},
+	{"corpora", true, Report.corporaMarkdown},
+	{"corpora in short", true, Report.corporaSummary},
+}
 
-// WriteDocs writes the tables into a Markdown file, between its marks, and the plots into the
-// directory beside it that has the file's name without its ending.
+// WriteDocs writes tables into a Markdown file, between the marks that it has, and plots into the directory beside it
+// that has the file's name without its ending. The results of corpora are kept there too, in corpora/: they take long,
+// and Read reads them again.
 func (r Report) WriteDocs(path string) error {
-	old, err := os.ReadFile(path)
+	doc, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("write docs: %w", err)
 	}
-	head, rest, found := bytes.Cut(old, []byte(docsStart))
-	_, foot, ended := bytes.Cut(rest, []byte(docsEnd))
-	if !found || !ended {
-		return fmt.Errorf("write docs: %s has no line %s followed by %s", path, docsStart, docsEnd)
-	}
 	plots := strings.TrimSuffix(path, filepath.Ext(path))
-	if err := r.Plots(plots); err != nil {
-		return err
+	marked := false
+	for _, b := range blocks {
+		part := r.only(b.corpora)
+		head, rest, found := bytes.Cut(doc, fmt.Appendf(nil, "<!-- %s -->", b.name))
+		_, foot, ended := bytes.Cut(rest, fmt.Appendf(nil, "<!-- end of %s -->", b.name))
+		if !found || !ended {
+			continue
+		}
+		marked = true
+		if len(part.Results) == 0 {
+			continue
+		}
+		text := b.text(part, filepath.Base(plots))
+		doc = fmt.Appendf(nil, "%[1]s<!-- %[2]s -->\n\n%[3]s\n<!-- end of %[2]s -->%[4]s", head, b.name, text, foot)
+		if b.name == "corpora in short" {
+			continue // no plot
+		}
+		if err := part.Plots(plots); err != nil {
+			return err
+		}
+		if b.corpora {
+			if err := part.WriteData(filepath.Join(plots, "corpora")); err != nil {
+				return err
+			}
+		}
 	}
-	text := string(head) + docsStart + "\n\n" + r.Markdown(filepath.Base(plots)) + "\n" + docsEnd + string(foot)
-	return writeFile(path, []byte(text))
+	if !marked {
+		return fmt.Errorf("write docs: %s has no line <!-- results --> or <!-- corpora --> with its end", path)
+	}
+	return writeFile(path, doc)
 }

@@ -29,9 +29,18 @@ const (
 	footHeight  = 0.4 * vg.Inch
 )
 
-// Plots writes one SVG for each scenario, with a panel for each metric, and ratios.svg.
+// Plots writes one SVG for each scenario, with a panel for each metric, and ratios.svg; one for all corpora.
 func (r Report) Plots(dir string) error {
-	for _, scenario := range r.scenarios() {
+	if corpora := r.only(true); len(corpora.Results) > 0 {
+		data, err := corpora.corporaFigure()
+		if err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(dir, "corpora.svg"), data); err != nil {
+			return err
+		}
+	}
+	for _, scenario := range r.only(false).scenarios() {
 		data, err := r.figure(scenario)
 		if err != nil {
 			return fmt.Errorf("plot %s: %w", scenario, err)

@@ -87,7 +87,7 @@ func (r Report) ratio(scenario, metric, subject, by string) string {
 // Markdown is all tables, with the plots that lie in the directory plots, if it is not "".
 func (r Report) Markdown(plots string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n", r.Caption())
+	fmt.Fprintf(&b, "%s\n", strings.Join(wrap(r.Caption(), 118), "\n"))
 	if list := r.targets(); len(list) > 0 {
 		b.WriteString("\n### Against the targets\n\n")
 		if plots != "" {
@@ -143,7 +143,11 @@ func (r Report) Caption() string {
 	add("scale %s", s["scale"])
 	add("%s unpacks at once", s["unpacks"])
 	add("images %s", s["images"])
-	add("medians of %s runs (min–max)", s["runs"])
+	if s["runs"] == "1" {
+		add("%s run", s["runs"])
+	} else {
+		add("medians of %s runs (min–max)", s["runs"])
+	}
 	if !r.About.Time.IsZero() {
 		add("%s", r.About.Time.Format("2006-01-02"))
 	}

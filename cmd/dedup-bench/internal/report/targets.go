@@ -21,7 +21,7 @@ var descriptions = []struct{ name, text string }{
 	{"memory", "page cache after reading ten near-equal images"},
 	{"scale", "many layers, files and snapshots"},
 	{"corpus-node", "a Node.js service: npm packages, and Node.js itself"},
-	{"corpus-java-thin", "a Java service: its jars side by side, as Jib lays them out"},
+	{"corpus-java-thin", "a Java service: Java from Debian, and the service's jars side by side, as Jib lays them out"},
 	{"corpus-java-fat", "the same Java service as one jar that holds the others, as Spring Boot packs it"},
 	{"corpus-binary", "one static Go program on Debian; a rebuild stamps another version into it"},
 	{"corpus-debian", "Debian with a few tools, each image one layer; the upgrade takes some from backports"},
