@@ -74,7 +74,7 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	if err := unmountAll(c.MountPoint(n)); err != nil {
 		return err
 	}
-	_, err = c.mounts.mount(n)
+	_, err = c.mount(ctx, n)
 	return err
 }
 
