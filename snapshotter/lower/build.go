@@ -136,7 +136,7 @@ func (c *Chains) DropStale(ctx context.Context, names []Name) error {
 			if c.IsMounted(n) && !c.Users.IsLeft(n) || !c.Images.isStale(n) {
 				return nil
 			}
-			return errors.Join(c.mounts.unmount(n), c.Images.remove(n))
+			return errors.Join(c.unmount(n), c.Images.remove(n))
 		}))
 	}
 	return errors.Join(errs...)

@@ -233,7 +233,7 @@ func (c *Chains) UsersAt(mountPoint string) (ids []string) {
 // Release unmounts a chain that has no users. An image whose packs have lost payloads to others goes, too.
 func (c *Chains) Release(ctx context.Context, n Name) error {
 	return c.Users.ifUnused(ctx, n, func() error {
-		err := c.mounts.unmount(n)
+		err := c.unmount(n)
 		if c.Images.isStale(n) {
 			err = errors.Join(err, c.Images.remove(n))
 		}
@@ -280,6 +280,6 @@ func (c *Chains) Drop(ctx context.Context, n Name) error {
 	return c.Users.ifUnused(ctx, n, func() error {
 		err := c.Images.remove(n)
 		c.opts.Step("chain.dropped")
-		return errors.Join(err, c.mounts.unmount(n))
+		return errors.Join(err, c.unmount(n))
 	})
 }

@@ -96,6 +96,18 @@ func (u *Users) takeIdle(stay int) (gone []Name) {
 	return gone
 }
 
+// unmount unmounts a chain that the caller is busy with and nobody uses. It stays mounted for nobody any more.
+func (c *Chains) unmount(n Name) error {
+	u := c.Users
+	u.mu.Lock()
+	if l := u.left[n]; l != nil {
+		close(l.end)
+		delete(u.left, n)
+	}
+	u.mu.Unlock()
+	return c.mounts.unmount(n)
+}
+
 // mount mounts the image of a chain that the caller is busy with. Where the machine has no loop device or no mount
 // left, those that only stay mounted for who may come give theirs up.
 func (c *Chains) mount(ctx context.Context, n Name) (Below, error) {

@@ -3,6 +3,10 @@ package lower
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -83,9 +87,60 @@ func TestFewImagesLinger(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	for i, n := range names[2:] {
+	if err := l.Drop(t.Context(), names[2]); err != nil || l.Users.IsKept(names[2]) {
+		t.Errorf("an image that was removed counts: %v", err)
+	}
+	for i, n := range names[3:] {
 		if !l.IsMounted(n) || !l.Users.IsKept(n) {
-			t.Errorf("image %d of %d is not mounted any more", i+2, len(names))
+			t.Errorf("image %d of %d is not mounted any more", i+3, len(names))
 		}
 	}
+}
+
+// Whoever uses an image finds it mounted, whatever ends its time at the same moment.
+func TestLeaveWhileOthersCome(t *testing.T) {
+	l := newLab(t, kernel(needFeatures(t), false, needFeatures(t).Loop))
+	l.linger()
+	l.opts.Linger = time.Millisecond
+	ctx := context.Background()
+	failed := func(err error) { t.Error(err) }
+	var layers []content.LayerID
+	for i := range 3 {
+		layers = append(layers, l.ingest(map[string]string{"file": fmt.Sprint("of ", i)}))
+	}
+	var all sync.WaitGroup
+	for worker := range 4 {
+		all.Go(func() {
+			r := rand.New(rand.NewPCG(1, uint64(worker)))
+			for turn := range 100 {
+				i := r.IntN(len(layers))
+				n, id := l.Name(layers[i:i+1], Plain), fmt.Sprint(worker, "-", turn)
+				l.Users.Use(n, id)
+				below, err := l.Ensure(ctx, layers[i:i+1], Plain)
+				if err != nil {
+					t.Error(err)
+				}
+				time.Sleep(time.Duration(r.IntN(1500)) * time.Microsecond)
+				if text, err := os.ReadFile(filepath.Join(below.Chain, "file")); string(text) != fmt.Sprint("of ", i) {
+					t.Errorf("%q, %v", text, err)
+				}
+				if n, orphaned, _ := l.Users.Unuse(id); orphaned {
+					l.Leave(n, failed)
+				}
+				other := l.Name(layers[r.IntN(len(layers)):][:1], Plain)
+				switch r.IntN(8) {
+				case 0:
+					err = l.Drop(ctx, other)
+				case 1:
+					err = l.Release(ctx, other)
+				case 2:
+					l.Users.takeIdle(1)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
 }
