@@ -20,10 +20,14 @@ type lingering struct {
 }
 
 // Leave releases a chain whose last user has gone, if nobody uses it again for a while: a container that follows finds
-// its files in memory. It goes earlier when many have been left since. failed is told what Release returns.
+// its files in memory. It goes earlier when many have been left since, and at once when it keeps old packs. failed is
+// told what Release returns.
 func (c *Chains) Leave(n Name, failed func(error)) {
 	u := c.Users
 	l, waits := u.leave(n)
+	if c.Images.isStale(n) { // what becomes stale from here on, DropStale finds left
+		u.end(n)
+	}
 	u.takeIdle(lingerMost) // each has somebody who releases it
 	if waits {
 		return
@@ -90,22 +94,29 @@ func (u *Users) takeIdle(stay int) (gone []Name) {
 	slices.SortFunc(gone, func(a, b Name) int { return u.left[a].since.Compare(u.left[b].since) })
 	gone = gone[:max(0, len(gone)-stay)]
 	for _, n := range gone {
-		close(u.left[n].end)
-		delete(u.left, n)
+		u.endLocked(n)
 	}
 	return gone
 }
 
 // unmount unmounts a chain that the caller is busy with and nobody uses. It stays mounted for nobody any more.
 func (c *Chains) unmount(n Name) error {
-	u := c.Users
+	c.Users.end(n)
+	return c.mounts.unmount(n)
+}
+
+// end ends the time of a chain that stays mounted for a while, if it does.
+func (u *Users) end(n Name) {
 	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.endLocked(n)
+}
+
+func (u *Users) endLocked(n Name) {
 	if l := u.left[n]; l != nil {
 		close(l.end)
 		delete(u.left, n)
 	}
-	u.mu.Unlock()
-	return c.mounts.unmount(n)
 }
 
 // mount mounts the image of a chain that the caller is busy with. Where the machine has no loop device or no mount

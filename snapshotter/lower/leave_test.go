@@ -144,3 +144,31 @@ func TestLeaveWhileOthersCome(t *testing.T) {
 	}
 	all.Wait()
 }
+
+// An image whose packs were merged below a container does not wait for another container: with one every few seconds,
+// the old packs would stay for ever.
+func TestMergedBelowLeft(t *testing.T) {
+	l := newLab(t, kernel(needFeatures(t), false, needFeatures(t).Loop))
+	l.linger()
+	var chain []content.LayerID
+	for i := range 9 {
+		chain = append(chain, l.ingest(map[string]string{fmt.Sprint("f", i): text(fmt.Sprint(i))}))
+	}
+	n := l.Name(chain, Plain)
+	l.Users.Use(n, "1")
+	l.ensure(chain...)
+	if err := l.layers.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	l.drops.Wait() // who merges has looked, and found it in use
+	l.Users.Unuse("1")
+	l.Leave(n, func(err error) { t.Error(err) })
+	for deadline := time.Now().Add(10 * time.Second); l.Images.Has(n) || l.IsMounted(n); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the image over old packs stays")
+		}
+	}
+	if packs, _ := filepath.Glob(filepath.Join(l.dir, "root/packs/*")); len(packs) >= 9 {
+		t.Errorf("%d packs", len(packs))
+	}
+}
