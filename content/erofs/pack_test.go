@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
@@ -201,6 +202,28 @@ func TestSealTellsOfFailedWrites(t *testing.T) {
 	}
 	if _, err := w.Seal(); err == nil || !strings.Contains(err.Error(), "write pack 0000000000009") {
 		t.Errorf("Seal: %v", err)
+	}
+}
+
+// TestReadTellsOfFailedWrites: who reads a payload back whose run could not be written gets that error, which says that
+// the disk is full, and not the file's end or zeros.
+func TestReadTellsOfFailedWrites(t *testing.T) {
+	f, err := os.Open(os.DevNull) // only for reading
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := NewPackWriter(f, 9)
+	data := pattern("small", runMost)
+	n, err := w.Append(idOf(data), data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = w.Append(idOf(data), data)
+	}
+	if _, got := w.Read(n); !errors.Is(got, unix.EBADF) {
+		t.Errorf("Read: %v, and Append: %v", got, err)
 	}
 }
 

@@ -133,6 +133,10 @@ func (w *PackWriter) Read(n uint32) ([]byte, error) {
 		w.mu.Unlock()
 		return nil, fmt.Errorf("pack %s has no slot %d", w.id, n)
 	}
+	if w.err != nil { // the file may lack what was put
+		w.mu.Unlock()
+		return nil, w.err
+	}
 	s := w.slots[n]
 	b := make([]byte, s.Size)
 	at := int64(s.Block) * blockSize

@@ -38,7 +38,7 @@ type Comparer struct {
 // lease is one of containerd's that blobs share.
 type lease struct {
 	id    string
-	until time.Time // takes blobs
+	until time.Time // takes blobs, by the wall clock, as containerd counts; the other stands still while a machine sleeps
 }
 
 // New returns a comparer for the mounts of s that writes to the content store of the containerd that calls.
@@ -123,7 +123,7 @@ func (c *Comparer) leased(ctx context.Context) (_ context.Context, shared string
 		if err != nil {
 			return ctx, "", fmt.Errorf("lease for a layer: %w", err)
 		}
-		have = lease{l.ID, time.Now().Add(leaseShared)}
+		have = lease{l.ID, time.Now().Add(leaseShared).Round(0)}
 		c.mu.Lock()
 		c.shared[ns] = have
 		c.mu.Unlock()

@@ -472,6 +472,9 @@ func TestLayersShareALease(t *testing.T) {
 	if text := list[0].Labels["containerd.io/gc.expire"]; !after(t, text, leaseTime) {
 		t.Errorf("it expires at %s", text)
 	}
+	if until := w.ours.shared["test"].until; until != until.Round(0) { // containerd counts time that a machine slept
+		t.Errorf("it is shared until %s, by a clock that stands still while the machine sleeps", until)
+	}
 	w.must(w.leases.Delete(w.ctx, list[0]))
 	last := compare(w.ctx, 2)
 	if got := w.leased(); !slices.Equal(got, []string{last}) {

@@ -74,7 +74,7 @@ func (c *Chains) buildLocked(ctx context.Context, n Name, chain []content.LayerI
 	if err := unmountAll(c.MountPoint(n)); err != nil {
 		return err
 	}
-	_, err = c.mounts.mount(n)
+	_, err = c.mount(ctx, n)
 	return err
 }
 
@@ -136,7 +136,7 @@ func (c *Chains) DropStale(ctx context.Context, names []Name) error {
 			if c.IsMounted(n) && !c.Users.IsLeft(n) || !c.Images.isStale(n) {
 				return nil
 			}
-			return errors.Join(c.mounts.unmount(n), c.Images.remove(n))
+			return errors.Join(c.unmount(n), c.Images.remove(n))
 		}))
 	}
 	return errors.Join(errs...)

@@ -233,53 +233,12 @@ func (c *Chains) UsersAt(mountPoint string) (ids []string) {
 // Release unmounts a chain that has no users. An image whose packs have lost payloads to others goes, too.
 func (c *Chains) Release(ctx context.Context, n Name) error {
 	return c.Users.ifUnused(ctx, n, func() error {
-		err := c.mounts.unmount(n)
+		err := c.unmount(n)
 		if c.Images.isStale(n) {
 			err = errors.Join(err, c.Images.remove(n))
 		}
 		return err
 	})
-}
-
-// Leave releases a chain whose last user has gone, if nobody uses it again for a while: a container that follows finds
-// its files in memory. failed is told what Release returns.
-func (c *Chains) Leave(n Name, failed func(error)) {
-	u := c.Users
-	u.mu.Lock()
-	_, waits := u.left[n]
-	u.left[n] = time.Now()
-	u.mu.Unlock()
-	if waits {
-		return
-	}
-	release := func(ctx context.Context) {
-		u.mu.Lock()
-		delete(u.left, n)
-		u.mu.Unlock()
-		if err := c.Release(ctx, n); err != nil {
-			failed(err)
-		}
-	}
-	started := c.opts.Background(func(stop context.Context) {
-		for {
-			u.mu.Lock()
-			left := time.Until(u.left[n].Add(c.opts.Linger))
-			u.mu.Unlock()
-			if left <= 0 {
-				break
-			}
-			select {
-			case <-time.After(left):
-				continue
-			case <-stop.Done():
-			}
-			break
-		}
-		release(context.WithoutCancel(stop))
-	})
-	if !started {
-		release(context.Background())
-	}
 }
 
 func (c *Chains) change(fn func(*Stats)) {
@@ -321,6 +280,6 @@ func (c *Chains) Drop(ctx context.Context, n Name) error {
 	return c.Users.ifUnused(ctx, n, func() error {
 		err := c.Images.remove(n)
 		c.opts.Step("chain.dropped")
-		return errors.Join(err, c.mounts.unmount(n))
+		return errors.Join(err, c.unmount(n))
 	})
 }

@@ -52,8 +52,8 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID, f Flavour)
 	if err := unmountAll(c.MountPoint(n)); err != nil { // a pack may be mounted no more
 		return below, err
 	}
-	below, err = c.mounts.mount(n)
-	if err == nil || errors.Is(err, errNoLoop) {
+	below, err = c.mount(ctx, n)
+	if err == nil || isShort(err) {
 		return below, err
 	}
 	// Whatever is wrong with the image, a new one costs less than finding out.
@@ -73,7 +73,7 @@ func (c *Chains) Ensure(ctx context.Context, chain []content.LayerID, f Flavour)
 	if err := c.buildLocked(ctx, n, chain); err != nil {
 		return below, err
 	}
-	return c.mounts.mount(n)
+	return c.mount(ctx, n)
 }
 
 // PackMounts is how many packs are mounted.

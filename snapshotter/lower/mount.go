@@ -93,10 +93,13 @@ func mountFile(source, target string, options []string) error {
 	return explainMount(source, unix.Mount(source, target, "erofs", unix.MS_RDONLY, strings.Join(labelled(options), ",")))
 }
 
+// errNoMount is wrapped when the kernel allows no more mounts.
+var errNoMount = errors.New("this machine has too many mounts")
+
 func explainMount(source string, err error) error {
 	switch {
 	case errors.Is(err, unix.ENOSPC): // it is not about space, and must not look so
-		return fmt.Errorf("mount %s: this machine has too many mounts: raise fs.mount-max", source)
+		return fmt.Errorf("mount %s: %w: raise fs.mount-max", source, errNoMount)
 	case err != nil:
 		return fmt.Errorf("mount %s: %w", source, err)
 	}

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 	"sync"
-	"time"
 )
 
 // Users are the snapshots that may be mounted over a chain, and who is busy with it. Safe for concurrent use.
@@ -17,13 +16,13 @@ type Users struct {
 	byID  map[string]Name
 	// busy chains are being built, mounted or unmounted; the channel is closed after.
 	busy map[Name]chan struct{}
-	// left is when the last user of a chain went that stays mounted for a while, see Chains.Leave.
-	left map[Name]time.Time
+	// left are the chains that stay mounted for a while after their last users, see Chains.Leave.
+	left map[Name]*lingering
 }
 
 func newUsers() *Users {
 	return &Users{users: map[Name]map[string]bool{}, byID: map[string]Name{}, busy: map[Name]chan struct{}{},
-		left: map[Name]time.Time{}}
+		left: map[Name]*lingering{}}
 }
 
 // Use notes that a snapshot may be mounted over a chain.
