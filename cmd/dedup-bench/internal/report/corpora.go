@@ -68,17 +68,33 @@ func (r Report) corporaMarkdown(plots string) string {
 	return b.String()
 }
 
-// corporaSummary is a table of dedup ratios for the README.
+// corporaSummary is a table of dedup ratios for the README, without columns that nothing was measured for.
 func (r Report) corporaSummary(string) string {
-	var b strings.Builder
-	var rows [][]string
-	for _, s := range r.scenarios() {
-		rows = append(rows, []string{Describe(s), r.times(s, "all: disk", r.Baseline), r.times(s, "all: disk", "erofs"),
-			r.times(s, "all: disk, with the content store", r.Baseline), r.times(s, "page cache", r.Baseline),
-			r.times(s, "page cache", "erofs")})
+	scenarios := r.scenarios()
+	head, rows := []string{""}, make([][]string, len(scenarios))
+	for i, s := range scenarios {
+		rows[i] = []string{Describe(s)}
 	}
-	writeTable(&b, []string{"", "disk, overlayfs", "disk, erofs", "node's disk, overlayfs",
-		"page cache, overlayfs", "page cache, erofs"}, rows)
+	for _, c := range []struct{ name, metric string }{
+		{"disk", "all: disk"}, {"node's disk", "all: disk, with the content store"}, {"page cache", "page cache"},
+	} {
+		for _, by := range []string{r.Baseline, "erofs"} {
+			cells, measured := make([]string, len(scenarios)), false
+			for i, s := range scenarios {
+				cells[i] = r.times(s, c.metric, by)
+				measured = measured || cells[i] != "-"
+			}
+			if !measured {
+				continue
+			}
+			head = append(head, c.name+", "+by)
+			for i := range rows {
+				rows[i] = append(rows[i], cells[i])
+			}
+		}
+	}
+	var b strings.Builder
+	writeTable(&b, head, rows)
 	return b.String()
 }
 
