@@ -47,7 +47,9 @@ var metrics = []metric{
 	{"cold_pull", "first pull", "s", func(t trial) float64 { return t.Steps[0].Pull }},
 	{"rebuild_pull", "pull of the rebuild", "s", func(t trial) float64 { return t.Steps[1].Pull }},
 	{"cold_pull_flushed", "first pull, until all is on disk", "s", func(t trial) float64 { return t.Steps[0].Flushed }},
-	{"rebuild_pull_flushed", "pull of the rebuild, until all is on disk", "s", func(t trial) float64 { return t.Steps[1].Flushed }},
+	{"rebuild_pull_flushed", "pull of the rebuild, until all is on disk", "s", func(t trial) float64 {
+		return t.Steps[1].Flushed
+	}},
 	{"cold_cpu", "first pull, CPU", "s", func(t trial) float64 { return t.Steps[0].CPU }},
 	{"rebuild_cpu", "pull of the rebuild, CPU", "s", func(t trial) float64 { return t.Steps[1].CPU }},
 	{"cold_run", "first container run after the pull", "s", func(t trial) float64 { return t.Steps[0].Run }},

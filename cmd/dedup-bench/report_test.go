@@ -74,7 +74,8 @@ func TestReportRatios(t *testing.T) {
 	}
 
 	docs := filepath.Join(t.TempDir(), "README.md")
-	if err := os.WriteFile(docs, []byte("before\n<!-- demo -->\nold\n<!-- end of demo -->\nafter\n"), 0o600); err != nil {
+	marked := "before\n<!-- demo -->\nold\n<!-- end of demo -->\nafter\n"
+	if err := os.WriteFile(docs, []byte(marked), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.writeDocs(docs); err != nil {
@@ -84,7 +85,8 @@ func TestReportRatios(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"before\n<!-- demo -->\n", "\n| first pull | 8.00 s | 4.00 s | 0.500 |\n", "<!-- end of demo -->\nafter\n"} {
+	for _, want := range []string{"before\n<!-- demo -->\n", "\n| first pull | 8.00 s | 4.00 s | 0.500 |\n",
+		"<!-- end of demo -->\nafter\n"} {
 		if !strings.Contains(string(written), want) || strings.Contains(string(written), "old") {
 			t.Errorf("docs lack %q, or have the old table:\n%s", want, written)
 		}
