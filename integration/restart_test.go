@@ -13,6 +13,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
+	"github.com/dedup-snapshotter/dedup-snapshotter/integration/registry"
 )
 
 // reader is a container's command that reads the image's files in a loop, dies of the first wrong
@@ -132,37 +133,45 @@ func TestRestart(t *testing.T) {
 	objectsUntouched(t, n)
 }
 
-// A daemon that is killed in the middle of a pull leaves nothing that a later pull trips over.
+// A daemon that is killed, or stopped, in the middle of a pull leaves nothing that a later pull trips over.
 func TestDaemonKilledDuringPull(t *testing.T) {
 	t.Parallel()
 	n, r := startDedup(t, node.Options{}), startRegistry(t)
+	for name, end := range map[string]func() error{"killed": n.KillDaemon, "stopped": n.StopDaemon} {
+		endDuringPull(t, n, r, name, end)
+	}
+	objectsUntouched(t, n)
+}
+
+func endDuringPull(t *testing.T, n *node.Node, r *registry.Registry, name string, end func() error) {
+	t.Helper()
 	ctx := testContext(t)
 	layers := []*image.Layer{busybox(t)}
 	var want strings.Builder
 	for i := range 6 {
-		e := payload("killed", fmt.Sprint("big", i), 8<<20)
+		e := payload(name, fmt.Sprint("big", i), 8<<20)
 		want.WriteString(e.Content[:100])
 		layers = append(layers, layer(t, e))
 	}
-	ref := push(t, r, "killed:1", layers...)
+	ref := push(t, r, name+":1", layers...)
+	before := packed(n)
 	pulled := make(chan error, 1)
 	go func() { pulled <- n.Pull(ctx, node.Snapshotter, ref) }()
-	for packed(n) < 8<<20 { // one of six
+	for packed(n) < before+8<<20 { // one of six
 		must(t, ctx.Err())
 		time.Sleep(time.Millisecond)
 	}
-	must(t, n.KillDaemon())
+	must(t, end())
 	if err := <-pulled; err == nil {
-		t.Log("the pull was over when the kill came: nothing of this run was cut off")
+		t.Logf("%s: the pull was over: nothing of this run was cut off", name)
 	}
 	must(t, n.StartDaemon(ctx))
 	pull(t, n, node.Snapshotter, ref)
 	out, err := n.Run(ctx, node.Snapshotter, ref, "sh", "-c", "for f in /big*; do head -c 100 $f; done")
 	must(t, err)
 	if out != want.String() {
-		t.Errorf("the container reads %q", out)
+		t.Errorf("%s: the container reads %q", name, out)
 	}
-	objectsUntouched(t, n)
 }
 
 // onceMore is a container's command that changes its files and waits when it runs first,

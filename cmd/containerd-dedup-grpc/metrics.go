@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -252,8 +253,7 @@ func serveMetrics(ctx context.Context, address string, calls calls, holds collec
 		}
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError,
-		ErrorLog: log.G(ctx), MaxRequestsInFlight: 2}))
+	mux.Handle("GET /metrics", metricsHandler(reg, log.G(ctx)))
 	stop, err = serveHTTP(ctx, address, &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second,
 		WriteTimeout: time.Minute})
 	if err != nil {
@@ -261,3 +261,27 @@ func serveMetrics(ctx context.Context, address string, calls calls, holds collec
 	}
 	return stop, nil
 }
+
+// metricsHandler answers a scrape in one piece, once all is collected: promhttp logs each metric family that it cannot
+// send, and a scraper that hung up left a hundred lines.
+func metricsHandler(from prometheus.Gatherer, errs promhttp.Logger) http.Handler {
+	h := promhttp.HandlerFor(from, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: errs,
+		MaxRequestsInFlight: 2})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a := answer{ResponseWriter: w, code: http.StatusOK}
+		h.ServeHTTP(&a, r)
+		w.WriteHeader(a.code)
+		_, _ = a.body.WriteTo(w) // the scraper has gone
+	})
+}
+
+// answer keeps what is written.
+type answer struct {
+	http.ResponseWriter
+	code int
+	body bytes.Buffer
+}
+
+func (a *answer) WriteHeader(code int) { a.code = code }
+
+func (a *answer) Write(p []byte) (int, error) { return a.body.Write(p) }

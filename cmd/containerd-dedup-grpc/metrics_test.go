@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -17,7 +19,9 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -205,5 +209,47 @@ func ingest(t *testing.T, c Config) {
 	}
 	if _, err := client.Stat(t.Context(), &snapshotsapi.StatSnapshotRequest{Key: "none"}); err == nil {
 		t.Fatal("a snapshot that there is not")
+	}
+}
+
+// hangsUp is a collector of many families that are ready when the scraper has gone.
+type hangsUp struct{ scraper net.Conn }
+
+func (hangsUp) Describe(chan<- *prometheus.Desc) {}
+
+func (h hangsUp) Collect(out chan<- prometheus.Metric) {
+	_ = h.scraper.(*net.TCPConn).SetLinger(0) // the server's next write fails
+	_ = h.scraper.Close()
+	for i := range 200 {
+		emitter{out}.gauge(fmt.Sprintf("dedup_test_%d", i), strings.Repeat("help ", 100), 1)
+	}
+}
+
+// A scraper that hangs up leaves nothing in the log.
+func TestScraperHangsUp(t *testing.T) {
+	var said bytes.Buffer
+	logger := logrus.New()
+	logger.SetOutput(&said)
+	served := make(chan struct{})
+	reg := prometheus.NewRegistry()
+	handler := metricsHandler(reg, logger)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer close(served)
+		handler.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	conn, err := net.Dial("tcp", server.Listener.Addr().String())
+	if err == nil {
+		err = reg.Register(hangsUp{conn})
+	}
+	if err == nil {
+		_, err = io.WriteString(conn, "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-served
+	if said.Len() > 0 {
+		t.Errorf("%d lines in the log: %.300s", strings.Count(said.String(), "\n"), said.String())
 	}
 }

@@ -42,9 +42,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/source"
 )
 
-// stopTimeout is how long a stop waits for running calls before it cuts them off.
-const stopTimeout = 5 * time.Second
-
 // serve runs until ctx ends. All wiring is here.
 func serve(ctx context.Context, c Config) (err error) {
 	// What the daemon creates is root's alone; modes that matter are set explicitly.
@@ -82,8 +79,10 @@ func serve(ctx context.Context, c Config) (err error) {
 		return err
 	}
 	defer stop()
+	until := untilStop{ctx}
 	server := grpc.NewServer(
-		grpc.ChainUnaryInterceptor(calls.unary, recoverUnary), grpc.ChainStreamInterceptor(calls.stream, recoverStream),
+		grpc.ChainUnaryInterceptor(calls.unary, until.unary, recoverUnary),
+		grpc.ChainStreamInterceptor(calls.stream, until.stream, recoverStream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	applier := apply.New(sn, found)
