@@ -34,6 +34,8 @@ func demoCommand() *cli.Command {
 				"containerd and dedup use where it is installed; --igzip=false: with Go's libraries"},
 			&cli.PathFlag{Name: "tmp", Usage: "directory for the nodes, on a disk as containerd would use (default: TMPDIR " +
 				"or /tmp)"},
+			&cli.PathFlag{Name: "docs", Usage: "Markdown `FILE` whose table (between <!-- demo --> and <!-- end of demo -->) " +
+				"is written anew"},
 			&cli.BoolFlag{Name: "json", Usage: "print demo.json instead of the table"},
 		},
 		Action: runDemo,
@@ -142,6 +144,11 @@ func finish(c *cli.Context, p *progress, r demoReport) error {
 	if err := r.write(path); err != nil {
 		return err
 	}
+	if docs := c.Path("docs"); docs != "" {
+		if err := r.writeDocs(docs); err != nil {
+			return err
+		}
+	}
 	if c.Bool("json") {
 		data, err := os.ReadFile(path)
 		if err != nil {
@@ -155,8 +162,7 @@ func finish(c *cli.Context, p *progress, r demoReport) error {
 		fmt.Printf("%s: %d layers, %.1f MB compressed, %.1f MB of tar\n", img.Name, img.Layers, float64(img.Blobs)/1e6,
 			float64(img.Tars)/1e6)
 	}
-	fmt.Printf("containerd %s, kernel %s, %s CPUs, all decompress with %s, medians of %d runs\n\n",
-		r.Versions["containerd"], r.Machine["kernel"], r.Machine["cpus"], r.Versions["gunzip"], r.Runs)
+	fmt.Printf("%s\n\n", r.caption())
 	if err := r.print(os.Stdout); err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/report"
 )
 
 // spread is a figure over several runs.
@@ -42,24 +45,26 @@ type metric struct {
 // "rebuild" the second: the same content, other times and owners, another registry.
 var metrics = []metric{
 	{"cold_pull", "first pull", "s", func(t trial) float64 { return t.Steps[0].Pull }},
-	{"rebuild_pull", "rebuild pull", "s", func(t trial) float64 { return t.Steps[1].Pull }},
-	{"cold_pull_flushed", "first pull, flushed", "s", func(t trial) float64 { return t.Steps[0].Flushed }},
-	{"rebuild_pull_flushed", "rebuild pull, flushed", "s", func(t trial) float64 { return t.Steps[1].Flushed }},
+	{"rebuild_pull", "pull of the rebuild", "s", func(t trial) float64 { return t.Steps[1].Pull }},
+	{"cold_pull_flushed", "first pull, until all is on disk", "s", func(t trial) float64 { return t.Steps[0].Flushed }},
+	{"rebuild_pull_flushed", "pull of the rebuild, until all is on disk", "s", func(t trial) float64 {
+		return t.Steps[1].Flushed
+	}},
 	{"cold_cpu", "first pull, CPU", "s", func(t trial) float64 { return t.Steps[0].CPU }},
-	{"rebuild_cpu", "rebuild pull, CPU", "s", func(t trial) float64 { return t.Steps[1].CPU }},
-	{"cold_run", "first container run", "s", func(t trial) float64 { return t.Steps[0].Run }},
-	{"rebuild_run", "rebuild container run", "s", func(t trial) float64 { return t.Steps[1].Run }},
-	{"bytes", "disk, both images", "MB", func(t trial) float64 { return float64(t.Steps[1].Used.Bytes) }},
-	{"inodes", "inodes, both images", "", func(t trial) float64 { return float64(t.Steps[1].Used.Inodes) }},
-	{"cold_bytes", "disk, first image", "MB", func(t trial) float64 { return float64(t.Steps[0].Used.Bytes) }},
-	{"cold_inodes", "inodes, first image", "", func(t trial) float64 { return float64(t.Steps[0].Used.Inodes) }},
+	{"rebuild_cpu", "pull of the rebuild, CPU", "s", func(t trial) float64 { return t.Steps[1].CPU }},
+	{"cold_run", "first container run after the pull", "s", func(t trial) float64 { return t.Steps[0].Run }},
+	{"rebuild_run", "container run after the rebuild", "s", func(t trial) float64 { return t.Steps[1].Run }},
+	{"bytes", "disk for both", "MB", func(t trial) float64 { return float64(t.Steps[1].Used.Bytes) }},
+	{"inodes", "inodes for both", "", func(t trial) float64 { return float64(t.Steps[1].Used.Inodes) }},
+	{"cold_bytes", "disk for the first image", "MB", func(t trial) float64 { return float64(t.Steps[0].Used.Bytes) }},
+	{"cold_inodes", "inodes for the first image", "", func(t trial) float64 { return float64(t.Steps[0].Used.Inodes) }},
 	{"second_bytes", "disk added by the rebuild", "MB", func(t trial) float64 {
 		return float64(t.Steps[1].Used.Sub(t.Steps[0].Used).Bytes)
 	}},
 	{"second_inodes", "inodes added by the rebuild", "", func(t trial) float64 {
 		return float64(t.Steps[1].Used.Sub(t.Steps[0].Used).Inodes)
 	}},
-	{"peak_memory", "peak memory of the daemons", "MB", func(t trial) float64 { return float64(t.PeakMemory) }},
+	{"peak_memory", "peak memory, containerd and daemon", "MB", func(t trial) float64 { return float64(t.PeakMemory) }},
 }
 
 // demoReport is what out/demo.json holds.
@@ -124,16 +129,15 @@ func (r demoReport) ratio(subject, key string) (float64, bool) {
 	return a.Median / b.Median, true
 }
 
-// print writes the table.
-func (r demoReport) print(w io.Writer) error {
-	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+// table is the head and the rows of what is printed: medians, as cell writes them, and ratios.
+func (r demoReport) table(cell func(metric, spread) string) (rows [][]string) {
 	head := append([]string{""}, r.order...)
 	for _, s := range r.order {
 		if s != baseline {
-			head = append(head, s+"/"+baseline)
+			head = append(head, s+" / "+baseline)
 		}
 	}
-	fmt.Fprintln(tw, strings.Join(head, "\t"))
+	rows = append(rows, head)
 	for _, m := range metrics {
 		row := []string{m.title}
 		for _, s := range r.order {
@@ -145,13 +149,60 @@ func (r demoReport) print(w io.Writer) error {
 			}
 			text := "-"
 			if ratio, ok := r.ratio(s, m.key); ok {
-				text = fmt.Sprintf("%.3f", ratio)
+				text = fmt.Sprintf("%.*f", max(3, 1-int(math.Floor(math.Log10(max(ratio, 1e-6))))), ratio)
 			}
 			row = append(row, text)
 		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
+// print writes the table for a terminal.
+func (r demoReport) print(w io.Writer) error {
+	tw := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+	for _, row := range r.table(cell) {
 		fmt.Fprintln(tw, strings.Join(row, "\t"))
 	}
 	return tw.Flush()
+}
+
+// caption says what was measured, and on what.
+func (r demoReport) caption() string {
+	return fmt.Sprintf("containerd %s, kernel %s, %s CPUs, all decompress with %s, medians of %d runs",
+		r.Versions["containerd"], r.Machine["kernel"], r.Machine["cpus"], r.Versions["gunzip"], r.Runs)
+}
+
+// writeDocs writes the table into a Markdown file, between its marks.
+func (r demoReport) writeDocs(path string) error {
+	doc, err := os.ReadFile(path)
+	if err != nil {
+		return fmt.Errorf("write docs: %w", err)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s, commit %s, %s:\n\n", r.caption(), r.Versions["commit"], r.Time.Format(time.DateOnly))
+	for i, row := range r.table(medianCell) {
+		fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
+		if i == 0 {
+			b.WriteString(strings.Repeat("| --- ", len(row)) + "|\n")
+		}
+	}
+	doc, ok := report.Fill(doc, "demo", b.String())
+	if !ok {
+		return fmt.Errorf("write docs: %s has no line <!-- demo --> with its end", path)
+	}
+	if err := os.WriteFile(path, doc, 0o644); err != nil {
+		return fmt.Errorf("write docs: %w", err)
+	}
+	return nil
+}
+
+// medianCell leaves minimum and maximum out.
+func medianCell(m metric, s spread) string {
+	if m.unit == "s" {
+		return fmt.Sprintf("%.2f s", s.Median)
+	}
+	return cell(m, s)
 }
 
 func cell(m metric, s spread) string {

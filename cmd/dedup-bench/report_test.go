@@ -69,7 +69,29 @@ func TestReportRatios(t *testing.T) {
 	if err := r.print(&table); err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(table.String(), "dedup/overlayfs") || !strings.Contains(table.String(), "0.250") {
+	if !strings.Contains(table.String(), "dedup / overlayfs") || !strings.Contains(table.String(), "0.250") {
 		t.Errorf("table:\n%s", table.String())
+	}
+
+	docs := filepath.Join(t.TempDir(), "README.md")
+	marked := "before\n<!-- demo -->\nold\n<!-- end of demo -->\nafter\n"
+	if err := os.WriteFile(docs, []byte(marked), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.writeDocs(docs); err != nil {
+		t.Fatal(err)
+	}
+	written, err := os.ReadFile(docs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"before\n<!-- demo -->\n", "\n| first pull | 8.00 s | 4.00 s | 0.500 |\n",
+		"<!-- end of demo -->\nafter\n"} {
+		if !strings.Contains(string(written), want) || strings.Contains(string(written), "old") {
+			t.Errorf("docs lack %q, or have the old table:\n%s", want, written)
+		}
+	}
+	if err := r.writeDocs(path); err == nil {
+		t.Error("a file without the marks was written")
 	}
 }

@@ -17,8 +17,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// nearEqual is how many images the memory scenario reads.
-const nearEqual = 10
+const (
+	nearEqual = 10               // images that the memory scenario reads
+	idle      = 10 * time.Second // from the last read until the page cache is looked at once more
+)
 
 // prepareMemory makes images of one pip install as ten builds would: other owners and times, and a
 // file that says which build it is.
@@ -88,8 +90,42 @@ func (m memory) trial(ctx context.Context, t *Trial) error {
 	return readTogether(ctx, t, "memory", m.images, nil)
 }
 
-// readTogether is the part of trial after the pulls. With c, the page cache is what c was charged with, else what the
-// whole machine's has grown by.
+// look is what the kernel says of its memory at one moment, in bytes. charged and packs are parts of the page cache:
+// what this process brought in, and what dedup's packs hold of it.
+type look struct {
+	info           map[string]int64
+	charged, packs float64
+}
+
+func lookAt(t *Trial, c *charged) (l look, err error) {
+	if l.info, err = meminfo(); err != nil {
+		return l, err
+	}
+	if l.packs, err = t.packsCached(); err != nil || c == nil {
+		return l, err
+	}
+	l.charged, err = c.bytes()
+	return l, err
+}
+
+// grown is by how much some lines of meminfo have grown.
+func (l look) grown(before map[string]int64, names ...string) (sum float64) {
+	for _, name := range names {
+		sum += float64(l.info[name] - before[name])
+	}
+	return max(0, sum)
+}
+
+// cached is what the page cache has grown by. With c, it is what c was charged with.
+func (l look) cached(before map[string]int64, c *charged) float64 {
+	if c != nil {
+		return l.charged
+	}
+	return l.grown(before, "Cached")
+}
+
+// readTogether is the part of trial after the pulls. It looks at the page cache at the last read, and again when all
+// images have been idle for a while.
 func readTogether(ctx context.Context, t *Trial, scenario string, images []Image, c *charged) error {
 	if err := dropCaches("3"); err != nil {
 		return err
@@ -105,19 +141,18 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if err != nil {
 		return err
 	}
-	var seconds, cached float64
-	var after map[string]int64
-	var twice float64
+	var seconds float64
+	var last, later look
 	var next func(i int) error
 	next = func(i int) error {
 		if i == len(images) {
-			after, err = meminfo()
-			if err == nil {
-				twice, err = t.packsCached()
+			if last, err = lookAt(t, c); err != nil {
+				return err
 			}
-			if err == nil && c != nil {
-				cached, err = c.bytes()
+			if err = sleep(ctx, idle); err != nil {
+				return err
 			}
+			later, err = lookAt(t, c)
 			return err
 		}
 		return t.Active(ctx, t.Subject.Snapshotter, images[i].Ref, func(root string) error {
@@ -132,15 +167,6 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if err := next(0); err != nil {
 		return err
 	}
-	grown := func(names ...string) (sum float64) {
-		for _, name := range names {
-			sum += float64(after[name] - before[name])
-		}
-		return max(0, sum)
-	}
-	if c == nil {
-		cached = grown("Cached")
-	}
 	again, err := cachesDropped()
 	if err != nil {
 		return err
@@ -148,19 +174,20 @@ func readTogether(ctx context.Context, t *Trial, scenario string, images []Image
 	if again != dropped {
 		t.opts.Say(scenario + ": no figure of the page cache: another process dropped it meanwhile")
 	} else {
-		t.record(scenario, "page cache", "bytes", cached)
-		if twice > 0 {
-			t.record(scenario, "page cache, of it the packs' own pages", "bytes", twice)
+		t.record(scenario, "page cache", "bytes", later.cached(before, c))
+		t.record(scenario, "page cache, at the last read", "bytes", last.cached(before, c))
+		if last.packs > 0 {
+			t.record(scenario, "page cache, at the last read: the packs' own pages", "bytes", last.packs)
 		}
 	}
-	t.record(scenario, "buffers", "bytes", grown("Buffers"))
-	t.record(scenario, "kernel objects", "bytes", grown("Slab"))
+	t.record(scenario, "buffers", "bytes", last.grown(before, "Buffers"))
+	t.record(scenario, "kernel objects", "bytes", last.grown(before, "Slab"))
 	t.record(scenario, "reading all", "s", seconds)
 	return nil
 }
 
 // packsCached returns what dedup's packs hold of the page cache. The file systems in them hold most of it a second
-// time, and the daemon has the kernel forget these pages within minutes.
+// time, and the daemon has the kernel forget these pages within seconds.
 func (t *Trial) packsCached() (bytes float64, err error) {
 	if t.Subject.Snapshotter != node.Snapshotter || t.Subject.Socket != "" {
 		return 0, nil

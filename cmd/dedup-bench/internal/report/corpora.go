@@ -40,7 +40,7 @@ func (r Report) corporaMarkdown(plots string) string {
 	var rows [][]string
 	for _, m := range []struct{ name, metric string }{
 		{"disk", "all: disk"}, {"inodes", "all: inodes"}, {"pulls", "all: pull"}, {"page cache", "page cache"},
-		{"of it the packs' own pages", "page cache, of it the packs' own pages"},
+		{"page cache, at the last read", "page cache, at the last read"},
 		{"reading all", "reading all"}, {"disk, with the content store", "all: disk, with the content store"},
 	} {
 		for _, s := range r.scenarios() {

@@ -31,17 +31,14 @@ func (r Report) WriteDocs(path string) error {
 	marked := false
 	for _, b := range blocks {
 		part := r.only(b.corpora)
-		head, rest, found := bytes.Cut(doc, fmt.Appendf(nil, "<!-- %s -->", b.name))
-		_, foot, ended := bytes.Cut(rest, fmt.Appendf(nil, "<!-- end of %s -->", b.name))
-		if !found || !ended {
+		if _, found := Fill(doc, b.name, ""); !found {
 			continue
 		}
 		marked = true
 		if len(part.Results) == 0 {
 			continue
 		}
-		text := b.text(part, filepath.Base(plots))
-		doc = fmt.Appendf(nil, "%[1]s<!-- %[2]s -->\n\n%[3]s\n<!-- end of %[2]s -->%[4]s", head, b.name, text, foot)
+		doc, _ = Fill(doc, b.name, b.text(part, filepath.Base(plots)))
 		if b.name == "corpora in short" {
 			continue // no plot
 		}
@@ -58,4 +55,14 @@ func (r Report) WriteDocs(path string) error {
 		return fmt.Errorf("write docs: %s has no line <!-- results --> or <!-- corpora --> with its end", path)
 	}
 	return writeFile(path, doc)
+}
+
+// Fill returns doc with text between "<!-- NAME -->" and "<!-- end of NAME -->", and whether it has both.
+func Fill(doc []byte, name, text string) ([]byte, bool) {
+	head, rest, found := bytes.Cut(doc, fmt.Appendf(nil, "<!-- %s -->", name))
+	_, foot, ended := bytes.Cut(rest, fmt.Appendf(nil, "<!-- end of %s -->", name))
+	if !found || !ended {
+		return doc, false
+	}
+	return fmt.Appendf(nil, "%[1]s<!-- %[2]s -->\n\n%[3]s\n<!-- end of %[2]s -->%[4]s", head, name, text, foot), true
 }
