@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedupctl/internal/doctor"
 	dedupv1 "github.com/dedup-snapshotter/dedup-snapshotter/proto/dedup/v1"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 const defaultDaemonConfig = "/etc/containerd-dedup-grpc/config.toml"
@@ -68,7 +70,8 @@ func runDoctor(c *cli.Context) error {
 	}
 	findings, err := doctor.Examine(c.Context, doctor.Options{
 		Version: version, Address: socket, Settings: settings, ContainerdConfig: ctdConfig,
-		Ask: func(ctx context.Context) (*doctor.Self, error) { return askSelf(ctx, socket) },
+		Self: self,
+		Ask:  func(ctx context.Context) (*doctor.Self, error) { return askSelf(ctx, socket) },
 	})
 	if err != nil {
 		return err
@@ -81,6 +84,28 @@ func runDoctor(c *cli.Context) error {
 		return errProblems
 	}
 	return nil
+}
+
+// tryOverlay is the verb that doctor runs in a user namespace.
+const tryOverlay = "try-overlay"
+
+// self makes a command that runs that verb of this program.
+func self(args ...string) *exec.Cmd {
+	return exec.Command("/proc/self/exe", append([]string{tryOverlay}, args...)...)
+}
+
+func tryOverlayCommand() *cli.Command {
+	return &cli.Command{
+		Name: tryOverlay, Hidden: true, ArgsUsage: "LOWER UPPER WORK MERGED",
+		Usage: "mount an overlay; doctor runs it in a user namespace",
+		Action: func(c *cli.Context) error {
+			if c.NArg() != 4 {
+				return usageError{errors.New(tryOverlay + " is what doctor runs: want LOWER UPPER WORK MERGED")}
+			}
+			args := c.Args()
+			return lower.MountAsUser(args.Get(0), args.Get(1), args.Get(2), args.Get(3))
+		},
+	}
 }
 
 func askSelf(ctx context.Context, socket string) (*doctor.Self, error) {

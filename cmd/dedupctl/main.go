@@ -80,6 +80,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			gcCommand(),
 			fsckCommand(),
 			doctorCommand(),
+			tryOverlayCommand(),
 			configCommand(),
 			completionCommand(),
 			helpCommand(),

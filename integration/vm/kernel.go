@@ -25,6 +25,10 @@ const (
 
 	TrixieArm    = "trixie/cloud-arm64"
 	TrixieArm16K = "trixie/arm64-16k" // with pages of 16 KiB
+
+	// With pages of 64 KiB. Debian has no such kernel for arm64.
+	BookwormPower = "bookworm/powerpc64le"
+	SidPower      = "sid/powerpc64le-64k"
 )
 
 // Kernel is an unpacked kernel package.
@@ -58,10 +62,21 @@ func isFile(path string) bool {
 // flavourOf splits what a suite's constant says.
 func flavourOf(name string) (suite, flavour, arch string) {
 	suite, flavour, found := strings.Cut(name, "/")
-	if !found {
+	switch {
+	case !found:
 		return suite, "cloud-amd64", "amd64"
+	case strings.HasPrefix(flavour, "powerpc64le"):
+		return suite, flavour, "ppc64le"
 	}
 	return suite, flavour, "arm64"
+}
+
+// debianArch is what Debian calls a machine.
+func debianArch(arch string) string {
+	if arch == "ppc64le" {
+		return "ppc64el"
+	}
+	return arch
 }
 
 // Debian fetches the kernel of a suite with debootstrap, which verifies it, once (100 MB).
@@ -88,7 +103,7 @@ func Debian(ctx context.Context, name string, say func(string)) (k Kernel, err e
 			return k, fmt.Errorf("get a kernel: %w", err)
 		}
 	}
-	images, err := filepath.Glob(filepath.Join(dir, "boot/vmlinuz-*"))
+	images, err := filepath.Glob(filepath.Join(dir, "boot/vmlinu[xz]-*"))
 	newer, nerr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*/vmlinuz"))
 	images = append(images, newer...)
 	modules, merr := filepath.Glob(filepath.Join(dir, "usr/lib/modules/*"))
@@ -118,7 +133,7 @@ func fetchKernel(ctx context.Context, name, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	args := []string{"--download-only", "--variant=minbase", "--include=" + include, "--arch=" + arch, suite, root}
+	args := []string{"--download-only", "--variant=minbase", "--include=" + include, "--arch=" + debianArch(arch), suite, root}
 	if mirror := os.Getenv("DEBIAN_MIRROR"); mirror != "" {
 		args = append(args, mirror)
 	}

@@ -3,9 +3,11 @@ package vm
 import (
 	"cmp"
 	"context"
+	"debug/elf"
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,16 +90,18 @@ func addRunc(t *testing.T, k Kernel, files map[string]string) {
 			files[at] = path
 		}
 		libraries, err := filepath.Glob(filepath.Join(k.root, "usr/lib/*-linux-gnu/*.so.*"))
-		if err != nil {
+		older, oerr := filepath.Glob(filepath.Join(k.root, "lib/*-linux-gnu/*.so.*"))
+		if err := errors.Join(err, oerr); err != nil {
 			t.Fatal(err)
 		}
-		for _, path := range libraries {
+		for _, path := range append(libraries, older...) {
 			file, err := filepath.EvalSymlinks(path)
 			if err != nil {
 				t.Fatal(err)
 			}
 			files["lib/"+filepath.Base(path)] = file
 		}
+		addInterpreter(t, files, "usr/sbin/runc")
 		return
 	}
 	if err := node.Require(t.Context(), func(s string) { t.Log(s) }, node.Runc); err != nil {
@@ -108,6 +112,29 @@ func addRunc(t *testing.T, k Kernel, files map[string]string) {
 		t.Fatal(err)
 	}
 	addProgram(t, files, runc, "usr/sbin/runc")
+}
+
+// addInterpreter adds what loads a program's libraries, where the program looks for it.
+func addInterpreter(t *testing.T, files map[string]string, program string) {
+	t.Helper()
+	f, err := elf.Open(files[program])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type != elf.PT_INTERP {
+			continue
+		}
+		name, err := io.ReadAll(p.Open())
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := strings.Trim(string(name), "/\x00")
+		if files[at] = files["lib/"+filepath.Base(at)]; files[at] == "" {
+			t.Fatalf("%s needs %s, which is not among its libraries", program, at)
+		}
+	}
 }
 
 // addProgram adds a program of this machine, and its libraries.
@@ -147,14 +174,47 @@ func runVM(t *testing.T, opts Options, limit time.Duration) string {
 	return out
 }
 
-// kernelTests are the integration tests that each kernel runs, and how the table calls them.
-var kernelTests = []struct{ name, run, column string }{
+// kernelTests are the integration tests that each kernel runs, and what the table calls them.
+type kernelTest struct{ name, run, row string }
+
+var kernelTests = []kernelTest{
 	{"TestKernelVerity", "TestKernelVerity$", "fs-verity"},
-	{"TestEqualityTorture", "TestEqualityTorture/apply", "equal: torture"},
+	{"TestEqualityTorture", "TestEqualityTorture/apply", "torture: equal to overlayfs"},
 	{"TestReboot", "TestReboot", "reboot"},
-	{"TestRestart", "TestRestart", "restart, kill -9"},
+	{"TestRestart", "TestRestart", "restarts and kill -9"},
 	{"TestDaemonKilledDuringPull", "TestDaemonKilledDuringPull", "kill -9 in a pull"},
-	{"TestManyImages", "TestManyImages", "back after removal"},
+	{"TestManyImages", "TestManyImages", "many images: all back after removal"},
+}
+
+// tell logs a cell of the table in docs/kernels.md. The command in integration/vm/table draws it.
+func tell(t *testing.T, suite, row, cell string) {
+	t.Helper()
+	t.Logf("table: %s | %s | %s", suite, row, cell)
+}
+
+// tellRows logs cells that a test in the machine has printed in lines that begin with "row: ", and returns them all.
+func tellRows(t *testing.T, suite, out string) map[string]string {
+	t.Helper()
+	seen := map[string]string{}
+	for _, r := range regexp.MustCompile(`row: ([a-z :,-]+)=(.*)`).FindAllStringSubmatch(out, -1) {
+		if seen[r[1]] = strings.TrimSpace(r[2]); r[1] != "scale" {
+			tell(t, suite, r[1], seen[r[1]])
+		}
+	}
+	return seen
+}
+
+// result tells how a test ended in a machine.
+func result(out, name string) string {
+	switch {
+	case strings.Contains(out, "\n--- PASS: "+name+" "):
+		return "pass"
+	case strings.Contains(out, "--- FAIL: "+name+" "):
+		return "FAIL"
+	case strings.Contains(out, "--- SKIP: "+name+" "):
+		return "skipped"
+	}
+	return "not run"
 }
 
 // loopsLeft counts the loop devices that are attached when all tests have ended. The kernel frees them a moment after
@@ -168,56 +228,49 @@ echo "row: loop devices left=$left"
 `
 
 // With a real containerd and runc, a node on each of Debian's kernels serves images, or refuses with a word. What is
-// seen comes out as a line of the table in docs/kernels.md, which begins with "table: ".
+// seen comes out as lines of the table in docs/kernels.md, which begin with "table: ". DEDUP_KERNEL_TEST has a kernel
+// run one of the tests again, by its name.
 func TestKernels(t *testing.T) {
+	t.Parallel()
+	nearly := kernelTest{name: "TestKernelNode", row: "two nearly equal images: equal to overlayfs"}
+	var chosen []kernelTest
+	for _, k := range kernelTests {
+		if strings.Contains(k.name, os.Getenv("DEDUP_KERNEL_TEST")) {
+			chosen = append(chosen, k)
+		}
+	}
 	for _, row := range []struct{ suite, mode string }{
 		{Bullseye, "refused"}, {Bookworm, "private, loop"}, {Trixie, "shared, file"}, {Sid, "shared"},
 		{TrixieArm, "shared, file"},
 	} {
 		t.Run(strings.ReplaceAll(row.suite, "/", "-"), func(t *testing.T) {
+			t.Parallel() // a machine has one CPU
 			opts := nodeOptions(t, row.suite)
 			opts.Script += "echo \"row: kernel=$(uname -r)\"\n/repo/bin/dedupctl doctor | grep -A1 kernel || true\n" +
 				"./itest -test.v -test.timeout 2h -test.run '^TestKernelNode$'\n"
 			if row.mode != "refused" {
-				for _, k := range kernelTests {
+				for _, k := range chosen {
 					opts.Script += fmt.Sprintf("./itest -test.v -test.parallel 1 -test.timeout 2h -test.run '^%s' || true\n", k.run)
 				}
 				opts.Script += loopsLeft
 			}
 			out := runVM(t, opts, 5*time.Hour) // emulated, beside other work
-			rows := regexp.MustCompile(`row: ([a-z ]+)=(.*)`).FindAllStringSubmatch(out, -1)
-			seen := map[string]string{}
-			for _, r := range rows {
-				seen[r[1]] = strings.TrimSpace(r[2])
-			}
+			seen := tellRows(t, row.suite, out)
 			if !strings.HasPrefix(seen["mode"], row.mode) {
 				t.Errorf("mode %q, want %q", seen["mode"], row.mode)
 			}
-			cells := []string{row.suite, seen["kernel"], seen["mode"], seen["disk dedup"], seen["disk overlayfs"]}
-			for _, k := range kernelTests {
-				result := "not run"
-				switch {
-				case strings.Contains(out, "\n--- PASS: "+k.name+" "):
-					result = "pass"
-				case strings.Contains(out, "--- FAIL: "+k.name+" "):
-					result = "FAIL"
-				case strings.Contains(out, "--- SKIP: "+k.name+" "):
-					result = "skipped"
-				}
-				if cells = append(cells, k.column+": "+result); result != "pass" && row.mode != "refused" {
-					t.Errorf("%s: %s", k.name, result)
+			if row.mode == "refused" {
+				return
+			}
+			for _, k := range append(chosen, nearly) {
+				got := result(out, k.name)
+				if tell(t, row.suite, k.row, got); got != "pass" {
+					t.Errorf("%s: %s", k.name, got)
 				}
 			}
-			if got := seen["loop devices left"]; got != "0" && row.mode != "refused" {
+			if got := seen["loop devices left"]; got != "0" {
 				t.Errorf("loop devices left: %q", got)
 			}
-			cells = append(cells, "loop devices left: "+seen["loop devices left"])
-			for _, r := range rows {
-				if r[1] == "scale" {
-					cells = append(cells, strings.TrimSpace(r[2]))
-				}
-			}
-			t.Logf("table: %s", strings.Join(cells, " | "))
 		})
 	}
 }
@@ -242,9 +295,8 @@ func TestKernelScale(t *testing.T) {
 	opts.Script += "export DEDUP_SCALE=" + cmp.Or(os.Getenv("DEDUP_SCALE"), "200,100") +
 		"\n./itest -test.v -test.timeout 3h -test.run '^TestManyImages$/^disk$'\n" + loopsLeft
 	out := runVM(t, opts, 3*time.Hour)
-	for _, what := range []string{"scale", "loop devices left"} {
-		line := regexp.MustCompile(`row: ` + what + `=(.*)`).FindString(out)
-		t.Logf("table: %s", strings.TrimSpace(strings.TrimPrefix(line, "row: ")))
+	if line := regexp.MustCompile(`row: scale=(.*)`).FindStringSubmatch(out); line != nil {
+		tell(t, Bookworm, "many images at a time", strings.TrimSpace(line[1]))
 	}
 	if !strings.Contains(out, "row: loop devices left=0") {
 		t.Error("loop devices are left")
@@ -254,23 +306,19 @@ func TestKernelScale(t *testing.T) {
 // The images of `make demo`, two of 400 MB each, are on each kernel what overlayfs makes of them. They are made here
 // once, and put on the machines' disks.
 func TestKernelDemo(t *testing.T) {
+	t.Parallel()
 	for _, suite := range []string{Bookworm, Trixie, Sid} {
 		t.Run(suite, func(t *testing.T) {
+			t.Parallel()
 			opts := nodeOptions(t, suite)
 			addDemo(t, opts.Files)
 			opts.Script += "uname -r\n./itest -test.v -test.timeout 2h -test.run '^TestEqualityDemo$'\n"
 			out := runVM(t, opts, 2*time.Hour)
-			result := "FAIL"
-			if strings.Contains(out, "\n--- PASS: TestEqualityDemo ") {
-				result = "pass"
-			} else {
-				t.Error("TestEqualityDemo did not pass there")
+			tellRows(t, suite, out)
+			got := result(out, "TestEqualityDemo")
+			if tell(t, suite, "demo images: equal to overlayfs", got); got != "pass" {
+				t.Errorf("TestEqualityDemo: %s", got)
 			}
-			cells := []string{suite, "equal: demo: " + result}
-			for _, r := range regexp.MustCompile(`row: (demo [a-z]+=.*)`).FindAllStringSubmatch(out, -1) {
-				cells = append(cells, strings.TrimSpace(r[1]))
-			}
-			t.Logf("table: %s", strings.Join(cells, " | "))
 		})
 	}
 }
@@ -305,6 +353,7 @@ func addDemo(t *testing.T, files map[string]string) {
 // A node's store goes from Linux 6.1 to 6.12 and back, by real reboots: containers start with what they had written,
 // nothing is ingested again, and chain images are rebuilt where the mode changes.
 func TestSwitchKernels(t *testing.T) {
+	t.Parallel()
 	opts := Options{Dir: t.TempDir(), Files: nodeFiles(t, kernelFor(t, Bookworm))}
 	tar := filepath.Join(t.TempDir(), "image.tar")
 	saveImage(t, tar, image.File("payload", strings.Repeat("a line of the payload\n", 20000)))
@@ -315,7 +364,7 @@ func TestSwitchKernels(t *testing.T) {
 		t.Fatal(err)
 	}
 	opts.Disk, opts.Script = disk, switchScript
-	var packs, chains []string
+	var packs, chains, modes []string
 	for i, suite := range []string{Bookworm, Trixie, Bookworm, Bookworm} {
 		opts.Kernel, opts.Dir = kernelFor(t, suite), t.TempDir()
 		out := runVM(t, opts, 20*time.Minute)
@@ -330,7 +379,8 @@ func TestSwitchKernels(t *testing.T) {
 			t.Errorf("boot %d: the container has written %q lines, want %s", i+1, got, want)
 		}
 		packs, chains = append(packs, line("packs")), append(chains, line("chains"))
-		t.Logf("table: switch | %s | %s | packs %s | chains %s", suite, line("mode"), packs[i], chains[i])
+		modes = append(modes, suite+": "+line("mode"))
+		t.Logf("boot %d: %s, packs %s, chains %s", i+1, modes[i], packs[i], chains[i])
 		if packs[i] != packs[0] {
 			t.Errorf("boot %d: packs are others: %s", i+1, packs[i])
 		}
@@ -338,4 +388,9 @@ func TestSwitchKernels(t *testing.T) {
 	if chains[0] == chains[1] || chains[2] != chains[3] {
 		t.Errorf("chain images: %q", chains)
 	}
+	got := "pass"
+	if t.Failed() {
+		got = "FAIL"
+	}
+	tell(t, Bookworm, "one disk: "+strings.Join(modes, "; "), got)
 }

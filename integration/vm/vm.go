@@ -27,12 +27,13 @@ const diskSize = 4 << 30
 
 // Programs of the distribution that a machine is made with.
 var (
-	qemu    = node.Command{Name: "qemu-system-x86_64", Packages: "qemu-system-x86"}
-	qemuArm = node.Command{Name: "qemu-system-aarch64", Packages: "qemu-system-arm"}
-	busybox = node.Command{Name: "busybox", Packages: "busybox-static"}
-	ext4    = node.Command{Name: "mkfs.ext4", Packages: "e2fsprogs"}
-	btrfs   = node.Command{Name: "mkfs.btrfs", Packages: "btrfs-progs"}
-	xz      = node.Command{Name: "xz", Packages: "xz-utils"}
+	qemu      = node.Command{Name: "qemu-system-x86_64", Packages: "qemu-system-x86"}
+	qemuArm   = node.Command{Name: "qemu-system-aarch64", Packages: "qemu-system-arm"}
+	qemuPower = node.Command{Name: "qemu-system-ppc64", Packages: "qemu-system-ppc"}
+	busybox   = node.Command{Name: "busybox", Packages: "busybox-static"}
+	ext4      = node.Command{Name: "mkfs.ext4", Packages: "e2fsprogs"}
+	btrfs     = node.Command{Name: "mkfs.btrfs", Packages: "btrfs-progs"}
+	xz        = node.Command{Name: "xz", Packages: "xz-utils"}
 )
 
 // FS is a file system.
@@ -71,8 +72,11 @@ func Require(ctx context.Context, name string, say func(string)) error {
 		return fmt.Errorf("%w: a machine of type amd64", node.ErrMissing)
 	}
 	emulator := qemu
-	if _, _, arch := flavourOf(name); arch == "arm64" {
+	switch _, _, arch := flavourOf(name); arch {
+	case "arm64":
 		emulator = qemuArm
+	case "ppc64le":
+		emulator = qemuPower
 	}
 	return node.Require(ctx, say, emulator, busybox, ext4, btrfs, xz)
 }
@@ -122,9 +126,13 @@ func emulate(ctx context.Context, k Kernel, line string, args ...string) (*exec.
 	// fails Linux's test.
 	name, console := qemu.Name, "ttyS0 no_timer_check"
 	machine := []string{"-machine", "q35", "-cpu", "max,cx16=off"}
-	if k.Arch == "arm64" {
+	switch k.Arch {
+	case "arm64":
 		name, console = qemuArm.Name, "ttyAMA0"
 		machine = []string{"-machine", "virt", "-cpu", "max,pauth-impdef=on"} // the real one's hashes take most of the time
+	case "ppc64le":
+		name, console = qemuPower.Name, "hvc0"
+		machine = []string{"-machine", "pseries", "-cpu", "power9"}
 	}
 	bin, err := node.LookPath(name)
 	if err != nil {

@@ -144,6 +144,7 @@ func TestImages(t *testing.T) {
 			"LargePayloads/loop/chain"}},
 		{TrixieArm, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
 		{TrixieArm16K, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
+		{SidPower, []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}},
 		{Trixie, []string{"Pack/file", "ChainOverPacks/private_file", "ChainOverPacks/private_loop",
 			"ChainOverPacks/shared_file",
 			"ChainOverPacks/shared_loop", "ChainOverManyPacks", "LargePayloads/file/overlay"}},

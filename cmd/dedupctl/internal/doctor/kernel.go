@@ -48,6 +48,23 @@ func (n *node) lookAtKernel(context.Context) {
 		return
 	}
 	n.sayKernel(f)
+	if n.Self != nil && f.Erofs == nil && f.Upper == nil {
+		n.sayUserNamespace(f.UserNamespace(n.place(), n.Self))
+	}
+	sayMode(n, f)
+}
+
+// sayUserNamespace says whether programs in containers that make user namespaces can mount overlays. No mode follows:
+// containerd mounts containers' own overlays outside of their user namespaces.
+func (n *node) sayUserNamespace(err error) {
+	if err != nil {
+		n.add(Info, "kernel.user-namespaces", "Linux 5.11 or newer, and the sysctl user.max_user_namespaces not at 0",
+			"programs in a user namespace cannot mount overlays (%s): rootless builders in containers (BuildKit, Podman) copy "+
+				"files instead, or need fuse-overlayfs", strings.TrimPrefix(err.Error(), "dedupctl: "))
+		return
+	}
+	n.ok("kernel.user-namespaces", "programs in a user namespace can mount overlays over a container's files (rootless "+
+		"BuildKit and Podman)")
 }
 
 // sayKernel says what a kernel with these features can do.
@@ -111,7 +128,6 @@ func (n *node) sayKernel(f lower.Features) {
 	} else {
 		n.ok("kernel.hole-punching", "the file system of root makes holes in files")
 	}
-	sayMode(n, f)
 }
 
 // sayMode says what follows from what was found, and what a newer kernel would add.

@@ -36,3 +36,19 @@ func TestStackingIsTold(t *testing.T) {
 		})
 	}
 }
+
+// What is said of overlays in user namespaces is what the try came to.
+func TestUserNamespaceIsTold(t *testing.T) {
+	for _, row := range []struct {
+		err      error
+		severity Severity
+		says     string
+	}{{nil, OK, "can mount overlays"}, {errors.New("dedupctl: no right"), Info, "cannot mount overlays (no right)"}} {
+		var n node
+		n.sayUserNamespace(row.err)
+		f := n.findings[0]
+		if f.Check != "kernel.user-namespaces" || f.Severity != row.severity || !strings.Contains(f.Message, row.says) {
+			t.Errorf("%v: %+v", row.err, f)
+		}
+	}
+}
