@@ -4,8 +4,8 @@
 //
 //	table [-docs FILE] LOG...
 //
-// Without -docs it prints the table. With it, the lines of FILE between <!-- kernels --> and <!-- end of kernels --> are
-// written anew.
+// Without -docs it prints the table. With it, the lines of FILE between <!-- kernels --> and <!-- end of kernels -->
+// are written anew.
 package main
 
 import (
@@ -30,7 +30,8 @@ var columns = []struct{ suite, name string }{
 
 // first are the rows that come first, in this order; the others follow as they were seen.
 var first = []string{
-	"mode", "two nearly equal images: equal to overlayfs", "torture: equal to overlayfs", "demo images: equal to overlayfs",
+	"mode", "two nearly equal images: equal to overlayfs", "torture: equal to overlayfs",
+	"demo images: equal to overlayfs",
 	"disk dedup", "disk overlayfs", "demo dedup", "demo overlayfs",
 }
 
