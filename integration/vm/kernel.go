@@ -133,7 +133,8 @@ func fetchKernel(ctx context.Context, name, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	args := []string{"--download-only", "--variant=minbase", "--include=" + include, "--arch=" + debianArch(arch), suite, root}
+	args := []string{"--download-only", "--variant=minbase", "--include=" + include, "--arch=" + debianArch(arch), suite,
+		root}
 	if mirror := os.Getenv("DEBIAN_MIRROR"); mirror != "" {
 		args = append(args, mirror)
 	}

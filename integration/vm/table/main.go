@@ -4,8 +4,8 @@
 //
 //	table [-docs FILE] LOG...
 //
-// Without -docs it prints the table. With it, the lines of FILE between <!-- kernels --> and <!-- end of kernels --> are
-// written anew.
+// Without -docs it prints the table. With it, the lines of FILE between <!-- kernels --> and <!-- end of kernels -->
+// are written anew.
 package main
 
 import (
@@ -24,13 +24,15 @@ import (
 // columns are the kernels, and what the head calls the distribution.
 var columns = []struct{ suite, name string }{
 	{vm.Bullseye, "Debian 11"}, {vm.Bookworm, "Debian 12"}, {vm.Trixie, "Debian 13"}, {vm.Sid, "unstable"},
-	{vm.TrixieArm, "Debian 13, arm64"}, {vm.BookwormPower, "Debian 12, ppc64le, pages of 64 KiB"},
+	{vm.TrixieArm, "Debian 13, arm64"}, {vm.TrixieArm16K, "Debian 13, arm64, pages of 16 KiB"},
+	{vm.BookwormPower, "Debian 12, ppc64le, pages of 64 KiB"},
 	{vm.SidPower, "unstable, ppc64le, pages of 64 KiB"},
 }
 
 // first are the rows that come first, in this order; the others follow as they were seen.
 var first = []string{
-	"mode", "two nearly equal images: equal to overlayfs", "torture: equal to overlayfs", "demo images: equal to overlayfs",
+	"mode", "doctor: mode",
+	"two nearly equal images: equal to overlayfs", "torture: equal to overlayfs", "demo images: equal to overlayfs",
 	"disk dedup", "disk overlayfs", "demo dedup", "demo overlayfs",
 }
 

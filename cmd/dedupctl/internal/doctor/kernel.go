@@ -49,14 +49,14 @@ func (n *node) lookAtKernel(context.Context) {
 	}
 	n.sayKernel(f)
 	if n.Self != nil && f.Erofs == nil && f.Upper == nil {
-		n.sayUserNamespace(f.UserNamespace(n.place(), n.Self))
+		sayUserNamespace(n, f.UserNamespace(n.place(), n.Self))
 	}
 	sayMode(n, f)
 }
 
 // sayUserNamespace says whether programs in containers that make user namespaces can mount overlays. No mode follows:
 // containerd mounts containers' own overlays outside of their user namespaces.
-func (n *node) sayUserNamespace(err error) {
+func sayUserNamespace(n *node, err error) {
 	if err != nil {
 		n.add(Info, "kernel.user-namespaces", "Linux 5.11 or newer, and the sysctl user.max_user_namespaces not at 0",
 			"programs in a user namespace cannot mount overlays (%s): rootless builders in containers (BuildKit, Podman) copy "+

@@ -45,7 +45,7 @@ func TestUserNamespaceIsTold(t *testing.T) {
 		says     string
 	}{{nil, OK, "can mount overlays"}, {errors.New("dedupctl: no right"), Info, "cannot mount overlays (no right)"}} {
 		var n node
-		n.sayUserNamespace(row.err)
+		sayUserNamespace(&n, row.err)
 		f := n.findings[0]
 		if f.Check != "kernel.user-namespaces" || f.Severity != row.severity || !strings.Contains(f.Message, row.says) {
 			t.Errorf("%v: %+v", row.err, f)
