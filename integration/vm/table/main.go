@@ -24,15 +24,18 @@ import (
 // columns are the kernels, and what the head calls the distribution.
 var columns = []struct{ suite, name string }{
 	{vm.Bullseye, "Debian 11"}, {vm.Bookworm, "Debian 12"}, {vm.Trixie, "Debian 13"}, {vm.Sid, "unstable"},
-	{vm.TrixieArm, "Debian 13, arm64"}, {vm.BookwormPower, "Debian 12, ppc64le, pages of 64 KiB"},
+	{vm.TrixieArm, "Debian 13, arm64"}, {vm.TrixieArm16K, "Debian 13, arm64, pages of 16 KiB"},
+	{vm.BookwormPower, "Debian 12, ppc64le, pages of 64 KiB"},
 	{vm.SidPower, "unstable, ppc64le, pages of 64 KiB"},
 }
 
 // first are the rows that come first, in this order; the others follow as they were seen.
 var first = []string{
-	"mode", "two nearly equal images: equal to overlayfs", "torture: equal to overlayfs",
-	"demo images: equal to overlayfs",
+	"mode", "doctor: mode",
+	"two nearly equal images: equal to overlayfs", "torture: equal to overlayfs", "demo images: equal to overlayfs",
 	"disk dedup", "disk overlayfs", "demo dedup", "demo overlayfs",
+	"fs-verity", "reboot", "restarts and kill -9", "kill -9 in a pull", "many images: all back after removal",
+	"loop devices left",
 }
 
 // titles are rows whose name says too little.
@@ -119,16 +122,19 @@ func draw(log []byte) (string, error) {
 		line, seen := "", false
 		for _, k := range kernels {
 			cell := short(cells[[2]string{k.suite, row}])
-			line, seen = line+" | "+cell, seen || cell != ""
+			if cell != "" {
+				cell, seen = " "+cell, true
+			}
+			line += cell + " |"
 		}
 		if title := titles[row]; title != "" {
 			row = title
 		}
 		if seen {
-			fmt.Fprintf(&b, "| %s%s |\n", row, line)
+			fmt.Fprintf(&b, "| %s |%s\n", row, line)
 		}
 	}
-	return strings.ReplaceAll(b.String(), "|  |", "| |"), nil
+	return b.String(), nil
 }
 
 // version is a kernel's release without its flavour.
