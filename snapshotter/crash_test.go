@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -24,7 +25,8 @@ import (
 )
 
 // A process that works on a store is killed at random moments, again and again. After each, the store opens, shows all
-// that was committed byte for byte, and holds nothing else. DEDUP_LONG=1 kills 2,000 times.
+// that was committed byte for byte, and holds nothing else. DEDUP_LONG=1 kills 2,000 times, and DEDUP_KILLS=n that
+// often.
 func TestKilledAtAnyMoment(t *testing.T) {
 	needRoot(t)
 	if raceDetector {
@@ -33,6 +35,12 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	kills := 25
 	if os.Getenv("DEDUP_LONG") != "" {
 		kills = 2000
+	}
+	if text := os.Getenv("DEDUP_KILLS"); text != "" {
+		var err error
+		if kills, err = strconv.Atoi(text); err != nil {
+			t.Fatalf("DEDUP_KILLS: %v", err)
+		}
 	}
 	seed := rand.Uint64()
 	t.Logf("seed %d, %d kills", seed, kills)
