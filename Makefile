@@ -94,7 +94,7 @@ test-vm: ## the store's and the snapshotter's tests under Debian's kernels with 
 
 .PHONY: test-kubelet
 test-kubelet: setup ## a real kubelet on containerd with dedup, and the DaemonSet in a cluster of one node (builds both once, twenty minutes)
-	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 90m -run '^(TestKubelet|TestCluster)$$' ./integration
+	DEDUP_KUBELET=1 $(GO) test -v -count 1 -timeout 90m -run '^(TestKubelet|TestCluster|TestCRIUserNamespace)$$' ./integration
 
 .PHONY: test-containerd
 test-containerd: setup ## containerd's own integration suites, and critest, on overlayfs and on dedup (root; half an hour)

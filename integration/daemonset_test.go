@@ -160,9 +160,9 @@ func (c *cluster) restarted(app pod) {
 	})
 }
 
-// evicted: a pod that writes more than its ephemeral-storage is evicted. One of the class is not: containerd 2.4 adds
-// up what containers write for the default snapshotter alone, and tells the kubelet 0 for all others.
-// docs/kubernetes.md says so.
+// evicted: a pod that writes more than its ephemeral-storage is evicted. One of the class is not: containerd adds up
+// what containers write for the default snapshotter alone (TestCRICountsOneSnapshotter), and tells the kubelet 0 for all
+// others. docs/kubernetes.md says so.
 func (c *cluster) evicted() {
 	c.t.Helper()
 	greedy := func(p *corev1.Pod) {
@@ -180,9 +180,7 @@ func (c *cluster) evicted() {
 		return p.Status.Phase == corev1.PodFailed && p.Status.Reason == "Evicted"
 	})
 	p := c.running("uncounted")
-	stats, err := c.ContainerStats(testContext(c.t), &cri.ContainerStatsRequest{ContainerId: p.container})
-	must(c.t, err)
-	if used := stats.Stats.GetWritableLayer().GetUsedBytes().GetValue(); used != 0 {
+	if used := c.written(c.t, p); used != 0 {
 		c.t.Errorf("containerd counts %d bytes of a pod of the class: docs/kubernetes.md says that it counts none", used)
 	}
 	if out := c.exec(c.t, p, "wc -c < /much"); out != "30000000\n" {

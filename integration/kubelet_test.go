@@ -21,16 +21,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/rootfs"
 )
 
-// cniScript stands in for CNI's plugins: pods get a network namespace with nothing in it.
-const cniScript = `#!/bin/sh
-case "$CNI_COMMAND" in
-VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}' ;;
-ADD)
-	echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],'
-	echo '"ips":[{"address":"10.88.0.2/16","interface":0}]}' ;;
-esac
-`
-
 // kube is a node with a kubelet.
 type kube struct {
 	*node.Kubelet
@@ -62,19 +52,12 @@ func kubeletLife(t *testing.T, discard bool) {
 	t.Cleanup(cancel)
 	k := kube{t: t, ctx: ctx, bin: filepath.Join(dir, "containerd-dedup-grpc")}
 	installBinary(t, k.bin)
-	cni := filepath.Join(dir, "net.d")
-	must(t, os.MkdirAll(cni, 0o755))
-	conf := []byte(`{"cniVersion":"1.0.0","name":"test","plugins":[{"type":"test"}]}`)
-	must(t, os.WriteFile(filepath.Join(cni, "10-test.conflist"), conf, 0o600))
-	for _, name := range []string{"loopback", "test"} {
-		must(t, os.WriteFile(filepath.Join(dir, name), []byte(cniScript), 0o755))
-	}
 	runc, err := node.BuildRunc(k.ctx, func(text string) { t.Log(text) })
 	must(t, err)
 	k.n = startDedup(t, node.Options{
 		DaemonBinary: k.bin, Runc: runc, CRI: true, PauseImage: pushImage(t, r, "pause:1", pause),
 		Plugins: map[string]map[string]any{
-			"io.containerd.cri.v1.runtime": {"cni": map[string]any{"bin_dirs": []string{dir}, "conf_dir": cni}},
+			"io.containerd.cri.v1.runtime": {"cni": emptyCNI(t, node.DefaultVersion)},
 			"io.containerd.cri.v1.images":  {"discard_unpacked_layers": discard},
 		},
 	})

@@ -175,14 +175,12 @@ func daemonSetServes(t *testing.T, byItself bool) {
 
 // kubelet starts pods on a machine as the kubelet does.
 type kubelet struct {
-	*node.CRI
+	criPods
 	machine *machine.Machine
 	m       manifests
 	images  map[string]string // name -> reference
 	daemon  pod
 }
-
-type pod struct{ sandbox, container string }
 
 // bootKubelet boots a node that is set up for the DaemonSet, and on which CRI pulls by itself or not.
 func bootKubelet(t *testing.T, byItself bool, more ...func(*machine.Options)) *kubelet {
@@ -193,10 +191,10 @@ func bootKubelet(t *testing.T, byItself bool, more ...func(*machine.Options)) *k
 	}
 	k := bootUnconfigured(t, setting, more...)
 	k.run(t, "dedupctl config containerd --write --daemonset --yes; systemctl restart containerd")
-	var err error
-	k.CRI, err = node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
+	c, err := node.DialCRI(testContext(t), k.machine.Path("/run/containerd/containerd.sock"))
 	must(t, err)
-	t.Cleanup(func() { _ = k.Close() })
+	t.Cleanup(func() { _ = c.Close() })
+	k.criPods = criPods{CRI: c, logs: "/var/log/pods", namespaces: hostNetwork()}
 	return k
 }
 
@@ -319,56 +317,8 @@ func (k *kubelet) startPod(t *testing.T, handler, name string) pod {
 	})
 }
 
-func (k *kubelet) start(t *testing.T, handler, name string, config *cri.ContainerConfig) pod {
-	t.Helper()
-	ctx := testContext(t)
-	hostNetwork := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}
-	privileged := config.Linux.SecurityContext.Privileged
-	sandbox := &cri.PodSandboxConfig{
-		Metadata:     &cri.PodSandboxMetadata{Name: name, Uid: node.NewID("uid"), Namespace: "test"},
-		LogDirectory: "/var/log/pods",
-		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{
-			NamespaceOptions: hostNetwork, Privileged: privileged,
-		}},
-	}
-	config.Metadata, config.LogPath = &cri.ContainerMetadata{Name: name}, name+".log"
-	config.Linux.SecurityContext.NamespaceOptions = hostNetwork
-	config.Image.RuntimeHandler = handler
-	_, err := k.PullImage(ctx, &cri.PullImageRequest{Image: config.Image, SandboxConfig: sandbox})
-	must(t, err)
-	ran, err := k.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandbox, RuntimeHandler: handler})
-	must(t, err)
-	made, err := k.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: ran.PodSandboxId, Config: config,
-		SandboxConfig: sandbox})
-	must(t, err)
-	_, err = k.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: made.ContainerId})
-	must(t, err)
-	return pod{ran.PodSandboxId, made.ContainerId}
-}
-
-func (k *kubelet) exec(t *testing.T, p pod, script string) string {
-	t.Helper()
-	done, err := k.ExecSync(testContext(t), &cri.ExecSyncRequest{ContainerId: p.container,
-		Cmd: []string{"sh", "-c", script}, Timeout: 60})
-	must(t, err)
-	return string(done.Stdout) + string(done.Stderr)
-}
-
 // rootfs returns the mount that is the root of a pod's container.
 func (k *kubelet) rootfs(t *testing.T, p pod) string {
 	t.Helper()
 	return k.run(t, "grep /io.containerd.runtime.v2.task/k8s.io/"+p.container+"/rootfs /proc/mounts")
-}
-
-func (k *kubelet) remove(t *testing.T, p pod) {
-	t.Helper()
-	ctx := testContext(t)
-	_, err := k.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: p.container, Timeout: 20})
-	must(t, err)
-	_, err = k.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: p.container})
-	must(t, err)
-	_, err = k.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.sandbox})
-	must(t, err)
-	_, err = k.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.sandbox})
-	must(t, err)
 }

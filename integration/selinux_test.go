@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -17,14 +18,16 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sys/unix"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Under an enforcing policy a container with labels, as CRI gives them, reads, runs and changes an image's files, and
-// reads an image volume. It reads neither what has another label nor another container's files. An image that is
-// mounted without a label it could not read: that is what the label is for.
+// Under an enforcing policy a container with labels reads, runs and changes an image's files, and reads an image volume.
+// It reads neither what has another label nor another container's files. An image that is mounted without a label it
+// could not read: that is what the label is for. So it is whether containerd's client sets the labels, or CRI does with
+// enable_selinux.
 func TestSELinux(t *testing.T) {
 	if selinux.EnforceMode() != selinux.Enforcing {
 		t.Skip("needs SELinux in enforcing mode: integration/vm runs this there")
@@ -32,7 +35,11 @@ func TestSELinux(t *testing.T) {
 	must(t, selinux.SecurityCheckContext("system_u:system_r:container_t:s0:c1,c2"))
 	for _, pageCache := range []string{"private", "shared"} {
 		t.Run(pageCache, func(t *testing.T) {
-			n, r := startNode(t, node.Options{Daemon: map[string]any{"page_cache": pageCache}}), startRegistry(t)
+			r := startRegistry(t)
+			n := startNode(t, node.Options{
+				Daemon: map[string]any{"page_cache": pageCache}, CRI: true, PauseImage: sleeper(t, r),
+				Plugins: map[string]map[string]any{"io.containerd.cri.v1.runtime": {"enable_selinux": true}},
+			})
 			// As file contexts would have it: what is made in there gets the same label.
 			must(t, errors.Join(os.MkdirAll(n.DedupRoot(), 0o700), selinux.SetFileLabel(n.DedupRoot(), storeLabel)))
 			must(t, n.StartDaemon(testContext(t)))
@@ -64,7 +71,53 @@ cat /secret; cat /plain/small; echo no > /vol/new; echo end`
 				}
 				return nil
 			}))
+			labelledPods(t, n, ref, secret)
 		})
+	}
+}
+
+// labelledPods run with the labels that CRI gives them: those that a pod asks for, or of CRI's choice.
+func labelledPods(t *testing.T, n *node.Node, ref, secret string) {
+	t.Helper()
+	c, err := n.CRI(testContext(t))
+	must(t, err)
+	defer c.Close()
+	const script = `read self < /proc/self/attr/current; echo "self $self"
+wc -c < /file; wc -c < /vol/file; echo y >> /file && wc -c < /file; mkdir /new && echo z > /new/file && cat /new/file
+cat /secret; cat /vol/small; echo no > /vol/new; echo end`
+	seen := map[string]bool{}
+	for name, labels := range map[string]*cri.SELinuxOption{
+		"asked": {Level: "s0:c1,c2"}, "chosen": nil, "chosen-too": nil,
+	} {
+		pods := criPods{CRI: c, logs: t.TempDir(), namespaces: hostNetwork(), labels: labels}
+		p := pods.start(t, "", name, &cri.ContainerConfig{
+			Image: &cri.ImageSpec{Image: ref}, Command: []string{"sleep", "100000"},
+			Mounts: []*cri.Mount{
+				{ContainerPath: "/secret", HostPath: secret, Readonly: true},
+				// The kubelet has image volumes relabelled.
+				{ContainerPath: "/vol", Image: &cri.ImageSpec{Image: ref}, Readonly: true, SelinuxRelabel: true},
+			},
+		})
+		out := pods.exec(t, p, script)
+		t.Logf("pod %s: %s", name, out)
+		_, level, _ := strings.Cut(strings.SplitN(out, "\n", 2)[0], "self system_u:system_r:container_t:")
+		if level = strings.Trim(level, "\x00 "); !strings.HasPrefix(level, "s0:c") || seen[level] ||
+			labels != nil && level != labels.Level {
+			t.Errorf("pod %s has the level %q", name, level)
+		}
+		seen[level] = true
+		for _, want := range []string{"\n100000\n100000\n100002\nz\n", "'/secret': Permission denied", "\nx", "end"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("no %q in what pod %s says", want, name)
+			}
+		}
+		mounts, err := os.ReadFile("/proc/mounts")
+		must(t, err)
+		want := regexp.MustCompile(p.container + `/rootfs overlay \S*context="?system_u:object_r:container_file_t:` + level)
+		if !want.Match(mounts) {
+			t.Errorf("pod %s: no root with the label of level %s in\n%s", name, level, mounts)
+		}
+		pods.remove(t, p)
 	}
 }
 

@@ -116,20 +116,21 @@ func (l *layout) criConfig(version int) table {
 	}
 }
 
-// staging reports whether a containerd commits read-only mounts without applying anything to them (2.4). Older
-// ones with the capability "rebase" would fetch and apply even what is known.
-func staging(version string) bool {
-	var major, minor int
-	_, err := fmt.Sscanf(version, "%d.%d", &major, &minor)
-	return err == nil && (major > 2 || major == 2 && minor >= 4)
+// AtLeast reports whether a version of containerd is major.minor or newer.
+func AtLeast(version string, major, minor int) bool {
+	var x, y int
+	_, err := fmt.Sscanf(version, "%d.%d", &x, &y)
+	return err == nil && (x > major || x == major && y >= minor)
 }
 
 // capabilities are what the version of containerd may expect of the snapshotter.
 func capabilities(l *layout) (list []string) {
-	if staging(l.tools.Version) {
+	// From here on containerd commits read-only mounts without applying anything to them. Older ones with this capability
+	// would fetch and apply even what is known.
+	if AtLeast(l.tools.Version, 2, 4) {
 		list = append(list, "rebase")
 	}
-	if !l.opts.NoRemapIDs && !strings.HasPrefix(l.tools.Version, "1.") {
+	if !l.opts.NoRemapIDs && AtLeast(l.tools.Version, 2, 0) {
 		list = append(list, "remap-ids")
 	}
 	return list
@@ -210,7 +211,7 @@ func (l *layout) fillBin() error {
 	if l.opts.Runc != "" {
 		links["runc"] = l.opts.Runc
 	}
-	if path, err := MkfsErofs(); err == nil && !strings.HasPrefix(l.tools.Version, "1.") { // 1.7 has no erofs
+	if path, err := MkfsErofs(); err == nil && AtLeast(l.tools.Version, 2, 1) { // older ones have no erofs
 		links["mkfs.erofs"], l.opts.erofs = path, path
 	}
 	for name, target := range links {

@@ -4,6 +4,8 @@ set -e
 uname -r
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t selinuxfs selinuxfs /sys/fs/selinux
+[ -e /etc/hosts ] || echo '127.0.0.1 localhost' > /etc/hosts
+[ -e /etc/resolv.conf ] || : > /etc/resolv.conf # CRI copies both for its pods
 load_policy -i
 echo "selinux: $(getenforce), $(id -Z)"
 setfiles -F /etc/selinux/default/contexts/files/file_contexts / 2>&1 | tail -5

@@ -23,6 +23,8 @@ func TestOverlayOptions(t *testing.T) {
 			[]string{"index=off", "redirect_dir=off,metacopy=off,xino=off", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
 		{"private after metacopy", Kernel{Metacopy: true}, private,
 			[]string{"index=off", "redirect_dir=on,metacopy=on", "workdir=/w", "upperdir=/u", "lowerdir=/c"}},
+		{"mapped", Kernel{}, Stack{Lower: []string{"/c"}, Upper: "/u", Work: "/w", UIDs: "0:1:2", GIDs: "0:3:4"},
+			[]string{"index=off", "uidmap=0:1:2", "gidmap=0:3:4", "workdir=/w", "upperdir=/u", "lowerdir=/c/."}},
 		{"shared", Kernel{Shared: true}, shared, []string{"index=off", "upperdir=/u", "lowerdir=/c",
 			"metacopy=off,redirect_dir=follow,lowerdir=/u:/c::/p/1::/p/2",
 			"workdir=/w,metacopy=off,redirect_dir=follow,lowerdir=/c::/p/1::/p/2"}},
