@@ -26,9 +26,7 @@ const (
 	TrixieArm    = "trixie/cloud-arm64"
 	TrixieArm16K = "trixie/arm64-16k" // with pages of 16 KiB
 
-	// With pages of 64 KiB. Debian has no such kernel for arm64.
-	BookwormPower = "bookworm/powerpc64le"
-	SidPower      = "sid/powerpc64le-64k"
+	SidPower = "sid/powerpc64le-64k" // with pages of 64 KiB, which Debian has no kernel with for arm64
 )
 
 // Kernel is an unpacked kernel package.

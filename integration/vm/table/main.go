@@ -25,7 +25,6 @@ import (
 var columns = []struct{ suite, name string }{
 	{vm.Bullseye, "Debian 11"}, {vm.Bookworm, "Debian 12"}, {vm.Trixie, "Debian 13"}, {vm.Sid, "unstable"},
 	{vm.TrixieArm, "Debian 13, arm64"}, {vm.TrixieArm16K, "Debian 13, arm64, pages of 16 KiB"},
-	{vm.BookwormPower, "Debian 12, ppc64le, pages of 64 KiB"},
 	{vm.SidPower, "unstable, ppc64le, pages of 64 KiB"},
 }
 
