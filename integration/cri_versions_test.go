@@ -61,7 +61,7 @@ func sleeper(t *testing.T, r *registry.Registry) string {
 }
 
 // A pod with hostUsers: false sees its image's owners, in its root, in a VOLUME and in an image volume, on each
-// containerd 2.x, and takes no copy of the image. `make test-kubelet` runs this, since it needs a runc that maps mounts.
+// containerd 2.x, and takes no copy of the image. `make test-kubelet` runs this: it needs a runc that maps mounts.
 func TestCRIUserNamespace(t *testing.T) {
 	if os.Getenv("DEDUP_KUBELET") == "" {
 		t.Skip("set DEDUP_KUBELET=1 to build runc 1.4")

@@ -161,8 +161,8 @@ func (c *cluster) restarted(app pod) {
 }
 
 // evicted: a pod that writes more than its ephemeral-storage is evicted. One of the class is not: containerd adds up
-// what containers write for the default snapshotter alone (TestCRICountsOneSnapshotter), and tells the kubelet 0 for all
-// others. docs/kubernetes.md says so.
+// what containers write for the default snapshotter alone, and tells the kubelet 0 for all others
+// (TestCRICountsOneSnapshotter). docs/kubernetes.md says so.
 func (c *cluster) evicted() {
 	c.t.Helper()
 	greedy := func(p *corev1.Pod) {

@@ -24,10 +24,10 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
 
-// Under an enforcing policy a container with labels reads, runs and changes an image's files, and reads an image volume.
-// It reads neither what has another label nor another container's files. An image that is mounted without a label it
-// could not read: that is what the label is for. So it is whether containerd's client sets the labels, or CRI does with
-// enable_selinux.
+// Under an enforcing policy a container with labels reads, runs and changes an image's files, and reads an image
+// volume. It reads neither what has another label nor another container's files. An image that is mounted without a
+// label it could not read: that is what the label is for. So it is whether containerd's client sets the labels, or CRI
+// does with enable_selinux.
 func TestSELinux(t *testing.T) {
 	if selinux.EnforceMode() != selinux.Enforcing {
 		t.Skip("needs SELinux in enforcing mode: integration/vm runs this there")

@@ -46,8 +46,8 @@ var ErrTooLong = errors.New("mount options are too long: use shorter paths for r
 // that. The lower one is said to lie in itself ("/."), so that this is the mount of the image and no other. Before 2.3
 // it also does so for a mount that is made read-only, when the upper directory is a lower one, too: then it maps what
 // is above both. So Lower has to be given by a symbolic link that lies beside the upper directories, and the image is
-// found, not mapped; that is enough to look up users. The mapping comes first, as overlayfs has it: where it is the end,
-// containerd's RemoveIDMapOption panics up to 2.2.
+// found, not mapped; that is enough to look up users. The mapping comes first, as overlayfs has it: at the end it makes
+// containerd's RemoveIDMapOption panic, up to 2.2.
 func (k Kernel) Overlay(s Stack) (options []string, err error) {
 	defer func() {
 		if n := length(options); err == nil && n > maxOptions {
