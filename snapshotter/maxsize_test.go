@@ -153,15 +153,16 @@ func TestMaxSize(t *testing.T) {
 		}
 		must(t, s.Remove(ctx, "a/1/removed"))
 		must(t, s.Commit(ctx, "a/4/layer", "a/2/committed"))
-		_, err = s.View(ctx, "a/5/view", "a/4/layer") // waits for the ingest
+		_, err = s.View(ctx, "a/5/view", "a/4/layer") // waits for the ingest, or lies over the directory and keeps it
 		must(t, err)
+		must(t, s.Remove(ctx, "a/5/view"))
 		for p := range used {
 			waitIdle(t, s, p)
 		}
 		if len(s.limits.of) != 0 {
 			t.Errorf("limits left: %v", s.limits.of)
 		}
-		leavesNothing(t, s, "a/3/free", "a/5/view", "a/4/layer", parent)
+		leavesNothing(t, s, "a/3/free", "a/4/layer", parent)
 	})
 }
 
