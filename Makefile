@@ -30,8 +30,9 @@ CONFDIR = $(DESTDIR)$(SYSCONFDIR)/containerd-dedup-grpc
 DOCDIR = /usr/share/doc/containerd-dedup-grpc
 UNIT = containerd-dedup-grpc.service
 INSTALLED = $(addprefix bin/,$(filter-out dedup-bench,$(COMMANDS)))
-# A Debian version starts with a digit: v1.2-3-gabc becomes 1.2+3+gabc, a bare commit 0+git.abc.
-DEBVERSION = $(shell echo '$(VERSION)' | sed -E 's/^v?([0-9]+\.)/\1/; t ok; s/^/0+git./; : ok; s/[^A-Za-z0-9.+~]/+/g')
+# A Debian version starts with a digit: v1.2-3-gabc becomes 1.2+3+gabc, a bare commit 0+git.abc. A candidate comes before
+# its release: v1.2-rc.1 becomes 1.2~rc.1.
+DEBVERSION = $(shell echo '$(VERSION)' | sed -E 's/^v?([0-9]+\.)/\1/; t ok; s/^/0+git./; : ok; s/-rc/~rc/; s/[^A-Za-z0-9.+~]/+/g')
 
 # Packages whose tests run under the race detector, where there is a C compiler, and the tests that leave it out.
 RACE ?= ./content/... ./snapshotter/... ./cmd/...
