@@ -180,7 +180,7 @@ func (r demoReport) writeDocs(path string) error {
 		return fmt.Errorf("write docs: %w", err)
 	}
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s, commit %s, %s:\n\n", r.caption(), r.Versions["commit"], r.Time.Format(time.DateOnly))
+	fmt.Fprintf(&b, "%s,\ncommit %s, %s:\n\n", r.caption(), r.Versions["commit"], r.Time.Format(time.DateOnly))
 	for i, row := range r.table(medianCell) {
 		fmt.Fprintf(&b, "| %s |\n", strings.Join(row, " | "))
 		if i == 0 {
