@@ -62,8 +62,8 @@ type Options struct {
 	Settings Settings
 	// Ask asks the daemon; why it cannot be is an error that tells what to do.
 	Ask func(context.Context) (*Self, error)
-	// Self makes a command that runs this program's verb TryOverlay with these arguments; nil where there is no such
-	// program.
+	// Self makes a command that calls lower.MountAsUser with these arguments, for lower.Features.UserNamespace; nil where
+	// there is no such program.
 	Self func(args ...string) *exec.Cmd
 	// ContainerdConfig is containerd's main file; "" is the one that the running containerd was started with.
 	ContainerdConfig string
