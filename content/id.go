@@ -101,10 +101,10 @@ func ParsePackID(text string) (PackID, bool) {
 	return PackID(n), err == nil && len(text) == packIDLen && PackID(n).String() == text
 }
 
-// Place is where a payload lies: in a pack, as its N-th, from Block on.
+// Place is where a payload lies: in a pack, as its N-th, from Offset on.
 type Place struct {
-	Pack  PackID
-	N     uint32
-	Block uint32 // of BlockSize bytes, counted from the beginning of the pack's file
-	Size  int64  // bytes
+	Pack   PackID
+	N      uint32
+	Offset int64 // bytes, from the beginning of the pack's file
+	Size   int64 // bytes
 }

@@ -41,7 +41,7 @@ func payloads(t *testing.T, n *node.Node) (all []stored) {
 		must(t, f.Close())
 		for _, s := range p.Slots {
 			if s.Size > 0 {
-				all = append(all, stored{s.ID, path, int64(s.Block) * content.BlockSize, s.Size})
+				all = append(all, stored{s.ID, path, s.Offset, s.Size})
 			}
 		}
 	}

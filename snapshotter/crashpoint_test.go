@@ -297,7 +297,7 @@ func (c *crashChild) harm(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = f.WriteAt(make([]byte, 100), int64(place.Block)*content.BlockSize+1000)
+	_, err = f.WriteAt(make([]byte, 100), place.Offset+1000)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}

@@ -14,7 +14,7 @@ import (
 
 // layoutVersion is the version of the layout on disk, in the file "format". Any other one that is not in layouts is
 // refused.
-const layoutVersion = "5"
+const layoutVersion = "6"
 
 // layouts are the versions that are taken over, oldest first, each with what makes it the next. A step may be killed at
 // any point: it is then done again from its beginning, so what it finds done it leaves alone. The version is noted
@@ -26,6 +26,7 @@ var layouts = []struct {
 	{"2", (*Snapshotter).sealMetadata},
 	{"3", (*Snapshotter).refuseFormer},
 	{"4", (*Snapshotter).renewTrees},
+	{"5", (*Snapshotter).refuseFormer},
 }
 
 func indexLayout(version string) int {
@@ -61,8 +62,8 @@ func (s *Snapshotter) sealMetadata(ctx context.Context) error {
 	return sealAll(ctx, s.path("metadata.db"))
 }
 
-// refuseFormer does nothing but move the version on: from here on payloads move into packs, and a build of before would
-// miss them.
+// refuseFormer does nothing but move the version on, so that a build of before leaves the store alone: from layout 4 on
+// payloads move into packs, and it would miss them; from layout 6 on packs may be dense, which it cannot read.
 func (s *Snapshotter) refuseFormer(context.Context) error { return nil }
 
 // renewTrees moves payloads into packs, has the timestamps of Python's files follow from their sources (layer.Upgrade),
@@ -104,7 +105,7 @@ func (s *Snapshotter) renewTrees(ctx context.Context) (err error) {
 	}
 	return layer.Upgrade(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, KeepUnnamed: !stored.complete(), Verity: s.kernel.NoVerity == nil,
-		Step: s.opts.Step,
+		Dense: s.kernel.NoDense == nil, Step: s.opts.Step,
 	}, former)
 }
 

@@ -96,8 +96,8 @@ func placesOf(root *tree.Node, n int) (places map[content.ObjectID]content.Place
 	walk = func(node *tree.Node) {
 		if e := node.Entry; dataless(e) {
 			p := &packs[len(places)%n]
-			p.Slots = append(p.Slots, Slot{ID: e.Object, Block: p.Meta, Size: e.Size})
-			p.Meta += uint32(blocksOf(e.Size))
+			p.Slots = append(p.Slots, Slot{ID: e.Object, Offset: int64(p.Meta) * blockSize, Size: e.Size})
+			p.Meta += uint32(coarse.count(e.Size))
 			places[e.Object] = p.Place(uint32(len(p.Slots) - 1))
 		}
 		for _, child := range node.Children {
@@ -122,7 +122,7 @@ func BenchmarkAppend(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		w := NewPackWriter(f, 1)
+		w := NewPackWriter(f, 1, false)
 		var wg sync.WaitGroup
 		for range 2 {
 			wg.Go(func() {
@@ -156,7 +156,7 @@ func BenchmarkAppend(b *testing.B) {
 func BenchmarkOpenPack(b *testing.B) {
 	p := Pack{ID: 1, Meta: 1}
 	for range 20_000 {
-		p.Slots = append(p.Slots, Slot{ID: content.ObjectID{Sum: content.Sum{1}}, Block: p.Meta, Size: 5000})
+		p.Slots = append(p.Slots, Slot{ID: content.ObjectID{Sum: content.Sum{1}}, Offset: int64(p.Meta) * blockSize, Size: 5000})
 		p.Meta += 2
 	}
 	super, tail, err := p.encodeTail()

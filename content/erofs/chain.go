@@ -17,7 +17,7 @@ import (
 
 // Between the superblock and the root inode of a chain image over packs lie
 //
-//	1152   the device table: for each pack tag (64), blocks of the pack (4), where the pack begins when image and
+//	1152   the device table: for each pack tag (64), length of the pack (4, in blocks of the image), where the pack begins when image and
 //	       packs are one behind the other (4, in blocks; 0 if that is too far), zeros up to 128
 //	then   the pack list: magic (8), flavour (4), packs (4), crc32c of table and list (4), 4 zeros, and for each
 //	       pack its id (8)
@@ -42,7 +42,7 @@ type Device struct {
 	Pack content.PackID
 	// Tag is what the pack's file must prove to be before the image is mounted over it: 64 characters.
 	Tag string
-	// Blocks is the length of the pack's file.
+	// Blocks is the length of the pack's file, in content.BlockSize.
 	Blocks uint32
 }
 
@@ -52,6 +52,8 @@ type Options struct {
 	Place func(content.ObjectID) (content.Place, bool)
 	// Packs are the image's devices, in the order in which it is to be mounted with them.
 	Packs []Device
+	// Dense: the image has blocks of DenseBlock, as it needs over dense packs. Others may be among its packs.
+	Dense bool
 	// Redirect also gives files with payloads the xattrs by which overlayfs finds them in packs that are mounted as
 	// data-only lower layers, where images share them in memory. Without data-only lower layers it must not be set:
 	// overlayfs would look for payloads that it cannot find.
@@ -73,7 +75,7 @@ func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (i
 	if err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	im := image{ctx: ctx, packs: p}
+	im := image{ctx: ctx, packs: p, unit: blocksOf(o.Dense)}
 	if o.Redirect {
 		im.shared.redirectLen = len(PackPath(0, 0))
 		if root, err = hidePacks(root, o.Packs); err != nil {
@@ -141,16 +143,18 @@ func (p *packs) end() int64 {
 
 // encode writes the device table and the list of packs of an image of this length.
 func (p *packs) encode(o *out, length int64) {
+	unit := blocksOf(p.Dense)
 	b := o.at(deviceTable, p.end()-deviceTable)
-	flat := length / blockSize
+	flat := unit.count(length)
 	for i, d := range p.Packs {
 		slot := b[i*deviceSlot:]
 		copy(slot, d.Tag)
-		le.PutUint32(slot[tagLen:], d.Blocks)
+		size := unit.count(int64(d.Blocks) * blockSize)
+		le.PutUint32(slot[tagLen:], uint32(size))
 		if flat <= math.MaxUint32 {
 			le.PutUint32(slot[tagLen+4:], uint32(flat))
 		}
-		flat += int64(d.Blocks)
+		flat += size
 	}
 	list := b[len(p.Packs)*deviceSlot:]
 	copy(list, packListMagic)
@@ -179,7 +183,10 @@ func (p *packs) find(e *content.Entry) (place content.Place, device uint16, err 
 		return place, 0, fmt.Errorf("payload %s lies in pack %s, which is not among the image's", e.Object, place.Pack)
 	case place.Size != e.Size:
 		return place, 0, fmt.Errorf("payload %s has %d bytes, and its file %d", e.Object, place.Size, e.Size)
-	case place.Block < 1 || int64(place.Block)+blocksOf(place.Size) > int64(p.Packs[device-1].Blocks):
+	case place.Offset != blocksOf(p.Dense).align(place.Offset):
+		return place, 0, fmt.Errorf("payload %s begins at byte %d of pack %s, and no block of the image can",
+			e.Object, place.Offset, place.Pack)
+	case place.Offset < blockSize || place.Offset+place.Size > int64(p.Packs[device-1].Blocks)*blockSize:
 		return place, 0, fmt.Errorf("payload %s lies outside of pack %s", e.Object, place.Pack)
 	case place.N >= maxSlots:
 		return place, 0, fmt.Errorf("payload %s is number %d of its pack, at most %d fit", e.Object, place.N, maxSlots)
@@ -202,7 +209,7 @@ func (im *image) findPayloads() error {
 		if err != nil {
 			return fmt.Errorf("%q: %w", im.path(in.parent, in.node.Name), err)
 		}
-		in.device, in.block, in.number = device, place.Block, place.N
+		in.device, in.block, in.number = device, uint32(im.unit.count(place.Offset)), place.N
 	}
 	return nil
 }
@@ -217,67 +224,82 @@ func (im *image) redirect(in *inode) []byte {
 }
 
 // encodeChunks writes the chunk index of a file with a payload at b[0].
-func (in *inode) encodeChunks(b []byte) {
-	for i := range in.chunks() {
+func (in *inode) encodeChunks(unit blocks, b []byte) {
+	for i := range in.chunks(unit) {
 		le.PutUint16(b[i*chunkSize+2:], in.device)
-		le.PutUint32(b[i*chunkSize+4:], in.block+uint32(i)<<in.chunkShift())
+		le.PutUint32(b[i*chunkSize+4:], in.block+uint32(i)<<in.chunkShift(unit))
 	}
 }
 
-// ReadChain reads from a chain image over packs which packs it names, and whether overlayfs finds payloads through
-// it. It reads block 0 and the list of packs only. A file that is no such image is an error that wraps ErrDamaged.
-func ReadChain(r io.ReaderAt, size int64) (devices []Device, redirect bool, err error) {
+// Chain is what a chain image says of itself: the Options it was written with, but for the places.
+type Chain struct {
+	Packs           []Device
+	Redirect, Dense bool
+}
+
+// ReadChain reads it from the head and the list of packs only. A file that is no such image is an error that wraps
+// ErrDamaged.
+func ReadChain(r io.ReaderAt, size int64) (c Chain, err error) {
 	if size < blockSize || size%blockSize != 0 {
-		return nil, false, damagedChain("a file of %d bytes is none", size)
+		return c, damagedChain("a file of %d bytes is none", size)
 	}
-	block := make([]byte, blockSize)
-	if _, err := r.ReadAt(block, 0); err != nil {
-		return nil, false, readChainError(err)
+	head := make([]byte, blockSize)
+	if _, err := r.ReadAt(head, 0); err != nil {
+		return c, readChainError(err)
 	}
-	n, err := checkSuper(block, size)
+	n, unit, err := checkSuper(head, size)
 	if err != nil {
-		return nil, false, err
+		return c, err
 	}
 	b := make([]byte, n*deviceSlot+packListLen+8*n)
 	if _, err := r.ReadAt(b, deviceTable); err != nil {
-		return nil, false, readChainError(err)
+		return c, readChainError(err)
 	}
 	list := b[n*deviceSlot:]
 	sum, flavour := le.Uint32(list[packListSum:]), le.Uint32(list[8:])
 	clear(list[packListSum : packListSum+4])
 	switch {
 	case string(list[:8]) != packListMagic || int(le.Uint32(list[12:])) != n:
-		return nil, false, damagedChain("it has no list of packs")
+		return c, damagedChain("it has no list of packs")
 	case sum != packListChecksum(b) || flavour > flavourShared:
-		return nil, false, damagedChain("its list of packs is not what was written")
+		return c, damagedChain("its list of packs is not what was written")
 	}
 	for i := range n {
 		slot, id := b[i*deviceSlot:], le.Uint64(list[packListLen+8*i:])
-		d := Device{Pack: content.PackID(id), Tag: string(slot[:tagLen]), Blocks: le.Uint32(slot[tagLen:])}
-		devices = append(devices, d)
+		length := int64(le.Uint32(slot[tagLen:])) * unit.size()
+		if length%blockSize != 0 {
+			return c, damagedChain("it says that pack %s has %d bytes", content.PackID(id), length)
+		}
+		d := Device{Pack: content.PackID(id), Tag: string(slot[:tagLen]), Blocks: uint32(length / blockSize)}
+		c.Packs = append(c.Packs, d)
 	}
-	return devices, flavour == flavourShared, nil
+	c.Redirect, c.Dense = flavour == flavourShared, unit == dense
+	return c, nil
 }
 
-// checkSuper looks at block 0 of a chain image and returns how many packs it names.
-func checkSuper(block []byte, size int64) (packs int, err error) {
-	sb := block[superOffset:]
+// checkSuper looks at the head of a chain image and returns how many packs it names, and what its blocks are.
+func checkSuper(head []byte, size int64) (packs int, unit blocks, err error) {
+	sb := head[superOffset:]
+	if le.Uint32(sb) != superMagic {
+		return 0, 0, damagedChain("it has no superblock")
+	}
+	if unit = blocks(sb[12]); unit != coarse && unit != dense {
+		return 0, 0, damagedChain("it has blocks of 2^%d bytes", unit)
+	}
 	packs = int(le.Uint16(sb[superDevicesOff:]))
-	length := int64(le.Uint32(sb[superBlocksOff:])) * blockSize
+	length := int64(le.Uint32(sb[superBlocksOff:])) * unit.size()
 	sum := le.Uint32(sb[superChecksumOff:])
-	unsummed := bytes.Clone(block)
+	unsummed := bytes.Clone(head)
 	clear(unsummed[superOffset+superChecksumOff:][:4])
 	switch {
-	case le.Uint32(sb) != superMagic:
-		return 0, damagedChain("it has no superblock")
-	case sum != superChecksum(unsummed):
-		return 0, damagedChain("its first block is not what was written")
+	case sum != superChecksum(unsummed, unit):
+		return 0, 0, damagedChain("its first block is not what was written")
 	case length != size:
-		return 0, damagedChain("it has %d bytes, its superblock says %d", size, length)
+		return 0, 0, damagedChain("it has %d bytes, its superblock says %d", size, length)
 	case packs > MaxPacks || packs > 0 && le.Uint16(sb[superTableOff:]) != deviceTable/deviceSlot:
-		return 0, damagedChain("its device table is elsewhere")
+		return 0, 0, damagedChain("its device table is elsewhere")
 	}
-	return packs, nil
+	return packs, unit, nil
 }
 
 func damagedChain(format string, args ...any) error {

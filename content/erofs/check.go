@@ -22,7 +22,7 @@ import (
 func CheckChain(ctx context.Context, r io.ReaderAt, size int64, packs func(content.PackID) *Pack) (
 	places map[content.ObjectID]content.Place, err error,
 ) {
-	devices, redirect, err := ReadChain(r, size)
+	chain, err := ReadChain(r, size)
 	if err != nil {
 		return nil, err
 	}
@@ -30,23 +30,25 @@ func CheckChain(ctx context.Context, r io.ReaderAt, size int64, packs func(conte
 		return nil, err
 	}
 	c := checker{
-		ctx: ctx, image: window{r: r, size: size}, redirect: redirect,
+		ctx: ctx, image: window{r: r, size: size}, redirect: chain.Redirect, unit: blocksOf(chain.Dense),
 		seen: make([]uint64, size/slotSize/64), places: map[content.ObjectID]content.Place{},
 	}
-	for _, d := range devices {
+	for _, d := range chain.Packs {
 		p := packs(d.Pack)
 		switch {
 		case p == nil:
 			return nil, damagedChain("it needs pack %s, which is not there", d.Pack)
 		case p.Blocks != d.Blocks:
 			return nil, damagedChain("it was built over a pack %s of %d blocks, which has %d", d.Pack, d.Blocks, p.Blocks)
+		case p.Dense && !chain.Dense:
+			return nil, damagedChain("it has larger blocks than its pack %s", d.Pack)
 		}
 		c.packs = append(c.packs, newPayloads(p))
 	}
 	return c.places, c.walk()
 }
 
-// checkSum compares the bytes with the sum in the uuid. Block 0 has been compared with its checksum.
+// checkSum compares the bytes with the sum in the uuid. The head has been compared with its checksum.
 func checkSum(ctx context.Context, r io.ReaderAt, size int64) error {
 	block := make([]byte, blockSize)
 	if _, err := r.ReadAt(block, 0); err != nil {
@@ -89,14 +91,14 @@ func newPayloads(p *Pack) payloads {
 			sorted = append(sorted, uint32(n))
 		}
 	}
-	slices.SortFunc(sorted, func(a, b uint32) int { return cmp.Compare(p.Slots[a].Block, p.Slots[b].Block) })
+	slices.SortFunc(sorted, func(a, b uint32) int { return cmp.Compare(p.Slots[a].Offset, p.Slots[b].Offset) })
 	return payloads{p, sorted}
 }
 
-// at returns the number of the slot that begins at a block.
-func (p payloads) at(block uint32) (n uint32, ok bool) {
-	begin := func(n, block uint32) int { return cmp.Compare(p.Slots[n].Block, block) }
-	i, ok := slices.BinarySearchFunc(p.sorted, block, begin)
+// at returns the number of the slot that begins at a byte.
+func (p payloads) at(offset int64) (n uint32, ok bool) {
+	begin := func(n uint32, offset int64) int { return cmp.Compare(p.Slots[n].Offset, offset) }
+	i, ok := slices.BinarySearchFunc(p.sorted, offset, begin)
 	if !ok {
 		return 0, false
 	}
@@ -107,6 +109,7 @@ func (p payloads) at(block uint32) (n uint32, ok bool) {
 type checker struct {
 	ctx      context.Context
 	image    window
+	unit     blocks
 	packs    []payloads // by device, from 0
 	redirect bool
 	seen     []uint64 // a bit for each nid
@@ -198,10 +201,11 @@ func (c *checker) dir(nid uint64) error {
 	if err != nil {
 		return err
 	}
-	for at := int64(0); at < in.size; at += blockSize {
-		length := min(blockSize, in.size-at)
-		from := int64(in.union)*blockSize + at
-		if in.layout == layoutInline && length < blockSize {
+	block := c.unit.size()
+	for at := int64(0); at < in.size; at += block {
+		length := min(block, in.size-at)
+		from := int64(in.union)*block + at
+		if in.layout == layoutInline && length < block {
 			from = in.after
 		}
 		b, err := c.image.at(from, length)
@@ -225,7 +229,7 @@ func (c *checker) dir(nid uint64) error {
 // file checks where a file with a payload has it.
 func (c *checker) file(in raw) error {
 	shift := in.union & maxChunkShift
-	chunks := (in.size-1)>>(blockBits+shift) + 1
+	chunks := (in.size-1)>>(uint32(c.unit)+shift) + 1
 	if in.union&chunkIndexes == 0 || in.size <= 0 || chunks > maxChunks {
 		return damagedChain("file %d is not made as its writer makes files", in.nid)
 	}
@@ -243,7 +247,7 @@ func (c *checker) file(in raw) error {
 		return damagedChain("file %d is on device %d of %d", in.nid, device, len(c.packs))
 	}
 	p := c.packs[device-1]
-	n, ok := p.at(block)
+	n, ok := p.at(int64(block) * c.unit.size())
 	if !ok {
 		return damagedChain("file %d begins at block %d of pack %s, where no payload does", in.nid, block, p.ID)
 	}

@@ -77,7 +77,7 @@ func TestCheckChain(t *testing.T) {
 			}{
 				{"a pack is missing", []*Pack{a.Pack}, "needs pack"},
 				{"a pack has another length", other(func(p *Pack) { p.Blocks++ }), "blocks, which has"},
-				{"a payload is elsewhere", other(func(p *Pack) { p.Slots[7].Block++ }), "where no payload does"},
+				{"a payload is elsewhere", other(func(p *Pack) { p.Slots[7].Offset += blockSize }), "where no payload does"},
 				{"a payload is gone", other(func(p *Pack) { p.Slots[7] = Slot{} }), "where no payload does"},
 				{"a payload has another size", other(func(p *Pack) { p.Slots[7].Size-- }), "bytes, its payload 7"},
 			} {
@@ -132,7 +132,9 @@ func TestCheckChainFindsDamage(t *testing.T) {
 // smallChain is an image of a few blocks for fuzzing, over one pack.
 func smallChain(f *testing.F) ([]byte, *Pack) {
 	id := func(name string) content.ObjectID { return idOf([]byte(name)) }
-	p := &Pack{ID: 3, Meta: 9, Slots: []Slot{{id("a"), 1, 700}, {}, {id("b"), 2, 4096}, {id("c"), 3, 20_000}}}
+	p := &Pack{ID: 3, Meta: 9, Slots: []Slot{
+		{id("a"), blockSize, 700}, {}, {id("b"), 2 * blockSize, 4096}, {id("c"), 3 * blockSize, 20_000},
+	}}
 	if _, _, err := p.encodeTail(); err != nil {
 		f.Fatal(err)
 	}
@@ -185,7 +187,8 @@ func FuzzCheckChain(f *testing.F) {
 // reseal gives a changed image the checksums that its writer would have given it.
 func reseal(b []byte) {
 	sb := b[superOffset:]
-	le.PutUint32(sb[superBlocksOff:], uint32(len(b)/blockSize))
+	unit := blocksOf(blocks(sb[12]) == dense)
+	le.PutUint32(sb[superBlocksOff:], uint32(unit.count(int64(len(b)))))
 	n := int(le.Uint16(sb[superDevicesOff:]))
 	if end := deviceTable + n*deviceSlot + packListLen + 8*n; end <= len(b) {
 		list := b[deviceTable+n*deviceSlot:]
@@ -195,7 +198,7 @@ func reseal(b []byte) {
 	clear(sb[superUUIDOff:][:16])
 	clear(sb[superChecksumOff:][:4])
 	sum := sha256.Sum256(b)
-	seal(b[:blockSize], sum[:])
+	seal(b[:blockSize], unit, sum[:])
 }
 
 func FuzzReadChain(f *testing.F) {
@@ -206,9 +209,9 @@ func FuzzReadChain(f *testing.F) {
 		if whole && len(b) >= blockSize {
 			reseal(b[:len(b)&^(blockSize-1)])
 		}
-		devices, _, err := ReadChain(bytes.NewReader(b), int64(len(b)))
-		if err != nil && !errors.Is(err, ErrDamaged) || err == nil && len(devices)*deviceSlot > len(b) {
-			t.Error(len(devices), err)
+		chain, err := ReadChain(bytes.NewReader(b), int64(len(b)))
+		if err != nil && !errors.Is(err, ErrDamaged) || err == nil && len(chain.Packs)*deviceSlot > len(b) {
+			t.Error(len(chain.Packs), err)
 		}
 	})
 }

@@ -36,10 +36,10 @@ func (im *image) dirents(dir int32) []dirent {
 }
 
 // firstBlock says how many of ents fit in one block, and how many bytes they take.
-func firstBlock(ents []dirent) (count int, length int64) {
+func firstBlock(unit blocks, ents []dirent) (count int, length int64) {
 	for ; count < len(ents); count++ {
 		n := int64(direntSize + len(ents[count].name))
-		if length+n > blockSize {
+		if length+n > unit.size() {
 			break
 		}
 		length += n
@@ -51,7 +51,7 @@ func firstBlock(ents []dirent) (count int, length int64) {
 func (im *image) dirBlocks(dir int32, f func(n int64, ents []dirent, length int64)) {
 	ents := im.dirents(dir)
 	for n := int64(0); len(ents) > 0; n++ {
-		count, length := firstBlock(ents)
+		count, length := firstBlock(im.unit, ents)
 		f(n, ents[:count], length)
 		ents = ents[count:]
 	}
@@ -59,7 +59,7 @@ func (im *image) dirBlocks(dir int32, f func(n int64, ents []dirent, length int6
 
 // dirSize is a directory's i_size: all blocks but the last are full.
 func (im *image) dirSize(dir int32) (size int64) {
-	im.dirBlocks(dir, func(n int64, _ []dirent, length int64) { size = n*blockSize + length })
+	im.dirBlocks(dir, func(n int64, _ []dirent, length int64) { size = n*im.unit.size() + length })
 	return size
 }
 

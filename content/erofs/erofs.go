@@ -84,8 +84,9 @@ import (
 )
 
 const (
-	blockBits = 12
-	blockSize = 1 << blockBits
+	// blockSize is what lengths of files are a multiple of. What lies before it, the superblock among it, is written
+	// last.
+	blockSize = content.BlockSize
 	slotSize  = 32 // inodes begin at multiples of it
 
 	superOffset = 1024
@@ -109,6 +110,7 @@ var le = binary.LittleEndian
 // inode its offset, encode makes the bytes.
 type image struct {
 	ctx    context.Context
+	unit   blocks
 	inodes []inode // the root is first
 	// refs holds the inodes of all directory children, directory by directory.
 	refs   []int32
@@ -140,7 +142,7 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	if err := im.encode(&first); err != nil {
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
-	seal(first.head, sum.Sum(nil))
+	seal(first.head, im.unit, sum.Sum(nil))
 	second := out{w: w, head: first.head, buf: first.buf[:0]}
 	if err := im.encode(&second); err != nil {
 		return second.base, err
@@ -148,13 +150,13 @@ func (im *image) write(w io.Writer, root *tree.Node) (int64, error) {
 	return im.length, nil
 }
 
-// writeOnce makes a placed image once: its block 0, which nothing takes for an image before, comes last.
+// writeOnce makes a placed image once: its head, which nothing takes for an image before, comes last.
 func (im *image) writeOnce(w io.Writer, at io.WriterAt, sum hash.Hash) error {
 	o := out{w: io.MultiWriter(w, sum)}
 	if err := im.encode(&o); err != nil {
 		return err
 	}
-	seal(o.head, sum.Sum(nil))
+	seal(o.head, im.unit, sum.Sum(nil))
 	if _, err := at.WriteAt(o.head, 0); err != nil {
 		return fmt.Errorf("write chain image: %w", err)
 	}
@@ -181,7 +183,7 @@ func (im *image) encode(o *out) error {
 		im.shared.encode(o)
 	}
 	for i := range im.inodes {
-		if im.inodes[i].dataBlocks() > 0 {
+		if im.inodes[i].dataBlocks(im.unit) > 0 {
 			im.encodeBlocks(o, int32(i))
 		}
 	}
@@ -226,12 +228,12 @@ func (im *image) stopped(i int) error {
 func (im *image) encodeSuper(sb []byte) {
 	le.PutUint32(sb[0:], superMagic)
 	le.PutUint32(sb[8:], compatChecksum|compatMtime)
-	sb[12] = blockBits
+	sb[12] = byte(im.unit)
 	le.PutUint16(sb[14:], uint16(im.inodes[0].nid()))
 	le.PutUint64(sb[16:], uint64(len(im.inodes)))
 	le.PutUint64(sb[24:], uint64(im.epoch.Sec))
 	le.PutUint32(sb[32:], im.epoch.Nsec)
-	le.PutUint32(sb[superBlocksOff:], uint32(im.length/blockSize))
+	le.PutUint32(sb[superBlocksOff:], uint32(im.unit.count(im.length)))
 	// sb[40:48]: the metadata area and the shared xattrs are counted from block 0.
 	incompat := uint32(0)
 	if im.chunked {
@@ -245,17 +247,21 @@ func (im *image) encodeSuper(sb []byte) {
 	le.PutUint32(sb[superIncompatOff:], incompat)
 }
 
-// seal completes block 0: the uuid is made from the sum of the whole image without it, and the checksum is over what
+// seal completes the head: the uuid is made from the sum of the whole image without it, and the checksum is over what
 // follows it in the block, inodes included.
-func seal(block, sum []byte) {
-	putUUID(block[superOffset:], sum)
-	le.PutUint32(block[superOffset+superChecksumOff:], superChecksum(block))
+func seal(head []byte, unit blocks, sum []byte) {
+	putUUID(head[superOffset:], sum)
+	le.PutUint32(head[superOffset+superChecksumOff:], superChecksum(head, unit))
 }
 
-// superChecksum is the kernel's over block 0, taken while the field itself is zero. It leaves out crc32c's last
-// inversion.
-func superChecksum(block []byte) uint32 {
-	return ^crc32.Checksum(block[superOffset:], crc32.MakeTable(crc32.Castagnoli))
+// superChecksum is the kernel's, taken while the field itself is zero: over the superblock and what follows it in its
+// block, or, where it does not lie in block 0, over as much as a block. It leaves out crc32c's last inversion.
+func superChecksum(head []byte, unit blocks) uint32 {
+	end := unit.size()
+	if end <= superOffset {
+		end += superOffset
+	}
+	return ^crc32.Checksum(head[superOffset:end], crc32.MakeTable(crc32.Castagnoli))
 }
 
 // putUUID writes a uuid made from a sum into a superblock.

@@ -48,7 +48,7 @@ func options(root *tree.Node) Options {
 	walk = func(n *tree.Node) {
 		if e := n.Entry; e != nil && e.Kind == content.Regular && !e.Object.IsZero() {
 			if _, ok := places[e.Object]; !ok {
-				places[e.Object] = content.Place{Pack: somePack, N: uint32(len(places)), Block: 1, Size: e.Size}
+				places[e.Object] = content.Place{Pack: somePack, N: uint32(len(places)), Offset: blockSize, Size: e.Size}
 			}
 		}
 		for _, c := range n.Children {

@@ -18,7 +18,6 @@ const (
 
 	// A chunk is a block shifted left by up to 31 bits.
 	maxChunkShift = 31
-	maxChunkBits  = blockBits + maxChunkShift
 	maxChunks     = 128
 	chunkSize     = 8 // of an index entry
 	// chunkIndexes asks for 8-byte index entries, which name a device.
@@ -66,15 +65,17 @@ func (in *inode) fitsCompact() bool {
 }
 
 // tail is how much of the payload does not fill a block.
-func (in *inode) tail() int64 { return in.size % blockSize }
+func (in *inode) tail(unit blocks) int64 { return in.size & (unit.size() - 1) }
 
 // chooseLayout decides how the payload is stored, once the header's and the xattrs'
 // lengths are known.
-func (in *inode) chooseLayout() {
-	switch tail := in.tail(); {
+func (in *inode) chooseLayout(unit blocks) {
+	switch tail := in.tail(unit); {
 	case dataless(in.node.Entry):
 		in.layout = layoutChunk
-	case tail > 0 && in.headerSize()+int64(in.xattrs)+tail <= blockSize:
+	case in.node.Entry.Kind == content.Symlink && in.size > unit.size():
+		in.layout = layoutPlain // kernels want all of an inline one behind its inode
+	case tail > 0 && in.headerSize()+int64(in.xattrs)+tail <= unit.size():
 		in.layout = layoutInline
 	default:
 		in.layout = layoutPlain
@@ -82,61 +83,62 @@ func (in *inode) chooseLayout() {
 }
 
 // length is how many bytes the inode takes in the metadata area.
-func (in *inode) length() int64 {
+func (in *inode) length(unit blocks) int64 {
 	end := in.headerSize() + int64(in.xattrs)
 	switch in.layout {
 	case layoutChunk:
-		return alignUp(end, chunkSize) + chunkSize*in.chunks()
+		return alignUp(end, chunkSize) + chunkSize*in.chunks(unit)
 	case layoutInline:
-		return end + in.tail()
+		return end + in.tail(unit)
 	}
 	return end
 }
 
 // dataBlocks is how many blocks of the data area the payload takes.
-func (in *inode) dataBlocks() int64 {
+func (in *inode) dataBlocks(unit blocks) int64 {
 	switch in.layout {
 	case layoutInline:
-		return in.size / blockSize
+		return in.size >> unit
 	case layoutPlain:
-		return alignUp(in.size, blockSize) / blockSize
+		return unit.count(in.size)
 	}
 	return 0
 }
 
 // chunkShift makes chunks so large that one will do. It is no larger than needed:
 // 32-bit kernels compute chunk lengths in 32 bits.
-func (in *inode) chunkShift() int {
-	return min(max(bits.Len64(uint64(in.size-1))-blockBits, 0), maxChunkShift)
+func (in *inode) chunkShift(unit blocks) int {
+	return min(max(bits.Len64(uint64(in.size-1))-int(unit), 0), maxChunkShift)
 }
 
-func (in *inode) chunks() int64 {
-	return (in.size-1)>>(blockBits+in.chunkShift()) + 1
+func (in *inode) chunks(unit blocks) int64 {
+	return (in.size-1)>>(int(unit)+in.chunkShift(unit)) + 1
 }
 
 // encodeInode writes an inode with what lies behind it.
 func (im *image) encodeInode(o *out, id int32) {
 	in := &im.inodes[id]
 	e := in.node.Entry
-	b := o.at(in.offset, in.length())
-	in.encodeHeader(b, uint32(id)+1)
+	b := o.at(in.offset, in.length(im.unit))
+	in.encodeHeader(b, im.unit, uint32(id)+1)
 	b = b[in.headerSize():]
 	if in.xattrs > 0 {
 		im.shared.encodeArea(b, e, im.redirect(in))
 	}
 	switch in.layout {
 	case layoutChunk:
-		in.encodeChunks(b[alignUp(int64(in.xattrs), chunkSize):])
+		in.encodeChunks(im.unit, b[alignUp(int64(in.xattrs), chunkSize):])
 	case layoutInline:
 		im.encodeTail(b[in.xattrs:], id)
 	}
 }
 
-// encodeTail writes the part of a payload that lies behind its inode: all of it, but of a directory the last block.
+// encodeTail writes the part of a payload that lies behind its inode: what does not fill a block.
 func (im *image) encodeTail(b []byte, id int32) {
-	switch e := im.inodes[id].node.Entry; e.Kind {
+	in := &im.inodes[id]
+	switch e := in.node.Entry; e.Kind {
 	case content.Regular:
-		copy(b, e.Data)
+		copy(b, e.Data[in.size-in.tail(im.unit):])
 	case content.Symlink:
 		copy(b, e.Target)
 	case content.Dir:
@@ -149,24 +151,24 @@ func (im *image) encodeTail(b []byte, id int32) {
 // encodeBlocks writes the part of a payload that lies in blocks of its own.
 func (im *image) encodeBlocks(o *out, id int32) {
 	in := &im.inodes[id]
-	at := int64(in.block) * blockSize
+	at := int64(in.block) * im.unit.size()
 	switch e := in.node.Entry; e.Kind {
 	case content.Regular:
-		copy(o.at(at, in.size), e.Data)
+		copy(o.at(at, min(in.size, in.dataBlocks(im.unit)*im.unit.size())), e.Data)
 	case content.Symlink:
 		copy(o.at(at, in.size), e.Target)
 	case content.Dir:
-		blocks := in.dataBlocks()
+		blocks := in.dataBlocks(im.unit)
 		im.dirBlocks(id, func(n int64, ents []dirent, length int64) {
 			if n < blocks {
-				im.encodeDirents(o.at(at+n*blockSize, length), ents)
+				im.encodeDirents(o.at(at+n*im.unit.size(), length), ents)
 			}
 		})
 	}
 }
 
 // encodeHeader writes the compact or extended inode at b[0].
-func (in *inode) encodeHeader(b []byte, ino uint32) {
+func (in *inode) encodeHeader(b []byte, unit blocks, ino uint32) {
 	e := in.node.Entry
 	format := uint16(in.layout) << 1
 	if in.extended {
@@ -175,7 +177,7 @@ func (in *inode) encodeHeader(b []byte, ino uint32) {
 	le.PutUint16(b[0:], format)
 	le.PutUint16(b[2:], xattrCount(in.xattrs))
 	le.PutUint16(b[4:], modeType(e.Kind)|uint16(e.Mode))
-	le.PutUint32(b[16:], in.union())
+	le.PutUint32(b[16:], in.union(unit))
 	le.PutUint32(b[20:], ino)
 	if !in.extended {
 		le.PutUint16(b[6:], uint16(in.nlink))
@@ -195,13 +197,13 @@ func (in *inode) encodeHeader(b []byte, ino uint32) {
 }
 
 // union is the field whose meaning depends on kind and layout.
-func (in *inode) union() uint32 {
+func (in *inode) union(unit blocks) uint32 {
 	switch e := in.node.Entry; {
 	case e.Kind == content.Char || e.Kind == content.Block:
 		// The kernel's new_encode_dev.
 		return e.Minor&0xff | e.Major<<8 | (e.Minor&^0xff)<<12
 	case in.layout == layoutChunk:
-		return chunkIndexes | uint32(in.chunkShift())
+		return chunkIndexes | uint32(in.chunkShift(unit))
 	}
 	return in.block
 }

@@ -281,15 +281,15 @@ func sparsePack(t *testing.T, id content.PackID, sizes ...int64) packed {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, id)
+	w := NewPackWriter(f, id, false)
 	for i, size := range sizes {
 		begin, end := pattern(fmt.Sprint("begin", i), 10_000), pattern(fmt.Sprint("end", i), 10_000)
-		_, block, err := w.take(Slot{ID: idOf(begin), Size: size})
+		_, at, err := w.take(Slot{ID: idOf(begin), Size: size})
 		if err == nil {
-			_, err = f.WriteAt(begin, int64(block)*blockSize)
+			_, err = f.WriteAt(begin, at)
 		}
 		if err == nil {
-			_, err = f.WriteAt(end, int64(block)*blockSize+size-int64(len(end)))
+			_, err = f.WriteAt(end, at+size-int64(len(end)))
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -12,15 +12,14 @@ import (
 
 // What the package says of packs, in numbers: table and trailer are
 //
-//	slot      sha256 (32), first block (4), size (8)
-//	trailer   magic (8), version (4), slots (4), pack id (8), block m (4), blocks of the file (4), offset of the
-//	          table from m (8), 8 zeros, sha256 (32) over block 0 and everything from m on but itself
+//	slot      sha256 (32), first block (4, of the pack's own size), size (8)
+//	trailer   magic (8), version (4), slots (4), pack id (8), m (4) and the length of the file (4) in 4 KiB, offset of
+//	          the table from m (8), 8 zeros, sha256 (32) over the first 4 KiB and everything from m on but itself
 //
 // The trailer's sha256 vouches for all but the payloads, which their own sums vouch for. A lookup of
 // "/<pack>/<number>" in another pack fails at the first component.
 const (
 	packMagic    = "dedupPK\n"
-	packVersion  = 1
 	slotLen      = sha256.Size + 4 + 8
 	trailerLen   = 8 + 4 + 4 + 8 + 4 + 4 + 8 + 8 + sha256.Size
 	sumOffset    = trailerLen - sha256.Size
@@ -34,22 +33,27 @@ const (
 	maxMeta = (maxSlots + 1) * (extendedSize + direntSize + nameLen + slotLen + 16)
 )
 
+// packVersions are the versions of packs, by their blocks.
+var packVersions = map[blocks]uint32{coarse: 1, dense: 2}
+
 // ErrDamaged is wrapped where a file is not what its writer wrote.
 var ErrDamaged = errors.New("damaged")
 
 // Slot is one payload in a pack; the zero Slot holds none.
 type Slot struct {
-	ID    content.ObjectID
-	Block uint32 // the first one, counted from the beginning of the file
-	Size  int64  // bytes
+	ID     content.ObjectID
+	Offset int64 // bytes, from the beginning of the file
+	Size   int64 // bytes
 }
 
 // Pack is what a sealed pack says of itself.
 type Pack struct {
 	ID content.PackID
+	// Dense: payloads begin at multiples of DenseBlock, and not of content.BlockSize.
+	Dense bool
 	// Slots are numbered from 0.
 	Slots []Slot
-	// Meta is the first block after the payloads, Blocks the length of the file.
+	// Meta is where the payloads end, Blocks the length of the file, both in content.BlockSize.
 	Meta, Blocks uint32
 	// Sum vouches for everything but the payloads.
 	Sum content.Sum
@@ -58,7 +62,7 @@ type Pack struct {
 // Place is where a slot's payload lies.
 func (p *Pack) Place(n uint32) content.Place {
 	s := p.Slots[n]
-	return content.Place{Pack: p.ID, N: n, Block: s.Block, Size: s.Size}
+	return content.Place{Pack: p.ID, N: n, Offset: s.Offset, Size: s.Size}
 }
 
 // Device is what a chain image needs to know of the pack. The tag may be replaced by one that says more.
@@ -87,22 +91,20 @@ func (p *Pack) used() (n int) {
 	return n
 }
 
-// blocksOf returns how many blocks a payload takes.
-func blocksOf(size int64) int64 { return alignUp(size, blockSize) / blockSize }
-
-// encodeTail returns block 0 and everything from p.Meta on of a pack whose ID, Slots and Meta are set, and sets the
-// rest.
+// encodeTail returns the first 4 KiB and everything from p.Meta on of a pack whose ID, Dense, Slots and Meta are set,
+// and sets the rest.
 func (p *Pack) encodeTail() (super, tail []byte, err error) {
+	unit := blocksOf(p.Dense)
 	b := p.encodeInodes()
 	table := int64(len(b))
 	for _, s := range p.Slots {
 		b = append(b, s.ID.Sum[:]...)
-		b = le.AppendUint32(b, s.Block)
+		b = le.AppendUint32(b, uint32(unit.count(s.Offset)))
 		b = le.AppendUint64(b, uint64(s.Size))
 	}
-	blocks := int64(p.Meta) + blocksOf(int64(len(b))+trailerLen)
-	if blocks > math.MaxUint32 {
-		return nil, nil, fmt.Errorf("pack %s: %d blocks are more than EROFS can count", p.ID, blocks)
+	blocks := int64(p.Meta) + coarse.count(int64(len(b))+trailerLen)
+	if unit.count(blocks*blockSize) > math.MaxUint32 {
+		return nil, nil, fmt.Errorf("pack %s: %d bytes are more than EROFS can count", p.ID, blocks*blockSize)
 	}
 	p.Blocks = uint32(blocks)
 	b = append(b, make([]byte, (blocks-int64(p.Meta))*blockSize-int64(len(b)))...)
@@ -110,7 +112,7 @@ func (p *Pack) encodeTail() (super, tail []byte, err error) {
 
 	t := b[len(b)-trailerLen:]
 	copy(t, packMagic)
-	le.PutUint32(t[8:], packVersion)
+	le.PutUint32(t[8:], packVersions[unit])
 	le.PutUint32(t[12:], uint32(len(p.Slots)))
 	le.PutUint64(t[16:], uint64(p.ID))
 	le.PutUint32(t[24:], p.Meta)
@@ -132,6 +134,7 @@ func tailSum(super, tail []byte) (sum content.Sum) {
 
 // encodeInodes returns the metadata area of the pack's file system, in whole blocks.
 func (p *Pack) encodeInodes() []byte {
+	unit := blocksOf(p.Dense)
 	nids := make([]uint32, len(p.Slots))
 	next := uint32(packFilesNid)
 	for i, s := range p.Slots {
@@ -143,8 +146,8 @@ func (p *Pack) encodeInodes() []byte {
 		}
 		next++
 	}
-	length := alignUp(int64(next)*slotSize, blockSize)
-	dir := packDirectory{first: p.Meta + uint32(length/blockSize)}
+	length := unit.align(int64(next) * slotSize)
+	dir := packDirectory{unit: unit, first: uint32(unit.count(int64(p.Meta)*blockSize + length))}
 	dir.add(".", packDirNid, 2)
 	dir.add("..", packRootNid, 2)
 	for i, nid := range nids {
@@ -155,7 +158,7 @@ func (p *Pack) encodeInodes() []byte {
 	blocks, size := dir.finish()
 	b := make([]byte, length, length+int64(len(blocks))+int64(len(p.Slots)*slotLen)+2*blockSize)
 
-	root := packDirectory{}
+	root := packDirectory{unit: unit}
 	root.add(".", packRootNid, 2)
 	root.add("..", packRootNid, 2)
 	root.add(p.ID.String(), packDirNid, 2)
@@ -166,7 +169,7 @@ func (p *Pack) encodeInodes() []byte {
 	putPackInode(b[packDirNid*slotSize:], layoutPlain, 0o040555, 2, size, dir.first, packDirNid)
 	for i, nid := range nids {
 		if nid != 0 {
-			putPackInode(b[int64(nid)*slotSize:], layoutPlain, 0o100444, 1, p.Slots[i].Size, p.Slots[i].Block, nid)
+			putPackInode(b[int64(nid)*slotSize:], layoutPlain, 0o100444, 1, p.Slots[i].Size, uint32(unit.count(p.Slots[i].Offset)), nid)
 		}
 	}
 	return append(b, blocks...)
@@ -191,6 +194,7 @@ func putPackInode(b []byte, layout uint8, mode uint16, nlink uint32, size int64,
 
 // packDirectory collects the names of one directory, which come sorted.
 type packDirectory struct {
+	unit  blocks
 	first uint32 // its first block
 	names []string
 	nids  []uint32
@@ -205,21 +209,21 @@ func (d *packDirectory) add(name string, nid uint32, kind uint8) {
 func (d *packDirectory) finish() (blocks []byte, size int64) {
 	for len(d.names) > 0 {
 		n, length := 0, int64(0)
-		for ; n < len(d.names) && length+direntSize+int64(len(d.names[n])) <= blockSize; n++ {
+		for ; n < len(d.names) && length+direntSize+int64(len(d.names[n])) <= d.unit.size(); n++ {
 			length += direntSize + int64(len(d.names[n]))
 		}
-		block := make([]byte, blockSize)
+		block := make([]byte, d.unit.size())
 		rest := packDirectory{names: d.names[n:], nids: d.nids[n:], types: d.types[n:]}
 		part := packDirectory{names: d.names[:n], nids: d.nids[:n], types: d.types[:n]}
 		part.encode(block)
 		blocks = append(blocks, block...)
 		if size += length; len(rest.names) > 0 {
-			size += blockSize - length
+			size += d.unit.size() - length
 		}
 		if len(rest.names) == 0 {
 			break
 		}
-		*d = packDirectory{d.first, rest.names, rest.nids, rest.types}
+		d.names, d.nids, d.types = rest.names, rest.nids, rest.types
 	}
 	return blocks, size
 }
@@ -235,21 +239,22 @@ func (d *packDirectory) encode(b []byte) {
 	}
 }
 
-// encodeSuper returns block 0. The uuid is made from the id and the inodes.
+// encodeSuper returns the first 4 KiB. The uuid is made from the id and the inodes.
 func (p *Pack) encodeSuper(inodes []byte) []byte {
+	unit := blocksOf(p.Dense)
 	b := make([]byte, blockSize)
 	sb := b[superOffset:]
 	le.PutUint32(sb[0:], superMagic)
 	le.PutUint32(sb[8:], compatChecksum|compatMtime)
-	sb[12] = blockBits
+	sb[12] = byte(unit)
 	le.PutUint16(sb[14:], packRootNid)
 	le.PutUint64(sb[16:], uint64(p.used())+2)
-	le.PutUint32(sb[superBlocksOff:], p.Blocks)
-	le.PutUint32(sb[40:], p.Meta)
+	le.PutUint32(sb[superBlocksOff:], uint32(unit.count(int64(p.Blocks)*blockSize)))
+	le.PutUint32(sb[40:], uint32(unit.count(int64(p.Meta)*blockSize)))
 	h := sha256.New()
 	h.Write([]byte(p.ID.String()))
 	h.Write(inodes)
-	seal(b, h.Sum(nil))
+	seal(b, unit, h.Sum(nil))
 	return b
 }
 
@@ -271,10 +276,14 @@ func OpenPack(r io.ReaderAt, size int64) (*Pack, error) {
 	if sum := tailSum(super, tail); sum != t.Sum {
 		return nil, damagedPack("superblock, inodes or table have the sum %s, the trailer says %s", sum, t.Sum)
 	}
-	if t.version != packVersion {
-		return nil, fmt.Errorf("pack %s has version %d, this build reads %d", t.Pack, t.version, packVersion)
-	}
 	p := &Pack{ID: t.Pack, Meta: t.meta, Blocks: t.Blocks, Sum: t.Sum}
+	switch t.version {
+	case packVersions[coarse]:
+	case packVersions[dense]:
+		p.Dense = true
+	default:
+		return nil, fmt.Errorf("pack %s has version %d, this build reads 1 and 2", t.Pack, t.version)
+	}
 	if err := p.decodeTable(tail[t.table : t.table+t.slots*slotLen]); err != nil {
 		return nil, err
 	}
@@ -287,14 +296,16 @@ func damagedPack(format string, args ...any) error {
 
 func (p *Pack) decodeTable(b []byte) error {
 	p.Slots = make([]Slot, len(b)/slotLen)
+	unit, end := blocksOf(p.Dense), int64(p.Meta)*blockSize
 	for i := range p.Slots {
 		rec := b[i*slotLen:]
-		s := Slot{Block: le.Uint32(rec[sha256.Size:]), Size: int64(le.Uint64(rec[sha256.Size+4:]))}
+		s := Slot{
+			Offset: int64(le.Uint32(rec[sha256.Size:])) * unit.size(), Size: int64(le.Uint64(rec[sha256.Size+4:])),
+		}
 		copy(s.ID.Sum[:], rec)
 		switch {
 		case s == Slot{}:
-		case s.Size <= 0 || s.Size > int64(p.Meta)*blockSize,
-			s.Block < 1 || int64(s.Block)+blocksOf(s.Size) > int64(p.Meta):
+		case s.Size <= 0 || s.Size > end, s.Offset < blockSize || s.Offset+s.Size > end:
 			return damagedPack("slot %d of its table is outside of it", i)
 		}
 		p.Slots[i] = s
@@ -303,12 +314,14 @@ func (p *Pack) decodeTable(b []byte) error {
 }
 
 // PackSize returns the length of a pack's file, in bytes, that holds payloads of these sizes.
-func PackSize(sizes []int64) (int64, error) {
-	p := &Pack{Meta: 1, Slots: make([]Slot, len(sizes))}
+func PackSize(sizes []int64, dense bool) (int64, error) {
+	p := &Pack{Dense: dense, Slots: make([]Slot, len(sizes))}
+	end := int64(blockSize)
 	for i, size := range sizes {
-		p.Slots[i] = Slot{Block: p.Meta, Size: size}
-		p.Meta += uint32(blocksOf(size))
+		p.Slots[i] = Slot{Offset: end, Size: size}
+		end += Space(size, dense)
 	}
+	p.Meta = uint32(coarse.count(end))
 	if _, _, err := p.encodeTail(); err != nil {
 		return 0, err
 	}

@@ -33,7 +33,7 @@ func writePack(t *testing.T, id content.PackID, sizes ...int) packed {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, id)
+	w := NewPackWriter(f, id, false)
 	p := packed{path: f.Name(), data: make([][]byte, len(sizes))}
 	for i, size := range sizes {
 		data := pattern(fmt.Sprintf("%s %d", id, i), size)
@@ -85,7 +85,8 @@ func TestPackSaysWhatItHolds(t *testing.T) {
 	if diff := cmp.Diff(p.Pack, p.open(t)); diff != "" {
 		t.Error(diff)
 	}
-	if p.Slots[0].Block != 1 || p.Slots[1].Block != 2 || p.Slots[5].Block != 6 || p.Slots[6].Block != 8 {
+	if begin := func(n int) int64 { return p.Slots[n].Offset / blockSize }; begin(0) != 1 || begin(1) != 2 ||
+		begin(5) != 6 || begin(6) != 8 {
 		t.Errorf("payloads do not follow one another: %+v", p.Slots)
 	}
 }
@@ -96,7 +97,7 @@ func TestPackExtents(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 7)
+	w := NewPackWriter(f, 7, false)
 	whole, aborted, last := pattern("whole", 10_000), pattern("aborted", 9_000), pattern("last", 5_000)
 	stream := func(data []byte) *Extent {
 		e, err := w.Stream(int64(len(data)))
@@ -141,7 +142,7 @@ func TestPackExtents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Slot{{idOf(whole), 1, 10_000}, {}}
+	want := []Slot{{idOf(whole), blockSize, 10_000}, {}}
 	if diff := cmp.Diff(want, p.Slots); diff != "" {
 		t.Error(diff)
 	}
@@ -153,7 +154,7 @@ func TestPackManyWriters(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 9)
+	w := NewPackWriter(f, 9, false)
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {
@@ -173,7 +174,7 @@ func TestPackManyWriters(t *testing.T) {
 	if n := p.used(); n != 8*(500-100) {
 		t.Errorf("%d payloads", n)
 	}
-	end := uint32(1)
+	end := int64(blockSize)
 	for n, s := range p.Slots {
 		if s == (Slot{}) {
 			continue
@@ -181,10 +182,10 @@ func TestPackManyWriters(t *testing.T) {
 		if data, err := w.Read(uint32(n)); err != nil || idOf(data) != s.ID {
 			t.Fatalf("slot %d: %v", n, err)
 		}
-		if s.Block < end {
-			t.Fatalf("slot %d begins at block %d, where the one before it still is", n, s.Block)
+		if s.Offset < end {
+			t.Fatalf("slot %d begins at byte %d, where the one before it still is", n, s.Offset)
 		}
-		end = s.Block + uint32(blocksOf(s.Size))
+		end = s.Offset + coarse.align(s.Size)
 	}
 }
 
@@ -195,7 +196,7 @@ func TestSealTellsOfFailedWrites(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 9)
+	w := NewPackWriter(f, 9, false)
 	data := pattern("small", 1000)
 	if _, err := w.Append(idOf(data), data); err != nil {
 		t.Fatal(err)
@@ -213,7 +214,7 @@ func TestReadTellsOfFailedWrites(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 9)
+	w := NewPackWriter(f, 9, false)
 	data := pattern("small", runMost)
 	n, err := w.Append(idOf(data), data)
 	if err != nil {
@@ -303,7 +304,7 @@ func FuzzOpenPack(f *testing.F) {
 			return
 		}
 		for _, s := range p.Slots {
-			if s.Size < 0 || s.Size > 0 && s.Block < 1 || int64(s.Block)*blockSize+s.Size > int64(len(b)) {
+			if s.Size < 0 || s.Size > 0 && s.Offset < blockSize || s.Offset+s.Size > int64(len(b)) {
 				t.Errorf("slot outside of the file: %+v", s)
 			}
 		}
@@ -355,11 +356,11 @@ func writeChain(t *testing.T, root *tree.Node, o Options) string {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	devices, redirect, err := ReadChain(bytes.NewReader(b), int64(len(b)))
-	if err != nil || redirect != o.Redirect {
+	chain, err := ReadChain(bytes.NewReader(b), int64(len(b)))
+	if err != nil || chain.Redirect != o.Redirect || chain.Dense != o.Dense {
 		t.Error(err)
 	}
-	if diff := cmp.Diff(o.Packs, devices); diff != "" {
+	if diff := cmp.Diff(o.Packs, chain.Packs); diff != "" {
 		t.Error(diff)
 	}
 	return path

@@ -20,12 +20,13 @@ const writeOut = 8 << 20
 // PackWriter writes one pack. All methods but Seal may be called concurrently; Seal comes last, when all others have
 // returned. A pack is not durable before its file system has been synced.
 type PackWriter struct {
-	f  *os.File
-	id content.PackID
+	f    *os.File
+	id   content.PackID
+	unit blocks
 
 	mu    sync.Mutex // guards what follows
 	slots []Slot
-	next  uint32 // the first free block
+	next  int64  // the first free byte, at a whole block
 	err   error  // the first that a write gave; the pack is lost then
 	run   *run   // payloads that wait to be written together: the last of the pack
 	cuts  []*run // those that are being written
@@ -35,31 +36,31 @@ type PackWriter struct {
 	asking bool
 }
 
-// NewPackWriter begins a pack in an empty file, which stays the caller's.
-func NewPackWriter(f *os.File, id content.PackID) *PackWriter {
-	return &PackWriter{f: f, id: id, next: 1, from: math.MaxInt64}
+// NewPackWriter begins a pack in an empty file, which stays the caller's. Kernels before 6.4 do not mount a dense one.
+func NewPackWriter(f *os.File, id content.PackID, dense bool) *PackWriter {
+	return &PackWriter{f: f, id: id, unit: blocksOf(dense), next: blockSize, from: math.MaxInt64}
 }
 
 // ID returns the pack's id.
 func (w *PackWriter) ID() content.PackID { return w.id }
 
-// Blocks returns how many blocks the payloads take by now, block 0 included.
-func (w *PackWriter) Blocks() int64 {
+// Payloads returns how many bytes the payloads take by now, in whole blocks.
+func (w *PackWriter) Payloads() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return int64(w.next)
+	return w.next - blockSize
 }
 
 // Append adds a payload, which is not empty, and returns the number of its slot. A small payload may be written with
 // later ones: then a later call, Seal at the end, says what has failed.
 func (w *PackWriter) Append(id content.ObjectID, data []byte) (n uint32, err error) {
 	w.mu.Lock()
-	n, block, err := w.take(Slot{ID: id, Size: int64(len(data))})
+	n, at, err := w.take(Slot{ID: id, Size: int64(len(data))})
 	if err != nil {
 		w.mu.Unlock()
 		return 0, err
 	}
-	at, small := int64(block)*blockSize, len(data) <= runMost
+	small := len(data) <= runMost
 	var full *run
 	if small {
 		full = w.collect(at, data)
@@ -75,8 +76,8 @@ func (w *PackWriter) Append(id content.ObjectID, data []byte) (n uint32, err err
 }
 
 // take gives a payload its slot and its blocks. Under mu.
-func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
-	end := int64(w.next) + blocksOf(s.Size)
+func (w *PackWriter) take(s Slot) (n uint32, at int64, err error) {
+	end := w.next + w.unit.align(s.Size)
 	switch {
 	case w.err != nil:
 		return 0, 0, w.err
@@ -84,14 +85,14 @@ func (w *PackWriter) take(s Slot) (n, block uint32, err error) {
 		return 0, 0, fmt.Errorf("%d is no pack's id", uint64(w.id))
 	case s.Size <= 0:
 		return 0, 0, fmt.Errorf("payload of %d bytes in a pack", s.Size)
-	case len(w.slots) >= maxSlots || end > math.MaxUint32-maxMeta/blockSize:
-		return 0, 0, fmt.Errorf("pack %s is full: %d payloads, %d blocks", w.id, len(w.slots), w.next)
+	case len(w.slots) >= maxSlots || end > math.MaxUint32*w.unit.size()-maxMeta:
+		return 0, 0, fmt.Errorf("pack %s is full: %d payloads, %d bytes", w.id, len(w.slots), w.next)
 	}
-	n, block = uint32(len(w.slots)), w.next
-	s.Block = block
+	n, at = uint32(len(w.slots)), w.next
+	s.Offset = at
 	w.slots = append(w.slots, s)
-	w.next = uint32(end)
-	return n, block, nil
+	w.next = end
+	return n, at, nil
 }
 
 // write puts bytes of payloads at an offset, and has the kernel begin to write to the disk what has collected.
@@ -139,7 +140,7 @@ func (w *PackWriter) Read(n uint32) ([]byte, error) {
 	}
 	s := w.slots[n]
 	b := make([]byte, s.Size)
-	at := int64(s.Block) * blockSize
+	at := s.Offset
 	rest := w.copyRuns(b, at)
 	w.mu.Unlock()
 	for _, p := range rest {
@@ -163,13 +164,13 @@ type Extent struct {
 // Stream takes room for a payload of this many bytes.
 func (w *PackWriter) Stream(size int64) (*Extent, error) {
 	w.mu.Lock()
-	n, block, err := w.take(Slot{Size: size})
+	n, at, err := w.take(Slot{Size: size})
 	full := w.cut()
 	w.mu.Unlock()
 	if err := errors.Join(err, w.put(full)); err != nil {
 		return nil, err
 	}
-	return &Extent{w: w, n: n, slot: Slot{Block: block, Size: size}}, nil
+	return &Extent{w: w, n: n, slot: Slot{Offset: at, Size: size}}, nil
 }
 
 // Write adds bytes to the payload.
@@ -177,7 +178,7 @@ func (e *Extent) Write(p []byte) (int, error) {
 	if int64(len(p)) > e.slot.Size-e.written {
 		return 0, fmt.Errorf("payload of %d bytes has more than these: %w", e.slot.Size, io.ErrShortWrite)
 	}
-	n, err := e.w.write(p, int64(e.slot.Block)*blockSize+e.written)
+	n, err := e.w.write(p, e.slot.Offset+e.written)
 	e.written += int64(n)
 	return n, err
 }
@@ -204,17 +205,17 @@ func (e *Extent) Abort() error {
 	w := e.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	end := e.slot.Block + uint32(blocksOf(e.slot.Size))
+	length := w.unit.align(e.slot.Size)
 	w.slots[e.n] = Slot{}
-	if int(e.n) == len(w.slots)-1 && w.next == end {
-		w.slots, w.next = w.slots[:e.n], e.slot.Block
-		if err := w.f.Truncate(int64(w.next) * blockSize); err != nil {
+	if int(e.n) == len(w.slots)-1 && w.next == e.slot.Offset+length {
+		w.slots, w.next = w.slots[:e.n], e.slot.Offset
+		if err := w.f.Truncate(w.next); err != nil {
 			return fmt.Errorf("shorten pack %s: %w", w.id, err)
 		}
 		return nil
 	}
 	err := unix.Fallocate(int(w.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE,
-		int64(e.slot.Block)*blockSize, int64(end-e.slot.Block)*blockSize)
+		e.slot.Offset, length)
 	if errors.Is(err, unix.ENOTSUP) {
 		return nil // the blocks stay until the pack is merged
 	}
@@ -235,7 +236,7 @@ func (w *PackWriter) Seal() (*Pack, error) {
 	if w.err != nil {
 		return nil, w.err
 	}
-	p := &Pack{ID: w.id, Slots: w.slots, Meta: w.next}
+	p := &Pack{ID: w.id, Dense: w.unit == dense, Slots: w.slots, Meta: uint32(coarse.count(w.next))}
 	for n, s := range p.Slots {
 		if s.ID.IsZero() && s.Size > 0 {
 			return nil, fmt.Errorf("seal pack %s: the payload of slot %d was never committed", w.id, n)

@@ -11,7 +11,7 @@ import (
 func (im *image) place() error {
 	im.epoch = im.commonMtime()
 	im.shared.choose()
-	meta := arena{end: im.packs.end()}
+	meta := arena{unit: im.unit, end: im.packs.end()}
 	for i := range im.inodes {
 		if err := im.stopped(i); err != nil {
 			return err
@@ -22,22 +22,23 @@ func (im *image) place() error {
 		if in.xattrs, err = im.shared.areaSize(in.node.Entry); err != nil {
 			return fmt.Errorf("%q: %w", im.path(in.parent, in.node.Name), err)
 		}
-		in.chooseLayout()
+		in.chooseLayout(im.unit)
 		im.chunked = im.chunked || in.layout == layoutChunk
-		in.offset, in.inGap = meta.take(in.length(), in.layout == layoutInline)
+		in.offset, in.inGap = meta.take(in.length(im.unit), in.layout == layoutInline)
 		if i == 0 {
 			// Behind the root, as the root's nid must be small.
 			meta.end = im.shared.place(meta.end)
 		}
 	}
-	im.length = max(alignUp(meta.end, blockSize), im.minLength(meta.end))
+	end := max(im.unit.align(meta.end), im.minLength(meta.end))
 	for i := range im.inodes {
-		if n := im.inodes[i].dataBlocks(); n > 0 {
-			im.inodes[i].block = uint32(im.length / blockSize)
-			im.length += n * blockSize
+		if n := im.inodes[i].dataBlocks(im.unit); n > 0 {
+			im.inodes[i].block = uint32(im.unit.count(end))
+			end += n * im.unit.size()
 		}
 	}
-	if im.length/blockSize > math.MaxUint32 {
+	im.length = coarse.align(end)
+	if im.unit.count(im.length) > math.MaxUint32 {
 		return fmt.Errorf("%d bytes of metadata are too many", im.length)
 	}
 	return nil
@@ -50,7 +51,7 @@ func (im *image) minLength(metaEnd int64) int64 {
 	if end := im.shared.end; end > 0 {
 		n = max(n, end+blockSize)
 	}
-	return alignUp(n, blockSize)
+	return im.unit.align(n)
 }
 
 // commonMtime returns the mtime that saves most when it is the superblock's, which
@@ -80,6 +81,7 @@ func before(a, b content.Time) bool {
 // to the next block it remembers the largest such gap, and later inodes that fit
 // go there. The gaps would be 3 % of an image of Python packages.
 type arena struct {
+	unit        blocks
 	end         int64
 	gap, gapEnd int64
 }
@@ -93,8 +95,8 @@ func (a *arena) take(length int64, whole bool) (at int64, inGap bool) {
 		return at, true
 	}
 	at = alignUp(a.end, slotSize)
-	if whole && at/blockSize != (at+length-1)/blockSize {
-		next := alignUp(at, blockSize)
+	if whole && at>>a.unit != (at+length-1)>>a.unit {
+		next := a.unit.align(at)
 		if next-at > a.gapEnd-a.gap {
 			a.gap, a.gapEnd = at, next
 		}

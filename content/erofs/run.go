@@ -25,7 +25,7 @@ var runPool = sync.Pool{New: func() any { return &run{data: make([]byte, 0, runS
 // collect adds a payload, which has just taken its blocks, to the run that is being filled. It returns the run that is
 // to be written now, if there is one. Under mu.
 func (w *PackWriter) collect(at int64, data []byte) (full *run) {
-	for left := blocksOf(int64(len(data))) * blockSize; left > 0; {
+	for left := w.unit.align(int64(len(data))); left > 0; {
 		if w.run == nil {
 			w.run = runPool.Get().(*run)
 			w.run.at, w.run.data = at, w.run.data[:0]

@@ -17,7 +17,7 @@ const (
 	maxMinor  = 1<<20 - 1
 	// maxSize keeps the index of a file at 1 KiB, so that a tar that claims 8 EiB
 	// cannot blow up the image. No pack can be as large.
-	maxSize = maxChunks << maxChunkBits
+	maxSize = maxChunks << (coarse + maxChunkShift)
 )
 
 // scan collects the inodes below root and checks every one of them.

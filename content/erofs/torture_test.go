@@ -192,7 +192,7 @@ func tortureSizes(o objects) *tree.Node {
 		nodes = append(nodes, leaf(fmt.Sprint("object-", n), o.file(text(n, n))))
 	}
 	for _, n := range []int64{
-		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << maxChunkBits, 1<<maxChunkBits + 1, maxHole,
+		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << (int(coarse) + maxChunkShift), 1<<(int(coarse)+maxChunkShift) + 1, maxHole,
 	} {
 		nodes = append(nodes, leaf(fmt.Sprint("hole-", n), hole(n)))
 	}

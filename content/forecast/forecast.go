@@ -58,10 +58,13 @@ type Options struct {
 	Verity   bool             // fs-verity on packs, as ext4 keeps it
 	// Private: chain images for page_cache = "private".
 	Private bool
+	// Dense: packs as kernels of 6.4 and newer mount them.
+	Dense bool
 }
 
 // packs are the packs of a store: one for each draft that brings something new.
 type packs struct {
+	dense   bool
 	devices []erofs.Device
 	places  map[content.ObjectID]content.Place
 }
@@ -70,19 +73,19 @@ type packs struct {
 func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err error) {
 	id := content.PackID(len(p.devices) + 1)
 	var sizes []int64
-	next := uint32(1)
+	next := int64(content.BlockSize)
 	for _, e := range entries {
 		if _, known := p.places[e.Object]; e.Object.IsZero() || known {
 			continue
 		}
-		p.places[e.Object] = content.Place{Pack: id, N: uint32(len(sizes)), Block: next, Size: e.Size}
-		next += uint32(content.Blocks(e.Size) / content.BlockSize)
+		p.places[e.Object] = content.Place{Pack: id, N: uint32(len(sizes)), Offset: next, Size: e.Size}
+		next += erofs.Space(e.Size, p.dense)
 		sizes = append(sizes, e.Size)
 	}
 	if len(sizes) == 0 {
 		return u, nil
 	}
-	size, err := erofs.PackSize(sizes)
+	size, err := erofs.PackSize(sizes, p.dense)
 	if err != nil {
 		return u, err
 	}
@@ -98,7 +101,7 @@ func (p *packs) add(entries []*content.Entry, hashed bool) (u layer.Usage, err e
 // Of returns what a store would occupy that held the drafts and the chain images of the chains. Packs are counted as
 // they come in; merging small ones later gives back a few blocks each.
 func Of(ctx context.Context, opts Options, drafts []layer.Draft, chains []Chain) (s Store, err error) {
-	stored := &packs{places: map[content.ObjectID]content.Place{}}
+	stored := &packs{dense: opts.Dense, places: map[content.ObjectID]content.Place{}}
 	seen := map[content.LayerID]bool{}
 	for _, d := range drafts {
 		t := treeOf(d, opts.Fidelity)
@@ -187,6 +190,7 @@ func chainImage(ctx context.Context, opts Options, drafts []layer.Draft, c Chain
 		Place:    func(o content.ObjectID) (content.Place, bool) { p, ok := stored.places[o]; return p, ok },
 		Packs:    devices,
 		Redirect: !opts.Private,
+		Dense:    opts.Dense,
 	})
 }
 

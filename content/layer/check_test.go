@@ -88,7 +88,7 @@ func harmPayload(t *testing.T, s *Store, data, how, other string) (path string) 
 	}
 	path = s.objects.Packs().Path(place.Pack)
 	b := readFile(t, path)
-	at := int64(place.Block) * content.BlockSize
+	at := place.Offset
 	payloadDamages[how](b[at:at+place.Size], []byte(other))
 	writeFile(t, path, b)
 	return path

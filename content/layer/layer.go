@@ -53,6 +53,8 @@ type Options struct {
 	Durability Durability
 	// Verity gives packs fs-verity; the file system must have it (verity.Probe).
 	Verity bool
+	// Dense has packs take less of the disk. The kernel must mount them (lower.Kernel).
+	Dense bool
 	// PacksMoved is told which packs lost payloads to newer ones while chain images name them, and whether because
 	// these were damaged; may be nil.
 	PacksMoved func(packs []content.PackID, damaged bool)
@@ -234,6 +236,14 @@ func (s *Store) Wait() {
 // holds the layers. An object that no pack has takes its layers out of service, and the error wraps ErrDamaged.
 func (h *health) Places(ctx context.Context, ids []content.ObjectID) (*object.Placed, error) {
 	placed, err := h.objects.Places(ids)
+	if errors.Is(err, object.ErrTooDense) {
+		// The store has come from another kernel. It is all copied in the background; what somebody waits for, now.
+		h.wakeKeeper()
+		err = h.compactor.Coarsen(ctx, ids, func(bytes int64) error { return h.checkRoom(ctx, bytes) })
+		if err == nil {
+			placed, err = h.objects.Places(ids)
+		}
+	}
 	if errors.Is(err, object.ErrDamaged) {
 		h.blame(ctx)
 		h.saveDamaged(ctx)

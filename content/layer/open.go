@@ -142,7 +142,7 @@ func (d *directory) openDirs() error {
 // openPacks opens the packs. Those written after since, if it is not zero, may not be whole.
 func (p *packed) openPacks(since time.Time) (err error) {
 	p.objects, err = object.Open(p.path(dirPacks), p.path(dirIngest), object.Options{
-		Verity: p.opts.Verity, Since: since, Held: p.opts.HeldPacks, ReadOnly: p.opts.readOnly,
+		Verity: p.opts.Verity, Dense: p.opts.Dense, Since: since, Held: p.opts.HeldPacks, ReadOnly: p.opts.readOnly,
 		Moved: p.opts.PacksMoved, Step: p.opts.Step,
 	})
 	p.compactor = object.NewCompactor(p.objects, object.CompactOptions{Sync: p.watch, Room: p.spare})

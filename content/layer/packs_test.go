@@ -95,7 +95,7 @@ func TestPowerCutDuringMerge(t *testing.T) {
 	merged, _ := s.objects.Place(content.ObjectID{Sum: sha(big("3"))})
 	torn := s.objects.Packs().Path(merged.Pack)
 	crash(t, s)
-	clear(saved[torn][int64(merged.Block)*content.BlockSize:][:merged.Size])
+	clear(saved[torn][merged.Offset:][:merged.Size])
 	for path, b := range saved {
 		if err := os.RemoveAll(path); err != nil {
 			t.Fatal(err)

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
@@ -223,7 +224,7 @@ func (ss *session) took(added int64) error {
 	}
 	ss.mu.Lock()
 	before := ss.added
-	ss.added.Bytes += content.Blocks(added)
+	ss.added.Bytes += erofs.Space(added, ss.s.opts.Dense)
 	ss.added.Inodes++
 	look := before.Inodes%roomInodes == 0 || before.Bytes/roomBytes != ss.added.Bytes/roomBytes
 	ss.mu.Unlock()

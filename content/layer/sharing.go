@@ -84,7 +84,7 @@ func (r *reports) Sharing(ctx context.Context) (*Sharing, error) {
 			if set != 0 && sh.sets[set].layer == int32(i) {
 				return nil
 			}
-			size := content.Blocks(f.Size)
+			size := r.objects.Space(f.Object, f.Size)
 			if set != 0 {
 				sh.sets[set].objects--
 				sh.sets[set].bytes -= size

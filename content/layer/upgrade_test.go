@@ -45,7 +45,7 @@ func toObjects(t testing.TB, root string) (objects int) {
 			if slot.Size == 0 {
 				continue
 			}
-			at := int64(slot.Block) * content.BlockSize
+			at := slot.Offset
 			if err := os.WriteFile(filepath.Join(root, dirObjects, slot.ID.Path()), data[at:at+slot.Size], 0o400); err != nil {
 				t.Fatal(err)
 			}
@@ -357,7 +357,7 @@ func tear(t *testing.T, root string) {
 		}
 		for _, slot := range p.Slots {
 			if slices.Contains(left, slot.ID) {
-				clear(data[int64(slot.Block)*content.BlockSize:][:slot.Size])
+				clear(data[slot.Offset:][:slot.Size])
 			}
 		}
 		writeFile(t, path, data)

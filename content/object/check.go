@@ -22,7 +22,7 @@ func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 	var b []byte
 	err := s.at(id, func(p *pack, x extent) error {
 		b = make([]byte, x.size)
-		if _, err := p.file.ReadAt(b, int64(x.block)*content.BlockSize); err != nil {
+		if _, err := p.file.ReadAt(b, x.offset); err != nil {
 			return err
 		}
 		if sha256.Sum256(b) != id.Sum {
@@ -44,7 +44,7 @@ func (s *Store) Read(id content.ObjectID) ([]byte, error) {
 func (s *Store) Head(id content.ObjectID, n int) (head []byte, err error) {
 	err = s.at(id, func(p *pack, x extent) error {
 		head = make([]byte, min(int64(n), x.size))
-		_, err := p.file.ReadAt(head, int64(x.block)*content.BlockSize)
+		_, err := p.file.ReadAt(head, x.offset)
 		return err
 	})
 	if isDamage(err) {
@@ -65,7 +65,7 @@ func (s *Store) ReadAt(id content.ObjectID, b []byte, off int64) error {
 		if off < 0 || off+int64(len(b)) > x.size {
 			return fmt.Errorf("%d bytes at %d of %d: %w", len(b), off, x.size, io.ErrUnexpectedEOF)
 		}
-		_, err := p.file.ReadAt(b, int64(x.block)*content.BlockSize+off)
+		_, err := p.file.ReadAt(b, x.offset+off)
 		return err
 	})
 	if isDamage(err) {
@@ -118,7 +118,7 @@ func (s *Store) Where(id content.ObjectID) (path, problem string) {
 		return path, "it is no regular file"
 	}
 	return path, fmt.Sprintf("object %s at byte %d cannot be read, or has another sha256 than its name says",
-		id.Hex(), int64(place.Block)*content.BlockSize)
+		id.Hex(), place.Offset)
 }
 
 // VerifyBuffer is what Verify reads into. One serves one caller at a time.
@@ -191,7 +191,7 @@ func (p *pack) verify(ctx context.Context, id content.ObjectID, x extent, buf *V
 	}
 	defer unix.Close(fd)
 	if !p.plain {
-		_ = unix.Fadvise(fd, int64(x.block)*content.BlockSize, content.Blocks(x.size), unix.FADV_DONTNEED)
+		_ = unix.Fadvise(fd, x.offset, content.Blocks(x.size), unix.FADV_DONTNEED)
 	}
 	return hashAt(ctx, id, fd, x, buf)
 }
@@ -199,21 +199,22 @@ func (p *pack) verify(ctx context.Context, id content.ObjectID, x extent, buf *V
 // hashAt reads one payload of an open file and compares it with an object's name.
 func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *VerifyBuffer) (size int64, err error) {
 	h := sha256.New()
-	at := int64(x.block) * content.BlockSize
+	at := x.offset &^ (content.BlockSize - 1) // reads past the page cache begin and end at whole blocks
+	skip := x.offset - at
 	for size < x.size && ctx.Err() == nil {
-		want := min(int64(len(buf.b)), content.Blocks(x.size-size))
-		n, err := unix.Pread(fd, buf.b[:want], at+size)
+		want := min(int64(len(buf.b)), content.Blocks(skip+x.size-size))
+		n, err := unix.Pread(fd, buf.b[:want], at)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
 			return size, fmt.Errorf("object %s is %w: read: %w", id, ErrDamaged, err)
-		case n == 0:
+		case int64(n) <= skip:
 			return size, fmt.Errorf("object %s is %w: the file ends after %d of its %d bytes", id, ErrDamaged, size, x.size)
 		}
-		got := min(int64(n), x.size-size)
-		h.Write(buf.b[:got])
-		size += got
+		got := min(int64(n)-skip, x.size-size)
+		h.Write(buf.b[skip : skip+got])
+		size, at, skip = size+got, at+int64(n), 0
 	}
 	if ctx.Err() != nil {
 		return size, context.Cause(ctx)

@@ -69,6 +69,16 @@ func (x *index) Place(id content.ObjectID) (content.Place, bool) {
 	return x.place(id)
 }
 
+// Space is what an object of so many bytes takes in its pack.
+func (x *index) Space(id content.ObjectID, size int64) int64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if r := x.refs[id]; r.pack != nil {
+		return r.pack.space(r.n)
+	}
+	return content.Blocks(size)
+}
+
 func (x *index) place(id content.ObjectID) (content.Place, bool) {
 	r := x.refs[id]
 	if r.pack == nil || r.count == 0 {
@@ -123,25 +133,22 @@ func (x *index) AnyBad() bool {
 // IDs returns all objects, in the order in which they lie on the disk.
 func (x *index) IDs() []content.ObjectID {
 	type placed struct {
-		id    content.ObjectID
-		pack  content.PackID
-		block uint32
+		id     content.ObjectID
+		pack   content.PackID
+		offset int64
 	}
 	x.mu.Lock()
 	all := make([]placed, 0, len(x.refs))
 	for id, r := range x.refs {
 		p := placed{id: id}
 		if r.pack != nil {
-			p.pack, p.block = r.pack.id, r.pack.slots[r.n].block
+			p.pack, p.offset = r.pack.id, r.pack.slots[r.n].offset
 		}
 		all = append(all, p)
 	}
 	x.mu.Unlock()
 	slices.SortFunc(all, func(a, b placed) int {
-		if a.pack != b.pack {
-			return int(int64(a.pack) - int64(b.pack))
-		}
-		return int(int64(a.block) - int64(b.block))
+		return cmp.Or(cmp.Compare(a.pack, b.pack), cmp.Compare(a.offset, b.offset))
 	})
 	ids := make([]content.ObjectID, len(all))
 	for i, p := range all {
@@ -179,7 +186,7 @@ func (x *index) objectsOf(ids []content.PackID) (list []copied) {
 	x.mu.Unlock()
 	slices.SortFunc(list, func(a, b copied) int {
 		return cmp.Or(cmp.Compare(slices.Index(ids, a.from.id), slices.Index(ids, b.from.id)),
-			cmp.Compare(a.from.slots[a.old].block, b.from.slots[b.old].block))
+			cmp.Compare(a.from.slots[a.old].offset, b.from.slots[b.old].offset))
 	})
 	return list
 }

@@ -22,7 +22,7 @@ import (
 const (
 	// tierWidth is how many packs of one size there may be, before they are merged; the next size is as many times larger.
 	tierWidth = 6
-	// tierBase is the largest pack of the smallest size, in blocks: 1 MiB.
+	// tierBase is the largest pack of the smallest size, in blocks of 4 KiB: 1 MiB.
 	tierBase = 256
 	// tierTop is the size from which on packs are never merged for their number, in blocks: 512 MiB.
 	tierTop = 128 << 10
@@ -36,8 +36,8 @@ const (
 // packState is what the policy looks at.
 type packState struct {
 	id         content.PackID
-	live, dead int64 // blocks; live are those that a merge can copy
-	// rewrite: it is damaged, or lacks fs-verity.
+	live, dead int64 // blocks of 4 KiB; live are those that a merge can copy
+	// rewrite: it is damaged, lacks fs-verity, or is too dense for the kernel.
 	rewrite bool
 }
 
@@ -137,17 +137,20 @@ func (c *Compactor) next() []content.PackID {
 	bad := map[*pack]int64{} // objects that a merge leaves where they are
 	for id := range s.bad {
 		if r := s.refs[id]; r.pack != nil {
-			bad[r.pack] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
+			bad[r.pack] += r.pack.space(r.n)
 		}
 	}
 	for _, p := range s.packs.all {
 		states = append(states, packState{
-			id: p.id, live: p.live - bad[p], dead: p.dead(),
-			rewrite: p.damaged != nil || p.torn || p.plain && c.s.packs.opts.Verity,
+			id: p.id, live: blocks(p.live - bad[p]), dead: blocks(p.dead()),
+			rewrite: p.damaged != nil || p.torn || p.plain && s.packs.opts.Verity || s.packs.tooDense(p),
 		})
 	}
 	return plan(states, room/content.BlockSize)
 }
+
+// blocks is how many blocks of 4 KiB so many bytes take.
+func blocks(bytes int64) int64 { return content.Blocks(bytes) / content.BlockSize }
 
 // Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to
 // be bad stays where it is, and is bad then; so does its pack, which is not tried again in this call.
@@ -186,7 +189,7 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 		return len(torn) == 0, nil
 	}
 	for _, p := range torn {
-		if c.opts.Room != nil && c.opts.Room() < p.live*content.BlockSize {
+		if c.opts.Room != nil && c.opts.Room() < p.live {
 			return false, nil
 		}
 		if err := c.merge(ctx, []content.PackID{p.id}); err != nil {
@@ -194,6 +197,32 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 		}
 	}
 	return true, nil
+}
+
+// Coarsen copies what lives in packs that are too dense to others, as far as some objects lie there. room is asked
+// for the bytes of each, and says why they must not be taken.
+func (c *Compactor) Coarsen(ctx context.Context, ids []content.ObjectID, room func(bytes int64) error) error {
+	c.merging.Lock()
+	defer c.merging.Unlock()
+	s := c.s
+	need := map[*pack]int64{}
+	s.lock()
+	for _, id := range ids {
+		if p := s.refs[id].pack; p != nil && s.packs.tooDense(p) {
+			need[p] = p.live + int64(p.objects)*content.BlockSize/2 // in 4 KiB each takes half a block more
+		}
+	}
+	s.unlock()
+	for p, bytes := range need {
+		err := room(bytes)
+		if err == nil {
+			err = c.merge(ctx, []content.PackID{p.id})
+		}
+		if err != nil {
+			return fmt.Errorf("copy pack %s: %w: %w", s.packs.Path(p.id), ErrTooDense, err)
+		}
+	}
+	return nil
 }
 
 // copied is an object on its way to another pack.
@@ -256,7 +285,7 @@ func (c *Compactor) copyLive(ctx context.Context, w *erofs.PackWriter, ids []con
 			return nil, 0, err
 		}
 		m.n = n
-		bytes += content.Blocks(x.size)
+		bytes += m.from.space(m.old)
 		moves = append(moves, m)
 	}
 	for _, id := range ids {
@@ -278,7 +307,7 @@ func copyObject(ctx context.Context, w *erofs.PackWriter, m copied, x extent) (n
 		return 0, err
 	}
 	h := sha256.New()
-	from := io.NewSectionReader(m.from.file, int64(x.block)*content.BlockSize, x.size)
+	from := io.NewSectionReader(m.from.file, x.offset, x.size)
 	buf := make([]byte, min(copyBuffer, x.size))
 	for err == nil && ctx.Err() == nil {
 		var got int

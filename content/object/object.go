@@ -38,10 +38,16 @@ import (
 // ErrDamaged is wrapped by errors about objects that are missing, or are not what their names say.
 var ErrDamaged = errors.New("damaged")
 
+// ErrTooDense is wrapped where objects lie in dense packs, over which no chain image can be made here.
+var ErrTooDense = errors.New("the kernel does not mount packs with blocks of 512 bytes")
+
 // Options configure a Store.
 type Options struct {
 	// Verity gives packs fs-verity. The file system must have it (verity.Probe).
 	Verity bool
+	// Dense has new packs be dense, as the kernel has to allow (erofs.NewPackWriter). Without it no chain image can be
+	// made over dense packs: Compact makes others of them.
+	Dense bool
 	// Moved is told which packs lost payloads to a newer one while chain images name them, and whether because these
 	// were damaged; may be nil. It is called without locks.
 	Moved func(packs []content.PackID, damaged bool)

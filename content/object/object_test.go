@@ -17,11 +17,14 @@ import (
 )
 
 // disk is a directory for stores that follow one another.
-type disk struct{ root string }
+type disk struct {
+	root  string
+	dense bool
+}
 
 func newDisk(t testing.TB) disk {
 	t.Helper()
-	d := disk{t.TempDir()}
+	d := disk{root: t.TempDir()}
 	if err := os.Mkdir(filepath.Join(d.root, "staging"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -31,7 +34,7 @@ func newDisk(t testing.TB) disk {
 // open opens the store with references to these objects.
 func (d disk) open(t testing.TB, named ...content.ObjectID) *Store {
 	t.Helper()
-	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{})
+	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Dense: d.dense})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,12 +57,12 @@ func (d disk) check(t testing.TB, s *Store) {
 	live := map[content.PackID]int64{}
 	for _, r := range s.refs {
 		if r.pack != nil {
-			live[r.pack.id] += content.Blocks(r.pack.slots[r.n].size) / content.BlockSize
+			live[r.pack.id] += r.pack.space(r.n)
 		}
 	}
 	for id, p := range s.packs.all {
 		if live[id] != p.live || p.dead() < 0 {
-			t.Errorf("pack %s has %d live blocks, counted %d, dead %d", id, live[id], p.live, p.dead())
+			t.Errorf("pack %s has %d live bytes, counted %d, dead %d", id, live[id], p.live, p.dead())
 		}
 		if fi, err := os.Stat(s.packs.Path(id)); err != nil || fi.Size() != int64(p.blocks)*content.BlockSize {
 			t.Errorf("pack %s: %v", id, err)
@@ -268,7 +271,7 @@ func TestLoadAfterSettle(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.refs, s.packs.all = nil, nil
-	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{})
+	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Dense: d.dense})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,13 +27,16 @@ type pack struct {
 	file *os.File // open for reading until it is removed
 	tag  string   // what proves the file: see erofs.Device
 	// slots are where payloads lie; one of size 0 holds none.
-	slots  []extent
-	meta   uint32    // blocks before the metadata, block 0 and the payloads
-	blocks uint32    // of the whole file
-	plain  bool      // without fs-verity
-	sealed time.Time // zero: before Open
-	read   time.Time // when it was first about to be read, zero for never since Open. Under mu of Packs
-	// live is how many blocks objects take, objects how many there are, holders how many chain images name the pack.
+	slots []extent
+	dense bool   // see erofs.Pack
+	meta  uint32 // blocks of 4 KiB before the metadata
+	// payloads is how many bytes those in slots, and those that were given up, take in whole blocks.
+	payloads int64
+	blocks   uint32    // of the whole file
+	plain    bool      // without fs-verity
+	sealed   time.Time // zero: before Open
+	read     time.Time // when it was first about to be read, zero for never since Open. Under mu of Packs
+	// live is how many bytes objects take, in whole blocks, objects how many there are, holders how many chain images name the pack.
 	live    int64
 	objects int
 	holders int
@@ -43,28 +46,29 @@ type pack struct {
 	torn bool
 }
 
-type extent struct {
-	block uint32
-	size  int64
-}
+// extent is bytes of a pack's file.
+type extent struct{ offset, size int64 }
+
+// space is what a payload takes.
+func (p *pack) space(n uint32) int64 { return erofs.Space(p.slots[n].size, p.dense) }
 
 func (p *pack) place(n uint32) content.Place {
 	x := p.slots[n]
-	return content.Place{Pack: p.id, N: n, Block: x.block, Size: x.size}
+	return content.Place{Pack: p.id, N: n, Offset: x.offset, Size: x.size}
 }
 
 func (p *pack) revive(n uint32) {
 	p.objects++
-	p.live += content.Blocks(p.slots[n].size) / content.BlockSize
+	p.live += p.space(n)
 }
 
 func (p *pack) die(n uint32) {
 	p.objects--
-	p.live -= content.Blocks(p.slots[n].size) / content.BlockSize
+	p.live -= p.space(n)
 }
 
-// dead is how many blocks hold payloads that nothing names.
-func (p *pack) dead() int64 { return int64(p.meta) - 1 - p.live }
+// dead is how many bytes hold payloads that nothing names.
+func (p *pack) dead() int64 { return p.payloads - p.live }
 
 func (p *pack) device() erofs.Device {
 	return erofs.Device{Pack: p.id, Tag: p.tag, Blocks: p.blocks}
@@ -244,10 +248,13 @@ func (p *pack) occupies() int64 {
 }
 
 func newPack(f *os.File, read *erofs.Pack) *pack {
-	p := &pack{id: read.ID, file: f, tag: read.Sum.Hex(), meta: read.Meta, blocks: read.Blocks, plain: true}
+	p := &pack{
+		id: read.ID, file: f, tag: read.Sum.Hex(), dense: read.Dense, meta: read.Meta, blocks: read.Blocks, plain: true,
+	}
 	p.slots = make([]extent, len(read.Slots))
 	for i, slot := range read.Slots {
-		p.slots[i] = extent{slot.Block, slot.Size}
+		p.slots[i] = extent{slot.Offset, slot.Size}
+		p.payloads = max(p.payloads, slot.Offset+p.space(uint32(i))-content.BlockSize)
 	}
 	return p
 }
@@ -275,7 +282,11 @@ type Placed struct {
 	of     *Packs
 	places map[content.ObjectID]content.Place
 	packs  []erofs.Device
+	dense  bool
 }
+
+// Dense reports whether a chain image over these places needs small blocks: see erofs.Options.
+func (p *Placed) Dense() bool { return p.dense }
 
 // Place tells where an object lies.
 func (p *Placed) Place(id content.ObjectID) (content.Place, bool) {
@@ -300,7 +311,7 @@ func packIDs(devices []erofs.Device) (ids []content.PackID) {
 func (p *Placed) Release() error { return p.of.Release(p.IDs()) }
 
 // Places finds the places of objects that the caller has references to, all at one moment. An object without one is
-// bad, and the error wraps ErrDamaged.
+// bad, and the error wraps ErrDamaged. Where some lie in packs that are too dense it wraps ErrTooDense: Coarsen helps.
 func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 	placed := &Placed{of: s.packs, places: make(map[content.ObjectID]content.Place, len(ids))}
 	counts := map[*pack]int{}
@@ -313,6 +324,12 @@ func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 				s.bad[id] = struct{}{}
 			}
 			return nil, fmt.Errorf("object %s is %w: no pack has it", id, ErrDamaged)
+		}
+		if p := s.refs[id].pack; s.packs.tooDense(p) {
+			if _, bad := s.bad[id]; bad {
+				return nil, fmt.Errorf("object %s is %w, and not copied to another pack", id, ErrDamaged)
+			}
+			return nil, fmt.Errorf("pack %s: %w", s.packs.Path(p.id), ErrTooDense)
 		}
 		placed.places[id] = place
 		counts[s.refs[id].pack]++
@@ -330,6 +347,7 @@ func (s *Store) Places(ids []content.ObjectID) (*Placed, error) {
 	})
 	for _, p := range order {
 		placed.packs = append(placed.packs, p.device())
+		placed.dense = placed.dense || p.dense
 	}
 	return placed, nil
 }

@@ -47,8 +47,8 @@ func (ps *Packs) Stats() (st Stats) {
 	defer ps.mu.Unlock()
 	st.Packs, st.Merged = len(ps.all), ps.merged
 	for _, p := range ps.all {
-		st.Live += p.live * content.BlockSize
-		st.Dead += p.dead() * content.BlockSize
+		st.Live += p.live
+		st.Dead += p.dead()
 		if p.plain {
 			st.Plain++
 		}
@@ -134,7 +134,7 @@ func (ps *Packs) begin() (*filling, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &filling{erofs.NewPackWriter(f, id), f}, nil
+	return &filling{erofs.NewPackWriter(f, id, ps.opts.Dense), f}, nil
 }
 
 // seal ends a pack's file and puts it among the others, where it is safe until add or remove. The file is closed, or,
@@ -299,6 +299,9 @@ func (ps *Packs) Device(id content.PackID) (erofs.Device, bool) {
 	}
 	return p.device(), true
 }
+
+// tooDense tells a pack that no chain image can be made over here.
+func (ps *Packs) tooDense(p *pack) bool { return p.dense && !ps.opts.Dense }
 
 // Superseded reports whether a pack has no object any more: only chain images keep it.
 func (ps *Packs) Superseded(id content.PackID) bool {

@@ -66,7 +66,7 @@ func (w *Writer) known(id content.ObjectID) bool {
 func (w *Writer) begun(size int64) (*filling, error) {
 	if n := len(w.packs); n > 0 {
 		last := w.packs[n-1]
-		if blocks := last.Blocks(); blocks == 1 || blocks*content.BlockSize+size <= w.s.packMax {
+		if taken := last.Payloads(); taken == 0 || content.BlockSize+taken+size <= w.s.packMax {
 			return last, nil
 		}
 	}
@@ -194,7 +194,7 @@ func (w *Writer) Seal() (used Counts, err error) {
 	packs := map[*filling]*pack{}
 	for ; len(w.packs) > 0 && err == nil; w.packs = w.packs[1:] {
 		f := w.packs[0]
-		if f.Blocks() == 1 { // a large payload turned out to be known
+		if f.Payloads() == 0 { // a large payload turned out to be known
 			err = f.discard()
 		} else if packs[f], err = w.s.packs.seal(f); err != nil {
 			err = errors.Join(err, f.discard())

@@ -91,7 +91,8 @@ func (c *Chains) stage(ctx context.Context, n Name, chain []content.LayerID, roo
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	err = c.write(ctx, f, root, Flavour(n != c.Name(chain, Plain)), placed.Place, placed.Packs())
+	err = c.write(ctx, f, root, Flavour(n != c.Name(chain, Plain)),
+		erofs.Options{Place: placed.Place, Packs: placed.Packs(), Dense: placed.Dense()})
 	// A torn image would mount and show wrong metadata, so its bytes come before its name.
 	if err == nil {
 		err = f.Sync()
@@ -107,11 +108,8 @@ func (c *Chains) stage(ctx context.Context, n Name, chain []content.LayerID, roo
 
 // write writes a chain's image. It is a private one where a shared one cannot be: with more packs than fit a mount's
 // options, with a file that is named like a pack, or when it is for mapped owners.
-func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavour Flavour,
-	place func(content.ObjectID) (content.Place, bool), packs []erofs.Device,
-) error {
-	shared := c.opts.Kernel.Shared && flavour == Plain && c.fits(len(packs))
-	o := erofs.Options{Place: place, Packs: packs, Redirect: shared}
+func (c *Chains) write(ctx context.Context, to io.Writer, root *tree.Node, flavour Flavour, o erofs.Options) error {
+	o.Redirect = c.opts.Kernel.Shared && flavour == Plain && c.fits(len(o.Packs))
 	_, err := erofs.WriteChain(ctx, to, root, o)
 	if errors.Is(err, erofs.ErrPackName) { // it has written nothing
 		log.G(ctx).WithError(err).Warn("a chain image is built as a private one, which shares no memory with others")

@@ -179,8 +179,8 @@ func PacksOf(images string) (ids []content.PackID, err error) {
 			continue
 		}
 		if fi, err := f.Stat(); err == nil && fi.Mode().IsRegular() {
-			devices, _, _ := erofs.ReadChain(f, fi.Size())
-			for _, d := range devices {
+			chain, _ := erofs.ReadChain(f, fi.Size())
+			for _, d := range chain.Packs {
 				ids = append(ids, d.Pack)
 			}
 		}
@@ -194,6 +194,9 @@ func (c *Chains) load(ctx context.Context, n Name) error {
 	im, err := c.Images.read(n)
 	if isGone(err) {
 		return nil
+	}
+	if err == nil && im.dense && c.opts.Kernel.NoDense != nil {
+		err = fmt.Errorf("it has small blocks: %w", c.opts.Kernel.NoDense)
 	}
 	if err == nil {
 		err = c.Images.packs.Hold(im.ids())

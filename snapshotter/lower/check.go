@@ -53,7 +53,8 @@ func (c *Chains) Compare(ctx context.Context, n Name, chain []content.LayerID) (
 		}
 	}
 	h := sha256.New()
-	if err := c.write(ctx, h, root, Flavour(n != c.Name(chain, Plain)), place, im.devices); err != nil {
+	if err := c.write(ctx, h, root, Flavour(n != c.Name(chain, Plain)),
+		erofs.Options{Place: place, Packs: im.devices, Dense: im.dense}); err != nil {
 		return "", fmt.Errorf("build chain image %s for comparison: %w", n, err)
 	}
 	if want := content.Sum(h.Sum(nil)); want != have {

@@ -38,6 +38,7 @@ type image struct {
 	whole   bool
 	devices []erofs.Device
 	shared  bool
+	dense   bool // it has small blocks: see erofs.Options
 	// moved: payloads of its packs have moved to others. It is right, but keeps them. damaged: they were damaged.
 	moved, damaged bool
 }
@@ -68,9 +69,10 @@ func (s *Images) read(n Name) (*image, error) {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, fmt.Errorf("measure chain image: %w", err)
 	}
-	im := &image{bytes: st.Blocks * 512, whole: true}
-	im.devices, im.shared, err = erofs.ReadChain(f, st.Size)
-	return im, err
+	chain, err := erofs.ReadChain(f, st.Size)
+	return &image{
+		bytes: st.Blocks * 512, whole: true, devices: chain.Packs, shared: chain.Redirect, dense: chain.Dense,
+	}, err
 }
 
 // set notes what the image of a chain is now; nil for none.

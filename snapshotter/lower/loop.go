@@ -10,11 +10,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
 // loopLabel begins what a loop device says of itself when it is there for chain images to name, followed by the
-// pack's id. One that a pack is mounted from has another: a chain image cannot have it as well.
-const loopLabel = "dedup pack "
+// pack's id. One that a pack is mounted from has another: a chain image cannot have it as well. Dense images name
+// devices of their own: the others' blocks are too large.
+const (
+	loopLabel      = "dedup pack "
+	denseLoopLabel = "dedup dense pack "
+)
 
 // loopTries bounds how often a free loop device is looked for: others may take it first.
 const loopTries = 100
@@ -22,17 +27,20 @@ const loopTries = 100
 // loopControl hands out numbers of free loop devices.
 const loopControl = "/dev/loop-control"
 
-// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images. The kernel frees
+// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images of a kind. The kernel frees
 // it when the last mount that has it, and the file that is returned, are gone.
-func packLoop(pack *os.File, id content.PackID) (*os.File, error) {
-	label := loopLabel + id.String()
+func packLoop(pack *os.File, id content.PackID, from source) (*os.File, error) {
+	label, size := loopLabel+id.String(), uint32(content.BlockSize)
+	if from == denseLoops {
+		label, size = denseLoopLabel+id.String(), erofs.DenseBlock
+	}
 	l, err := findLoop(pack, label)
 	if l != nil || err != nil {
 		return l, err
 	}
 	// Direct: the device's own pages are enough. The kernel does without where the file system cannot.
 	return newLoop(pack, unix.LoopConfig{
-		Size: content.BlockSize, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO, File_name: loopName(label)},
+		Size: size, Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_DIRECT_IO, File_name: loopName(label)},
 	})
 }
 

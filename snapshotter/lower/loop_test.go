@@ -61,9 +61,9 @@ func TestLoopDevicesRunOut(t *testing.T) {
 			for kind, mount := range map[string]func(at string) error{
 				"chain image": func(at string) error {
 					packs := func(content.PackID) string { return p.path("pack") }
-					return mountImage(p.path("private"), at, []erofs.Device{p.pack}, packs, true)
+					return mountImage(p.path("private"), at, []erofs.Device{p.packs[false]}, packs, loops)
 				},
-				"pack": func(at string) error { return mountPack(p.path("pack"), at, p.pack, true) },
+				"pack": func(at string) error { return mountPack(p.path("pack"), at, p.packs[false], true) },
 			} {
 				at := t.TempDir()
 				err := withDev(t, row.control, func() error { return mount(at) })
@@ -115,7 +115,7 @@ func TestLoopGoesWithKilledProcess(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		pack, err := packLoop(f, 1)
+		pack, err := packLoop(f, 1, loops)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -45,8 +45,29 @@ func unmountEach(path string, mounted func(string) bool) error {
 	return nil
 }
 
-// mountImage mounts an image over its packs, straight from the files, or from loop devices.
-func mountImage(image, target string, devices []erofs.Device, path func(content.PackID) string, loop bool) (err error) {
+// source is what images are mounted from.
+type source uint8
+
+const (
+	files source = iota
+	loops
+	denseLoops // whose blocks are as small as those of a dense image
+)
+
+func from(loop, dense bool) source {
+	switch {
+	case loop && dense:
+		return denseLoops
+	case loop:
+		return loops
+	}
+	return files
+}
+
+// mountImage mounts an image over its packs.
+func mountImage(image, target string, devices []erofs.Device, path func(content.PackID) string, from source) (
+	err error,
+) {
 	options := make([]string, 0, len(devices))
 	for _, d := range devices {
 		f, err := openPack(path(d.Pack), d)
@@ -56,8 +77,8 @@ func mountImage(image, target string, devices []erofs.Device, path func(content.
 		defer f.Close()
 		// The kernel opens exactly the file that has been looked at, and its name is short: all fit into one page.
 		name := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
-		if loop {
-			l, err := packLoop(f, d.Pack)
+		if from != files {
+			l, err := packLoop(f, d.Pack, from)
 			if err != nil {
 				return err
 			}
@@ -69,7 +90,7 @@ func mountImage(image, target string, devices []erofs.Device, path func(content.
 	if n := length(labelled(options)); n > os.Getpagesize() {
 		return fmt.Errorf("mount %s: %d bytes of options for %d packs: %w", image, n, len(devices), ErrTooLong)
 	}
-	if !loop {
+	if from == files {
 		return mountFile(image, target, options)
 	}
 	return mountLoop(image, target, options)

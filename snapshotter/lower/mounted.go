@@ -69,7 +69,7 @@ func (m *imageMounts) mount(n Name) (below Below, err error) {
 		m.step("chain.packs")
 	}
 	if err == nil {
-		err = mountImage(m.images.Path(n), m.at(n), im.devices, m.packs.path, m.kernel.Loop)
+		err = mountImage(m.images.Path(n), m.at(n), im.devices, m.packs.path, from(m.kernel.Loop, im.dense))
 	}
 	m.step("chain.mounted")
 	if err != nil {

@@ -40,6 +40,8 @@ type Kernel struct {
 	Metacopy bool
 	// Loop: EROFS has to be mounted from loop devices.
 	Loop bool
+	// NoDense tells why no images with blocks of 512 bytes can be mounted; nil when they can.
+	NoDense error
 	// NoVerity tells why packs and chain images have no fs-verity; nil when they have.
 	NoVerity error
 	// NoIDMap tells why owners cannot be mapped; nil when they can.
@@ -58,6 +60,9 @@ type Features struct {
 	// hold overlayfs's upper directories, or overlayfs does not serve data-only lower layers: nil when they can. Without
 	// EROFS nothing is said of DataOnly.
 	Erofs, Upper, DataOnly error
+	// Dense tells why no image with blocks of 512 bytes can be mounted over a dense pack (Linux 6.4 can). Without EROFS
+	// nothing is said of it.
+	Dense error
 	// Loop: EROFS is mounted from a loop device, not straight from its file (6.12).
 	Loop bool
 	// Counted tells what fails inside a container where the kernel counts an EROFS mounted from its file as a level of
@@ -107,6 +112,7 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 	}
 	k = Kernel{
 		Shared: f.DataOnly == nil, Metacopy: metacopy, Loop: f.Loop, Defaults: f.Defaults, NoIDMap: f.IDMapped,
+		NoDense: f.Dense,
 	}
 	switch cache {
 	case PageCacheAuto:
@@ -160,6 +166,7 @@ func examine(parent string, keep bool) (f Features, err error) {
 		return f, err
 	}
 	f.DataOnly = p.tryShared(&f, keep)
+	f.Dense = p.tryDense(f.Loop)
 	f.IDMapped = p.tryIDMap(image, f.Defaults)
 	return f, nil
 }
@@ -168,7 +175,7 @@ func examine(parent string, keep bool) (f Features, err error) {
 type prober struct {
 	dir     string
 	payload []byte
-	pack    erofs.Device
+	packs   map[bool]erofs.Device // by whether they are dense
 	mounted []string
 }
 
@@ -186,15 +193,33 @@ func (p *prober) close() error {
 	return errors.Join(append(errs, os.RemoveAll(p.dir))...)
 }
 
-// write writes a pack with one payload, and images of both flavours.
+// packFile is the file of a pack.
+func packFile(dense bool) string {
+	if dense {
+		return "dense-pack"
+	}
+	return "pack"
+}
+
+// write writes packs, and images of both flavours over them.
 func (p *prober) write() error {
-	f, err := os.Create(p.path("pack"))
+	p.packs = map[bool]erofs.Device{}
+	return errors.Join(p.writeOver(false), p.writeOver(true))
+}
+
+// writeOver writes a pack with one payload that is looked at, and images over it.
+func (p *prober) writeOver(dense bool) error {
+	f, err := os.Create(p.path(packFile(dense)))
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	id := content.ObjectID{Sum: sha256.Sum256(p.payload)}
-	w := erofs.NewPackWriter(f, 1)
+	w := erofs.NewPackWriter(f, 1, dense)
+	first := []byte("so that the next one begins within 4 KiB")
+	if _, err := w.Append(content.ObjectID{Sum: sha256.Sum256(first)}, first); err != nil {
+		return err
+	}
 	if _, err := w.Append(id, p.payload); err != nil {
 		return err
 	}
@@ -202,8 +227,12 @@ func (p *prober) write() error {
 	if err != nil {
 		return err
 	}
-	p.pack = sealed.Device()
-	for name, redirect := range map[string]bool{"private": false, "shared": true} {
+	p.packs[dense] = sealed.Device()
+	images := map[string]bool{"private": false, "shared": true}
+	if dense {
+		images = map[string]bool{"dense": true}
+	}
+	for name, redirect := range images {
 		var b bytes.Buffer
 		_, err := erofs.WriteChain(context.Background(), &b, &tree.Node{
 			Entry: &content.Entry{Kind: content.Dir, Mode: 0o755},
@@ -211,9 +240,10 @@ func (p *prober) write() error {
 				Kind: content.Regular, Mode: 0o644, Size: int64(len(p.payload)), Object: id,
 			}}},
 		}, erofs.Options{
-			Place:    func(content.ObjectID) (content.Place, bool) { return sealed.Place(0), true },
-			Packs:    []erofs.Device{p.pack},
+			Place:    func(content.ObjectID) (content.Place, bool) { return sealed.Place(1), true },
+			Packs:    []erofs.Device{sealed.Device()},
 			Redirect: redirect,
+			Dense:    dense,
 		})
 		if err == nil {
 			err = os.WriteFile(p.path(name), b.Bytes(), 0o600)
@@ -256,8 +286,9 @@ func (p *prober) mount(name string, loop bool) (at string, err error) {
 	if at, err = os.MkdirTemp(p.dir, name+"-"); err != nil {
 		return at, err
 	}
-	packs := func(content.PackID) string { return p.path("pack") }
-	if err = mountImage(p.path(name), at, []erofs.Device{p.pack}, packs, loop); err == nil {
+	dense := name == "dense"
+	packs := func(content.PackID) string { return p.path(packFile(dense)) }
+	if err = mountImage(p.path(name), at, []erofs.Device{p.packs[dense]}, packs, from(loop, dense)); err == nil {
 		p.mounted = append(p.mounted, at)
 	}
 	return at, err
@@ -272,6 +303,31 @@ func (p *prober) check(at string) error {
 	return err
 }
 
+// tryDense mounts an image with small blocks and its pack, and reads the file in both.
+func (p *prober) tryDense(loop bool) error {
+	image, err := p.mount("dense", loop)
+	if err == nil {
+		err = p.check(image)
+	}
+	if err != nil {
+		return err
+	}
+	pack, err := p.make("mounted-dense-pack")
+	if err != nil {
+		return err
+	}
+	d := p.packs[true]
+	if err := mountPack(p.path(packFile(true)), pack, d, loop); err != nil {
+		return err
+	}
+	p.mounted = append(p.mounted, pack)
+	got, err := os.ReadFile(filepath.Join(pack, erofs.PackPath(d.Pack, 1)))
+	if err == nil && !bytes.Equal(got, p.payload) {
+		err = errors.New("a dense pack does not show the bytes that it has")
+	}
+	return err
+}
+
 // tryShared finds out how overlays over packs work.
 func (p *prober) tryShared(f *Features, keep bool) error {
 	image, err := p.mount("shared", f.Loop)
@@ -282,7 +338,7 @@ func (p *prober) tryShared(f *Features, keep bool) error {
 	if err != nil {
 		return err
 	}
-	if err := mountPack(p.path("pack"), pack, p.pack, f.Loop); err != nil {
+	if err := mountPack(p.path("pack"), pack, p.packs[false], f.Loop); err != nil {
 		return err
 	}
 	p.mounted = append(p.mounted, pack)
