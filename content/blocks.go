@@ -1,6 +1,7 @@
 package content
 
-// BlockSize is what files of a store are a multiple of, and what sizes of files are rounded up to, to tell what they occupy.
+// BlockSize is what files of a store are a multiple of, and what sizes of files are rounded up to, to tell what they
+// occupy.
 const BlockSize = 4096
 
 // Blocks returns what a file of this size occupies, in bytes.

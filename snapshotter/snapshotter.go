@@ -222,7 +222,8 @@ func (s *Snapshotter) openStores(ctx context.Context, stored records) (err error
 	}
 	s.layers, err = layer.Open(ctx, layer.Options{
 		Root: s.opts.Root, Fidelity: s.opts.Fidelity, Durability: s.opts.Durability, KeepUnnamed: !stored.complete(),
-		Verity: s.kernel.NoVerity == nil, Dense: s.kernel.NoDense == nil, Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
+		Verity: s.kernel.NoVerity == nil, Dense: s.kernel.NoDense == nil,
+		Reserve: s.opts.Reserve, MaxMemory: s.opts.MaxMemory,
 		Pressure: s.pressure, PacksMoved: s.packsMoved, HeldPacks: held, Step: s.opts.Step, User: stored.uses,
 		Mounted: s.mountedLayers,
 	}, live)

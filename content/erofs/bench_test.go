@@ -156,7 +156,8 @@ func BenchmarkAppend(b *testing.B) {
 func BenchmarkOpenPack(b *testing.B) {
 	p := Pack{ID: 1, Meta: 1}
 	for range 20_000 {
-		p.Slots = append(p.Slots, Slot{ID: content.ObjectID{Sum: content.Sum{1}}, Offset: int64(p.Meta) * blockSize, Size: 5000})
+		at := int64(p.Meta) * blockSize
+		p.Slots = append(p.Slots, Slot{ID: content.ObjectID{Sum: content.Sum{1}}, Offset: at, Size: 5000})
 		p.Meta += 2
 	}
 	super, tail, err := p.encodeTail()

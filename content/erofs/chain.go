@@ -17,8 +17,8 @@ import (
 
 // Between the superblock and the root inode of a chain image over packs lie
 //
-//	1152   the device table: for each pack tag (64), length of the pack (4, in blocks of the image), where the pack begins when image and
-//	       packs are one behind the other (4, in blocks; 0 if that is too far), zeros up to 128
+//	1152   the device table: for each pack tag (64), its length (4), where it begins when image and packs are one
+//	       behind the other (4; 0 if that is too far), both in blocks of the image, zeros up to 128
 //	then   the pack list: magic (8), flavour (4), packs (4), crc32c of table and list (4), 4 zeros, and for each
 //	       pack its id (8)
 const (

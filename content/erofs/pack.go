@@ -169,7 +169,8 @@ func (p *Pack) encodeInodes() []byte {
 	putPackInode(b[packDirNid*slotSize:], layoutPlain, 0o040555, 2, size, dir.first, packDirNid)
 	for i, nid := range nids {
 		if nid != 0 {
-			putPackInode(b[int64(nid)*slotSize:], layoutPlain, 0o100444, 1, p.Slots[i].Size, uint32(unit.count(p.Slots[i].Offset)), nid)
+			s := p.Slots[i]
+			putPackInode(b[int64(nid)*slotSize:], layoutPlain, 0o100444, 1, s.Size, uint32(unit.count(s.Offset)), nid)
 		}
 	}
 	return append(b, blocks...)

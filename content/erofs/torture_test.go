@@ -191,8 +191,9 @@ func tortureSizes(o objects) *tree.Node {
 	for _, n := range []int{1025, 4095, 4096, 4097, 12_288} {
 		nodes = append(nodes, leaf(fmt.Sprint("object-", n), o.file(text(n, n))))
 	}
+	const longest = 1 << (coarse + maxChunkShift) // chunk
 	for _, n := range []int64{
-		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, 1 << (int(coarse) + maxChunkShift), 1<<(int(coarse)+maxChunkShift) + 1, maxHole,
+		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, longest, longest + 1, maxHole,
 	} {
 		nodes = append(nodes, leaf(fmt.Sprint("hole-", n), hole(n)))
 	}

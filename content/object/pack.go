@@ -36,7 +36,8 @@ type pack struct {
 	plain    bool      // without fs-verity
 	sealed   time.Time // zero: before Open
 	read     time.Time // when it was first about to be read, zero for never since Open. Under mu of Packs
-	// live is how many bytes objects take, in whole blocks, objects how many there are, holders how many chain images name the pack.
+	// live is how many bytes objects take, in whole blocks, objects how many there are, holders how many chain images
+	// name the pack.
 	live    int64
 	objects int
 	holders int

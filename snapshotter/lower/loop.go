@@ -27,8 +27,8 @@ const loopTries = 100
 // loopControl hands out numbers of free loop devices.
 const loopControl = "/dev/loop-control"
 
-// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images of a kind. The kernel frees
-// it when the last mount that has it, and the file that is returned, are gone.
+// packLoop returns a loop device over a pack's open file, read-only, the same for all chain images of a kind. The
+// kernel frees it when the last mount that has it, and the file that is returned, are gone.
 func packLoop(pack *os.File, id content.PackID, from source) (*os.File, error) {
 	label, size := loopLabel+id.String(), uint32(content.BlockSize)
 	if from == denseLoops {
