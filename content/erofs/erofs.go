@@ -1,32 +1,34 @@
 // Package erofs writes and reads the two kinds of EROFS images that a store is made of. A pack holds payloads. A
 // chain image holds the merged metadata of a chain; small files lie in it, and every larger one points into a pack.
 //
+// Both are multiples of 4 KiB, and have blocks of 4 KiB or of 512 bytes: those with the smaller ones are dense.
+//
 //	packs/<pack id>.erofs
-//	  block 0      0      nothing (1 KiB for boot sectors)
-//	               1024   superblock, written last; its metadata area begins at block m
-//	  block 1      payloads in order of arrival; each begins a block, and its last block ends with zeros
-//	  block m      inodes    32 bytes each (64 for payloads of 4 GiB and more), all plain: first block and size;
+//	  0            nothing (1 KiB for boot sectors)
+//	  1024         superblock, written last; its metadata area begins at m
+//	  4096         payloads in order of arrival; each begins a block, and its last block ends with zeros
+//	  m            inodes    32 bytes each (64 for payloads of 4 GiB and more), all plain: first block and size;
 //	                         mode 0444, root's, of 1970
 //	                         /                   nid 1
 //	                         /<pack id>/         nid 4
 //	                         /<pack id>/<n>      the payload of slot n: six hex digits, so that they sort by number
 //	               names     the blocks of /<pack id>/
 //	               table     44 bytes a slot: sha256 of the payload, first block, size; zeros where there is none
-//	               zeros     up to a whole block
-//	               trailer   the last 80 bytes of the file: magic, version, counts, offsets, and the sha256 of
-//	                         block 0 and all from block m on
+//	               zeros     up to 4 KiB
+//	               trailer   the last 80 bytes of the file: magic, version (2 of dense ones, else 1), counts,
+//	                         offsets, and the sha256 of the first 4 KiB and all from m on
 //
 //	chains/<key>.erofs
-//	  block 0      0      nothing
-//	               1024   superblock, 128 bytes, crc32c over the rest of block 0; the uuid is made from the sha256
-//	                      of all other bytes
+//	  head         0      nothing
+//	               1024   superblock, 128 bytes, crc32c over its block; the uuid is made from the sha256 of all
+//	                      other bytes
 //	               1152   device table: for each pack 128 bytes: tag, blocks, where it would lie in one file with all
 //	               then   pack list: magic, flavour, count, crc32c of table and list, the ids of the packs
 //	               then   root inode (its nid fits the superblock's 16 bits)
 //	                      shared xattrs: entries that several inodes refer to
 //	                      all other inodes, a directory's children next to one another
-//	  block n      data   full directory blocks; tails that do not fit behind their inode
-//	  end          zeros up to a whole block
+//	  block n      data   full blocks of directories, files and long symlinks; tails that do not fit behind their inode
+//	  end          zeros up to 4 KiB
 //
 //	inode            at a multiple of 32 bytes; nid = offset / 32, as the metadata area of a chain image begins at
 //	                 block 0, and that is the st_ino that programs see: small, and another for each inode
@@ -46,6 +48,10 @@
 //
 // # What kernels want
 //
+// Blocks smaller than a page need Linux 6.4. An image has one size of blocks for all its packs, so it is dense if one of
+// them is. Its payloads still begin at multiples of 512 bytes of a file, which loop devices with larger blocks do not
+// read.
+//
 // Devices need Linux 5.16. Image and packs are either all files (6.12) or all block devices; the count of devices is
 // compared, their length and tag are not. A pack that is cut still mounts, and reads beyond its end are EIO: compare
 // it with OpenPack before. A chain image that is mounted without any device is taken for one file with all its packs
@@ -54,7 +60,7 @@
 //
 // Chain images are a cache, rebuilt from trees, so their layout has no version of its own: the superblock's feature
 // bits and the pack list say all that a reader needs. Packs are what a store lives from: a change of theirs needs a
-// new packVersion, and readers of the old one.
+// new version, and readers of the old ones.
 //
 // # Invariants
 //
