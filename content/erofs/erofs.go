@@ -48,8 +48,8 @@
 //
 // # What kernels want
 //
-// Blocks smaller than a page need Linux 6.4. An image has one size of blocks for all its packs, so it is dense if one of
-// them is. Its payloads still begin at multiples of 512 bytes of a file, which loop devices with larger blocks do not
+// Blocks smaller than a page need Linux 6.4. An image has one size of blocks for all its packs, so it is dense if one
+// of them is. Payloads then begin at multiples of 512 bytes of a file, which loop devices with larger blocks do not
 // read.
 //
 // Devices need Linux 5.16. Image and packs are either all files (6.12) or all block devices; the count of devices is

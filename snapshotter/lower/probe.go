@@ -166,7 +166,9 @@ func examine(parent string, keep bool) (f Features, err error) {
 		return f, err
 	}
 	f.DataOnly = p.tryShared(&f, keep)
-	f.Dense = p.tryDense(f.Loop)
+	if f.Dense, err = p.tryDense(f.Loop); err != nil {
+		return f, err
+	}
 	f.IDMapped = p.tryIDMap(image, f.Defaults)
 	return f, nil
 }
@@ -303,29 +305,33 @@ func (p *prober) check(at string) error {
 	return err
 }
 
-// tryDense mounts an image with small blocks and its pack, and reads the file in both.
-func (p *prober) tryDense(loop bool) error {
+// tryDense mounts an image with small blocks and its pack, and reads the file in both. missing tells why the kernel
+// does not. What keeps it from being found out is an error: a whole store is copied for a kernel that does not.
+func (p *prober) tryDense(loop bool) (missing, err error) {
 	image, err := p.mount("dense", loop)
-	if err == nil {
-		err = p.check(image)
+	if errors.Is(err, unix.EINVAL) {
+		return err, nil
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	pack, err := p.make("mounted-dense-pack")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d := p.packs[true]
 	if err := mountPack(p.path(packFile(true)), pack, d, loop); err != nil {
-		return err
+		return nil, err
 	}
 	p.mounted = append(p.mounted, pack)
+	if err := p.check(image); err != nil {
+		return err, nil
+	}
 	got, err := os.ReadFile(filepath.Join(pack, erofs.PackPath(d.Pack, 1)))
 	if err == nil && !bytes.Equal(got, p.payload) {
 		err = errors.New("a dense pack does not show the bytes that it has")
 	}
-	return err
+	return err, nil
 }
 
 // tryShared finds out how overlays over packs work.
