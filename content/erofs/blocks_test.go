@@ -3,8 +3,14 @@ package erofs
 import (
 	"bytes"
 	"errors"
+	"math"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/tree"
@@ -132,4 +138,43 @@ func TestDenseImageOverHugePack(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+}
+
+// A pack takes as much as EROFS can count in its blocks, with room for what it says of itself, and no more.
+func TestPackIsFull(t *testing.T) {
+	forEachUnit(t, func(t *testing.T, unit blocks) {
+		f, err := os.Create(filepath.Join(t.TempDir(), "pack"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		w := NewPackWriter(f, 7, unit == dense)
+		most := math.MaxUint32*unit.size() - maxMeta - blockSize
+		if _, _, err := w.take(Slot{Size: most + 1}); err == nil {
+			t.Error("takes too much")
+		}
+		slot := Slot{ID: idOf(nil), Size: most - unit.size()}
+		if _, _, err := w.take(slot); err != nil {
+			t.Fatal(err)
+		}
+		last := Slot{ID: idOf([]byte("x")), Size: 1}
+		if _, last.Offset, err = w.take(last); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Append(idOf([]byte("y")), []byte("y")); err == nil {
+			t.Error("is never full")
+		}
+		p, err := w.Seal()
+		if errors.Is(err, unix.EFBIG) {
+			t.Skip("no files as large here")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		slot.Offset = blockSize
+		got := packed{Pack: p, path: f.Name()}.open(t)
+		if diff := cmp.Diff([]Slot{slot, last}, got.Slots); diff != "" {
+			t.Error(diff)
+		}
+	})
 }

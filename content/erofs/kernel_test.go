@@ -313,11 +313,12 @@ func sparsePack(t *testing.T, unit blocks, id content.PackID, sizes ...int64) pa
 	return packed{Pack: p, path: f.Name(), data: make([][]byte, len(sizes))}
 }
 
-// Payloads of about 4 GiB and more need extended inodes in packs, and lie behind offsets of 32 bits.
+// Payloads of about 4 GiB and more need extended inodes in packs, and lie behind offsets of 32 bits. Behind one of a
+// TiB the numbers of small blocks need the 32nd bit.
 func TestKernelReadsLargePayloads(t *testing.T) { forEachUnit(t, testKernelReadsLargePayloads) }
 
 func testKernelReadsLargePayloads(t *testing.T, unit blocks) {
-	sizes := []int64{1<<32 - 1, 1 << 32, 1<<32 + 4097, 20_001}
+	sizes := []int64{1<<32 - 1, 1 << 32, 1<<32 + 4097, 1<<40 + 5, 20_001}
 	for way := range waysToMount {
 		t.Run(way, func(t *testing.T) {
 			p := sparsePack(t, unit, 0x64f0a1b2c3, sizes...)
