@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
 // A merge whose copies did not come to the disk gives nothing up.
@@ -103,6 +104,10 @@ func testTornPackAfterPowerCut(t *testing.T, kind disk) {
 			}
 			if !row.torn || row.want == 1 {
 				return
+			}
+			small := CompactOptions{Room: func() int64 { return erofs.DenseBlock }}
+			if mended, err := NewCompactor(again, small).MendTorn(t.Context()); err != nil || mended {
+				t.Errorf("mended %v without room, %v", mended, err)
 			}
 			if mended, err := NewCompactor(again, CompactOptions{}).MendTorn(t.Context()); err != nil || !mended {
 				t.Errorf("mended %v, %v", mended, err)
