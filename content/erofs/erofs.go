@@ -39,6 +39,12 @@
 //	    chunk index  8 bytes a chunk: device (the pack, counted from 1) and block in it (layout "chunk")
 //	    nothing      empty file, device, or bytes in data blocks (layout "plain")
 //
+// Packs are coarse or dense. In a dense one the kernel's blocks have 512 bytes: payloads and names begin at multiples
+// of that, and their numbers count it. The blocks 0, 1 and m above are of 4 KiB in both, and so are the lengths of
+// files. A chain image over any dense pack has blocks of 512 bytes too: what lies behind an inode must not cross one,
+// the blocks of directories and the numbers in chunk indexes and the device table go by these, and the crc32c is over
+// the 512 bytes from the superblock on. It may name coarse packs beside.
+//
 // A chain image is mounted with its packs, in the order of the list: device=<pack>,device=<pack>. It comes in two
 // flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also
 // have overlayfs's xattrs metacopy and redirect, which name the payload's file in its pack: under an overlay over

@@ -141,8 +141,12 @@ func (c *Compactor) next() []content.PackID {
 		}
 	}
 	for _, p := range s.packs.all {
+		live := p.live - bad[p]
+		if live > 0 {
+			live += s.packs.growth(p)
+		}
 		states = append(states, packState{
-			id: p.id, live: blocks(p.live - bad[p]), dead: blocks(p.dead()),
+			id: p.id, live: blocks(live), dead: blocks(p.dead()),
 			rewrite: p.damaged != nil || p.torn || p.plain && s.packs.opts.Verity || s.packs.tooDense(p),
 		})
 	}
@@ -155,19 +159,28 @@ func blocks(bytes int64) int64 { return content.Blocks(bytes) / content.BlockSiz
 // Compact merges packs until the policy is content. Others use the store meanwhile. An object whose bytes are found to
 // be bad stays where it is, and is bad then; so does its pack, which is not tried again in this call.
 func (c *Compactor) Compact(ctx context.Context) error {
-	c.merging.Lock()
-	defer c.merging.Unlock()
 	var last []content.PackID
 	for {
-		ids := c.next()
-		if len(ids) == 0 || slices.Equal(ids, last) {
-			return nil
-		}
-		if err := c.merge(ctx, ids); err != nil {
+		ids, err := c.compactOnce(ctx, last)
+		if err != nil {
 			return fmt.Errorf("merge packs: %w", err)
+		}
+		if len(ids) == 0 {
+			return nil
 		}
 		last = ids
 	}
+}
+
+// compactOnce merges the packs that are next, if they are others than last, and returns them. Between two merges
+// Coarsen may have its turn, which somebody waits for.
+func (c *Compactor) compactOnce(ctx context.Context, last []content.PackID) (ids []content.PackID, err error) {
+	c.merging.Lock()
+	defer c.merging.Unlock()
+	if ids = c.next(); len(ids) == 0 || slices.Equal(ids, last) {
+		return nil, nil
+	}
+	return ids, c.merge(ctx, ids)
 }
 
 // MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none
@@ -175,12 +188,12 @@ func (c *Compactor) Compact(ctx context.Context) error {
 func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 	c.merging.Lock()
 	defer c.merging.Unlock()
-	var torn []*pack
+	torn := map[*pack]int64{} // how much their copies take
 	packs := c.s.packs
 	packs.mu.Lock()
 	for _, p := range packs.all {
 		if p.torn {
-			torn = append(torn, p)
+			torn[p] = p.live + packs.growth(p)
 		}
 	}
 	keep := packs.keepDead
@@ -188,8 +201,8 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 	if keep {
 		return len(torn) == 0, nil
 	}
-	for _, p := range torn {
-		if c.opts.Room != nil && c.opts.Room() < p.live {
+	for p, bytes := range torn {
+		if c.opts.Room != nil && c.opts.Room() < bytes {
 			return false, nil
 		}
 		if err := c.merge(ctx, []content.PackID{p.id}); err != nil {
@@ -205,11 +218,17 @@ func (c *Compactor) Coarsen(ctx context.Context, ids []content.ObjectID, room fu
 	c.merging.Lock()
 	defer c.merging.Unlock()
 	s := c.s
-	need := map[*pack]int64{}
+	from := map[*pack]bool{}
+	need := map[*pack]int64{} // but for what stays because it is bad
 	s.lock()
 	for _, id := range ids {
 		if p := s.refs[id].pack; p != nil && s.packs.tooDense(p) {
-			need[p] = p.live + int64(p.objects)*content.BlockSize/2 // in 4 KiB each takes half a block more
+			from[p] = true
+		}
+	}
+	for id, r := range s.refs {
+		if _, bad := s.bad[id]; !bad && from[r.pack] {
+			need[r.pack] += content.Blocks(r.pack.slots[r.n].size)
 		}
 	}
 	s.unlock()
