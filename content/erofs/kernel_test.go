@@ -274,14 +274,14 @@ func appendFile(t *testing.T, to, from string) {
 }
 
 // sparsePack is a pack with payloads that are zeros, but for what they begin and end with.
-func sparsePack(t *testing.T, id content.PackID, sizes ...int64) packed {
+func sparsePack(t *testing.T, id content.PackID, dense bool, sizes ...int64) packed {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), id.String()+".erofs"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, id, false)
+	w := NewPackWriter(f, id, dense)
 	for i, size := range sizes {
 		begin, end := pattern(fmt.Sprint("begin", i), 10_000), pattern(fmt.Sprint("end", i), 10_000)
 		_, at, err := w.take(Slot{ID: idOf(begin), Size: size})
@@ -303,11 +303,19 @@ func sparsePack(t *testing.T, id content.PackID, sizes ...int64) packed {
 }
 
 // Payloads of about 4 GiB and more need extended inodes in packs, and lie behind offsets of 32 bits.
-func TestKernelReadsLargePayloads(t *testing.T) {
+func TestKernelReadsLargePayloads(t *testing.T) { readLargePayloads(t, false) }
+
+func TestKernelReadsDenseLargePayloads(t *testing.T) { readLargePayloads(t, true) }
+
+func readLargePayloads(t *testing.T, dense bool) {
+	t.Helper()
 	sizes := []int64{1<<32 - 1, 1 << 32, 1<<32 + 4097, 20_001}
 	for way := range waysToMount {
 		t.Run(way, func(t *testing.T) {
-			p := sparsePack(t, 0x64f0a1b2c3, sizes...)
+			if dense {
+				needDense(t, way)
+			}
+			p := sparsePack(t, 0x64f0a1b2c3, dense, sizes...)
 			if fi, err := os.Stat(p.path); err != nil || fi.Size() != int64(p.Blocks)*blockSize {
 				t.Fatal(fi.Size(), err)
 			}
@@ -315,6 +323,7 @@ func TestKernelReadsLargePayloads(t *testing.T) {
 				t.Fatal("not all slots are there")
 			}
 			root, o, _ := chainOver(true, p)
+			o.Dense = dense
 			for n, child := range root.Children {
 				child.Entry.Size, child.Entry.Data, child.Entry.Object = sizes[n], nil, p.Slots[n].ID
 			}

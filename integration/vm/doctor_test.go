@@ -11,6 +11,7 @@ import (
 
 // doctorRows are doctor's checks of the kernel, and what the table calls them.
 var doctorRows = []struct{ check, row string }{
+	{"kernel.dense-packs", "doctor: packs with blocks of 512 bytes"},
 	{"kernel.data-only", "doctor: data-only lower layers"},
 	{"kernel.nested", "doctor: overlays over a container's files"},
 	{"kernel.user-namespaces", "doctor: the same in a user namespace"},
