@@ -140,34 +140,43 @@ func addTestdata(t *testing.T, files map[string]string, pkg string) {
 	}
 }
 
-// What tests of content/erofs run on each kernel, after "TestKernelReads".
-var (
-	readFromFiles = []string{"Pack/file", "Pack/loop", "ChainOverPacks/private_file", "ChainOverPacks/shared_file"}
-	readDense     = []string{"DensePack/file", "DensePack/loop", "DenseChain/private_file", "DenseChain/private_loop",
-		"DenseChain/shared_file", "DenseChain/shared_loop", "DenseLargePayloads/file/overlay",
-		"DenseLargePayloads/loop/overlay"}
-)
+// readAll are the tests of content/erofs that run on each kernel which mounts images from files, after
+// "TestKernelReads".
+func readAll() (names []string) {
+	for _, blocks := range []string{"coarse", "dense"} {
+		for _, way := range []string{"file", "loop"} {
+			names = append(names, "Pack/"+blocks+"/"+way, "ChainOverPacks/"+blocks+"/private_"+way,
+				"ChainOverPacks/"+blocks+"/shared_"+way, "TortureOverPacks/"+blocks+"/private_"+way,
+				"TortureOverPacks/"+blocks+"/shared_"+way, "LargePayloads/"+blocks+"/"+way+"/overlay")
+		}
+	}
+	return names
+}
+
+// readLooped are those that run on a kernel which mounts images from loop devices alone, in private mode.
+func readLooped(blocks string) []string {
+	return []string{"Pack/" + blocks + "/loop", "ChainOverPacks/" + blocks + "/private_loop",
+		"TortureOverPacks/" + blocks + "/private_loop"}
+}
 
 // Packs and chain images over them are read right by older kernels: Linux 6.1 mounts both from loop devices, and
 // images over packs by themselves; 6.12 mounts them from files, and as data-only lower layers with metacopy=on. All
 // mount blocks of 512 bytes, but for 6.1 as it was before 6.1.115, which refuses them.
 func TestImages(t *testing.T) {
-	onLoop := []string{"Pack/loop", "ChainOverPacks/private_loop", "LargePayloads/loop/pack", "LargePayloads/loop/chain"}
 	for _, row := range []struct {
 		suite string
 		ran   []string
 		// refused are those that skip, since the kernel does not mount blocks of 512 bytes.
 		refused []string
 	}{
-		{BookwormCoarse, onLoop, []string{"DensePack/loop", "DenseChain/private_loop", "DenseLargePayloads/loop"}},
-		{Bookworm, append(onLoop, "DensePack/loop", "DenseChain/private_loop", "DenseLargePayloads/loop/pack",
-			"DenseLargePayloads/loop/chain"), nil},
-		{TrixieArm, slices.Concat(readFromFiles, readDense), nil},
-		{TrixieArm16K, slices.Concat(readFromFiles, readDense), nil},
-		{SidPower, slices.Concat(readFromFiles, readDense), nil},
-		{Trixie, slices.Concat(readFromFiles, readDense, []string{"ChainOverPacks/private_loop",
-			"ChainOverPacks/shared_loop", "ChainOverManyPacks", "LargePayloads/file/overlay"}), nil},
-		{Sid, slices.Concat(readFromFiles, readDense), nil},
+		{BookwormCoarse, readLooped("coarse"), readLooped("dense")},
+		{Bookworm, slices.Concat(readLooped("coarse"), readLooped("dense"), []string{"LargePayloads/coarse/loop/chain",
+			"LargePayloads/dense/loop/chain"}), nil},
+		{TrixieArm, readAll(), nil},
+		{TrixieArm16K, readAll(), nil},
+		{SidPower, readAll(), nil},
+		{Trixie, append(readAll(), "ChainOverManyPacks/coarse", "ChainOverManyPacks/dense"), nil},
+		{Sid, readAll(), nil},
 	} {
 		t.Run(strings.ReplaceAll(row.suite, "/", "-"), func(t *testing.T) {
 			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: Ext4, Files: map[string]string{}}
