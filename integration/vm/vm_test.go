@@ -120,6 +120,40 @@ func TestUnitTests(t *testing.T) {
 	}
 }
 
+// On a disk with sectors of 4 KiB, images with blocks of 512 bytes are mounted like others: from files, and from loop
+// devices, whose blocks are smaller than the disk's then.
+func TestLargeSectors(t *testing.T) {
+	for _, row := range []struct {
+		suite string
+		ran   []string
+	}{
+		{Bookworm, []string{"private_looped", "private_looped_dense"}},
+		{Trixie, []string{"private_dense", "private_looped_dense", "shared_dense", "shared_looped_dense"}},
+	} {
+		t.Run(row.suite, func(t *testing.T) {
+			opts := Options{Kernel: kernelFor(t, row.suite), Dir: t.TempDir(), FS: Ext4, Sectors: 4096}
+			name, path := testBinary(t, opts.Kernel.Arch, t.TempDir(), "snapshotter/lower")
+			opts.Files = map[string]string{name: path}
+			opts.Script = "set -e\nuname -r\n[ $(cat /sys/block/vda/queue/logical_block_size) = 4096 ]\n" +
+				"./" + name + " -test.v -test.run 'TestMountsDense|TestAllReaders|TestPacksFollow'\n"
+			if testing.Verbose() {
+				opts.Output = os.Stderr
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute) // a machine that hangs
+			defer cancel()
+			out, err := Run(ctx, opts)
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			for _, kind := range row.ran {
+				if !strings.Contains(out, "--- PASS: TestAllReadersSeeTheSame/"+kind+" ") {
+					t.Errorf("%s did not run there", kind)
+				}
+			}
+		})
+	}
+}
+
 // addTestdata adds what the tests of a package read, for a machine that runs them in a directory of the same name.
 func addTestdata(t *testing.T, files map[string]string, pkg string) {
 	t.Helper()
