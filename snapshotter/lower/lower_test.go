@@ -63,7 +63,7 @@ func kinds(t *testing.T) map[string]Kernel {
 func kernel(f Features, shared, loop bool) Kernel {
 	return Kernel{
 		Shared: shared, Metacopy: shared && f.Metacopy, Loop: loop, Defaults: f.Defaults,
-		NoVerity: errors.New("not asked for"),
+		NoVerity: errors.New("not asked for"), NoDense: f.Dense,
 	}
 }
 
@@ -113,7 +113,7 @@ func (l *lab) open(k Kernel) {
 		}
 	}
 	l.layers, err = layer.Open(l.t.Context(), layer.Options{
-		Root: root, Verity: k.NoVerity == nil, PacksMoved: moved, KeepUnnamed: true,
+		Root: root, Verity: k.NoVerity == nil, Dense: k.NoDense == nil, PacksMoved: moved, KeepUnnamed: true,
 	}, nil)
 	if err != nil {
 		l.t.Fatal(err)

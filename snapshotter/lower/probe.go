@@ -100,8 +100,8 @@ func Probe(root string, want Verity, cache PageCache, metacopy bool) (k Kernel, 
 	switch {
 	case err != nil:
 		return k, fmt.Errorf("probe: %w", err)
-	case errors.Is(errors.Join(f.Erofs, f.Upper, f.DataOnly), unix.ENOSPC):
-		return k, fmt.Errorf("probe: %w", errors.Join(f.Erofs, f.Upper, f.DataOnly))
+	case errors.Is(errors.Join(f.Erofs, f.Upper, f.DataOnly, f.Dense), unix.ENOSPC):
+		return k, fmt.Errorf("probe: %w", errors.Join(f.Erofs, f.Upper, f.DataOnly, f.Dense))
 	case f.Erofs != nil:
 		return k, fmt.Errorf("the kernel does not mount EROFS images over packs (load it with `modprobe erofs`, "+
 			"or use Linux 5.16 or newer with CONFIG_EROFS_FS; "+
