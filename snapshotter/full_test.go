@@ -76,8 +76,8 @@ func smallDisk(t *testing.T, options ...string) (file, at string) {
 	dir := t.TempDir()
 	file, at = filepath.Join(dir, "disk"), filepath.Join(dir, "at")
 	for _, args := range [][]string{
-		{"truncate", "-s", "32M", file}, slices.Concat([]string{"mkfs.ext4", "-q", "-N", "3000"}, options, []string{file}), {"mkdir", at},
-		{"mount", "-o", "loop", file, at},
+		{"truncate", "-s", "32M", file}, slices.Concat([]string{"mkfs.ext4", "-q", "-N", "3000"}, options, []string{file}),
+		{"mkdir", at}, {"mount", "-o", "loop", file, at},
 	} {
 		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Skipf("%v: %v\n%s", args, err, out)
