@@ -254,6 +254,93 @@ func TestCopyEndsWithItsCtx(t *testing.T) {
 	leavesNothing(t, s, ids, tars)
 }
 
+// A payload that is damaged in a dense pack is not copied: its layers are out of service until it comes in again, and
+// the pack goes then. Others are served meanwhile.
+func TestDamageInDensePack(t *testing.T) {
+	root := t.TempDir()
+	ids, tars := denseLayers(t, root, 4)
+	s := openQuiet(t, root, Options{}, ids...)
+	harmPayload(t, s, smallText(2, 7), "flipped", "")
+	for i := range ids {
+		placed, err := s.Places(t.Context(), objectsOf(t, s, ids[i]))
+		if errors.Is(err, ErrDamaged) != (i == 2) {
+			t.Errorf("layer %d: %v", i, err)
+		}
+		if err == nil {
+			err = placed.Release()
+		}
+		if err != nil && i != 2 {
+			t.Error(err)
+		}
+	}
+	expectService(t, s, ids, ids[2:3], tars)
+	if err := s.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := densePacks(t, s); n != 1 {
+		t.Errorf("%d packs are dense", n)
+	}
+	s.Release(ingest(t, s, tars[2]).Layer)
+	if n := densePacks(t, s); n != 0 {
+		t.Errorf("it is healed, and %d packs are dense", n)
+	}
+	leavesNothing(t, s, ids, tars)
+}
+
+// While a tree is damaged it is not known what is named, so dense packs stay when they have been copied. What the tree
+// names is still there when it is put back.
+func TestDensePacksStayForDamagedTree(t *testing.T) {
+	root := t.TempDir()
+	ids, tars := denseLayers(t, root, 3)
+	path := filepath.Join(root, dirLayers, ids[1].Hex())
+	whole := readFile(t, path)
+	writeFile(t, path, whole[:len(whole)/3])
+	s := openQuiet(t, root, Options{}, ids...)
+	for _, id := range []content.LayerID{ids[0], ids[2]} {
+		for range 2 {
+			placed, err := s.Places(t.Context(), objectsOf(t, s, id))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := placed.Release(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if found, err := s.RemoveOrphans(t.Context()); err != nil || len(found) > 0 {
+		t.Errorf("removed %+v, %v", found, err)
+	}
+	if st := s.Packs().Stats(); densePacks(t, s) != 3 || st.Packs > 5 {
+		t.Errorf("%+v", st)
+	}
+	expectService(t, s, ids, ids[1:2], tars)
+	writeFile(t, path, whole)
+	for _, f := range checkStore(t, s) {
+		if f.Kind != Orphan { // what has been copied goes now
+			t.Errorf("%+v", f)
+		}
+	}
+	placed, err := s.Places(t.Context(), objectsOf(t, s, ids[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := placed.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.RemoveOrphans(t.Context()); err != nil {
+		t.Error(err)
+	}
+	closeStore(t, s)
+	s = openQuiet(t, root, Options{}, ids...)
+	if err := s.Compact(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := densePacks(t, s); n != 0 {
+		t.Errorf("%d packs are dense", n)
+	}
+	leavesNothing(t, s, ids, tars)
+}
+
 // A copy that does not fit is refused before any of it is written; one that meets the end of the disk leaves nothing.
 // Both say what to do, and come about once there is room.
 func TestDensePacksOnFullDisk(t *testing.T) {
