@@ -31,7 +31,7 @@ const (
 // A daemon is killed at every step of its first start under an older kernel: while dense images go, packs are copied
 // for containers, and the rest of them in the background. After each the store opens under either kernel with all that
 // was there.
-func TestDenseStoreKilledAtEveryStep(t *testing.T) {
+func TestKilledCopyingDensePacks(t *testing.T) {
 	needDense(t)
 	if raceDetector {
 		t.Skip("runs without the race detector")
@@ -56,7 +56,7 @@ func TestDenseStoreKilledAtEveryStep(t *testing.T) {
 				if err != nil {
 					t.Fatalf("%v: %s", err, out)
 				}
-				cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestDenseStoreChild$", "-test.v")
+				cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestCopyingChild$", "-test.v")
 				names := slices.Concat(slices.Collect(maps.Keys(w.views)), slices.Collect(maps.Keys(w.active)))
 				cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%s\n%s\n%d\n%s", denseEnv, w.root, step, nth,
 					strings.Join(names, "\n")))
@@ -84,11 +84,11 @@ func TestDenseStoreKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestDenseStoreChild is the process that TestDenseStoreKilledAtEveryStep kills.
-func TestDenseStoreChild(t *testing.T) {
+// TestCopyingChild is the process that TestKilledCopyingDensePacks kills.
+func TestCopyingChild(t *testing.T) {
 	text := os.Getenv(denseEnv)
 	if text == "" {
-		t.Skip("started by TestDenseStoreKilledAtEveryStep alone")
+		t.Skip("started by TestKilledCopyingDensePacks alone")
 	}
 	lines := strings.Split(text, "\n")
 	nth, err := strconv.Atoi(lines[2])

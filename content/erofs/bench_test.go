@@ -50,7 +50,7 @@ func BenchmarkWrite(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		var err error
-		if length, err = WriteChain(b.Context(), io.Discard, root, options(root)); err != nil {
+		if length, err = WriteChain(b.Context(), io.Discard, root, options(root, coarse)); err != nil {
 			b.Fatal(err)
 		}
 	}

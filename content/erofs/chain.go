@@ -76,6 +76,7 @@ func WriteChain(ctx context.Context, w io.Writer, root *tree.Node, o Options) (i
 		return 0, fmt.Errorf("build chain image: %w", err)
 	}
 	im := image{ctx: ctx, packs: p, unit: blocksOf(o.Dense)}
+	im.shared.most = im.unit.size() // go-erofs reads one block of a shared xattr
 	if o.Redirect {
 		im.shared.redirectLen = len(PackPath(0, 0))
 		if root, err = hidePacks(root, o.Packs); err != nil {
@@ -123,6 +124,9 @@ func newPacks(o Options) (*packs, error) {
 	for i, d := range o.Packs {
 		if d.Pack > content.MaxPackID {
 			return nil, fmt.Errorf("%d is no pack's id", uint64(d.Pack))
+		}
+		if size := int64(d.Blocks) * blockSize; blocksOf(o.Dense).count(size) > math.MaxUint32 {
+			return nil, fmt.Errorf("pack %s has %d bytes, more than an image of such blocks can count", d.Pack, size)
 		}
 		if len(d.Tag) != tagLen {
 			return nil, fmt.Errorf("pack %s has a tag of %d bytes, want %d", d.Pack, len(d.Tag), tagLen)

@@ -87,7 +87,7 @@ func BenchmarkChain(b *testing.B) {
 					}
 				})
 				if err == nil {
-					_, err = WriteChain(b.Context(), io.Discard, root, options(root))
+					_, err = WriteChain(b.Context(), io.Discard, root, options(root, coarse))
 				}
 				if err != nil {
 					b.Fatal(err)

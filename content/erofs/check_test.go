@@ -48,12 +48,14 @@ func nested(root *tree.Node) *tree.Node {
 	return dir("", dir("a", dir("b", root.Children...), dir("empty")), dir("links", many...))
 }
 
-func TestCheckChain(t *testing.T) {
+func TestCheckChain(t *testing.T) { forEachUnit(t, testCheckChain) }
+
+func testCheckChain(t *testing.T, unit blocks) {
 	sizes := make([]int, 300)
 	for i := range sizes {
 		sizes[i] = 641 + 37*i
 	}
-	a, b := writePack(t, 21, sizes...), writePack(t, 22, packSizes...)
+	a, b := writePack(t, coarse, 21, sizes...), writePack(t, unit, 22, packSizes...)
 	for name, redirect := range map[string]bool{"private": false, "shared": true} {
 		t.Run(name, func(t *testing.T) {
 			root, o, _ := chainOver(redirect, a, b)
@@ -65,7 +67,7 @@ func TestCheckChain(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if again := (Options{Packs: o.Packs, Redirect: redirect, Place: placeIn(places)}); !bytes.Equal(img,
+			if again := (Options{Packs: o.Packs, Redirect: redirect, Dense: o.Dense, Place: placeIn(places)}); !bytes.Equal(img,
 				written(t, nested(root), again)) {
 				t.Error("an image over the places that were found is another")
 			}
@@ -77,9 +79,9 @@ func TestCheckChain(t *testing.T) {
 			}{
 				{"a pack is missing", []*Pack{a.Pack}, "needs pack"},
 				{"a pack has another length", other(func(p *Pack) { p.Blocks++ }), "blocks, which has"},
-				{"a payload is elsewhere", other(func(p *Pack) { p.Slots[7].Offset += blockSize }), "where no payload does"},
-				{"a payload is gone", other(func(p *Pack) { p.Slots[7] = Slot{} }), "where no payload does"},
-				{"a payload has another size", other(func(p *Pack) { p.Slots[7].Size-- }), "bytes, its payload 7"},
+				{"a payload is elsewhere", other(func(p *Pack) { p.Slots[9].Offset += unit.size() }), "where no payload does"},
+				{"a payload is gone", other(func(p *Pack) { p.Slots[9] = Slot{} }), "where no payload does"},
+				{"a payload has another size", other(func(p *Pack) { p.Slots[9].Size-- }), "bytes, its payload 9"},
 			} {
 				err := checkOver(t, img, c.packs...)
 				if !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), c.want) {
@@ -87,7 +89,7 @@ func TestCheckChain(t *testing.T) {
 				}
 			}
 			if redirect {
-				swapped := other(func(p *Pack) { p.Slots[7], p.Slots[8] = p.Slots[8], p.Slots[7] })
+				swapped := other(func(p *Pack) { p.Slots[9], p.Slots[10] = p.Slots[10], p.Slots[9] })
 				err := checkOver(t, img, swapped...)
 				if err == nil || !strings.Contains(err.Error(), "sends overlayfs to") {
 					t.Error("a number that is another payload's: ", err)
@@ -105,8 +107,10 @@ func changed(p *Pack, change func(*Pack)) *Pack {
 }
 
 // Each flipped bit and each cut is found.
-func TestCheckChainFindsDamage(t *testing.T) {
-	p := writePack(t, 21, packSizes...)
+func TestCheckChainFindsDamage(t *testing.T) { forEachUnit(t, testCheckChainFindsDamage) }
+
+func testCheckChainFindsDamage(t *testing.T, unit blocks) {
+	p := writePack(t, unit, 21, packSizes...)
 	root, o, _ := chainOver(true, p)
 	whole, err := os.ReadFile(writeChain(t, nested(root), o))
 	if err != nil {
@@ -130,33 +134,35 @@ func TestCheckChainFindsDamage(t *testing.T) {
 }
 
 // smallChain is an image of a few blocks for fuzzing, over one pack.
-func smallChain(f *testing.F) ([]byte, *Pack) {
+func smallChain(f *testing.F, unit blocks) ([]byte, *Pack) {
 	id := func(name string) content.ObjectID { return idOf([]byte(name)) }
-	p := &Pack{ID: 3, Meta: 9, Slots: []Slot{
-		{id("a"), blockSize, 700}, {}, {id("b"), 2 * blockSize, 4096}, {id("c"), 3 * blockSize, 20_000},
+	b, c := blockSize+unit.align(700), blockSize+unit.align(700)+4096
+	p := &Pack{ID: 3, Meta: 9, Dense: unit == dense, Slots: []Slot{
+		{id("a"), blockSize, 700}, {}, {id("b"), b, 4096}, {id("c"), c, 20_000},
 	}}
 	if _, _, err := p.encodeTail(); err != nil {
 		f.Fatal(err)
 	}
 	root := dir("")
-	o := Options{Redirect: true, Packs: []Device{p.Device()}, Place: func(id content.ObjectID) (content.Place, bool) {
+	o := Options{Redirect: true, Packs: []Device{p.Device()}, Dense: p.Dense}
+	o.Place = func(id content.ObjectID) (content.Place, bool) {
 		n := slices.IndexFunc(p.Slots, func(s Slot) bool { return s.ID == id })
 		return p.Place(uint32(n)), true
-	}}
+	}
 	for n, s := range p.Slots {
 		if s.Size > 0 {
 			e := &content.Entry{Kind: content.Regular, Size: s.Size, Object: s.ID}
 			root.Children = append(root.Children, leaf(slotName(uint32(n)), e))
 		}
 	}
-	var b bytes.Buffer
-	if _, err := WriteChain(f.Context(), &b, nested(root), o); err != nil {
+	var img bytes.Buffer
+	if _, err := WriteChain(f.Context(), &img, nested(root), o); err != nil {
 		f.Fatal(err)
 	}
-	if err := checkOver(f, b.Bytes(), p); err != nil {
+	if err := checkOver(f, img.Bytes(), p); err != nil {
 		f.Fatal(err)
 	}
-	return b.Bytes(), p
+	return img.Bytes(), p
 }
 
 // patched returns b with the bytes changed that edits name: offset (2), what to add (1). Editing an image reaches
@@ -171,14 +177,20 @@ func patched(b, edits []byte) []byte {
 
 // FuzzCheckChain changes images and makes their checksums right again, so that what is behind them is reached.
 func FuzzCheckChain(f *testing.F) {
-	img, p := smallChain(f)
-	for at := superOffset; at < len(img); at += 4 { // all numbers once
-		f.Add(append(le.AppendUint16(nil, uint16(at)), 1))
+	images, packs := map[bool][]byte{}, map[bool]*Pack{}
+	for _, unit := range []blocks{coarse, dense} {
+		img, p := smallChain(f, unit)
+		images[p.Dense], packs[p.Dense] = img, p
+		for at := superOffset; at < len(img); at += 4 { // all numbers once
+			f.Add(append(le.AppendUint16(nil, uint16(at)), 1), p.Dense)
+		}
+		other := byte(coarse) + byte(dense) - byte(unit) // and the blocks of the other kind
+		f.Add(append(le.AppendUint16(nil, superOffset+12), other-byte(unit)), p.Dense)
 	}
-	f.Fuzz(func(t *testing.T, edits []byte) {
-		b := patched(img, edits)
+	f.Fuzz(func(t *testing.T, edits []byte, isDense bool) {
+		b := patched(images[isDense], edits)
 		reseal(b)
-		if err := checkOver(t, b, p); err != nil && !errors.Is(err, ErrDamaged) {
+		if err := checkOver(t, b, packs[isDense]); err != nil && !errors.Is(err, ErrDamaged) {
 			t.Error(err)
 		}
 	})
@@ -202,9 +214,15 @@ func reseal(b []byte) {
 }
 
 func FuzzReadChain(f *testing.F) {
-	img, _ := smallChain(f)
-	f.Add([]byte{}, uint16(len(img)), true)
-	f.Fuzz(func(t *testing.T, edits []byte, length uint16, whole bool) {
+	images := map[bool][]byte{}
+	for _, unit := range []blocks{coarse, dense} {
+		img, p := smallChain(f, unit)
+		images[p.Dense] = img
+		f.Add([]byte{}, uint16(len(img)), true, p.Dense)
+		f.Add(append(le.AppendUint16(nil, superOffset+12), 1), uint16(len(img)), true, p.Dense)
+	}
+	f.Fuzz(func(t *testing.T, edits []byte, length uint16, whole, isDense bool) {
+		img := images[isDense]
 		b := patched(img[:min(int(length), len(img))], edits)
 		if whole && len(b) >= blockSize {
 			reseal(b[:len(b)&^(blockSize-1)])

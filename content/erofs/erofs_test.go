@@ -21,13 +21,17 @@ import (
 )
 
 func TestRoundTripGoErofs(t *testing.T) {
-	root, _ := torture()
-	compare(t, wanted(root, nil), readGo(t, root))
+	forEachUnit(t, func(t *testing.T, unit blocks) {
+		root, _ := torture(unit)
+		compare(t, wanted(root, nil), readGo(t, root, unit))
+	})
 }
 
 // TestRoundTripSmallImages looks at the ends of images: one of few blocks, with the last
 // inode in the last slot, is where readers run past the end.
-func TestRoundTripSmallImages(t *testing.T) {
+func TestRoundTripSmallImages(t *testing.T) { forEachUnit(t, testRoundTripSmallImages) }
+
+func testRoundTripSmallImages(t *testing.T, unit blocks) {
 	for n := range 200 {
 		var nodes []*tree.Node
 		for i := range n {
@@ -35,18 +39,20 @@ func TestRoundTripSmallImages(t *testing.T) {
 			nodes = append(nodes, leaf(fmt.Sprint(i), e))
 		}
 		root := dir("", nodes...)
-		compare(t, wanted(root, nil), readGo(t, root))
+		compare(t, wanted(root, nil), readGo(t, root, unit))
 	}
 }
 
-func TestRoundTripRandom(t *testing.T) {
+func TestRoundTripRandom(t *testing.T) { forEachUnit(t, testRoundTripRandom) }
+
+func testRoundTripRandom(t *testing.T, unit blocks) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	for range 20 {
 		o := make(objects)
 		root := dir("", randomNodes(rnd, o, 3, nil)...)
-		compare(t, wanted(root, nil), readGo(t, root))
+		compare(t, wanted(root, nil), readGo(t, root, unit))
 	}
 }
 
@@ -64,7 +70,7 @@ func randomNodes(rnd *rand.Rand, o objects, depth int, earlier []*content.Entry)
 		case 0:
 			e = symlink(string(text(1+rnd.IntN(maxTarget), rnd.Int())))
 		case 1:
-			e = hole(1 + rnd.Int64N(maxHole))
+			e = hole(1 + rnd.Int64N(maxHole(dense)))
 		case 2:
 			if len(earlier) > 0 {
 				names[name] = leaf(name, earlier[rnd.IntN(len(earlier))])
@@ -96,7 +102,7 @@ func TestManyLinks(t *testing.T) {
 	for i := range links {
 		names = append(names, leaf(fmt.Sprint(i), e))
 	}
-	fsys := openGo(t, dir("", names...))
+	fsys := openGo(t, dir("", names...), dense)
 	for _, name := range []string{"0", "65535", "9"} {
 		s, err := statGo(fsys, name, firstNames[int64]{})
 		if err != nil {
@@ -113,34 +119,42 @@ func TestFsck(t *testing.T) {
 	if err != nil {
 		t.Skip("fsck.erofs is not installed (package erofs-utils)")
 	}
-	full, _ := torture()
-	for name, root := range map[string]*tree.Node{"torture": full, "empty": dir("")} {
-		t.Run(name, func(t *testing.T) {
-			args := []string{"-d3", writeTemp(t, "image.erofs", build(t, root))}
-			for _, p := range options(root).Packs {
-				args = append(args, "--device="+writeTemp(t, p.Pack.String(), nil))
-			}
-			out, err := exec.Command(fsck, args...).CombinedOutput()
-			if err != nil || !bytes.Contains(out, []byte("No errors found")) {
-				t.Fatalf("fsck.erofs: %v\n%s", err, out)
-			}
-		})
-	}
+	forEachUnit(t, func(t *testing.T, unit blocks) {
+		fsckReads(t, fsck, unit)
+		full, _ := torture(unit)
+		for name, root := range map[string]*tree.Node{"torture": full, "empty": dir("")} {
+			t.Run(name, func(t *testing.T) {
+				args := []string{"-d3", writeTemp(t, "image.erofs", build(t, root, unit))}
+				for _, p := range options(root, unit).Packs {
+					args = append(args, "--device="+writeTemp(t, p.Pack.String(), nil))
+				}
+				out, err := exec.Command(fsck, args...).CombinedOutput()
+				if err != nil || !bytes.Contains(out, []byte("No errors found")) {
+					t.Fatalf("fsck.erofs: %v\n%s", err, out)
+				}
+			})
+		}
+	})
 }
 
 func TestMount(t *testing.T) {
 	needRoot(t)
-	root, _ := torture()
-	mounted := mountImage(t, root)
-	hasData := func(s seen) bool { return s.Xattrs["trusted.overlay.redirect"] == "" }
-	compare(t, wanted(root, nil), readKernel(t, mounted, hasData))
+	forEachUnit(t, func(t *testing.T, unit blocks) {
+		root, _ := torture(unit)
+		hasData := func(s seen) bool { return s.Xattrs["trusted.overlay.redirect"] == "" }
+		for way := range waysToMount {
+			compare(t, wanted(root, nil), readKernel(t, mountImage(t, way, root, unit), hasData))
+		}
+	})
 }
 
 // TestMountOverlay mounts an image over objects, as a container sees it.
-func TestMountOverlay(t *testing.T) {
+func TestMountOverlay(t *testing.T) { forEachUnit(t, testMountOverlay) }
+
+func testMountOverlay(t *testing.T, unit blocks) {
 	needRoot(t)
-	root, o := torture()
-	store, places := t.TempDir(), options(root)
+	root, o := torture(unit)
+	store, places := t.TempDir(), options(root, unit)
 	for id, data := range o {
 		place, _ := places.Place(id)
 		file := filepath.Join(store, PackPath(place.Pack, place.N))
@@ -151,7 +165,7 @@ func TestMountOverlay(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	merged := mountOverlay(t, mountImage(t, root)+"::"+store)
+	merged := mountOverlay(t, mountImage(t, "file", root, unit)+"::"+store)
 
 	want := wanted(root, o)
 	byPath := make(map[string]seen)
@@ -161,16 +175,18 @@ func TestMountOverlay(t *testing.T) {
 	compare(t, want, readKernel(t, merged, func(s seen) bool { return byPath[s.Path].Data != "" }))
 }
 
-func TestDeterministic(t *testing.T) {
-	first, _ := torture()
-	want := build(t, first)
+func TestDeterministic(t *testing.T) { forEachUnit(t, testDeterministic) }
+
+func testDeterministic(t *testing.T, unit blocks) {
+	first, _ := torture(unit)
+	want := build(t, first, unit)
 	for range 3 {
-		again, _ := torture() // other pointers, other map order
-		if !bytes.Equal(want, build(t, again)) {
+		again, _ := torture(unit) // other pointers, other map order
+		if !bytes.Equal(want, build(t, again, unit)) {
 			t.Fatal("two images of equal trees differ")
 		}
 	}
-	other := build(t, dir("", leaf("a", entry(content.Fifo))))
+	other := build(t, dir("", leaf("a", entry(content.Fifo))), unit)
 	if uuid := superOffset + superUUIDOff; bytes.Equal(other[uuid:uuid+16], want[uuid:uuid+16]) {
 		t.Error("two images of different trees have one uuid")
 	}
@@ -183,9 +199,9 @@ func TestEqualMtimeCounts(t *testing.T) {
 	late.Mtime.Sec += 2
 	early.Mtime = content.Time{Sec: -5}
 	root := dir("", leaf("a", late), leaf("b", early))
-	want := build(t, root)
+	want := build(t, root, coarse)
 	for range 50 {
-		if !bytes.Equal(want, build(t, root)) {
+		if !bytes.Equal(want, build(t, root, coarse)) {
 			t.Fatal("two images of one tree differ")
 		}
 	}
@@ -216,7 +232,7 @@ func TestSize(t *testing.T) {
 			for i := range files {
 				nodes = append(nodes, leaf(fmt.Sprintf("%04d", i), row.make(i)))
 			}
-			got := int64(len(build(t, dir("", nodes...))))
+			got := int64(len(build(t, dir("", nodes...), coarse)))
 			want := row.want*files + files*(direntSize+4)
 			if got > want+3*blockSize || got < want-2*blockSize {
 				t.Errorf("%d bytes, want about %d", got, want)
@@ -234,7 +250,7 @@ func TestGapsAreFilled(t *testing.T) {
 		nodes = append(nodes, leaf(fmt.Sprintf("%04d", i), objects{}.file(text(size, i))))
 		need += alignUp(int64(compactSize+size), slotSize) + direntSize + 4
 	}
-	if got := int64(len(build(t, dir("", nodes...)))); got > need+need/20 {
+	if got := int64(len(build(t, dir("", nodes...), coarse))); got > need+need/20 {
 		t.Errorf("%d bytes for %d bytes of inodes and names", got, need)
 	}
 }
@@ -353,7 +369,7 @@ func TestWriteStops(t *testing.T) {
 	cancel(gone)
 	var b bytes.Buffer
 	packages := sitePackages(10_000)
-	if _, err := WriteChain(ctx, &b, packages, options(packages)); !errors.Is(err, gone) || b.Len() > 0 {
+	if _, err := WriteChain(ctx, &b, packages, options(packages, coarse)); !errors.Is(err, gone) || b.Len() > 0 {
 		t.Error(b.Len(), err)
 	}
 }

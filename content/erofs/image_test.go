@@ -33,7 +33,7 @@ type seen struct {
 	SameAs       string // the first path of this inode
 }
 
-const dataMax = 8 << 10
+const dataMax = 128 << 10
 
 // somePack is the pack that all payloads of a test tree are said to lie in.
 const somePack content.PackID = 0x64f0a1b2c3
@@ -42,7 +42,7 @@ const somePack content.PackID = 0x64f0a1b2c3
 var noPacks = Options{Place: func(content.ObjectID) (content.Place, bool) { return content.Place{}, false }}
 
 // options have every payload of a tree in one pack, one behind the other by number. It is not there.
-func options(root *tree.Node) Options {
+func options(root *tree.Node, unit blocks) Options {
 	places := map[content.ObjectID]content.Place{}
 	var walk func(n *tree.Node)
 	walk = func(n *tree.Node) {
@@ -56,10 +56,10 @@ func options(root *tree.Node) Options {
 		}
 	}
 	walk(root)
-	o := Options{Redirect: true}
+	o := Options{Redirect: true, Dense: unit == dense}
 	o.Place = func(id content.ObjectID) (content.Place, bool) { p, ok := places[id]; return p, ok }
 	if len(places) > 0 {
-		o.Packs = []Device{{Pack: somePack, Tag: strings.Repeat("0", tagLen), Blocks: 1<<32 - 1}}
+		o.Packs = []Device{{Pack: somePack, Tag: strings.Repeat("0", tagLen), Blocks: 1<<(20+unit) - 1}}
 	}
 	return o
 }
@@ -68,7 +68,7 @@ func options(root *tree.Node) Options {
 // it must show.
 func wanted(root *tree.Node, o objects) []seen {
 	var all []seen
-	places := options(root)
+	places := options(root, coarse)
 	firsts := make(firstNames[*content.Entry])
 	links := make(map[string]uint64) // by SameAs
 	var walk func(path string, n *tree.Node)
@@ -138,13 +138,13 @@ func (f firstNames[K]) of(inode K, path string) string {
 }
 
 // openGo opens the image of a tree through go-erofs.
-func openGo(t *testing.T, root *tree.Node) fs.FS {
+func openGo(t *testing.T, root *tree.Node, unit blocks) fs.FS {
 	t.Helper()
 	var packs []goerofs.OpenOpt
-	for range options(root).Packs {
+	for range options(root, unit).Packs {
 		packs = append(packs, goerofs.WithExtraDevices(bytes.NewReader(nil)))
 	}
-	fsys, err := goerofs.Open(bytes.NewReader(build(t, root)), packs...)
+	fsys, err := goerofs.Open(bytes.NewReader(build(t, root, unit)), packs...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,9 +152,9 @@ func openGo(t *testing.T, root *tree.Node) fs.FS {
 }
 
 // readGo lists the image of a tree through go-erofs.
-func readGo(t *testing.T, root *tree.Node) []seen {
+func readGo(t *testing.T, root *tree.Node, unit blocks) []seen {
 	t.Helper()
-	fsys := openGo(t, root)
+	fsys := openGo(t, root, unit)
 	var all []seen
 	inodes := make(firstNames[int64])
 	var walk func(path string)
@@ -248,7 +248,7 @@ func readKernel(t *testing.T, dir string, readData func(seen) bool) []seen {
 			t.Errorf("%q: listed with type %#o, is %#o", path, listed, s.Mode&unix.S_IFMT)
 		}
 		if s.Mode&unix.S_IFMT == unix.S_IFREG && readData(s) {
-			data := make([]byte, dataMax)
+			data := make([]byte, min(s.Size, dataMax))
 			f, err := os.Open(path)
 			if err != nil {
 				return err
@@ -335,10 +335,10 @@ func compare(t *testing.T, want, got []seen) {
 }
 
 // build writes the image of root, in both ways.
-func build(t testing.TB, root *tree.Node) []byte {
+func build(t testing.TB, root *tree.Node, unit blocks) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	n, err := WriteChain(t.Context(), &b, root, options(root))
+	n, err := WriteChain(t.Context(), &b, root, options(root, unit))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -351,7 +351,7 @@ func build(t testing.TB, root *tree.Node) []byte {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if _, err := WriteChain(t.Context(), f, root, options(root)); err != nil {
+	if _, err := WriteChain(t.Context(), f, root, options(root, unit)); err != nil {
 		t.Fatal(err)
 	}
 	once, err := os.ReadFile(file)
@@ -361,15 +361,15 @@ func build(t testing.TB, root *tree.Node) []byte {
 	return b.Bytes()
 }
 
-// mountImage mounts the image of a tree straight from a file, with an empty file for its pack.
-func mountImage(t *testing.T, root *tree.Node) string {
+// mountImage mounts the image of a tree, with a file of a few zeros for its pack.
+func mountImage(t *testing.T, way string, root *tree.Node, unit blocks) string {
 	t.Helper()
 	needRoot(t)
 	var packs []packed
-	for _, p := range options(root).Packs {
-		packs = append(packs, packed{path: writeTemp(t, p.Pack.String(), nil)})
+	for _, p := range options(root, unit).Packs {
+		packs = append(packs, packed{path: writeTemp(t, p.Pack.String(), make([]byte, blockSize))})
 	}
-	return mountErofs(t, "file", writeTemp(t, "image.erofs", build(t, root)), packs...)
+	return mountErofs(t, way, writeTemp(t, "image.erofs", build(t, root, unit)), packs...)
 }
 
 func writeTemp(t testing.TB, name string, data []byte) string {

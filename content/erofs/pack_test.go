@@ -26,22 +26,29 @@ type packed struct {
 }
 
 // writePack writes a pack with payloads of these sizes, each of other bytes.
-func writePack(t *testing.T, id content.PackID, sizes ...int) packed {
+func writePack(t *testing.T, unit blocks, id content.PackID, sizes ...int) packed {
+	t.Helper()
+	data := make([][]byte, len(sizes))
+	for i, size := range sizes {
+		data[i] = pattern(fmt.Sprintf("%s %d", id, i), size)
+	}
+	return packOf(t, unit, id, data...)
+}
+
+// packOf writes a pack with these payloads.
+func packOf(t *testing.T, unit blocks, id content.PackID, payloads ...[]byte) packed {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), id.String()+".erofs"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, id, false)
-	p := packed{path: f.Name(), data: make([][]byte, len(sizes))}
-	for i, size := range sizes {
-		data := pattern(fmt.Sprintf("%s %d", id, i), size)
-		n, err := w.Append(idOf(data), data)
-		if err != nil || int(n) != i {
+	w := NewPackWriter(f, id, unit == dense)
+	p := packed{path: f.Name(), data: payloads}
+	for i, data := range payloads {
+		if n, err := w.Append(idOf(data), data); err != nil || int(n) != i {
 			t.Fatal(n, err)
 		}
-		p.data[i] = data
 	}
 	if p.Pack, err = w.Seal(); err != nil {
 		t.Fatal(err)
@@ -78,26 +85,41 @@ func (p packed) open(t *testing.T) *Pack {
 	return got
 }
 
-var packSizes = []int{1, 640, 641, 4095, 4096, 4097, 8192, 100_000, 3 << 20}
+var packSizes = []int{1, 511, 512, 513, 639, 640, 641, 4095, 4096, 4097, 8192, 100_000, 3 << 20}
 
-func TestPackSaysWhatItHolds(t *testing.T) {
-	p := writePack(t, 0x64f0a1b2c3, packSizes...)
+func TestPackSaysWhatItHolds(t *testing.T) { forEachUnit(t, testPackSaysWhatItHolds) }
+
+func testPackSaysWhatItHolds(t *testing.T, unit blocks) {
+	p := writePack(t, unit, 0x64f0a1b2c3, packSizes...)
 	if diff := cmp.Diff(p.Pack, p.open(t)); diff != "" {
 		t.Error(diff)
 	}
-	if begin := func(n int) int64 { return p.Slots[n].Offset / blockSize }; begin(0) != 1 || begin(1) != 2 ||
-		begin(5) != 6 || begin(6) != 8 {
-		t.Errorf("payloads do not follow one another: %+v", p.Slots)
+	var sizes []int64
+	next := int64(blockSize)
+	for n, size := range packSizes {
+		if s := p.Slots[n]; s.Offset != next || s.Size != int64(size) {
+			t.Errorf("payload %d has %d bytes from %d on, want %d from %d on", n, s.Size, s.Offset, size, next)
+		}
+		next += Space(int64(size), unit == dense)
+		sizes = append(sizes, int64(size))
+	}
+	if p.Dense != (unit == dense) || int64(p.Meta)*blockSize < next || int64(p.Meta)*blockSize >= next+blockSize {
+		t.Errorf("%v, the payloads end at %d, want %d", p.Dense, int64(p.Meta)*blockSize, next)
+	}
+	if size, err := PackSize(sizes, p.Dense); err != nil || size != int64(p.Blocks)*blockSize {
+		t.Errorf("PackSize says %d of a file of %d blocks: %v", size, p.Blocks, err)
 	}
 }
 
-func TestPackExtents(t *testing.T) {
+func TestPackExtents(t *testing.T) { forEachUnit(t, testPackExtents) }
+
+func testPackExtents(t *testing.T, unit blocks) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "pack"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 7, false)
+	w := NewPackWriter(f, 7, unit == dense)
 	whole, aborted, last := pattern("whole", 10_000), pattern("aborted", 9_000), pattern("last", 5_000)
 	stream := func(data []byte) *Extent {
 		e, err := w.Stream(int64(len(data)))
@@ -148,13 +170,15 @@ func TestPackExtents(t *testing.T) {
 	}
 }
 
-func TestPackManyWriters(t *testing.T) {
+func TestPackManyWriters(t *testing.T) { forEachUnit(t, testPackManyWriters) }
+
+func testPackManyWriters(t *testing.T, unit blocks) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "pack"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	w := NewPackWriter(f, 9, false)
+	w := NewPackWriter(f, 9, unit == dense)
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {
@@ -174,10 +198,17 @@ func TestPackManyWriters(t *testing.T) {
 	if n := p.used(); n != 8*(500-100) {
 		t.Errorf("%d payloads", n)
 	}
+	file, err := os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
 	end := int64(blockSize)
 	for n, s := range p.Slots {
 		if s == (Slot{}) {
 			continue
+		}
+		if rest := file[s.Offset+s.Size : s.Offset+unit.align(s.Size)]; len(bytes.Trim(rest, "\x00")) > 0 {
+			t.Fatalf("slot %d ends with what is not its payload's", n)
 		}
 		if data, err := w.Read(uint32(n)); err != nil || idOf(data) != s.ID {
 			t.Fatalf("slot %d: %v", n, err)
@@ -185,7 +216,7 @@ func TestPackManyWriters(t *testing.T) {
 		if s.Offset < end {
 			t.Fatalf("slot %d begins at byte %d, where the one before it still is", n, s.Offset)
 		}
-		end = s.Offset + coarse.align(s.Size)
+		end = s.Offset + unit.align(s.Size)
 	}
 }
 
@@ -252,8 +283,10 @@ func putSomehow(w *PackWriter, data []byte, i int) error {
 }
 
 // Whatever is changed of a pack but a payload's byte is found.
-func TestDamagedPack(t *testing.T) {
-	p := writePack(t, 5, packSizes...)
+func TestDamagedPack(t *testing.T) { forEachUnit(t, testDamagedPack) }
+
+func testDamagedPack(t *testing.T, unit blocks) {
+	p := writePack(t, unit, 5, packSizes...)
 	whole, err := os.ReadFile(p.path)
 	if err != nil {
 		t.Fatal(err)
@@ -282,17 +315,23 @@ func TestDamagedPack(t *testing.T) {
 
 // FuzzOpenPack changes packs, and makes their sum right again where that is asked for.
 func FuzzOpenPack(f *testing.F) {
-	p := Pack{ID: 3, Meta: 3, Slots: []Slot{{idOf([]byte("a")), 1, 700}, {}, {idOf([]byte("b")), 2, 4096}}}
-	super, tail, err := p.encodeTail()
-	if err != nil {
-		f.Fatal(err)
+	packs := map[bool][]byte{}
+	for _, unit := range []blocks{coarse, dense} {
+		b := Slot{idOf([]byte("b")), blockSize + unit.align(700), 4096}
+		p := Pack{ID: 3, Meta: 3, Dense: unit == dense, Slots: []Slot{{idOf([]byte("a")), blockSize, 700}, {}, b}}
+		super, tail, err := p.encodeTail()
+		if err != nil {
+			f.Fatal(err)
+		}
+		whole := append(append(super, make([]byte, 2*blockSize)...), tail...)
+		packs[p.Dense] = whole
+		f.Add([]byte{}, uint16(len(whole)), false, p.Dense)
+		for at := len(whole) - trailerLen; at < len(whole)-len(content.Sum{}); at += 4 {
+			f.Add(append(le.AppendUint16(nil, uint16(at)), 1), uint16(len(whole)), true, p.Dense)
+		}
 	}
-	whole := append(append(super, make([]byte, 2*blockSize)...), tail...)
-	f.Add([]byte{}, uint16(len(whole)), false)
-	for at := len(whole) - trailerLen; at < len(whole)-len(content.Sum{}); at += 4 {
-		f.Add(append(le.AppendUint16(nil, uint16(at)), 1), uint16(len(whole)), true)
-	}
-	f.Fuzz(func(t *testing.T, edits []byte, length uint16, summed bool) {
+	f.Fuzz(func(t *testing.T, edits []byte, length uint16, summed, isDense bool) {
+		whole := packs[isDense]
 		b := patched(whole[:min(int(length), len(whole))], edits)
 		if len(b) == len(whole) && summed {
 			meta := min(int(le.Uint32(b[len(b)-trailerLen+24:])), len(b)/blockSize-1)
@@ -322,6 +361,7 @@ func chainOver(redirect bool, packs ...packed) (*tree.Node, Options, map[string]
 	want := map[string][]byte{}
 	o := Options{Redirect: redirect, Place: placeIn(places)}
 	for i, p := range packs {
+		o.Dense = o.Dense || p.Dense
 		o.Packs = append(o.Packs, p.Device())
 		for n, data := range p.data {
 			name := fmt.Sprintf("f-%02d-%03d", i, n)
@@ -367,7 +407,7 @@ func writeChain(t *testing.T, root *tree.Node, o Options) string {
 }
 
 func TestWriteChainRefuses(t *testing.T) {
-	p := writePack(t, 3, 700, 800)
+	p := writePack(t, coarse, 3, 700, 800)
 	for name, c := range map[string]struct {
 		change func(root *tree.Node, o *Options)
 		want   string

@@ -28,8 +28,8 @@ func (o objects) file(data []byte) *content.Entry {
 	return e
 }
 
-// maxHole is the size of the largest payload that a pack can hold from its second block on.
-const maxHole = (math.MaxUint32 - 1) * blockSize
+// maxHole is the size of the largest payload that an image can show, from the second block of a pack on.
+func maxHole(unit blocks) int64 { return math.MaxUint32*unit.size()&^(blockSize-1) - blockSize }
 
 // hole is a Regular of any size whose object does not exist.
 func hole(size int64) *content.Entry {
@@ -100,9 +100,9 @@ func acl(uid uint32) []byte {
 }
 
 // torture is a tree with everything that an image must hold.
-func torture() (*tree.Node, objects) {
+func torture(unit blocks) (*tree.Node, objects) {
 	o := make(objects)
-	root := dir("", tortureKinds(o), tortureXattrs(o), tortureNames(), tortureSizes(o),
+	root := dir("", tortureKinds(o), tortureXattrs(o), tortureNames(), tortureSizes(o, unit),
 		tortureTails(), tortureTargets(), tortureDirs(), tortureTimes(o), tortureDeep(o))
 	addLinks(root, o)
 	slices.SortFunc(root.Children, func(a, b *tree.Node) int { return strings.Compare(a.Name, b.Name) })
@@ -161,8 +161,13 @@ func tortureXattrs(o objects) *tree.Node {
 		leaf("longest-file", withXattrs(o.file(nil), longest)),
 		leaf("many1", withXattrs(o.file(nil), slices.Clone(many)...)),
 		leaf("many2", withXattrs(o.file(text(2000, 1)), slices.Clone(many)...)),
-		leaf("wide", withXattrs(o.file(text(1024, 1)), slices.Clone(wide)...)),
+		leaf("wide", withXattrs(o.file(text(640, 1)), slices.Clone(wide)...)),
 		leaf("like-overlay", withXattrs(o.file(nil), content.Xattr{Name: "trusted.overlays", Value: []byte("y")})),
+	}
+	for n := range 560 { // what lies behind them stops fitting into a block
+		pad := content.Xattr{Name: "user.pad", Value: text(n, n)}
+		nodes = append(nodes, leaf(fmt.Sprint("edge", n), withXattrs(o.file(text(90, n)), pad)))
+		nodes = append(nodes, leaf(fmt.Sprint("far", n), withXattrs(o.file(text(641, n)), pad)))
 	}
 	for i := range 50 { // shared, and at every offset to a block boundary
 		nodes = append(nodes,
@@ -186,14 +191,14 @@ func tortureNames() *tree.Node {
 	return dir("names", nodes...)
 }
 
-func tortureSizes(o objects) *tree.Node {
+func tortureSizes(o objects, unit blocks) *tree.Node {
 	var nodes []*tree.Node
-	for _, n := range []int{1025, 4095, 4096, 4097, 12_288} {
+	for _, n := range []int{641, 1024, 1025, 4095, 4096, 4097, 12_288} {
 		nodes = append(nodes, leaf(fmt.Sprint("object-", n), o.file(text(n, n))))
 	}
-	const longest = 1 << (coarse + maxChunkShift) // chunk
+	longest := int64(1) << (unit + maxChunkShift) // chunk
 	for _, n := range []int64{
-		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, longest, longest + 1, maxHole,
+		1, 4096, 1 << 31, math.MaxUint32, 1 << 32, 10 << 30, longest, longest + 1, maxHole(unit),
 	} {
 		nodes = append(nodes, leaf(fmt.Sprint("hole-", n), hole(n)))
 	}
@@ -210,11 +215,18 @@ func tortureTails() *tree.Node {
 
 func tortureTargets() *tree.Node {
 	var nodes []*tree.Node
-	for _, n := range []int{1, 59, 60, 255, 256, 1024, 2048, 4000} {
+	for _, n := range []int{1, 59, 60, 255, 256, 1000, 1024, 2048} {
 		nodes = append(nodes, leaf(fmt.Sprint(n), symlink(string(text(n, n)))))
 	}
-	for n := 4020; n <= maxTarget; n++ { // around where they stop fitting behind the inode
-		nodes = append(nodes, leaf(fmt.Sprint(n), symlink(string(text(n, n)))))
+	for n := 530; n < 4000; n += 37 {
+		nodes = append(nodes, leaf(fmt.Sprint("long-", n), symlink(string(text(n, n)))))
+	}
+	for _, fit := range []int{416, 3990} { // around where they stop fitting behind the inode
+		for n := fit; n < fit+106; n++ {
+			nodes = append(nodes, leaf(fmt.Sprint(n), symlink(string(text(n, n)))),
+				leaf(fmt.Sprint("xattr-", n), withXattrs(symlink(string(text(n, n))),
+					content.Xattr{Name: "trusted.own", Value: text(n%40, n)})))
+		}
 	}
 	return dir("targets", nodes...)
 }
@@ -226,6 +238,14 @@ func tortureDirs() *tree.Node {
 		large = append(large, leaf(fmt.Sprint("entry-", i), objects{}.file(text(i%3, i))))
 	}
 	nodes := []*tree.Node{dir("large", large...), dir("empty")}
+	for blocks := range 4 { // of 512 bytes, all full
+		inside := []*tree.Node{leaf(strings.Repeat("0", maxName), entry(content.Fifo)),
+			leaf(strings.Repeat("1", 206), entry(content.Fifo))}
+		for i := range 4 * blocks {
+			inside = append(inside, leaf(fmt.Sprintf("2%0115d", i), entry(content.Fifo)))
+		}
+		nodes = append(nodes, dir(fmt.Sprint("full-", blocks), inside...))
+	}
 	for blocks := 1; blocks <= 2; blocks++ {
 		for pad := 1; pad <= 140; pad++ {
 			var inside []*tree.Node

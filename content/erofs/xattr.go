@@ -81,6 +81,7 @@ func xattrCount(area uint32) uint16 {
 type sharedXattrs struct {
 	byKey map[string]*sharedXattr
 	list  []*sharedXattr // in the order in which they were met
+	most  int64          // how large one may be
 	// redirectLen is the length of every redirect; 0: overlayfs is not to find payloads elsewhere.
 	redirectLen int
 	key         []byte // scratch
@@ -107,8 +108,8 @@ func (s *sharedXattrs) count(e *content.Entry) {
 		x := &e.Xattrs[i]
 		_, rest, _ := splitXattr(x.Name)
 		size := storedSize(len(rest), len(x.Value))
-		if size > blockSize {
-			continue // go-erofs reads one block of a shared xattr
+		if size > s.most {
+			continue
 		}
 		known := s.find(x)
 		if known == nil {

@@ -191,7 +191,8 @@ func (p *pack) verify(ctx context.Context, id content.ObjectID, x extent, buf *V
 	}
 	defer unix.Close(fd)
 	if !p.plain {
-		_ = unix.Fadvise(fd, x.offset, content.Blocks(x.size), unix.FADV_DONTNEED)
+		pages := x.aligned() // the kernel keeps those of which it is to forget a part
+		_ = unix.Fadvise(fd, pages.offset, pages.size, unix.FADV_DONTNEED)
 	}
 	return hashAt(ctx, id, fd, x, buf)
 }
@@ -199,7 +200,7 @@ func (p *pack) verify(ctx context.Context, id content.ObjectID, x extent, buf *V
 // hashAt reads one payload of an open file and compares it with an object's name.
 func hashAt(ctx context.Context, id content.ObjectID, fd int, x extent, buf *VerifyBuffer) (size int64, err error) {
 	h := sha256.New()
-	at := x.offset &^ (content.BlockSize - 1) // reads past the page cache begin and end at whole blocks
+	at := x.aligned().offset // reads past the page cache begin and end at whole blocks
 	skip := x.offset - at
 	for size < x.size && ctx.Err() == nil {
 		want := min(int64(len(buf.b)), content.Blocks(skip+x.size-size))

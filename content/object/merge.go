@@ -154,11 +154,10 @@ func (c *Compactor) next() []content.PackID {
 			bad[r.pack] += r.pack.space(r.n)
 		}
 	}
-	coarse := s.coarse()
 	for _, p := range s.packs.all {
 		live := p.live - bad[p]
-		if s.packs.tooDense(p) {
-			live = coarse[p]
+		if live > 0 {
+			live += s.packs.growth(p)
 		}
 		states = append(states, packState{
 			id: p.id, live: blocks(live), dead: blocks(p.dead()),
@@ -207,12 +206,12 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 		return false, err
 	}
 	defer c.end()
-	var torn []*pack
+	torn := map[*pack]int64{} // how much their copies take
 	packs := c.s.packs
 	packs.mu.Lock()
 	for _, p := range packs.all {
 		if p.torn {
-			torn = append(torn, p)
+			torn[p] = p.live + packs.growth(p)
 		}
 	}
 	keep := packs.keepDead
@@ -220,8 +219,8 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 	if keep {
 		return len(torn) == 0, nil
 	}
-	for _, p := range torn {
-		if c.opts.Room != nil && c.opts.Room() < p.live {
+	for p, bytes := range torn {
+		if c.opts.Room != nil && c.opts.Room() < bytes {
 			return false, nil
 		}
 		if err := c.merge(ctx, []content.PackID{p.id}); err != nil {
@@ -256,10 +255,7 @@ func (c *Compactor) coarsen(ctx context.Context, p *pack, room func(bytes int64)
 		return err
 	}
 	defer c.end()
-	s := c.s
-	s.lock()
-	bytes := s.coarse()[p]
-	s.unlock()
+	bytes := c.s.coarse(p)
 	if bytes == 0 {
 		return nil // somebody else was faster
 	}
@@ -269,21 +265,16 @@ func (c *Compactor) coarsen(ctx context.Context, p *pack, room func(bytes int64)
 	return c.merge(ctx, []content.PackID{p.id})
 }
 
-// coarse is what copies take of what lives in packs that are too dense, in bytes. Under both locks.
-func (s *Store) coarse() map[*pack]int64 {
-	sizes := map[*pack]int64{}
-	if s.packs.opts.Dense {
-		return sizes
-	}
-	for id, r := range s.refs {
-		if r.pack == nil || r.count == 0 || !s.packs.tooDense(r.pack) {
-			continue
-		}
-		if _, bad := s.bad[id]; !bad {
-			sizes[r.pack] += erofs.Space(r.pack.slots[r.n].size, false)
+// coarse is what copies take of what lives in a pack, but for what stays because it is bad.
+func (x *index) coarse(p *pack) (bytes int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for id, r := range x.refs {
+		if _, bad := x.bad[id]; r.pack == p && r.count > 0 && !bad {
+			bytes += content.Blocks(p.slots[r.n].size)
 		}
 	}
-	return sizes
+	return bytes
 }
 
 // copied is an object on its way to another pack.

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -18,8 +17,9 @@ import (
 )
 
 // A merge whose copies did not come to the disk gives nothing up.
-func TestMergeThatDoesNotSync(t *testing.T) {
-	d := newDisk(t)
+func TestMergeThatDoesNotSync(t *testing.T) { forBothKinds(t, testMergeThatDoesNotSync) }
+
+func testMergeThatDoesNotSync(t *testing.T, d disk) {
 	s := d.open(t)
 	stopped := 0
 	c := NewCompactor(s, CompactOptions{Sync: func() (func() error, func(), error) {
@@ -38,7 +38,9 @@ func TestMergeThatDoesNotSync(t *testing.T) {
 
 // A copy of a payload that came to the disk in parts, in a pack that is not known to be whole, does not hide an older
 // one.
-func TestTornPackAfterPowerCut(t *testing.T) {
+func TestTornPackAfterPowerCut(t *testing.T) { forBothKinds(t, testTornPackAfterPowerCut) }
+
+func testTornPackAfterPowerCut(t *testing.T, kind disk) {
 	for _, row := range []struct {
 		name  string
 		since time.Duration // of the mark, from now
@@ -50,7 +52,7 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 		{"torn, not in doubt", time.Hour, 1, true}, // Check finds it
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			d := newDisk(t)
+			d := newDisk(t, kind.dense)
 			s := d.open(t)
 			a, b := s.Begin(), s.Begin()
 			data := payload("both")
@@ -86,11 +88,7 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			opts := Options{Since: time.Now().Add(row.since)}
-			again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), opts)
-			if err != nil {
-				t.Fatal(err)
-			}
+			again := d.opened(t, Options{Since: time.Now().Add(row.since)})
 			defer again.Close()
 			again.Load([]content.ObjectID{idOf(data), idOf(payload(0)), idOf(payload(1))})
 			if _, err := again.Settle(false); err != nil {
@@ -115,8 +113,9 @@ func TestTornPackAfterPowerCut(t *testing.T) {
 }
 
 // A chain image keeps the packs that it names.
-func TestHolders(t *testing.T) {
-	d := newDisk(t)
+func TestHolders(t *testing.T) { forBothKinds(t, testHolders) }
+
+func testHolders(t *testing.T, d disk) {
 	s := d.open(t)
 	one, two := put(t, s, "a", "b"), put(t, s, "c")
 	placed, err := s.Places([]content.ObjectID{one[0], one[1], two[0]})
@@ -144,8 +143,9 @@ func TestHolders(t *testing.T) {
 }
 
 // A pack that only chain images name outlasts a restart, until they let it go.
-func TestHoldersOutlastRestart(t *testing.T) {
-	d := newDisk(t)
+func TestHoldersOutlastRestart(t *testing.T) { forBothKinds(t, testHoldersOutlastRestart) }
+
+func testHoldersOutlastRestart(t *testing.T, d disk) {
 	s := d.open(t)
 	ids := put(t, s, "a")
 	place, _ := s.Place(ids[0])
@@ -154,10 +154,7 @@ func TestHoldersOutlastRestart(t *testing.T) {
 	}
 	s.refs, s.packs.all = nil, nil
 	held := []content.PackID{place.Pack, place.Pack + 1}
-	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Held: held})
-	if err != nil {
-		t.Fatal(err)
-	}
+	again := d.opened(t, Options{Held: held})
 	if n, err := again.Settle(false); err != nil || n > 0 {
 		t.Errorf("removed %d, %v", n, err)
 	}
@@ -176,14 +173,17 @@ func TestHoldersOutlastRestart(t *testing.T) {
 	d.check(t, again)
 }
 
-func TestCompact(t *testing.T) {
-	d := newDisk(t)
+func TestCompact(t *testing.T) { forBothKinds(t, testCompact) }
+
+func testCompact(t *testing.T, d disk) {
 	s := d.open(t)
 	var moved []content.PackID
 	s.packs.opts.Moved = func(ids []content.PackID, _ bool) { moved = append(moved, ids...) }
 	var all []content.ObjectID
+	var live int64
 	for i := range 40 {
 		all = append(all, put(t, s, i, fmt.Sprint(i, " dies"))...)
+		live += d.space(i)
 	}
 	placed, err := s.Places(all[:1])
 	if err != nil {
@@ -200,7 +200,7 @@ func TestCompact(t *testing.T) {
 	if err := NewCompactor(s, CompactOptions{}).Compact(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 40*content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != live {
 		t.Errorf("%+v, want the merged pack and one that a chain image names", st)
 	}
 	if !slices.Equal(moved, placed.IDs()) {

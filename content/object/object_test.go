@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
 )
 
 // disk is a directory for stores that follow one another.
@@ -22,22 +23,48 @@ type disk struct {
 	dense bool
 }
 
-func newDisk(t testing.TB) disk {
+// forBothKinds runs a test with stores whose packs are coarse, and dense.
+func forBothKinds(t *testing.T, f func(t *testing.T, d disk)) {
+	for name, dense := range map[string]bool{"coarse": false, "dense": true} {
+		t.Run(name, func(t *testing.T) { f(t, newDisk(t, dense)) })
+	}
+}
+
+func newDisk(t testing.TB, dense bool) disk {
 	t.Helper()
-	d := disk{root: t.TempDir()}
+	d := disk{t.TempDir(), dense}
 	if err := os.Mkdir(filepath.Join(d.root, "staging"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	return d
 }
 
-// open opens the store with references to these objects.
-func (d disk) open(t testing.TB, named ...content.ObjectID) *Store {
+// on is the same directory for stores that make packs of the other kind.
+func (d disk) on(dense bool) disk { return disk{d.root, dense} }
+
+// space is what payloads take.
+func (d disk) space(seeds ...any) (bytes int64) {
+	for _, seed := range seeds {
+		bytes += erofs.Space(int64(len(payload(seed))), d.dense)
+	}
+	return bytes
+}
+
+// opened is a store of which nothing has been loaded yet.
+func (d disk) opened(t testing.TB, opts Options) *Store {
 	t.Helper()
-	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Dense: d.dense})
+	opts.Dense = d.dense
+	s, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), opts)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s
+}
+
+// open opens the store with references to these objects.
+func (d disk) open(t testing.TB, named ...content.ObjectID) *Store {
+	t.Helper()
+	s := d.opened(t, Options{})
 	s.Load(named)
 	if _, err := s.Settle(false); err != nil {
 		t.Fatal(err)
@@ -119,8 +146,9 @@ func unref(t testing.TB, s *Store, ids ...content.ObjectID) {
 	}
 }
 
-func TestPutSealUnref(t *testing.T) {
-	d := newDisk(t)
+func TestPutSealUnref(t *testing.T) { forBothKinds(t, testPutSealUnref) }
+
+func testPutSealUnref(t *testing.T, d disk) {
 	s := d.open(t)
 	w := s.Begin()
 	data := payload("a")
@@ -136,7 +164,7 @@ func TestPutSealUnref(t *testing.T) {
 	if got, err := w.Read(id); err != nil || !bytes.Equal(got, data) {
 		t.Error("a payload does not read back before its pack is sealed", err)
 	}
-	if used, err := w.Seal(); err != nil || used.Files != 1 || used.Bytes != 5*content.BlockSize {
+	if used, err := w.Seal(); err != nil || used.Files != 1 || used.Bytes != packSize(t, d, data) {
 		t.Error(used, err)
 	}
 	if err := w.End([]content.ObjectID{id}); err != nil {
@@ -158,8 +186,23 @@ func TestPutSealUnref(t *testing.T) {
 	}
 }
 
-func TestWriterGivenUp(t *testing.T) {
-	d := newDisk(t)
+// packSize is how large a pack of some payloads is.
+func packSize(t *testing.T, d disk, payloads ...[]byte) int64 {
+	t.Helper()
+	var sizes []int64
+	for _, data := range payloads {
+		sizes = append(sizes, int64(len(data)))
+	}
+	size, err := erofs.PackSize(sizes, d.dense)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return size
+}
+
+func TestWriterGivenUp(t *testing.T) { forBothKinds(t, testWriterGivenUp) }
+
+func testWriterGivenUp(t *testing.T, d disk) {
 	s := d.open(t)
 	known := put(t, s, "known")
 	w := s.Begin()
@@ -177,8 +220,9 @@ func TestWriterGivenUp(t *testing.T) {
 	unref(t, s, known...)
 }
 
-func TestPutStream(t *testing.T) {
-	d := newDisk(t)
+func TestPutStream(t *testing.T) { forBothKinds(t, testPutStream) }
+
+func testPutStream(t *testing.T, d disk) {
 	s := d.open(t)
 	w := s.Begin()
 	data := bytes.Repeat([]byte("large "), 1<<20)
@@ -195,7 +239,7 @@ func TestPutStream(t *testing.T) {
 	if _, err := w.Seal(); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.packs.Stats(); st.Live != content.Blocks(int64(len(data))) || st.Dead != 0 {
+	if st := s.packs.Stats(); st.Live != erofs.Space(int64(len(data)), d.dense) || st.Dead != 0 {
 		t.Errorf("%+v: room that was given back is counted", st)
 	}
 	if err := w.End([]content.ObjectID{idOf(data)}); err != nil {
@@ -204,8 +248,9 @@ func TestPutStream(t *testing.T) {
 }
 
 // Two ingests that store one payload at the same time: one copy is dead, and a restart counts one of them.
-func TestSealedTwice(t *testing.T) {
-	d := newDisk(t)
+func TestSealedTwice(t *testing.T) { forBothKinds(t, testSealedTwice) }
+
+func testSealedTwice(t *testing.T, d disk) {
 	s := d.open(t)
 	a, b := s.Begin(), s.Begin()
 	id := idOf(payload("both"))
@@ -227,19 +272,20 @@ func TestSealedTwice(t *testing.T) {
 		b.End([]content.ObjectID{id, idOf(payload(1))})); err != nil {
 		t.Fatal(err)
 	}
-	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != d.space("both", 0, 1) || st.Dead != d.space("both") {
 		t.Errorf("%+v", st)
 	}
 	d.check(t, s)
 	s = d.open(t, id, id, idOf(payload(0)), idOf(payload(1)))
-	if st := s.packs.Stats(); st.Packs != 2 || st.Live != 3*content.BlockSize || st.Dead != content.BlockSize {
+	if st := s.packs.Stats(); st.Packs != 2 || st.Live != d.space("both", 0, 1) || st.Dead != d.space("both") {
 		t.Errorf("after a restart: %+v", st)
 	}
 }
 
 // A sweep that comes by while a pack has its name but is not yet known leaves it alone.
-func TestSweepWhilePacksAreSealed(t *testing.T) {
-	d := newDisk(t)
+func TestSweepWhilePacksAreSealed(t *testing.T) { forBothKinds(t, testSweepWhilePacksAreSealed) }
+
+func testSweepWhilePacksAreSealed(t *testing.T, d disk) {
 	s := d.open(t)
 	swept := map[string]int{}
 	s.packs.opts.Step = func(name string) {
@@ -263,18 +309,16 @@ func TestSweepWhilePacksAreSealed(t *testing.T) {
 }
 
 // What is named only by a tree that could not be read at first is found again.
-func TestLoadAfterSettle(t *testing.T) {
-	d := newDisk(t)
+func TestLoadAfterSettle(t *testing.T) { forBothKinds(t, testLoadAfterSettle) }
+
+func testLoadAfterSettle(t *testing.T, d disk) {
 	s := d.open(t)
 	ids := put(t, s, "a", "b")
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
 	s.refs, s.packs.all = nil, nil
-	again, err := Open(filepath.Join(d.root, "packs"), filepath.Join(d.root, "staging"), Options{Dense: d.dense})
-	if err != nil {
-		t.Fatal(err)
-	}
+	again := d.opened(t, Options{})
 	again.Load(ids[:1])
 	if _, err := again.Settle(true); err != nil {
 		t.Fatal(err)
@@ -283,7 +327,7 @@ func TestLoadAfterSettle(t *testing.T) {
 	if bad := again.Bad(); !slices.Equal(bad, []content.ObjectID{idOf([]byte("nowhere"))}) {
 		t.Errorf("bad: %v", bad)
 	}
-	if st := again.packs.Stats(); st.Live != 2*content.BlockSize || st.Dead != 0 {
+	if st := again.packs.Stats(); st.Live != d.space("a", "b") || st.Dead != 0 {
 		t.Errorf("%+v", st)
 	}
 	unref(t, again, idOf([]byte("nowhere")))
@@ -294,7 +338,7 @@ func TestLoadAfterSettle(t *testing.T) {
 func TestLargeIngest(t *testing.T) {
 	for _, fail := range []bool{false, true} {
 		t.Run(fmt.Sprint("fails ", fail), func(t *testing.T) {
-			d := newDisk(t)
+			d := newDisk(t, false)
 			s := d.open(t)
 			s.packMax = 4 * content.BlockSize
 			w := s.Begin()
@@ -369,8 +413,9 @@ func leftIn(t *testing.T, dir string) string {
 	return names[0].Name()
 }
 
-func TestOpenDropsWhatNothingNames(t *testing.T) {
-	d := newDisk(t)
+func TestOpenDropsWhatNothingNames(t *testing.T) { forBothKinds(t, testOpenDropsWhatNothingNames) }
+
+func testOpenDropsWhatNothingNames(t *testing.T, d disk) {
 	s := d.open(t)
 	keep := put(t, s, "a", "b")
 	put(t, s, "c")
@@ -384,13 +429,14 @@ func TestOpenDropsWhatNothingNames(t *testing.T) {
 	}
 	s.refs, s.packs.all = nil, nil
 	s2 := d.open(t, keep[0])
-	if st := s2.packs.Stats(); st.Packs != 1 || st.Live != content.BlockSize || st.Dead != content.BlockSize {
+	if st := s2.packs.Stats(); st.Packs != 1 || st.Live != d.space("a") || st.Dead != d.space("b") {
 		t.Errorf("%+v", st)
 	}
 }
 
-func TestMissingPackMakesObjectsBad(t *testing.T) {
-	d := newDisk(t)
+func TestMissingPackMakesObjectsBad(t *testing.T) { forBothKinds(t, testMissingPackMakesObjectsBad) }
+
+func testMissingPackMakesObjectsBad(t *testing.T, d disk) {
 	s := d.open(t)
 	ids := put(t, s, "a")
 	place, _ := s.Place(ids[0])
@@ -413,8 +459,9 @@ func TestMissingPackMakesObjectsBad(t *testing.T) {
 }
 
 // Whatever the order of puts, seals, unrefs and merges, none is lost while it has a reference, and none stays without.
-func TestConcurrent(t *testing.T) {
-	d := newDisk(t)
+func TestConcurrent(t *testing.T) { forBothKinds(t, testConcurrent) }
+
+func testConcurrent(t *testing.T, d disk) {
 	s := d.open(t)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -489,8 +536,9 @@ func TestConcurrent(t *testing.T) {
 const plenty = math.MaxInt64
 
 // TestRemovedPacksAreFreed: a pack goes in the background when nothing names it, and not while a chain image does.
-func TestRemovedPacksAreFreed(t *testing.T) {
-	d := newDisk(t)
+func TestRemovedPacksAreFreed(t *testing.T) { forBothKinds(t, testRemovedPacksAreFreed) }
+
+func testRemovedPacksAreFreed(t *testing.T, d disk) {
 	s := d.open(t)
 	ids := put(t, s, "a", "b", "c")
 	placed, err := s.Places(ids)

@@ -50,6 +50,12 @@ type pack struct {
 // extent is bytes of a pack's file.
 type extent struct{ offset, size int64 }
 
+// aligned is the whole blocks of 4 KiB that an extent lies in.
+func (x extent) aligned() extent {
+	at := x.offset &^ (content.BlockSize - 1)
+	return extent{at, content.Blocks(x.offset + x.size - at)}
+}
+
 // space is what a payload takes.
 func (p *pack) space(n uint32) int64 { return erofs.Space(p.slots[n].size, p.dense) }
 

@@ -303,6 +303,14 @@ func (ps *Packs) Device(id content.PackID) (erofs.Device, bool) {
 // tooDense tells a pack that no chain image can be made over here.
 func (ps *Packs) tooDense(p *pack) bool { return p.dense && !ps.opts.Dense }
 
+// growth is how many bytes more, at most, what lives in a pack takes where it is copied to.
+func (ps *Packs) growth(p *pack) int64 {
+	if !ps.tooDense(p) {
+		return 0
+	}
+	return int64(p.objects) * (content.BlockSize - erofs.DenseBlock)
+}
+
 // Superseded reports whether a pack has no object any more: only chain images keep it.
 func (ps *Packs) Superseded(id content.PackID) bool {
 	ps.mu.Lock()
