@@ -91,7 +91,7 @@ test-clients: setup ## BuildKit, nerdctl and Docker beside overlayfs, in full (r
 
 .PHONY: test-vm
 test-vm: ## the store's and the snapshotter's tests under Debian's kernels with fs-verity, in QEMU (400 MB of downloads, half an hour)
-	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestQuota|TestSELinux)$$' ./integration/vm
+	DEDUP_VM=1 $(GO) test -v -timeout 3h -run '^(TestUnitTests|TestImages|TestLargeSectors|TestQuota|TestSELinux)$$' ./integration/vm
 
 .PHONY: test-kubelet
 test-kubelet: setup ## a real kubelet on containerd with dedup, and the DaemonSet in a cluster of one node (builds both once, twenty minutes)
@@ -106,7 +106,7 @@ test-containerd: setup ## containerd's own integration suites, and critest, on o
 test-kernels: ## a node on each of Debian's kernels, in QEMU, and the table of docs/kernels.md (600 MB of downloads, two hours)
 	@mkdir -p out
 	status=0; DEDUP_VM=1 $(GO) test -v -count 1 -timeout 12h \
-		-run '^(TestKernels|TestKernelDoctor|TestSwitchKernels|TestKernelDemo)$$' ./integration/vm | \
+		-run '^(TestKernels|TestKernelDoctor|TestSwitchKernels|TestSwitchKernelsFull|TestKernelDemo)$$' ./integration/vm | \
 		tee out/kernels.log || status=$$?; \
 	$(GO) run ./integration/vm/table -docs docs/kernels.md out/kernels.log; exit $$status
 

@@ -132,8 +132,8 @@ func doctorIsContent(t *testing.T, n *node.Node) {
 	expect(t, list, nil)
 	for _, check := range []string{
 		"daemon.runs", "daemon.socket", "daemon.socket-directory", "daemon.root", "daemon.damage", "daemon.reserve",
-		"kernel.erofs", "kernel.upper", "kernel.data-only", "kernel.nested", "kernel.id-mapped", "kernel.fs-verity",
-		"kernel.hole-punching", "kernel.selinux", "kernel.user-namespaces", "kernel.mode",
+		"kernel.erofs", "kernel.upper", "kernel.dense-packs", "kernel.data-only", "kernel.nested", "kernel.id-mapped",
+		"kernel.fs-verity", "kernel.hole-punching", "kernel.selinux", "kernel.user-namespaces", "kernel.mode",
 		"disk.type", "disk.space", "disk.inodes", "disk.d_type", "disk.reflink", "disk.quota",
 		"containerd.version", "containerd.mount-namespace", "containerd.reached", "containerd.config",
 		"containerd.snapshotter", "containerd.exports-root",

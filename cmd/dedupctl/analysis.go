@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"maps"
+	"os"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/forecast"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/snapshotter/lower"
 )
 
 // Analysis is what `analyze --json` prints. Sizes are in bytes, as the file system accounts them.
@@ -30,6 +32,11 @@ type Analysis struct {
 	Layer  AnalysisUsage `json:"layer"`
 	File   AnalysisStore `json:"file"`
 	Python AnalysisStore `json:"python"`
+
+	// Dense: packs are as a kernel has them that mounts blocks of 512 bytes. Assumed says why that could not be tried
+	// here; "" where it was.
+	Dense   bool   `json:"dense"`
+	Assumed string `json:"assumed,omitempty"`
 
 	// InUse is the part of Now on which containers lie: it stays until they are made anew.
 	InUse      AnalysisUsage `json:"in_use"`
@@ -250,7 +257,7 @@ func (a *analysis) compute(ctx context.Context, verity bool) error {
 		chains = append(chains, c)
 	}
 	for f, into := range map[content.Fidelity]*AnalysisStore{content.Exact: &a.out.File, content.Python: &a.out.Python} {
-		s, err := forecast.Of(ctx, forecast.Options{Fidelity: f, Verity: verity}, drafts, chains)
+		s, err := forecast.Of(ctx, forecast.Options{Fidelity: f, Verity: verity, Dense: a.out.Dense}, drafts, chains)
 		if err != nil {
 			return err
 		}
@@ -263,6 +270,15 @@ func (a *analysis) compute(ctx context.Context, verity bool) error {
 		a.out.Duplicates = append(a.out.Duplicates, prefix(p))
 	}
 	return err
+}
+
+// tryKernel finds out what packs this kernel mounts. Where it cannot be tried, they are those of most kernels.
+func (a *analysis) tryKernel() {
+	dense, err := lower.MountsDense(os.TempDir())
+	if err != nil {
+		dense, a.out.Assumed = true, err.Error()
+	}
+	a.out.Dense = dense
 }
 
 // now counts what the layers occupy, all of them and each different one once.
@@ -317,6 +333,7 @@ func analyze(ctx context.Context, sources []string, opts inventory.Options, veri
 		return Analysis{}, err
 	}
 	a := newAnalysis(all)
+	a.tryKernel()
 	started(a)
 	if err := a.readAll(ctx); err != nil {
 		return Analysis{}, err

@@ -23,7 +23,8 @@ func analyzeCommand() *cli.Command {
 		Name:      "analyze",
 		Usage:     "predict what dedup would save for images that lie elsewhere",
 		ArgsUsage: "[SOURCE...]",
-		Description: "Needs no daemon, mounts nothing and changes nothing. SOURCE is one of\n" +
+		Description: "Needs no daemon, and changes nothing. As root it tries the kernel, and mounts a tiny pack\n" +
+			"in TMPDIR for a moment. SOURCE is one of\n" +
 			"  a containerd's root, or that of its overlayfs snapshotter (default: " + defaultContainerdRoot + ")\n" +
 			"  a Docker's root, or its overlay2 directory\n" +
 			"  an OCI layout: a directory, or a tar as docker save and ctr image export write it\n" +
@@ -136,6 +137,14 @@ func writeAnalysis(w io.Writer, a Analysis) {
 	fmt.Fprintf(w, "\nThe last line is what dedup stores: %s in %s, %s of trees, %s of chain images, %s of directories.\n",
 		size(a.Python.Packs.Bytes), plural(a.Python.Packs.Inodes, "pack", "packs"), size(a.Python.Trees.Bytes),
 		size(a.Python.ChainImages.Bytes), size(a.Python.Directories.Bytes))
+	switch {
+	case a.Assumed != "":
+		fmt.Fprintln(w, "It is assumed that the kernel mounts packs with blocks of 512 bytes, as Linux 6.4 does:\n"+
+			"as root, analyze tries it. On a kernel that does not, packs take about a tenth more.")
+	case !a.Dense:
+		fmt.Fprintln(w, "This kernel does not mount packs with blocks of 512 bytes. On one that does (Linux 6.4),\n"+
+			"packs take about a tenth less.")
+	}
 	if a.Blobs.Bytes > 0 {
 		fmt.Fprintf(w, "containerd also keeps %s of the layers, %s. With dedup no container needs them:\n"+
 			"blobs = \"drop\" in the daemon's config, or dedupctl trim, removes them (docs/blobs.md).\n",

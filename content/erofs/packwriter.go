@@ -36,7 +36,8 @@ type PackWriter struct {
 	asking bool
 }
 
-// NewPackWriter begins a pack in an empty file, which stays the caller's. Kernels before 6.4 do not mount a dense one.
+// NewPackWriter begins a pack in an empty file, which stays the caller's. Kernels before 6.4 do not mount a dense one,
+// but for 6.1 from 6.1.115 on.
 func NewPackWriter(f *os.File, id content.PackID, dense bool) *PackWriter {
 	return &PackWriter{f: f, id: id, unit: blocksOf(dense), next: blockSize, from: math.MaxInt64}
 }

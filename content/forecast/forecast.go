@@ -58,7 +58,7 @@ type Options struct {
 	Verity   bool             // fs-verity on packs, as ext4 keeps it
 	// Private: chain images for page_cache = "private".
 	Private bool
-	// Dense: packs as kernels of 6.4 and newer mount them.
+	// Dense: packs are dense, where the kernel mounts these (Linux 6.4).
 	Dense bool
 }
 

@@ -11,6 +11,7 @@ import (
 
 // doctorRows are doctor's checks of the kernel, and what the table calls them.
 var doctorRows = []struct{ check, row string }{
+	{"kernel.dense-packs", "doctor: packs with blocks of 512 bytes"},
 	{"kernel.data-only", "doctor: data-only lower layers"},
 	{"kernel.nested", "doctor: overlays over a container's files"},
 	{"kernel.user-namespaces", "doctor: the same in a user namespace"},
@@ -23,10 +24,10 @@ var doctorRows = []struct{ check, row string }{
 // minute for each.
 func TestKernelDoctor(t *testing.T) {
 	t.Parallel()
-	for _, row := range []struct{ suite, mode string }{
-		{Bullseye, "refused"}, {Bookworm, "private, loop"}, {Trixie, "shared, file"}, {Sid, "shared, file"},
-		{TrixieArm, "shared, file"}, {TrixieArm16K, "shared, file"},
-		{SidPower, "shared, file"},
+	for _, row := range []struct{ suite, mode, dense string }{
+		{Bullseye, "refused", ""}, {Bookworm, "private, loop", "yes"}, {BookwormCoarse, "private, loop", "no"},
+		{Trixie, "shared, file", "yes"}, {Sid, "shared, file", "yes"}, {TrixieArm, "shared, file", "yes"},
+		{TrixieArm16K, "shared, file", "yes"}, {SidPower, "shared, file", "yes"},
 	} {
 		t.Run(strings.ReplaceAll(row.suite, "/", "-"), func(t *testing.T) {
 			t.Parallel()
@@ -45,13 +46,16 @@ func TestKernelDoctor(t *testing.T) {
 				t.Fatalf("%v: %s", err, text)
 			}
 			tellRows(t, row.suite, out)
-			mode := ""
+			mode, dense := "", ""
 			for _, f := range said.Findings {
 				if f.Check == "kernel.mode" {
 					mode = "refused"
 					if m := regexp.MustCompile(`mode: ([a-z]+, [a-z]+)`).FindStringSubmatch(f.Message); m != nil {
 						mode = m[1]
 					}
+				}
+				if f.Check == "kernel.dense-packs" {
+					dense = found(f.Severity, f.Message)
 				}
 				if strings.HasPrefix(f.Check, "kernel.") {
 					t.Logf("%s: %s: %s", f.Check, f.Severity, f.Message)
@@ -64,6 +68,9 @@ func TestKernelDoctor(t *testing.T) {
 			}
 			if tell(t, row.suite, "doctor: mode", mode); mode != row.mode {
 				t.Errorf("mode %q, want %q", mode, row.mode)
+			}
+			if dense != row.dense {
+				t.Errorf("dense packs: %q, want %q", dense, row.dense)
 			}
 		})
 	}

@@ -27,6 +27,11 @@ const (
 	TrixieArm16K = "trixie/arm64-16k" // with pages of 16 KiB
 
 	SidPower = "sid/powerpc64le-64k" // with pages of 64 KiB, which Debian has no kernel with for arm64
+
+	// BookwormCoarse is Bookworm's kernel, but EROFS refuses blocks of 512 bytes as it did before 6.1.115. Debian has no
+	// kernel any more that does so by itself.
+	BookwormCoarse = Bookworm + coarseSuffix
+	coarseSuffix   = "+coarse"
 )
 
 // Kernel is an unpacked kernel package.
@@ -37,6 +42,8 @@ type Kernel struct {
 	modules string // a directory
 	// root has programs for its machine, where that is not of this one's type.
 	root string
+	// coarse: EROFS is to refuse blocks that are smaller than a page.
+	coarse bool
 }
 
 // Program is the path of a program for the kernel's machine: this machine's own, or one from Debian.
@@ -59,6 +66,7 @@ func isFile(path string) bool {
 
 // flavourOf splits what a suite's constant says.
 func flavourOf(name string) (suite, flavour, arch string) {
+	name = strings.TrimSuffix(name, coarseSuffix)
 	suite, flavour, found := strings.Cut(name, "/")
 	switch {
 	case !found:
@@ -86,6 +94,7 @@ func Debian(ctx context.Context, name string, say func(string)) (k Kernel, err e
 	if err != nil {
 		return k, err
 	}
+	name, coarse := strings.CutSuffix(name, coarseSuffix)
 	dir := filepath.Join(cache, "vm", strings.ReplaceAll(name, "/", "-"))
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return k, fmt.Errorf("get a kernel: %w", err)
@@ -111,7 +120,7 @@ func Debian(ctx context.Context, name string, say func(string)) (k Kernel, err e
 		return k, fmt.Errorf("%s holds no kernel (remove it): %v", dir, err)
 	}
 	_, _, arch := flavourOf(name)
-	return Kernel{Arch: arch, Image: images[0], modules: modules[0], root: dir}, nil
+	return Kernel{Arch: arch, Image: images[0], modules: modules[0], root: dir, coarse: coarse}, nil
 }
 
 func fetchKernel(ctx context.Context, name, dir string) (err error) {
@@ -180,6 +189,11 @@ func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (o
 		if err != nil {
 			return err
 		}
+		if k.coarse && name == "erofs" {
+			if module, err = refuseSmallBlocks(module); err != nil {
+				return fmt.Errorf("module %s: %w", name, err)
+			}
+		}
 		needs, err := dependencies(module)
 		if err != nil {
 			return fmt.Errorf("module %s: %w", name, err)
@@ -198,6 +212,30 @@ func (k Kernel) copyModules(ctx context.Context, dir string, names ...string) (o
 		}
 	}
 	return order, nil
+}
+
+// refuseSmallBlocks changes EROFS's check of a superblock, on amd64, from "blkszbits < 9 || blkszbits > PAGE_SHIFT" to
+// "blkszbits != PAGE_SHIFT", as it was before Linux 6.4 and 6.1.115. The module loses its signature, which kernels do
+// not insist on.
+func refuseSmallBlocks(module []byte) ([]byte, error) {
+	module = bytes.TrimSuffix(bytes.Clone(module), []byte("~Module signature appended~\n"))
+	found := 0
+	for i := 16; i < len(module); i++ {
+		// cmp $3, and a far jump if that is less
+		if !bytes.HasPrefix(module[i:], []byte("\x03\x0f\x87")) || module[i-2] != 0x80 || module[i-1] < 0xf8 {
+			continue
+		}
+		for k := i - 16; k < i-2; k++ { // lea -9(blkszbits)
+			if module[k] == 0x8d && module[k+1]>>6 == 1 && module[k+2] == 0xf7 {
+				module[k+2], module[i] = 0xf4, 0 // -12, and $0
+				found++
+			}
+		}
+	}
+	if found != 1 {
+		return nil, fmt.Errorf("%d places look like the check of the size of blocks, want one", found)
+	}
+	return module, nil
 }
 
 // readModule reads a module, which newer suites have compressed.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"debug/elf"
-	_ "embed"
 	"errors"
 	"fmt"
 	"io"
@@ -21,9 +20,6 @@ import (
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/inputs"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/node"
 )
-
-//go:embed switch.sh
-var switchScript string
 
 // nodeFiles are what a node needs: containerd, runc with its libraries, the daemon and its tools; path -> file here.
 func nodeFiles(t *testing.T, k Kernel) map[string]string {
@@ -348,49 +344,4 @@ func addDemo(t *testing.T, files map[string]string) {
 		files[filepath.Join(to, name+".json")] = filepath.Join(dir, name+".json")
 		files[filepath.Join(to, "sha256", filepath.Base(l.File))] = l.File
 	}
-}
-
-// A node's store goes from Linux 6.1 to 6.12 and back, by real reboots: containers start with what they had written,
-// nothing is ingested again, and chain images are rebuilt where the mode changes.
-func TestSwitchKernels(t *testing.T) {
-	t.Parallel()
-	opts := Options{Dir: t.TempDir(), Files: nodeFiles(t, kernelFor(t, Bookworm))}
-	tar := filepath.Join(t.TempDir(), "image.tar")
-	saveImage(t, tar, image.File("payload", strings.Repeat("a line of the payload\n", 20000)))
-	opts.Files["image.tar"] = tar
-	opts.FS = Ext4
-	disk, err := MakeDisk(t.Context(), opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	opts.Disk, opts.Script = disk, switchScript
-	var packs, chains, modes []string
-	for i, suite := range []string{Bookworm, Trixie, Bookworm, Bookworm} {
-		opts.Kernel, opts.Dir = kernelFor(t, suite), t.TempDir()
-		out := runVM(t, opts, 20*time.Minute)
-		line := func(what string) string {
-			m := regexp.MustCompile(`(?m)^switch: ` + what + `=(.*)$`).FindStringSubmatch(out)
-			if m == nil {
-				t.Fatalf("boot %d says nothing of %s", i+1, what)
-			}
-			return strings.TrimSpace(m[1])
-		}
-		if got, want := line("boots"), fmt.Sprint(i+1); got != want {
-			t.Errorf("boot %d: the container has written %q lines, want %s", i+1, got, want)
-		}
-		packs, chains = append(packs, line("packs")), append(chains, line("chains"))
-		modes = append(modes, suite+": "+line("mode"))
-		t.Logf("boot %d: %s, packs %s, chains %s", i+1, modes[i], packs[i], chains[i])
-		if packs[i] != packs[0] {
-			t.Errorf("boot %d: packs are others: %s", i+1, packs[i])
-		}
-	}
-	if chains[0] == chains[1] || chains[2] != chains[3] {
-		t.Errorf("chain images: %q", chains)
-	}
-	got := "pass"
-	if t.Failed() {
-		got = "FAIL"
-	}
-	tell(t, Bookworm, "one disk: "+strings.Join(modes, "; "), got)
 }

@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -58,6 +59,8 @@ type Options struct {
 	Append string
 	// Disk is one that MakeDisk has made, for runs that go on with what an earlier one left; else one is made.
 	Disk string
+	// Sectors is the size of the disk's sectors in bytes; 0 is 512.
+	Sectors int
 	// Root: the disk becomes the root directory, as containers need it (pivot_root does not leave an initramfs).
 	Root bool
 	// Script is what busybox's shell runs there, with the disk as its directory.
@@ -94,8 +97,10 @@ func Run(ctx context.Context, opts Options) (string, error) {
 			return "", err
 		}
 	}
+	sectors := cmp.Or(opts.Sectors, 512)
 	cmd, err := emulate(ctx, opts.Kernel, opts.Append, "-initrd", initrd,
-		"-drive", "file="+disk+",if=virtio,format=raw,cache=unsafe")
+		"-drive", "file="+disk+",if=none,id=disk,format=raw,cache=unsafe",
+		"-device", fmt.Sprintf("virtio-blk-pci,drive=disk,logical_block_size=%d,physical_block_size=%[1]d", sectors))
 	if err != nil {
 		return "", err
 	}

@@ -52,9 +52,17 @@ func kinds(t *testing.T) map[string]Kernel {
 			continue
 		}
 		name := map[bool]string{false: "", true: " looped"}[loop]
-		all["private"+name] = kernel(f, false, loop)
-		if f.DataOnly == nil {
-			all["shared"+name] = kernel(f, true, loop)
+		for _, shared := range []bool{false, true} {
+			if shared && f.DataOnly != nil {
+				continue
+			}
+			name := map[bool]string{false: "private", true: "shared"}[shared] + name
+			all[name] = kernel(f, shared, loop)
+			if f.Dense == nil {
+				k := all[name]
+				k.NoDense = nil
+				all[name+" dense"] = k
+			}
 		}
 	}
 	return all
@@ -63,7 +71,7 @@ func kinds(t *testing.T) map[string]Kernel {
 func kernel(f Features, shared, loop bool) Kernel {
 	return Kernel{
 		Shared: shared, Metacopy: shared && f.Metacopy, Loop: loop, Defaults: f.Defaults,
-		NoVerity: errors.New("not asked for"), NoDense: f.Dense,
+		NoVerity: errors.New("not asked for"), NoDense: errors.New("not asked for"),
 	}
 }
 
@@ -113,7 +121,8 @@ func (l *lab) open(k Kernel) {
 		}
 	}
 	l.layers, err = layer.Open(l.t.Context(), layer.Options{
-		Root: root, Verity: k.NoVerity == nil, Dense: k.NoDense == nil, PacksMoved: moved, KeepUnnamed: true,
+		Root: root, Verity: k.NoVerity == nil, Dense: k.NoDense == nil, PacksMoved: moved,
+		KeepUnnamed: true,
 	}, nil)
 	if err != nil {
 		l.t.Fatal(err)
