@@ -1,15 +1,21 @@
 package lower
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/layer"
+	"github.com/dedup-snapshotter/dedup-snapshotter/content/object"
 )
 
 var errNoDense = errors.New("a kernel that mounts no blocks of 512 bytes")
@@ -139,6 +145,53 @@ func TestDenseImagesUnderAnotherKernel(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Builds that find no room have what nobody uses removed. Who does that may wait for a chain that is being built, so no
+// build holds one meanwhile.
+func TestBuildsWithoutRoomDoNotWaitForEachOther(t *testing.T) {
+	if err := needFeatures(t).Dense; err != nil {
+		t.Skipf("the kernel mounts no dense packs: %v", err)
+	}
+	for name, k := range kinds(t) {
+		if k.NoDense != nil || k.Loop {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, k)
+			chains := [][]content.LayerID{{l.ingest(denseFiles("a"))}, {l.ingest(denseFiles("b"))}}
+			var asked atomic.Int64
+			l.wants = layer.Options{
+				Reserve: layer.Reserve{Space: layer.Amount{Fixed: 1 << 60}},
+				Pressure: func(ctx context.Context) {
+					asked.Add(1)
+					for _, chain := range chains {
+						if err := l.Drop(ctx, l.Name(chain, Plain)); err != nil {
+							t.Error(err)
+						}
+					}
+				},
+			}
+			older := k
+			older.NoDense = errNoDense
+			l.reboot(older)
+			errs := make(chan error)
+			for _, chain := range chains {
+				go func() {
+					_, err := l.Ensure(t.Context(), chain, Plain)
+					errs <- err
+				}()
+			}
+			for range chains {
+				if err := <-errs; !errors.Is(err, unix.ENOSPC) || !errors.Is(err, object.ErrTooDense) {
+					t.Errorf("a build without room: %v", err)
+				}
+			}
+			if n := asked.Load(); n != 1 {
+				t.Errorf("asked %d times for what can be freed", n)
+			}
+		})
+	}
 }
 
 func readPack(t *testing.T, path string) *erofs.Pack {
