@@ -154,11 +154,16 @@ func TestPlacesWaitForOneMerge(t *testing.T) {
 	}}, ids...)
 	want := objectsOf(t, s, ids[11])
 	s.compactor = object.NewCompactor(s.objects, object.CompactOptions{
-		Sync: s.watch, Room: func() int64 { return 100 << 10 }, // for one at a time
+		Sync: s.watch, Room: func() int64 { return 150 << 10 }, // for one at a time
 	})
 	compacted, placed := make(chan error, 1), make(chan error, 1)
 	go func() { compacted <- s.Compact(t.Context()) }()
-	goOn := <-merging
+	var goOn func()
+	select {
+	case goOn = <-merging:
+	case err := <-compacted:
+		t.Fatalf("nothing was merged: %v", err)
+	}
 
 	ctx, cancel := context.WithCancelCause(t.Context())
 	reason := errors.New("the client has gone")
