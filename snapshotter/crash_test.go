@@ -170,7 +170,7 @@ func (w *crashWorld) note(t *testing.T, line string) {
 func (w *crashWorld) check(t *testing.T, kill int) {
 	t.Helper()
 	s, err := New(t.Context(), Options{Root: w.root, RunDir: filepath.Join(w.root, "run"), Verity: testVerity(),
-		PageCache: testPageCache()})
+		PageCache: testPageCache(), noDense: testNoDense()})
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}
@@ -344,7 +344,7 @@ func TestCrashChild(t *testing.T) {
 	}
 	c.r = rand.New(rand.NewPCG(seed, 3))
 	s, err := New(t.Context(), Options{Root: lines[0], RunDir: filepath.Join(lines[0], "run"), Verity: testVerity(),
-		PageCache: testPageCache()})
+		PageCache: testPageCache(), noDense: testNoDense()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -148,7 +148,7 @@ func TestCrashStepChild(t *testing.T) {
 // damage and its repair, views, and a garbage collection.
 func crashWork(ctx context.Context, root, round string, hook func(string)) error {
 	s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
-		PageCache: testPageCache(), Step: hook})
+		PageCache: testPageCache(), noDense: testNoDense(), Step: hook})
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -70,13 +71,13 @@ func TestFullDiskAtRandom(t *testing.T) {
 }
 
 // smallDisk mounts a file system of 32 MiB with 3000 inodes, that lies in a file, until the test ends.
-func smallDisk(t *testing.T) (file, at string) {
+func smallDisk(t *testing.T, options ...string) (file, at string) {
 	t.Helper()
 	dir := t.TempDir()
 	file, at = filepath.Join(dir, "disk"), filepath.Join(dir, "at")
 	for _, args := range [][]string{
-		{"truncate", "-s", "32M", file}, {"mkfs.ext4", "-q", "-N", "3000", file}, {"mkdir", at},
-		{"mount", "-o", "loop", file, at},
+		{"truncate", "-s", "32M", file}, slices.Concat([]string{"mkfs.ext4", "-q", "-N", "3000"}, options, []string{file}),
+		{"mkdir", at}, {"mount", "-o", "loop", file, at},
 	} {
 		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Skipf("%v: %v\n%s", args, err, out)

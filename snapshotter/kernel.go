@@ -33,6 +33,9 @@ func (s *store) probeKernel() error {
 	if s.kernel, err = lower.Probe(s.opts.Root, s.opts.Verity, s.opts.PageCache, marked); err != nil {
 		return err
 	}
+	if s.opts.noDense != nil {
+		s.kernel.NoDense = s.opts.noDense
+	}
 	if !s.kernel.Metacopy || marked {
 		return nil
 	}

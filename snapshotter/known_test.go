@@ -113,7 +113,7 @@ func openWith(t *testing.T, store ctdcontent.Store, fetchedOnly bool) *Snapshott
 	needRoot(t)
 	root := t.TempDir()
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), FetchedOnly: fetchedOnly,
-		Verity: testVerity(), PageCache: testPageCache(), Blobs: blobs.New(store, nil)})
+		Verity: testVerity(), PageCache: testPageCache(), noDense: testNoDense(), Blobs: blobs.New(store, nil)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ func TestImageStaysMounted(t *testing.T) {
 	needRoot(t)
 	root := t.TempDir()
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact,
-		Verity: testVerity(), PageCache: testPageCache(), Linger: time.Hour})
+		Verity: testVerity(), PageCache: testPageCache(), noDense: testNoDense(), Linger: time.Hour})
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Close()) })
 	image, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": strings.Repeat("a", 9000)}), nil)
@@ -70,7 +70,7 @@ func TestImageIsUnmountedInTheEnd(t *testing.T) {
 	needRoot(t)
 	root := t.TempDir()
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact,
-		Verity: testVerity(), PageCache: testPageCache(), Linger: 50 * time.Millisecond})
+		Verity: testVerity(), PageCache: testPageCache(), noDense: testNoDense(), Linger: 50 * time.Millisecond})
 	must(t, err)
 	t.Cleanup(func() { must(t, s.Close()) })
 	image, _ := unpack(t, s, "one", "", layerTar(t, map[string]string{"a": strings.Repeat("a", 9000)}), nil)

@@ -57,6 +57,8 @@ type Options struct {
 	// Remind has that containerd look at its record of a chain, in the namespace of ctx: it asks for the snapshot then.
 	Remind    func(ctx context.Context, chain content.ChainID) error
 	Committed func() // is called when a layer came in as a snapshot, and must not block; both may be nil
+
+	noDense error // why the kernel mounts no dense packs, for tests; nil: what the probe finds
 }
 
 // Snapshotter is a snapshots.Snapshotter and snapshots.Cleaner. Safe for concurrent use.

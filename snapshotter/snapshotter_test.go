@@ -29,7 +29,7 @@ func open(t *testing.T, root string) *Snapshotter {
 	t.Helper()
 	needRoot(t)
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact,
-		Verity: testVerity(), PageCache: testPageCache()})
+		Verity: testVerity(), PageCache: testPageCache(), noDense: testNoDense()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -241,7 +241,7 @@ func TestMountsWhileItGoes(t *testing.T) {
 			}
 		}
 		s, err = New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Step: hook, Verity: testVerity(),
-			PageCache: testPageCache()})
+			PageCache: testPageCache(), noDense: testNoDense()})
 		must(t, err)
 		t.Cleanup(func() { must(t, stop(s)) })
 		if mounts, err := s.Mounts(ctx, key); !errdefs.IsNotFound(err) {

@@ -34,6 +34,16 @@ func testVerity() lower.Verity { return lower.Verity(os.Getenv("DEDUP_TEST_VERIT
 // testPageCache is the other: DEDUP_TEST_PAGE_CACHE=private has none of them share memory among images.
 func testPageCache() lower.PageCache { return lower.PageCache(os.Getenv("DEDUP_TEST_PAGE_CACHE")) }
 
+// testNoDense is one more: DEDUP_TEST_DENSE=off has all of them be as under a kernel that mounts no dense packs.
+func testNoDense() error {
+	if os.Getenv("DEDUP_TEST_DENSE") == "off" {
+		return errNoDense
+	}
+	return nil
+}
+
+var errNoDense = errors.New("a kernel that mounts no blocks of 512 bytes")
+
 // mountsBelow lists what is mounted below dir.
 func mountsBelow(t testing.TB, dir string) (points []string) {
 	t.Helper()
@@ -75,7 +85,7 @@ func TestSuiteInProcess(t *testing.T) {
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error,
 		error) {
 		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
-			PageCache: testPageCache()})
+			PageCache: testPageCache(), noDense: testNoDense()})
 		if err != nil {
 			return nil, nil, err
 		}
@@ -88,7 +98,7 @@ func TestSuiteThroughSocket(t *testing.T) {
 	testsuite.SnapshotterSuite(t, suiteName, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error,
 		error) {
 		s, err := New(ctx, Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(),
-			PageCache: testPageCache()})
+			PageCache: testPageCache(), noDense: testNoDense()})
 		if err != nil {
 			return nil, nil, err
 		}

@@ -84,7 +84,8 @@ func kernelHere(t *testing.T) lower.Features {
 
 func openPython(t *testing.T, root string, step func(string)) (*Snapshotter, error) {
 	t.Helper()
-	return New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), Step: step})
+	return New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Verity: testVerity(), Step: step,
+		noDense: testNoDense()})
 }
 
 // top returns the committed snapshot that the container lies on.

@@ -47,7 +47,7 @@ func verityRoot(t *testing.T) string {
 func openVerity(t *testing.T, root string, v lower.Verity) *Snapshotter {
 	t.Helper()
 	s, err := New(t.Context(), Options{Root: root, RunDir: filepath.Join(root, "run"), Fidelity: content.Exact, Verity: v,
-		PageCache: testPageCache()})
+		PageCache: testPageCache(), noDense: testNoDense()})
 	if err != nil {
 		t.Fatal(err)
 	}

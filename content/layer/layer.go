@@ -239,7 +239,7 @@ func (h *health) Places(ctx context.Context, ids []content.ObjectID) (*object.Pl
 	if errors.Is(err, object.ErrTooDense) {
 		// The store has come from another kernel. It is all copied in the background; what somebody waits for, now.
 		h.wakeKeeper()
-		err = h.compactor.Coarsen(ctx, ids, func(bytes int64) error { return h.checkRoom(ctx, bytes) })
+		err = h.compactor.Coarsen(ctx, ids, h.hasRoom)
 		if err == nil {
 			placed, err = h.objects.Places(ids)
 		}

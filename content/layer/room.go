@@ -41,13 +41,21 @@ func (d *directory) checkRoom(ctx context.Context, size int64) error {
 	if err == nil || d.opts.Pressure == nil {
 		return err
 	}
+	d.MakeRoom(ctx)
+	return d.hasRoom(size)
+}
+
+// MakeRoom frees what can be freed, and reports whether it did: it does so only every few seconds. The caller must not
+// be busy with a chain image: who frees others may wait for that.
+func (d *directory) MakeRoom(ctx context.Context) bool {
 	d.room.mu.Lock()
 	defer d.room.mu.Unlock()
-	if time.Since(d.room.last) > pressureEvery {
-		d.opts.Pressure(ctx)
-		d.room.last = time.Now()
+	if d.opts.Pressure == nil || time.Since(d.room.last) <= pressureEvery {
+		return false
 	}
-	return d.hasRoom(size)
+	d.opts.Pressure(ctx)
+	d.room.last = time.Now()
+	return true
 }
 
 // Room tells why new layers are refused, nil when they are not.

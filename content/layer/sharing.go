@@ -15,7 +15,7 @@ type reports struct {
 	distinct int // distinctMax, but for tests
 }
 
-// distinctMax bounds how many objects a report remembers at a time, at about 50 bytes each. A store with
+// distinctMax bounds how many objects a report remembers at a time, at about 70 bytes each. A store with
 // more is read in several passes.
 const distinctMax = 1 << 20
 
@@ -75,24 +75,29 @@ func (sh *Sharing) with(set, layer int32) int32 {
 func (r *reports) Sharing(ctx context.Context) (*Sharing, error) {
 	sh := &Sharing{Layers: r.List(), sets: []layerSet{{parent: -1}}, next: map[[2]int32]int32{}}
 	err := r.inPasses(func(mine func(content.ObjectID) bool) error {
-		seen := map[shortID]int32{} // the set that it is in so far
+		type found struct {
+			set  int32 // that it is in so far
+			size int64 // a merge may give it another one meanwhile
+		}
+		seen := map[shortID]found{}
 		return r.walkTrees(ctx, sh.Layers, func(i int, f *tree.File) error {
 			if f.Object.IsZero() || !mine(f.Object) {
 				return nil
 			}
-			set := seen[shorten(f.Object)]
-			if set != 0 && sh.sets[set].layer == int32(i) {
+			o := seen[shorten(f.Object)]
+			if o.set != 0 && sh.sets[o.set].layer == int32(i) {
 				return nil
 			}
-			size := r.objects.Space(f.Object, f.Size)
-			if set != 0 {
-				sh.sets[set].objects--
-				sh.sets[set].bytes -= size
+			if o.set != 0 {
+				sh.sets[o.set].objects--
+				sh.sets[o.set].bytes -= o.size
+			} else {
+				o.size = r.objects.Space(f.Object, f.Size)
 			}
-			set = sh.with(set, int32(i))
-			sh.sets[set].objects++
-			sh.sets[set].bytes += size
-			seen[shorten(f.Object)] = set
+			o.set = sh.with(o.set, int32(i))
+			sh.sets[o.set].objects++
+			sh.sets[o.set].bytes += o.size
+			seen[shorten(f.Object)] = o
 			return nil
 		})
 	})

@@ -10,7 +10,6 @@ import (
 	"math"
 	"os"
 	"slices"
-	"sync"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 	"github.com/dedup-snapshotter/dedup-snapshotter/content/erofs"
@@ -35,8 +34,9 @@ const (
 
 // packState is what the policy looks at.
 type packState struct {
-	id         content.PackID
-	live, dead int64 // blocks of 4 KiB; live are those that a merge can copy
+	id content.PackID
+	// live and dead are blocks of 4 KiB: live is what copies of the objects take, dead what nothing names.
+	live, dead int64
 	// rewrite: it is damaged, lacks fs-verity, or is too dense for the kernel.
 	rewrite bool
 }
@@ -111,13 +111,27 @@ type CompactOptions struct {
 // Compactor merges the packs of a store: those that are many and small, mostly dead, or damaged. Others use the store
 // meanwhile.
 type Compactor struct {
-	s       *Store
-	opts    CompactOptions
-	merging sync.Mutex // is held by who merges
+	s    *Store
+	opts CompactOptions
+	turn chan struct{} // is held by who merges, from one merge to the next: who waits is first then
 }
 
 // NewCompactor returns what merges the packs of s.
-func NewCompactor(s *Store, opts CompactOptions) *Compactor { return &Compactor{s: s, opts: opts} }
+func NewCompactor(s *Store, opts CompactOptions) *Compactor {
+	return &Compactor{s: s, opts: opts, turn: make(chan struct{}, 1)}
+}
+
+// begin waits until nobody else merges.
+func (c *Compactor) begin(ctx context.Context) error {
+	select {
+	case c.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (c *Compactor) end() { <-c.turn }
 
 // Needed reports whether Compact has something to do.
 func (c *Compactor) Needed() bool { return len(c.next()) > 0 }
@@ -161,7 +175,7 @@ func blocks(bytes int64) int64 { return content.Blocks(bytes) / content.BlockSiz
 func (c *Compactor) Compact(ctx context.Context) error {
 	var last []content.PackID
 	for {
-		ids, err := c.compactOnce(ctx, last)
+		ids, err := c.mergeNext(ctx, last)
 		if err != nil {
 			return fmt.Errorf("merge packs: %w", err)
 		}
@@ -172,12 +186,14 @@ func (c *Compactor) Compact(ctx context.Context) error {
 	}
 }
 
-// compactOnce merges the packs that are next, if they are others than last, and returns them. Between two merges
-// Coarsen may have its turn, which somebody waits for.
-func (c *Compactor) compactOnce(ctx context.Context, last []content.PackID) (ids []content.PackID, err error) {
-	c.merging.Lock()
-	defer c.merging.Unlock()
-	if ids = c.next(); len(ids) == 0 || slices.Equal(ids, last) {
+// mergeNext merges the packs that are due, unless they are the same as the last time, and returns them.
+func (c *Compactor) mergeNext(ctx context.Context, last []content.PackID) ([]content.PackID, error) {
+	if err := c.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer c.end()
+	ids := c.next()
+	if len(ids) == 0 || slices.Equal(ids, last) {
 		return nil, nil
 	}
 	return ids, c.merge(ctx, ids)
@@ -186,8 +202,10 @@ func (c *Compactor) compactOnce(ctx context.Context, last []content.PackID) (ids
 // MendTorn copies what is whole in packs that came to the disk in parts, and removes these. It reports whether none
 // is left: the next Open would take what they hold for whole.
 func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
-	c.merging.Lock()
-	defer c.merging.Unlock()
+	if err := c.begin(ctx); err != nil {
+		return false, err
+	}
+	defer c.end()
 	torn := map[*pack]int64{} // how much their copies take
 	packs := c.s.packs
 	packs.mu.Lock()
@@ -213,35 +231,50 @@ func (c *Compactor) MendTorn(ctx context.Context) (mended bool, err error) {
 }
 
 // Coarsen copies what lives in packs that are too dense to others, as far as some objects lie there. room is asked
-// for the bytes of each, and says why they must not be taken.
+// for the bytes of each, and says why they must not be taken. It must not wait for anybody who may be in Coarsen.
 func (c *Compactor) Coarsen(ctx context.Context, ids []content.ObjectID, room func(bytes int64) error) error {
-	c.merging.Lock()
-	defer c.merging.Unlock()
 	s := c.s
-	from := map[*pack]bool{}
-	need := map[*pack]int64{} // but for what stays because it is bad
+	need := map[*pack]bool{}
 	s.lock()
 	for _, id := range ids {
 		if p := s.refs[id].pack; p != nil && s.packs.tooDense(p) {
-			from[p] = true
-		}
-	}
-	for id, r := range s.refs {
-		if _, bad := s.bad[id]; !bad && from[r.pack] {
-			need[r.pack] += content.Blocks(r.pack.slots[r.n].size)
+			need[p] = true
 		}
 	}
 	s.unlock()
-	for p, bytes := range need {
-		err := room(bytes)
-		if err == nil {
-			err = c.merge(ctx, []content.PackID{p.id})
-		}
-		if err != nil {
+	for p := range need {
+		if err := c.coarsen(ctx, p, room); err != nil {
 			return fmt.Errorf("copy pack %s: %w: %w", s.packs.Path(p.id), ErrTooDense, err)
 		}
 	}
 	return nil
+}
+
+func (c *Compactor) coarsen(ctx context.Context, p *pack, room func(bytes int64) error) error {
+	if err := c.begin(ctx); err != nil {
+		return err
+	}
+	defer c.end()
+	bytes := c.s.coarse(p)
+	if bytes == 0 {
+		return nil // somebody else was faster
+	}
+	if err := room(bytes); err != nil {
+		return err
+	}
+	return c.merge(ctx, []content.PackID{p.id})
+}
+
+// coarse is what copies take of what lives in a pack, but for what stays because it is bad.
+func (x *index) coarse(p *pack) (bytes int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for id, r := range x.refs {
+		if _, bad := x.bad[id]; r.pack == p && r.count > 0 && !bad {
+			bytes += content.Blocks(p.slots[r.n].size)
+		}
+	}
+	return bytes
 }
 
 // copied is an object on its way to another pack.

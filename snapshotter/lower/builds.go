@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/content"
 )
@@ -101,7 +102,16 @@ func (bs *builds) forget(n Name, b *build) {
 	}
 }
 
+// buildShared builds an image, and once more where the disk was full and there is something to remove.
 func (c *Chains) buildShared(ctx context.Context, n Name, chain []content.LayerID) error {
+	err := c.buildAlone(ctx, n, chain)
+	if errors.Is(err, unix.ENOSPC) && c.opts.Layers.MakeRoom(ctx) {
+		err = c.buildAlone(ctx, n, chain)
+	}
+	return err
+}
+
+func (c *Chains) buildAlone(ctx context.Context, n Name, chain []content.LayerID) error {
 	done, err := c.Users.acquire(ctx, n)
 	if err != nil {
 		return err

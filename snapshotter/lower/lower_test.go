@@ -28,6 +28,7 @@ type lab struct {
 	dir    string
 	layers *layer.Store
 	drops  sync.WaitGroup
+	wants  layer.Options // what open is to open the layers with, beside its own
 }
 
 func needFeatures(t *testing.T) Features {
@@ -120,10 +121,9 @@ func (l *lab) open(k Kernel) {
 			})
 		}
 	}
-	l.layers, err = layer.Open(l.t.Context(), layer.Options{
-		Root: root, Verity: k.NoVerity == nil, Dense: k.NoDense == nil, PacksMoved: moved,
-		KeepUnnamed: true,
-	}, nil)
+	o := l.wants
+	o.Root, o.Verity, o.Dense, o.PacksMoved, o.KeepUnnamed = root, k.NoVerity == nil, k.NoDense == nil, moved, true
+	l.layers, err = layer.Open(l.t.Context(), o, nil)
 	if err != nil {
 		l.t.Fatal(err)
 	}
