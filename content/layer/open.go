@@ -63,6 +63,10 @@ func Open(ctx context.Context, opts Options, live []content.LayerID) (_ *Store, 
 	if err := s.noteVerified(ctx, suspect); err != nil {
 		return nil, err
 	}
+	if n := s.objects.Packs().Stats().TooDense; n > 0 {
+		log.G(ctx).WithField("packs", n).Info("this kernel does not mount packs with blocks of 512 bytes: " +
+			"they are copied in the background, and first of all those that a container waits for")
+	}
 	s.startKeeper()
 	return s, nil
 }

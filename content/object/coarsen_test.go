@@ -131,6 +131,9 @@ func TestCoarsen(t *testing.T) {
 	if heldPack.holders != 1 {
 		t.Errorf("a pack that no places came of has %d holders", heldPack.holders)
 	}
+	if st := s.packs.Stats(); st.TooDense != 3 {
+		t.Errorf("%d packs are said to be too dense", st.TooDense)
+	}
 	s.Load(slices.Repeat(ids[0][:1], 4)) // counts go with what they count
 	asked := int64(0)
 	err := NewCompactor(s, CompactOptions{}).Coarsen(t.Context(), names, func(n int64) error { asked += n; return nil })

@@ -84,6 +84,8 @@ type Stats struct {
 	Live, Dead int64
 	// Plain are the packs without fs-verity.
 	Plain int
+	// TooDense are those that wait to be copied, since no chain image can be made over them here.
+	TooDense int
 	// Merged are the bytes that merging has copied since Open.
 	Merged int64
 }

@@ -52,6 +52,9 @@ func (ps *Packs) Stats() (st Stats) {
 		if p.plain {
 			st.Plain++
 		}
+		if ps.tooDense(p) {
+			st.TooDense++
+		}
 	}
 	return st
 }
