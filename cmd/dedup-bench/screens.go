@@ -12,8 +12,10 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/dedup-snapshotter/dedup-snapshotter/cmd/dedup-bench/internal/bench"
 	"github.com/dedup-snapshotter/dedup-snapshotter/integration/image"
@@ -178,6 +180,9 @@ func (s *screens) session(ctx context.Context, fleet []fleetImage) error {
 	if err := s.dedupctl(ctx, "remove", "migrate", "--remove-old"); err != nil {
 		return err
 	}
+	if err := s.settle(ctx); err != nil {
+		return err
+	}
 	if err := s.disk(ctx, "disk after", "overlayfs", node.Snapshotter); err != nil {
 		return err
 	}
@@ -238,6 +243,27 @@ func (s *screens) dedupctl(ctx context.Context, name string, args ...string) err
 		real = append(real, "--config", filepath.Join(s.node.Dir(), "dedup.toml"))
 	}
 	return s.show(ctx, name, "dedupctl "+strings.Join(args, " "), filepath.Join(root, "bin/dedupctl"), real...)
+}
+
+// settle waits until packs are merged: what two layers brought at the same time lies in two packs until then.
+func (s *screens) settle(ctx context.Context) error {
+	const poll, calm = time.Second, 10
+	last, same := uint64(0), 0
+	for same < calm {
+		var st unix.Statfs_t // the node has a disk of its own
+		if err := errors.Join(syncfs(s.node.Dir()), unix.Statfs(s.node.Dir(), &st)); err != nil {
+			return err
+		}
+		if same++; st.Bfree != last {
+			last, same = st.Bfree, 0
+		}
+		select {
+		case <-time.After(poll):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // disk shows what the directories with images hold.
