@@ -39,11 +39,9 @@
 //	    chunk index  8 bytes a chunk: device (the pack, counted from 1) and block in it (layout "chunk")
 //	    nothing      empty file, device, or bytes in data blocks (layout "plain")
 //
-// Packs are coarse or dense. In a dense one the kernel's blocks have 512 bytes: payloads and names begin at multiples
-// of that, and their numbers count it. The blocks 0, 1 and m above are of 4 KiB in both, and so are the lengths of
-// files. A chain image over any dense pack has blocks of 512 bytes too: what lies behind an inode must not cross one,
-// the blocks of directories and the numbers in chunk indexes and the device table go by these, and the crc32c is over
-// the 512 bytes from the superblock on. It may name coarse packs beside.
+// In a dense image all that counts blocks counts those of 512 bytes: inodes, directories, chunk indexes, the device
+// table, a pack's table. What lies behind an inode must not cross one, and the crc32c is over the 512 bytes from the
+// superblock on. m and the lengths in a pack's trailer are of 4 KiB in both.
 //
 // A chain image is mounted with its packs, in the order of the list: device=<pack>,device=<pack>. It comes in two
 // flavours, which read the same by themselves. In a private one that is all. In a shared one files with payloads also
@@ -54,9 +52,9 @@
 //
 // # What kernels want
 //
-// Blocks smaller than a page need Linux 6.4. An image has one size of blocks for all its packs, so it is dense if one
-// of them is. Payloads then begin at multiples of 512 bytes of a file, which loop devices with larger blocks do not
-// read.
+// Blocks smaller than a page need Linux 6.4, or 6.1 from 6.1.115 on. An image has one size of blocks for all its packs,
+// so it is dense if one of them is. Payloads then begin at multiples of 512 bytes of a file, which loop devices with
+// larger blocks do not read.
 //
 // Devices need Linux 5.16. Image and packs are either all files (6.12) or all block devices; the count of devices is
 // compared, their length and tag are not. A pack that is cut still mounts, and reads beyond its end are EIO: compare
